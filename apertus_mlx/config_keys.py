@@ -1,0 +1,130 @@
+"""Typed, bounded reading of a JSON object's keys, and the account of which keys were read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+from apertus_mlx.errors import RejectedError
+
+
+class KeyReader:
+    """Reads each key of `values` once, by type; `refuse_unread` then names what nobody read.
+
+    Errors name the file, the key, what was expected and what was found.
+    """
+
+    def __init__(self, values: Mapping[str, Any], name: str) -> None:
+        self._values = values
+        self._name = name
+        self._read: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        """A required integer in `[low, high]`; booleans, strings and fractions are refused."""
+        value = self.optional_integer(key, low, high)
+        if value is None:
+            raise self._missing(key)
+        return value
+
+    def optional_integer(self, key: str, low: int, high: int) -> int | None:
+        """An integer in `[low, high]`, or None where the key is absent or null."""
+        value = self._take(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(key, "an integer", value)
+        if not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}", value)
+        return value
+
+    def number(self, key: str, low: float, high: float) -> float:
+        """A required finite number in `(low, high]`; integers are accepted as numbers."""
+        value = self.optional_number(key, low, high)
+        if value is None:
+            raise self._missing(key)
+        return value
+
+    def optional_number(self, key: str, low: float, high: float) -> float | None:
+        """A finite number in `(low, high]`, or None where the key is absent or null."""
+        value = self._take(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, "a number", value)
+        if not math.isfinite(value) or not low < value <= high:
+            raise self.error(key, f"a number above {low} and up to {high}", value)
+        return float(value)
+
+    def optional_boolean(self, key: str) -> bool | None:
+        """A JSON boolean, or None where the key is absent or null."""
+        value = self._take(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, "true or false", value)
+        return value
+
+    def text(self, key: str) -> str:
+        """A required JSON string."""
+        value = self.optional_text(key)
+        if value is None:
+            raise self._missing(key)
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        """A JSON string, or None where the key is absent or null."""
+        value = self._take(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, "a string", value)
+        return value
+
+    def mapping(self, key: str) -> Mapping[str, Any] | None:
+        """A JSON object, or None where the key is absent or null."""
+        value = self._take(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, "an object or null", value)
+        return value
+
+    def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """An integer or a list of integers, as a tuple; empty where absent or null."""
+        value = self._take(key)
+        items = [] if value is None else value if isinstance(value, list) else [value]
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, int):
+                raise self.error(key, "an integer or a list of integers", value)
+            if not low <= item <= high:
+                raise self.error(key, f"ids from {low} to {high}", value)
+        return tuple(items)
+
+    def ignore(self, keys: Set[str]) -> None:
+        """Mark keys that cannot change what the model computes."""
+        self._read.update(keys)
+
+    def refuse_unread(self) -> None:
+        """Refuse the first keys that nothing has read: they may change the model's meaning."""
+        unread = [key for key in self._values if key not in self._read and not key.startswith("_")]
+        if unread:
+            shown = ", ".join(repr(key[:60]) for key in sorted(unread)[:10])
+            raise RejectedError(
+                f"{self._name}: not an Apertus we implement: unknown key {shown}; "
+                "remove it only if it does not change what the model computes"
+            )
+
+    def error(self, key: str, expected: str, value: object) -> RejectedError:
+        """The error for a key whose value is not what is expected."""
+        return RejectedError(f"{self._name}: {key}: expected {expected}, found {_shown(value)}")
+
+    def _take(self, key: str) -> Any:
+        self._read.add(key)
+        return self._values.get(key)
+
+    def _missing(self, key: str) -> RejectedError:
+        state = "null" if key in self._values else "missing"
+        return RejectedError(f"{self._name}: {key}: required, but {state}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Numbers: quantization formats and algorithms on arrays. Knows no file and no model."""
