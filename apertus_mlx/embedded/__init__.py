@@ -1,0 +1,13 @@
+"""The tiny Apertus-architecture model that ships inside the package.
+
+It is a demonstration and a quantization test bed; ``recipe`` holds the code that made it.
+"""
+
+from pathlib import Path
+
+__all__ = ["model_dir"]
+
+
+def model_dir() -> Path:
+    """Return the folder that holds the embedded model's files."""
+    return Path(__file__).resolve().parent / "model"
