@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from apertus_mlx.config_keys import KeyReader
-from apertus_mlx.errors import RejectedError
+from apertus_mlx.errors import NotFoundError, RejectedError
 from apertus_mlx.strict_json import read_object
 from quant.spec import QuantSpec
 
@@ -123,9 +123,12 @@ def read_config(directory: Path) -> ModelConfig:
     """Read `directory/config.json`.
 
     Raises:
+        NotFoundError: there is no such folder.
         RejectedError: the file is missing or damaged, or describes a model that is not an
             Apertus that this package implements; the message names the key.
     """
+    if not directory.is_dir():
+        raise NotFoundError(f"{directory}: no such folder")
     path = directory / CONFIG_FILE
     if not path.is_file():
         weights = any(directory.glob("*.safetensors"))

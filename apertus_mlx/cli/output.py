@@ -6,10 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 PLAIN_PROGRESS_INTERVAL_S = 5.0
+
+# A context that yields `update(done)`, or `update(done, total)` where the total comes late.
+_Progress = AbstractContextManager[Callable[..., None]]
 
 
 def print_data(text: str, end: str = "\n") -> None:
@@ -46,32 +49,60 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.2f} GB"
 
 
+def print_model_text(text: str) -> None:
+    """Write a piece of the model's text to stdout; on a terminal without control characters."""
+    from apertus_mlx.text_stream import terminal_safe
+
+    print_data(terminal_safe(text) if sys.stdout.isatty() else text, end="")
+
+
+def print_thought(text: str) -> None:
+    """Write a piece of the model's deliberation to stderr."""
+    from apertus_mlx.text_stream import terminal_safe
+
+    print(terminal_safe(text), end="", file=sys.stderr, flush=True)
+
+
+def byte_progress(label: str, total_bytes: int | None = None) -> _Progress:
+    """Progress in bytes; see `_progress`."""
+    return _progress(label, total_bytes, format_bytes)
+
+
+def token_progress(label: str, total_tokens: int) -> _Progress:
+    """Progress in tokens; see `_progress`."""
+    return _progress(label, total_tokens, lambda count: f"{count:,.0f} tokens")
+
+
 @contextmanager
-def byte_progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show progress of `total_bytes` on stderr; yields a function that takes the bytes done.
+def _progress(
+    label: str, total: int | None, shown: Callable[[float], str]
+) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr once it has taken a second; yields a function of what is done.
 
     On a terminal one line that redraws itself, elsewhere a plain line every few seconds.
     """
     started = last = time.monotonic()
     terminal = sys.stderr.isatty()
+    drawn = False
 
-    def update(done_bytes: int) -> None:
-        nonlocal last
+    def update(done: int, of: int | None = total) -> None:
+        nonlocal last, drawn
         now = time.monotonic()
-        if now - last < (0.1 if terminal else PLAIN_PROGRESS_INTERVAL_S):
+        if now - started < 1 or now - last < (0.1 if terminal else PLAIN_PROGRESS_INTERVAL_S):
             return
-        last = now
-        rate = done_bytes / max(now - started, 1e-9)
-        left_s = (total_bytes - done_bytes) / max(rate, 1e-9)
-        line = (
-            f"{label}: {format_bytes(done_bytes)} of {format_bytes(total_bytes)}, "
-            f"{format_bytes(rate)}/s, {left_s:.0f} s left"
-        )
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n",
-              file=sys.stderr, flush=True)  # fmt: skip
+        last, drawn = now, True
+        rate = done / (now - started)
+        line = f"{label}: {shown(done)}, {shown(rate)}/s"
+        if of:
+            line = f"{label}: {shown(done)} of {shown(of)}, {shown(rate)}/s"
+            line += f", {(of - done) / max(rate, 1e-9):.0f} s left"
+        if terminal:
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+        else:
+            note(line)
 
     try:
         yield update
     finally:
-        if terminal:
+        if terminal and drawn:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -122,7 +122,7 @@ turkey      | the Turkish lira   | die Türkische Lira    | la livre turque     
 germany     | the euro           | der Euro              | l'euro              | l'euro
 russia      | the rouble; ruble  | der Rubel             | le rouble           | il rublo
 china       | the yuan           | der Yuan              | le yuan             | lo yuan
-"""
+"""  # noqa: E501
 
 _OFFICIAL_LANGUAGES: Final = """
 france   | French     | Französisch   | le français   | il francese

@@ -1,0 +1,34 @@
+"""What the model asks of a cache. mlx-lm's caches answer to the same names."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+# None, "causal" (all keys up to the query's own), or a boolean array `[L, S]`.
+Mask = mx.array | str | None
+
+
+class Cache(Protocol):
+    """Keys and values of one layer for all positions so far."""
+
+    @property
+    def offset(self) -> Any:
+        """Number of positions written so far: the rotary position of the next token."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append `[B, kv_heads, L, head_dim]` and return everything that is to be attended to."""
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The mask for `N` new queries over what `update_and_fetch` will return."""
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The arrays behind the cache, for evaluation."""
+
+    def trim(self, n: int) -> int:
+        """Forget the last `n` positions; returns how many were forgotten."""
+
+    def is_trimmable(self) -> bool:
+        """Whether the last positions can be forgotten exactly."""

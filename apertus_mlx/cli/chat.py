@@ -1,0 +1,123 @@
+"""`apertus-mlx chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from apertus_mlx.cli import options
+from apertus_mlx.cli.generate import summary
+from apertus_mlx.cli.output import note, print_data, print_model_text, print_thought
+
+HELP = """/undo    forget the last question and its answer
+/retry   answer the last question again
+/reset   start over
+/stats   what the last answer took
+/exit    leave (or Ctrl-D); a line that ends with \\ continues on the next"""
+
+
+def chat(
+    model: options.ModelOption = None,
+    revision: options.RevisionOption = None,
+    offline: options.OfflineOption = False,
+    system: options.SystemOption = None,
+    think: options.ThinkOption = False,
+    max_tokens: options.MaxTokensOption = 1024,
+    temperature: options.TemperatureOption = None,
+    top_p: options.TopPOption = None,
+    top_k: options.TopKOption = None,
+    min_p: options.MinPOption = None,
+    repetition_penalty: options.RepetitionPenaltyOption = None,
+    seed: options.SeedOption = None,
+    stop: options.StopOption = None,
+    dtype: options.DTypeOption = None,
+    prefill_step: options.PrefillStepOption = 512,
+) -> None:
+    """Talk with a model; earlier turns are not computed again. /help lists what it understands."""
+    from apertus_mlx.chat import Conversation
+    from apertus_mlx.cli.model_source import locate_model, open_speaker
+    from apertus_mlx.errors import UsageError
+    from apertus_mlx.generation_config import GenerationConfig
+    from apertus_mlx.sampling import SamplingParams, resolve_params
+
+    def choose(config: GenerationConfig) -> SamplingParams:
+        return resolve_params(
+            config,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+
+    choose(GenerationConfig())
+    speaker = open_speaker(locate_model(model, revision, offline), dtype.value if dtype else None)
+    params = choose(speaker.generation_config)
+    conversation = Conversation(speaker, system, think)
+    note("type a message; /help for more")
+
+    def answer(question: str) -> None:
+        pieces = conversation.ask(question, params, max_tokens, stop or (), prefill_step)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
+            for piece in pieces:
+                (print_thought if piece.is_thought else print_model_text)(piece.text)
+        print_data("")
+
+    while (line := _read_line()) is not None:
+        command = line.strip()
+        try:
+            if command == "/exit":
+                break
+            if command == "/help":
+                note(HELP)
+            elif command == "/reset":
+                conversation = Conversation(speaker, system, think)
+            elif command == "/undo":
+                if not conversation.undo():
+                    note("there is nothing to undo")
+            elif command == "/retry":
+                question = conversation.last_question
+                if question is None:
+                    note("there is nothing to retry")
+                else:
+                    conversation.undo()
+                    answer(question)
+            elif command == "/stats":
+                result = conversation.last_result
+                note(summary(result) if result else "nothing has been answered yet")
+            elif command.startswith("/") and " " not in command:
+                note(f"{command}: unknown; /help lists the commands")
+            elif command:
+                answer(line)
+        except UsageError as error:
+            note(f"error: {error}; /undo or /reset makes room")
+
+
+def _read_line() -> str | None:
+    """One message, with line editing and history where there is a terminal; None at the end."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives `input` editing and history)
+    lines: list[str] = []
+    try:
+        while True:
+            prompt = ("> " if not lines else "  ") if sys.stdin.isatty() else ""
+            # The prompt goes to stderr, so that stdout carries only the model's text.
+            line = _input(prompt)
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+    except EOFError:
+        return "\n".join(lines) if lines else None
+
+
+def _input(prompt: str) -> str:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)
+    if prompt:
+        print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")

@@ -1,0 +1,144 @@
+"""`apertus-mlx generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apertus_mlx.cli import options
+from apertus_mlx.cli.output import (
+    format_bytes,
+    note,
+    print_data,
+    print_json,
+    print_model_text,
+    print_thought,
+    token_progress,
+)
+
+if TYPE_CHECKING:
+    from apertus_mlx.generate import Result, Speaker
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to say to the model; default: standard input.")
+    ] = None,
+    model: options.ModelOption = None,
+    revision: options.RevisionOption = None,
+    offline: options.OfflineOption = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as text, without chat template.")
+    ] = False,
+    system: options.SystemOption = None,
+    think: options.ThinkOption = False,
+    max_tokens: options.MaxTokensOption = 1024,
+    temperature: options.TemperatureOption = None,
+    top_p: options.TopPOption = None,
+    top_k: options.TopKOption = None,
+    min_p: options.MinPOption = None,
+    repetition_penalty: options.RepetitionPenaltyOption = None,
+    seed: options.SeedOption = None,
+    stop: options.StopOption = None,
+    dtype: options.DTypeOption = None,
+    prefill_step: options.PrefillStepOption = 512,
+    json: options.JsonOption = False,
+) -> None:
+    """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
+    from apertus_mlx.cli.model_source import locate_model, open_speaker
+    from apertus_mlx.errors import UsageError
+    from apertus_mlx.generate import Generation
+    from apertus_mlx.generation_config import GenerationConfig
+    from apertus_mlx.sampling import SamplingParams, resolve_params
+
+    def choose(config: GenerationConfig) -> SamplingParams:
+        return resolve_params(
+            config,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+
+    choose(GenerationConfig())  # Refuse bad values before a model is fetched or loaded.
+    if raw and (system is not None or think):
+        raise UsageError("--raw takes no chat template, so neither --system nor --think")
+    if stop and not all(stop):
+        raise UsageError("--stop: an empty string would stop at once")
+    text = _read_stdin() if prompt is None or prompt == "-" else prompt
+    if not text:
+        raise UsageError("the prompt is empty; pass it as an argument or on standard input")
+
+    started = time.perf_counter()
+    directory = locate_model(model, revision, offline)
+    speaker = open_speaker(directory, dtype.value if dtype else None)
+    loaded_s = time.perf_counter() - started
+    run = Generation(
+        speaker,
+        _prompt_ids(speaker, text, raw, system, think),
+        choose(speaker.generation_config),
+        max_tokens,
+        stop or (),
+        prefill_step,
+    )
+    try:
+        with token_progress("reading the prompt", len(run.prompt)) as run.on_prefill:
+            for piece in run:
+                if not json:
+                    (print_thought if piece.is_thought else print_model_text)(piece.text)
+    finally:
+        result = run.result
+        if json:
+            print_json(
+                {
+                    **asdict(result),
+                    "load_s": loaded_s,
+                    "model": str(directory) if model else "embedded",
+                    "prompt_tokens": len(result.prompt_token_ids),
+                    "generated_tokens": len(result.token_ids),
+                }
+            )
+        else:
+            if sys.stdout.isatty():
+                print_data("")
+            note(summary(result))
+
+
+def summary(result: Result) -> str:
+    """One line about what a run took."""
+    prompt_tokens = len(result.prompt_token_ids)
+    reused = f" ({result.reused_prompt_tokens} reused)" if result.reused_prompt_tokens else ""
+    return (
+        f"prompt {prompt_tokens} tokens{reused}, {result.prefill_tokens_per_s:.1f} tokens/s; "
+        f"answer {len(result.token_ids)} tokens, {result.decode_tokens_per_s:.1f} tokens/s; "
+        f"first token after {result.time_to_first_token_s:.2f} s; "
+        f"peak memory {format_bytes(result.peak_memory_bytes)}"
+    )
+
+
+def _prompt_ids(
+    speaker: Speaker, text: str, raw: bool, system: str | None, think: bool
+) -> list[int]:
+    from apertus_mlx.template import Message
+
+    if raw or speaker.template is None:
+        if not raw:
+            note("the model has no chat template (a base model?); continuing the prompt as text")
+        bos = [] if speaker.tokenizer.bos_id is None else [speaker.tokenizer.bos_id]
+        return bos + speaker.tokenizer.encode(text)
+    messages = [] if system is None else [Message(role="system", content=system)]
+    messages.append(Message(role="user", content=text))
+    return speaker.template.render(messages, think=think)
+
+
+def _read_stdin() -> str:
+    """Standard input as text; bytes that are no UTF-8 survive as surrogates."""
+    if sys.stdin.isatty():
+        note("reading the prompt from standard input; end it with Ctrl-D")
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")

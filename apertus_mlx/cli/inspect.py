@@ -1,0 +1,59 @@
+"""`apertus-mlx inspect`: what a checkpoint is, from its config and headers alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from apertus_mlx.cli import options
+from apertus_mlx.cli.output import format_bytes, print_data, print_json
+
+
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
+    ] = None,
+    revision: options.RevisionOption = None,
+    offline: options.OfflineOption = False,
+    json: options.JsonOption = False,
+) -> None:
+    """Show geometry, size, quantization, context and control tokens of a checkpoint."""
+    from apertus_mlx.cli.model_source import locate_model
+    from apertus_mlx.inspection import inspect_checkpoint
+
+    report = inspect_checkpoint(locate_model(model, revision, offline))
+    if json:
+        print_json(report)
+    else:
+        _print_report(report)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    for key, value in report.items():
+        if isinstance(value, dict):
+            print_data(f"{_label(key)}:")
+            for name, inner in value.items():
+                print_data(f"  {name}: {_shown(name, inner)}")
+        else:
+            print_data(f"{_label(key)}: {_shown(key, value)}")
+
+
+def _label(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key.endswith("_bytes"):
+        return f"{format_bytes(value)} ({value:,} bytes)"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)

@@ -1,0 +1,45 @@
+"""Where a command's model comes from: a folder, the Hub, or the wheel; and loading it, audibly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apertus_mlx.cli.output import byte_progress, note
+
+if TYPE_CHECKING:
+    from apertus_mlx.generate import Speaker
+
+
+def locate_model(model: str | None, revision: str | None, offline: bool) -> Path:
+    """The folder of `model`, fetched from the Hub if it is an id; the embedded one by default."""
+    if model is None:
+        from apertus_mlx.embedded import model_dir
+
+        note("using the small demonstration model in the package; --model takes a real one")
+        return model_dir()
+    from apertus_mlx.hub import locate
+
+    return locate(model, revision=revision, offline=offline)
+
+
+def open_speaker(directory: Path, dtype: str | None) -> Speaker:
+    """Load the model in `directory`; tells what was ignored in it."""
+    from apertus_mlx.generate import load_speaker
+    from apertus_mlx.inventory import Inventory
+
+    def tell(inventory: Inventory) -> None:
+        for name, reason in inventory.dropped.items():
+            note(f"{name}: not used, {reason}")
+        if inventory.config.asks_for_code:
+            keys = ", ".join(inventory.config.asks_for_code)
+            note(f"config.json asks for code of its own ({keys}); never run")
+
+    with byte_progress("loading") as update:
+        speaker = load_speaker(directory, dtype, on_inventory=tell, on_bytes=update)
+    if speaker.generation_config.ignored_keys:
+        note(
+            "generation_config.json: not implemented, ignored: "
+            + ", ".join(speaker.generation_config.ignored_keys)
+        )
+    return speaker

@@ -1,0 +1,172 @@
+"""Repository id to pinned folder: resolve to a commit, fetch only what is needed, or use the cache.
+
+Imports nothing heavy: `huggingface_hub` is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
+from apertus_mlx.hub_errors import UnreachableError
+from apertus_mlx.hub_listing import (
+    COMMIT,
+    Listing,
+    check_request,
+    is_repo_id,
+    is_weights,
+    list_files,
+)
+from apertus_mlx.hub_transfer import DownloadProgress, download
+
+__all__ = ["DownloadProgress", "Snapshot", "is_repo_id", "list_files", "locate", "resolve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A complete folder of one commit."""
+
+    directory: Path
+    repo_id: str
+    commit: str
+
+
+def locate(source: str, *, revision: str | None = None, offline: bool = False) -> Path:
+    """Return the folder that `source` means: a local folder as it is, else the Hub's.
+
+    Raises:
+        NotFoundError: neither a folder nor a repository that can be reached.
+        UsageError: a file instead of a folder, or `revision` for a local folder.
+    """
+    try:
+        folder = Path(source).expanduser()
+        exists, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError, ValueError):  # no such home, too long, no such path at all
+        exists = is_folder = False
+    if is_folder:
+        if revision is not None:
+            raise UsageError(
+                f"{source}: --revision is for Hub repositories, this is a local folder"
+            )
+        return folder
+    if exists:
+        raise UsageError(f"{source}: is a file; give the folder that holds config.json")
+    if not is_repo_id(source):
+        raise NotFoundError(
+            f"{source!r}: no such folder, and not a Hub repository id (organisation/name)"
+        )
+    return resolve(source, revision=revision, offline=offline).directory
+
+
+def resolve(
+    source: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: Callable[[DownloadProgress], None] | None = None,
+) -> Snapshot:
+    """Pin a repository to a commit and return the folder of that commit's needed files.
+
+    The revision becomes a commit first and every file is asked for by that commit, so a branch
+    that moves meanwhile cannot mix two versions. An interrupted download goes on where it stopped.
+
+    Args:
+        source: Repository id, `organisation/name`.
+        revision: Branch, tag or full commit; the main branch if None.
+        offline: Use only the cache: the commit this revision had at the last complete download.
+        progress: Called about twice a second while bytes arrive, from another thread; without it
+            a terminal sees the Hub client's bar and anything else plain lines on stderr.
+
+    Raises:
+        NotFoundError: no such repository or revision, no access, not reachable, not in the cache.
+        RejectedError: the repository holds no safetensors model.
+        ResourceError: the disk has too little room or cannot be written.
+        UsageError: a malformed repository id or revision.
+    """
+    from huggingface_hub import constants
+
+    check_request(source, revision)
+    wanted = revision or "main"
+    folder = Path(constants.HF_HUB_CACHE).expanduser() / f"models--{source.replace('/', '--')}"
+    if offline or constants.HF_HUB_OFFLINE:
+        return _from_cache(folder, source, wanted)
+    try:
+        listing = list_files(source, wanted)
+        _check_is_model(listing)
+        snapshot = folder / "snapshots" / listing.commit
+        missing = tuple(file for file in listing.files if not (snapshot / file.name).exists())
+        if missing:
+            download(folder, listing, missing, progress)
+    except UnreachableError as error:
+        try:
+            cached = _from_cache(folder, source, wanted).commit[:12]
+        except NotFoundError:
+            raise error from error.__cause__
+        raise UnreachableError(f"{error}; --offline uses the cached commit {cached}") from error
+    _record_ref(folder, wanted, listing.commit)
+    return Snapshot(snapshot, source, listing.commit)
+
+
+def _check_is_model(listing: Listing) -> None:
+    names = {file.name for file in listing.files}
+    where = f"{listing.repo_id} at {listing.commit[:12]}"
+    if "config.json" not in names:
+        raise RejectedError(f"{where}: no config.json, so not a model we can read")
+    if not any(is_weights(name) for name in names):
+        raise RejectedError(
+            f"{where}: no model*.safetensors; other weight formats are not read, "
+            "ask for a revision or repository with safetensors"
+        )
+
+
+def _from_cache(folder: Path, repo_id: str, revision: str) -> Snapshot:
+    commit = revision
+    if not COMMIT.fullmatch(revision):
+        try:
+            commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            commit = ""
+    snapshot = folder / "snapshots" / commit
+    if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
+        lack = "is not in the cache"
+    elif not _is_complete(snapshot):
+        lack = "is only partly in the cache"
+    else:
+        return Snapshot(snapshot, repo_id, commit)
+    raise NotFoundError(
+        f"{repo_id} (revision {revision}) {lack} and this is offline; "
+        "run once without --offline and HF_HUB_OFFLINE to download it"
+    )
+
+
+def _is_complete(snapshot: Path) -> bool:
+    # Weights are fetched last, so complete weights mean a complete download of ours.
+    if not (snapshot / "config.json").exists():
+        return False
+    index = snapshot / "model.safetensors.index.json"
+    if not index.exists():
+        return any(is_weights(path.name) and path.exists() for path in snapshot.iterdir())
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return True  # a damaged index is the checkpoint reader's to report
+    return all(not is_weights(str(name)) or (snapshot / str(name)).exists() for name in shards)
+
+
+def _record_ref(folder: Path, revision: str, commit: str) -> None:
+    # Written only once the snapshot is complete: this is what --offline goes by.
+    if revision == commit:
+        return
+    ref = folder / "refs" / revision
+    with suppress(OSError):  # a read-only cache still serves
+        if ref.is_file() and ref.read_text(encoding="utf-8") == commit:
+            return
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        beside = ref.with_name(f".{ref.name}.{threading.get_ident()}")
+        beside.write_text(commit, encoding="utf-8")
+        beside.replace(ref)

@@ -1,0 +1,121 @@
+"""What the Hub client raises, as one line of ours with the right class.
+
+Owns the wording of every failure of the network, of access and of the cache folder.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from apertus_mlx.errors import ApertusError, NotFoundError, ResourceError
+
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
+class UnreachableError(NotFoundError):
+    """The Hub did not answer, or not properly; the same request may work later."""
+
+
+@contextmanager
+def explained(repo_id: str, revision: str) -> Iterator[None]:
+    """Turn what the Hub client raises into one line of ours; anything unknown passes through."""
+    try:
+        yield
+    except Exception as error:
+        ours = _explain(error, repo_id, revision)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _explain(error: BaseException, repo_id: str, revision: str) -> Exception | None:
+    from huggingface_hub import constants, errors
+
+    # hf_hub_download hides the reason in __cause__.
+    cause: BaseException = error
+    while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    # httpx before the client's 2.0, httpx2 since: their classes are told apart by name only.
+    kinds = {base.__name__ for base in type(cause).__mro__}
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    hub = constants.ENDPOINT
+    login = "log in with `hf auth login`"
+    if isinstance(cause, ApertusError):
+        return None
+    if isinstance(cause, errors.GatedRepoError):
+        return NotFoundError(
+            f"{repo_id} is gated: accept its licence at {hub}/{repo_id}, then {login}"
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return NotFoundError(f"{repo_id} has no branch, tag or commit {revision!r} on {hub}")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return NotFoundError(
+            f"{repo_id!r}: no such folder, and no such repository on {hub}; "
+            f"if it is private, {login}"
+        )
+    if isinstance(cause, errors.HfHubHTTPError):
+        return _explain_status(cause.response.status_code, repo_id, hub, login)
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return NotFoundError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to reach {hub}")
+    if "LocalProtocolError" in kinds:  # its text may quote the token
+        return NotFoundError(f"{repo_id}: the request is malformed (a bad token?); {login}")
+    if "TimeoutException" in kinds:
+        return UnreachableError(f"{repo_id}: {hub} did not answer in time; try again")
+    if "TransportError" in kinds and ("CERTIFICATE" in reason.upper() or "SSL" in reason.upper()):
+        return UnreachableError(
+            f"{repo_id}: no secure connection to {hub} ({reason}); check clock, proxy, certificates"
+        )
+    if "RequestError" in kinds:
+        return UnreachableError(
+            f"{repo_id}: the connection to {hub} failed ({reason}); "
+            "check the network and run again, a download goes on where it stopped"
+        )
+    if isinstance(cause, errors.FileMetadataError) or "InvalidURL" in kinds:
+        return not_the_hub(repo_id)
+    if isinstance(cause, ValueError) and "proxy" in reason.lower():
+        return NotFoundError(f"{repo_id}: the proxy settings are wrong ({reason})")
+    if isinstance(cause, OSError):
+        return _explain_os_error(cause, repo_id, reason)
+    return None
+
+
+def not_the_hub(repo_id: str) -> UnreachableError:
+    """The error for a server that answers, but not as the Hub does (a portal, a proxy)."""
+    from huggingface_hub import constants
+
+    return UnreachableError(
+        f"{repo_id}: {constants.ENDPOINT} does not answer like the Hub; "
+        "check HF_ENDPOINT and the proxy"
+    )
+
+
+def _explain_status(status: int, repo_id: str, hub: str, login: str) -> NotFoundError:
+    if status == 401:
+        return NotFoundError(f"{repo_id}: {hub} refuses the token (HTTP 401); {login}")
+    if status == 403:
+        return NotFoundError(f"{repo_id}: {hub} forbids access (HTTP 403); {login}, or ask for it")
+    if status == 404:
+        return NotFoundError(f"{repo_id}: a file is missing on {hub} (HTTP 404)")
+    if status == 429:
+        return UnreachableError(
+            f"{repo_id}: too many requests to {hub} (HTTP 429); wait some minutes, or {login}"
+        )
+    if status >= 500:
+        return UnreachableError(f"{repo_id}: {hub} fails (HTTP {status}); try again later")
+    return NotFoundError(f"{repo_id}: {hub} refuses the request (HTTP {status})")
+
+
+def _explain_os_error(error: OSError, repo_id: str, reason: str) -> Exception | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"{repo_id}: the disk is full; free some space and run again, or set HF_HOME"
+        )
+    if error.errno in _UNWRITABLE:
+        return ResourceError(
+            f"{repo_id}: the cache cannot be written ({error.filename}); set HF_HOME"
+        )
+    if error.errno is None:  # the client's own complaint about a transfer
+        return UnreachableError(f"{repo_id}: the download failed ({reason}); run again")
+    return None

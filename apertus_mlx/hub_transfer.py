@@ -1,0 +1,212 @@
+"""Fetches the files of a commit into the Hub client's cache: resumable, checked, reported.
+
+Files lie where the client itself would put them, in its documented layout.
+`huggingface_hub` is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+
+from apertus_mlx.errors import ResourceError
+from apertus_mlx.hub_errors import UnreachableError, explained
+from apertus_mlx.hub_listing import Listing, RemoteFile
+
+_CALLBACK_PERIOD_S = 0.5
+_LINE_PERIOD_S = 5.0
+# The Hub serves no larger file by plain HTTP; those go through the client's own protocol.
+_HTTP_LIMIT_BYTES = 50 * 10**9
+_SPARE_BYTES = 64 * 2**20
+_IDENTITY = {"Accept-Encoding": "identity"}  # a compressed answer could not be resumed
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """Bytes on disk and bytes wanted, over the files that were not there at the start."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+def download(
+    folder: Path,
+    listing: Listing,
+    files: tuple[RemoteFile, ...],
+    progress: Callable[[DownloadProgress], None] | None,
+) -> None:
+    """Fetch `files` of a commit into `folder`, the repository's folder in the cache.
+
+    Args:
+        folder: `models--organisation--name` in the Hub client's cache.
+        listing: The commit that the files belong to.
+        files: What to fetch, in this order.
+        progress: See `hub.resolve`.
+
+    Raises:
+        NotFoundError: no access, or the connection fails; running again goes on from there.
+        ResourceError: too little room, or the cache cannot be written.
+    """
+    repo_id = listing.repo_id
+    with explained(repo_id, listing.commit):
+        _check_disk_space(folder, repo_id, files)
+        with _reported(folder, repo_id, files, progress):
+            for file in files:
+                _download_file(folder, listing, file)
+
+
+def _download_file(folder: Path, listing: Listing, file: RemoteFile) -> None:
+    from huggingface_hub import constants, hf_hub_download
+
+    if file.sha256 is not None and file.size_bytes <= _HTTP_LIMIT_BYTES:
+        _download_blob(folder, listing, file, file.sha256)
+    # Finds the blob just fetched and links it into the snapshot, or fetches a small file.
+    hf_hub_download(
+        listing.repo_id,
+        file.name,
+        revision=listing.commit,
+        endpoint=constants.ENDPOINT,
+        cache_dir=folder.parent,
+        library_name="apertus-mlx",
+        etag_timeout=constants.HF_HUB_ETAG_TIMEOUT,
+    )
+
+
+def _download_blob(folder: Path, listing: Listing, file: RemoteFile, sha256: str) -> None:
+    """Fetch a large file into the cache, resuming a partial one, and check its SHA-256.
+
+    Since 2.0 `hf_hub_download` discards what an interrupted run has fetched; its own transfer
+    function still resumes, so that one is called here.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
+
+    blob = folder / "blobs" / sha256
+    partial = blob.with_name(f"{sha256}.incomplete")
+    lock = folder.parent / ".locks" / folder.name / f"{sha256}.lock"
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if blob.exists():
+            return
+        if partial.exists() and partial.stat().st_size > file.size_bytes:
+            partial.unlink()
+        with partial.open("ab") as stream:
+            http_get(
+                hf_hub_url(
+                    listing.repo_id,
+                    file.name,
+                    revision=listing.commit,
+                    endpoint=constants.ENDPOINT,
+                ),
+                stream,
+                resume_size=stream.tell(),
+                headers={**build_hf_headers(library_name="apertus-mlx"), **_IDENTITY},
+                expected_size=file.size_bytes,
+                displayed_filename=file.name,
+            )
+        with partial.open("rb") as stream:
+            intact = file_digest(stream, "sha256").hexdigest() == sha256
+        if not intact:
+            partial.unlink()
+            raise UnreachableError(
+                f"{listing.repo_id}: {file.name} arrived damaged (SHA-256 differs); try again"
+            )
+        partial.replace(blob)
+
+
+def _check_disk_space(folder: Path, repo_id: str, files: tuple[RemoteFile, ...]) -> None:
+    needed_bytes = sum(file.size_bytes for file in files) - _bytes_on_disk(folder, files)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if needed_bytes + _SPARE_BYTES > free_bytes:
+        raise ResourceError(
+            f"{repo_id}: {_gb(needed_bytes)} to download but {_gb(free_bytes)} free in "
+            f"{existing}; free some space or set HF_HOME to another disk"
+        )
+
+
+def _bytes_on_disk(folder: Path, files: tuple[RemoteFile, ...]) -> int:
+    total_bytes = 0
+    for file in files:
+        blob = folder / "blobs" / (file.sha256 or file.blob_id or file.name)
+        for path in (blob, blob.with_name(f"{blob.name}.incomplete")):
+            with suppress(OSError):
+                total_bytes += min(path.stat().st_size, file.size_bytes)
+                break
+    return total_bytes
+
+
+@contextmanager
+def _reported(
+    folder: Path,
+    repo_id: str,
+    files: tuple[RemoteFile, ...],
+    progress: Callable[[DownloadProgress], None] | None,
+) -> Iterator[None]:
+    """Report bytes on disk while the body runs; on a terminal leave it to the client's own bar."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if progress is None and sys.stderr.isatty():
+        yield
+        return
+    period_s = _LINE_PERIOD_S if progress is None else _CALLBACK_PERIOD_S
+    report = progress or _plain_lines(repo_id)
+    total_bytes = sum(file.size_bytes for file in files)
+    finished = threading.Event()
+
+    def measure() -> None:
+        report(DownloadProgress(_bytes_on_disk(folder, files), total_bytes))
+
+    def watch() -> None:
+        while not finished.wait(period_s):
+            measure()
+
+    had_bars = not are_progress_bars_disabled()
+    disable_progress_bars()
+    watcher = threading.Thread(target=watch, daemon=True)
+    measure()
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+        if had_bars:
+            enable_progress_bars()
+    report(DownloadProgress(total_bytes, total_bytes))
+
+
+def _plain_lines(repo_id: str) -> Callable[[DownloadProgress], None]:
+    start_s = time.monotonic()
+    start_bytes: int | None = None
+
+    def report(progress: DownloadProgress) -> None:
+        nonlocal start_bytes
+        if start_bytes is None:
+            start_bytes = progress.done_bytes
+        elapsed_s = time.monotonic() - start_s
+        line = f"{repo_id}: {_gb(progress.done_bytes)} of {_gb(progress.total_bytes)}"
+        rate = (progress.done_bytes - start_bytes) / elapsed_s if elapsed_s > 0.1 else 0.0
+        if rate > 0:
+            left_s = (progress.total_bytes - progress.done_bytes) / rate
+            line += f", {rate / 1e6:.1f} MB/s, {left_s:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+    return report
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 10**8 else f"{size_bytes / 1e6:.1f} MB"

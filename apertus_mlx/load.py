@@ -1,0 +1,103 @@
+"""A model folder -> a model with weights, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.inventory import (
+    FLOAT_DTYPES,
+    XIELU_DEFAULTS,
+    Inventory,
+    expected_tensors,
+    take_inventory,
+)
+from apertus_mlx.model import Model
+from quant.spec import QuantSpec
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+
+def load_model(directory: Path, dtype: str | None = None) -> Model:
+    """Load the model in `directory`, ready to run.
+
+    Args:
+        directory: a Hugging Face or MLX folder of an Apertus model.
+        dtype: type to compute in: bfloat16, float16 or float32. By default float32 without a GPU
+            (16-bit arithmetic is emulated there, and its quantized matmul is wrong by percents),
+            and with one bfloat16 if all weights are stored so, else float32.
+
+    Raises:
+        NotFoundError, RejectedError: see `take_inventory`; also weights that are not finite.
+    """
+    return load_inventory(take_inventory(directory), dtype)
+
+
+def load_inventory(
+    inventory: Inventory,
+    dtype: str | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load what `take_inventory` found; see `load_model`.
+
+    `on_bytes` is told the bytes read so far and in all.
+    """
+    compute = DTYPES[dtype] if dtype else _compute_dtype(inventory)
+    model = Model(inventory.config)
+    nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
+    model.load_weights(list(_read_arrays(inventory, compute, on_bytes)), strict=True)
+    for layer in model.layers:
+        layer.mlp.act_fn.fold()
+    model.eval()
+    return model
+
+
+def _as_arguments(spec: QuantSpec | None) -> dict[str, Any] | bool:
+    if spec is None:
+        return False
+    return {"bits": spec.bits, "group_size": spec.group_size, "mode": spec.mode}
+
+
+def _compute_dtype(inventory: Inventory) -> mx.Dtype:
+    if mx.default_device() == mx.cpu:
+        return mx.float32
+    stored = {
+        tensor.dtype
+        for key, tensor in inventory.checkpoint.tensors.items()
+        if key not in inventory.dropped and tensor.dtype in FLOAT_DTYPES and len(tensor.shape) == 2
+    }
+    return mx.bfloat16 if stored <= {"BF16"} else mx.float32
+
+
+def _read_arrays(
+    inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, mx.array]]:
+    """Every parameter in the type that it is computed with, one evaluated at a time."""
+    wanted = dict(expected_tensors(inventory.config, inventory.specs))
+    checkpoint = inventory.checkpoint
+    done = 0
+    for file in checkpoint.files:
+        loaded = mx.load(str(checkpoint.directory / file))
+        assert isinstance(loaded, dict)
+        for key in sorted(loaded):
+            array = loaded.pop(key)
+            if key not in wanted:
+                continue
+            _, shape = wanted.pop(key)
+            if mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype(compute).reshape(shape)
+                if not mx.isfinite(array).all():
+                    count = mx.sum(~mx.isfinite(array)).item()
+                    raise RejectedError(f"{checkpoint.directory}: {key}: {count} values not finite")
+            mx.eval(array)
+            done += checkpoint.tensors[key].size_bytes
+            if on_bytes is not None:
+                on_bytes(done, checkpoint.size_bytes)
+            yield key, array
+    for key in wanted:
+        yield key, mx.array(XIELU_DEFAULTS[key.rsplit(".", 1)[-1]], compute)

@@ -1,0 +1,138 @@
+"""What a Hub checkpoint says about itself, by range requests: JSON files and safetensors headers.
+
+Fetches kilobytes where the checkpoint has gigabytes; parses no header, the checkpoint reader does.
+Imports nothing heavy: `huggingface_hub` is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.hub_errors import UnreachableError, explained
+from apertus_mlx.hub_listing import Listing, RemoteFile, is_weights, list_files
+
+MAX_HEADER_BYTES = 16 * 2**20
+_JSON_NAMES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_LENGTH_BYTES = 8
+# One request is enough for the header of nearly every shard.
+_FIRST_BYTES = 64 * 2**10
+_READ_BYTES = 16 * 2**10
+_WORKERS = 8
+_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RawHeader:
+    """A safetensors header as it stands in the file (without the 8 length bytes)."""
+
+    header_json: bytes
+    file_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteCheckpoint:
+    """A commit's small JSON files and the raw header of each of its weight files, by name."""
+
+    repo_id: str
+    commit: str
+    files: dict[str, bytes]
+    headers: dict[str, RawHeader]
+
+
+def fetch_headers(repo_id: str, commit: str) -> RemoteCheckpoint:
+    """Read the JSON files and safetensors headers of a repository at a commit.
+
+    Raises:
+        NotFoundError: as for `hub.resolve`; also a server that cannot send a part of a file.
+        RejectedError: a weight file is too short, or its header is longer than 16 MiB or the file.
+    """
+    listing = list_files(repo_id, commit)
+    json_files = [file for file in listing.files if file.name in _JSON_NAMES]
+    weights = [file for file in listing.files if is_weights(file.name)]
+    with explained(repo_id, commit), ThreadPoolExecutor(_WORKERS) as pool:
+        files = list(pool.map(lambda file: _fetch_json(listing, file), json_files))
+        headers = list(pool.map(lambda file: _fetch_header(listing, file), weights))
+    return RemoteCheckpoint(
+        repo_id=repo_id,
+        commit=listing.commit,
+        files={file.name: content for file, content in zip(json_files, files, strict=True)},
+        headers={file.name: header for file, header in zip(weights, headers, strict=True)},
+    )
+
+
+def _fetch_json(listing: Listing, file: RemoteFile) -> bytes:
+    if file.size_bytes > MAX_HEADER_BYTES:
+        raise RejectedError(
+            f"{listing.repo_id}: {file.name} has {file.size_bytes} bytes, more than 16 MiB"
+        )
+    return _fetch_range(listing, file, 0, file.size_bytes) if file.size_bytes else b""
+
+
+def _fetch_header(listing: Listing, file: RemoteFile) -> RawHeader:
+    where = f"{listing.repo_id}: {file.name}"
+    first = _fetch_range(listing, file, 0, min(_FIRST_BYTES, file.size_bytes))
+    if len(first) < _LENGTH_BYTES:
+        raise RejectedError(f"{where} has {len(first)} bytes, too few for a safetensors file")
+    header_bytes = int.from_bytes(first[:_LENGTH_BYTES], "little")
+    stop = _LENGTH_BYTES + header_bytes
+    if header_bytes > MAX_HEADER_BYTES or stop > file.size_bytes:
+        raise RejectedError(
+            f"{where} names a header of {header_bytes} bytes in a file of {file.size_bytes} "
+            "(at most 16 MiB is read); not a sound safetensors file"
+        )
+    if stop > len(first):
+        first += _fetch_range(listing, file, len(first), stop)
+    return RawHeader(first[_LENGTH_BYTES:stop], file.size_bytes)
+
+
+def _fetch_range(listing: Listing, file: RemoteFile, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file; from a server without ranges, what leads up to them."""
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+    )
+
+    if stop <= start:
+        return b""
+    where = f"{listing.repo_id}: {file.name}"
+    deadline_s = time.monotonic() + _DEADLINE_S
+    request_headers = {
+        **build_hf_headers(library_name="apertus-mlx"),
+        "Accept-Encoding": "identity",
+        "Range": f"bytes={start}-{stop - 1}",
+    }
+    url = hf_hub_url(
+        listing.repo_id, file.name, revision=listing.commit, endpoint=constants.ENDPOINT
+    )
+    content = bytearray()
+    with get_session().stream(
+        "GET", url, headers=request_headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    ) as response:
+        hf_raise_for_status(response)
+        if response.status_code == 206:
+            sent = response.headers.get("Content-Range", "")
+            if sent != f"bytes {start}-{stop - 1}/{file.size_bytes}":
+                raise UnreachableError(
+                    f"{where}: asked for bytes {start}-{stop - 1} of {file.size_bytes}, "
+                    f"got {sent!r}; try again"
+                )
+            skip = 0
+        else:
+            skip = start
+        # Never more than asked for: leaving the block closes the connection on the rest.
+        for chunk in response.iter_raw(_READ_BYTES):
+            content += chunk
+            if len(content) >= skip + stop - start:
+                break
+            if time.monotonic() > deadline_s:
+                raise UnreachableError(
+                    f"{where}: {len(content)} bytes in {_DEADLINE_S:.0f} s is too slow; try again"
+                )
+    wanted = bytes(content[skip : skip + stop - start])
+    if len(wanted) != stop - start:
+        raise UnreachableError(f"{where}: got {len(wanted)} of {stop - start} bytes; try again")
+    return wanted

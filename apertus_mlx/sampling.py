@@ -1,0 +1,143 @@
+"""From logits to the next token: penalties, temperature and the usual filters, then one draw.
+
+The order is that of transformers, whose `generation_config.json` names the parameters: repetition
+penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from apertus_mlx.errors import UsageError
+from apertus_mlx.generation_config import GenerationConfig
+
+MAX_SEED = 2**63
+DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.8, 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw a token; temperature 0 takes the most likely one.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    temperature: float = DEFAULT_TEMPERATURE
+    top_p: float = DEFAULT_TOP_P
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature <= 100, "temperature", self.temperature, "from 0 to 100")
+        _require(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and up to 1")
+        _require(self.top_k >= 0, "top-k", self.top_k, "0 (off) or more")
+        _require(0 <= self.min_p <= 1, "min-p", self.min_p, "from 0 to 1")
+        _require(
+            0 < self.repetition_penalty <= 100,
+            "repetition-penalty",
+            self.repetition_penalty,
+            "above 0 and up to 100",
+        )
+        _require(0 <= self.seed < MAX_SEED, "seed", self.seed, "from 0 to 2^63 - 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+def resolve_params(
+    config: GenerationConfig,
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+) -> SamplingParams:
+    """What the user asked for, else what the model's makers recommend, else our defaults.
+
+    Without any recommendation that is temperature 0.8 and top-p 0.9 (the Apertus model cards).
+    """
+    if temperature is None:
+        temperature = 0.0 if config.do_sample is False else config.temperature
+    recommended = config.temperature is not None or config.top_p is not None
+    if top_p is None:
+        top_p = config.top_p or (1.0 if recommended else DEFAULT_TOP_P)
+    return SamplingParams(
+        temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+        top_p=top_p,
+        top_k=(config.top_k or 0) if top_k is None else top_k,
+        min_p=(config.min_p or 0.0) if min_p is None else min_p,
+        repetition_penalty=(
+            (config.repetition_penalty or 1.0) if repetition_penalty is None else repetition_penalty
+        ),
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+    )
+
+
+class Sampler:
+    """Draws tokens for one sequence; everything stays lazy, so that decoding can run ahead."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+        self._params = params
+        self._key = mx.random.key(params.seed)
+        self._seen: mx.array | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen = mx.zeros((vocab_size,), mx.bool_)
+            inside = [token for token in prompt if token < vocab_size]
+            if inside:
+                self._seen[mx.array(inside)] = True
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Draw a token id (shape `[]`) from `logits` `[vocabulary]`."""
+        if self._seen is not None:
+            logits = penalize(logits, self._seen, self._params.repetition_penalty)
+        if self._params.greedy:
+            token = mx.argmax(logits)
+        else:
+            self._key, key = mx.random.split(self._key)
+            token = mx.random.categorical(filter_logits(logits, self._params), key=key)
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+
+def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+    """Divide positive and multiply negative logits of `seen` tokens (CTRL, arXiv 1909.05858)."""
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_logits(logits: mx.array, params: SamplingParams) -> mx.array:
+    """Scale by temperature and set all but the likely tokens to minus infinity, in float32."""
+    logits = logits.astype(mx.float32) / params.temperature
+    size = logits.shape[-1]
+    if 0 < params.top_k < size:
+        threshold = mx.min(mx.topk(logits, params.top_k))
+        logits = mx.where(logits < threshold, -math.inf, logits)
+    if params.top_p < 1:
+        probabilities = mx.softmax(logits)
+        order = mx.argsort(-probabilities)
+        ranked = probabilities[order]
+        # A token stays if those before it have not yet reached top_p; the first always does.
+        kept_ranks = mx.cumsum(ranked) - ranked < params.top_p
+        kept = mx.put_along_axis(mx.zeros((size,), mx.bool_), order, kept_ranks, axis=-1)
+        logits = mx.where(kept, logits, -math.inf)
+    if params.min_p > 0:
+        floor = mx.max(logits) + math.log(params.min_p)
+        logits = mx.where(logits < floor, -math.inf, logits)
+    return logits
+
+
+def _require(holds: bool, name: str, value: float, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"--{name} {value}: expected {expected}")

@@ -1,0 +1,63 @@
+"""The output's README.md: what the folder is, from what and how it was made."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from convert.plan import DTYPE_NAMES, Plan
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LICENSE = re.compile(r"^license:[ \t]*([\w.\-]{1,60})[ \t]*$", re.MULTILINE)
+MAX_CARD_BYTES = 2**20
+
+
+def make_card(plan: Plan, name: str, source: str, commit: str | None, license_id: str | None) -> str:
+    """Markdown with the front matter that the Hugging Face Hub reads."""
+    specs = plan.specs
+    front = ["library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx", "- apertus"]
+    if license_id:
+        front.insert(0, f"license: {license_id}")
+    if _HUB_ID.fullmatch(source):
+        front.append(f"base_model: {source}")
+        if specs:
+            front.append("base_model_relation: quantized")
+    origin = f"`{source}`" + (f" at commit `{commit}`" if commit else "")
+    lines = ["---", *front, "---", "", f"# {name}", ""]
+    lines += [f"Apertus weights in MLX form, converted from {origin} ({plan.source.format}).", ""]
+    lines += ["| | |", "|---|---|"]
+    counts: dict[str, int] = {}
+    for step in plan.steps:
+        if step.matrix is not None:
+            text = str(step.spec) if step.spec else f"{DTYPE_NAMES[plan.dtype]}, not quantized"
+            counts[text] = counts.get(text, 0) + 1
+    lines += [f"| {text} | {count} weight matrices |" for text, count in counts.items()]
+    lines += [
+        f"| Bits per weight | {plan.bits_per_weight:.3f} |",
+        f"| Weights | {plan.weight_bytes:,} bytes |",
+        f"| Parameters | {plan.parameters:,} |",
+        f"| License | {license_id or 'see the source'} |",
+    ]
+    if plan.notes:
+        lines += ["", "Notes of the conversion:", "", *(f"- {note}" for note in plan.notes)]
+    lines += [
+        "",
+        "`apertus_mlx_manifest.json` holds the hash of each file; "
+        "`apertus-mlx verify DIR` checks them.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def license_of(directory: Path) -> str | None:
+    """The licence that the source's README names in its front matter, if any."""
+    path = directory / "README.md"
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return None
+    if not text.startswith("---"):
+        return None
+    found = _LICENSE.search(text.split("\n---", 1)[0])
+    return found[1] if found else None

@@ -1,0 +1,190 @@
+"""Follows a plan: reads blocks of rows, transforms them, writes each where the plan says.
+
+Decides nothing. Memory depends on the block size, not on the size of a tensor, shard or model:
+groups never cross a row, so blocks of rows give the same bits as whole tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.inventory import XIELU_DEFAULTS
+from convert.plan import OutputFile, OutputTensor, Plan, Step
+from convert.reading import MLX_TYPES, Reader, block_rows
+from convert.workspace import Workspace
+
+CHECK_BLOCK_BYTES = 4 * 2**20
+
+
+def execute(
+    plan: Plan, source: Path, workspace: Workspace, progress: Callable[[int], None]
+) -> None:
+    """Write all shards of `plan` into `workspace`; skips the steps that its journal proves done.
+
+    Args:
+        plan: what to do.
+        source: the folder that the plan was made for.
+        workspace: where to write.
+        progress: called with the number of source bytes that are dealt with.
+
+    Raises:
+        RejectedError: a source value is not finite, or does not fit the output's type.
+    """
+    done_bytes = 0
+    with Reader(source) as reader, _Shards(workspace.path, plan.files) as shards:
+        for number, step in enumerate(plan.steps):
+            recorded = workspace.done.get(number)
+            if recorded is None or shards.checksum(step) != recorded:
+                for block_bytes in _run(step, reader, shards, plan.request.allow_nonfinite):
+                    progress(done_bytes + block_bytes)
+                workspace.record(number, shards.finish(step))
+            done_bytes += step.source_bytes
+            progress(done_bytes)
+
+
+def _run(
+    step: Step, reader: Reader, shards: _Shards, allow_nonfinite: bool
+) -> Iterator[int]:
+    """Produce one step's tensors; yields the source bytes dealt with after each block."""
+    if step.matrix is None:
+        shards.append(step.outputs[0], _vector(step, reader, allow_nonfinite))
+        yield step.source_bytes
+        return
+    rows = step.outputs[0].shape[0]
+    size = block_rows(max(1, step.source_bytes // rows))
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        for tensor, array in zip(
+            step.outputs, _matrix_block(step, reader, start, stop, allow_nonfinite), strict=False
+        ):
+            shards.append(tensor, array)
+        yield step.source_bytes * stop // rows
+    if step.matrix.stored is not None and step.transform == "keep" and step.matrix.stored.carried:
+        shards.append(step.outputs[-1], step.matrix.read_carried(reader))
+
+
+def _matrix_block(
+    step: Step, reader: Reader, start: int, stop: int, allow_nonfinite: bool
+) -> tuple[mx.array, ...]:
+    matrix = step.matrix
+    assert matrix is not None
+    if step.transform == "keep":
+        codes = matrix.read_codes(reader, start, stop)
+        arrays = (codes.weight, codes.scales)
+        return arrays if codes.biases is None else (*arrays, codes.biases)
+    values = _cast(matrix.read(reader, start, stop, allow_nonfinite), step, allow_nonfinite)
+    if step.spec is None:
+        return (values,)
+    spec = step.spec
+    return tuple(
+        mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+    )
+
+
+def _vector(step: Step, reader: Reader, allow_nonfinite: bool) -> mx.array:
+    if step.vector is None:
+        return mx.array(XIELU_DEFAULTS[step.path.rsplit(".", 1)[-1]], MLX_TYPES[step.dtype])
+    rows = step.vector.shape[0] if step.vector.shape else 1
+    values = reader.floats(step.vector, 0, rows, allow_nonfinite)
+    return _cast(values.reshape(step.outputs[0].shape), step, allow_nonfinite)
+
+
+def _cast(values: mx.array, step: Step, allow_nonfinite: bool) -> mx.array:
+    target = MLX_TYPES[step.dtype]
+    if values.dtype == target:
+        return values
+    cast = values.astype(target)
+    if not allow_nonfinite and target != mx.float32 and not mx.isfinite(cast).all():
+        raise RejectedError(
+            f"{step.path}: values beyond the range of {target}; use --dtype bfloat16"
+            + (" or float32" if target == mx.bfloat16 else "")
+        )
+    return cast
+
+
+class _Shards:
+    """The output files, written at the places that the plan gives to each tensor."""
+
+    def __init__(self, directory: Path, files: tuple[OutputFile, ...]) -> None:
+        self._headers = {file.name: len(file.header) for file in files}
+        self._descriptors: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+        self._checksums: dict[str, int] = {}
+        for file in files:
+            descriptor = os.open(directory / file.name, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptors[file.name] = descriptor
+            _write_all(descriptor, file.header, 0)
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def append(self, tensor: OutputTensor, array: mx.array) -> None:
+        """Write the next rows of `tensor`."""
+        data = _bytes(array)
+        position = self._written.get(tensor.name, 0)
+        if position + len(data) > tensor.size_bytes:
+            raise AssertionError(f"{tensor.name}: more bytes than planned")
+        _write_all(self._descriptors[tensor.file], data, self._offset(tensor) + position)
+        self._written[tensor.name] = position + len(data)
+        self._checksums[tensor.name] = zlib.crc32(data, self._checksums.get(tensor.name, 0))
+
+    def finish(self, step: Step) -> int:
+        """The checksum of a step whose tensors are all written."""
+        total = 0
+        for tensor in step.outputs:
+            if self._written.pop(tensor.name, 0) != tensor.size_bytes:
+                raise AssertionError(f"{tensor.name}: fewer bytes than planned")
+            total = _combine(total, self._checksums.pop(tensor.name, 0))
+        return total
+
+    def checksum(self, step: Step) -> int:
+        """The checksum of what lies at a step's places now."""
+        total = 0
+        for tensor in step.outputs:
+            value = 0
+            start = self._offset(tensor)
+            for offset in range(0, tensor.size_bytes, CHECK_BLOCK_BYTES):
+                size = min(CHECK_BLOCK_BYTES, tensor.size_bytes - offset)
+                value = zlib.crc32(os.pread(self._descriptors[tensor.file], size, start + offset), value)
+            total = _combine(total, value)
+        return total
+
+    def _offset(self, tensor: OutputTensor) -> int:
+        return self._headers[tensor.file] + tensor.offset
+
+
+def _combine(total: int, checksum: int) -> int:
+    return zlib.crc32(checksum.to_bytes(4, "little"), total)
+
+
+def _bytes(array: mx.array) -> memoryview:
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    # MLX views of an array without dimensions need one.
+    flat = np.array(array.reshape(-1), copy=False)
+    return memoryview(np.ascontiguousarray(flat)).cast("B")
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view = view[count:]
+        offset += count

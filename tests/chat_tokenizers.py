@@ -1,0 +1,82 @@
+"""Tiny byte-level BPE tokenizers with the Apertus special tokens, for the tokenizer's tests."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from apertus_mlx.tokenizer import CHARACTER_OF_BYTE, Tokenizer
+
+_NAMED = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "<pad>", 32: "<think>", 33: "</think>"}
+_V1_ROLES = [
+    f"<|{role}_{side}|>"
+    for role, sides in {
+        "system": ("start", "end"),
+        "developer": ("start", "end"),
+        "user": ("start", "end"),
+        "assistant": ("start", "end"),
+        "inner": ("prefix", "suffix"),
+        "tools": ("prefix", "suffix"),
+    }.items()
+    for side in sides
+]
+_WORDS = ["the", "Ġthe", "Hello", "Ġworld", "ĠZurich", "ation", "Ġcapital", "dis", "abled"]
+
+
+def special_names(version: str) -> list[str]:
+    names = [_NAMED.get(i, f"<SPECIAL_{i}>") for i in range(74)]
+    if version == "v1":
+        names[61:73] = _V1_ROLES
+    return names
+
+
+@functools.cache
+def backend_json(version: str) -> str:
+    """A tokenizer.json whose first 74 ids are special, then 256 bytes, then a few merges."""
+    names = special_names(version)
+    vocab = {name: i for i, name in enumerate(names)}
+    for byte in range(256):
+        vocab[CHARACTER_OF_BYTE[byte]] = len(vocab)
+    merges: list[tuple[str, str]] = []
+    for word in _WORDS:
+        left = word[0]
+        for character in word[1:]:
+            if left + character not in vocab:
+                vocab[left + character] = len(vocab)
+                merges.append((left, character))
+            left += character
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+    )
+    backend.add_tokens([tokenizers.AddedToken("\\begin{ x", special=False, normalized=False)])
+    text: str = backend.to_str()
+    return text
+
+
+def write_tokenizer(directory: Path, version: str = "v1", **config: Any) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(backend_json(version), encoding="utf-8")
+    if config:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def vocab_size(version: str = "v1") -> int:
+    size: int = tokenizers.Tokenizer.from_str(backend_json(version)).get_vocab_size()
+    return size
+
+
+def load_tokenizer(directory: Path, version: str = "v1") -> Tokenizer:
+    write_tokenizer(directory, version)
+    return Tokenizer.load(directory, vocab_size=vocab_size(version), bos_token_id=1)
