@@ -32,6 +32,7 @@ from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
+MAX_NODES = 8_000
 BASE_STEPS = 100_000
 STEPS_PER_VALUE = 100
 STEPS_PER_KIB = 16
@@ -148,7 +149,7 @@ class Budget:
                     inner.extend(item.keys())
                     inner.extend(item.values())
                 elif isinstance(item, range):
-                    self.step(len(item) >> 4)
+                    self.step(len(item) >> 2)
                 elif depth and not isinstance(item, _SCALARS):
                     raise LimitError(f"it puts a {type(item).__name__} into a list")
             count += len(level)
@@ -213,6 +214,13 @@ def _slice(context: Context, value: Any, start: Any, stop: Any, step: Any) -> An
     return result
 
 
+def _spread(context: Context, value: Any) -> Any:
+    if not isinstance(value, list | tuple | dict):
+        raise jinja2.sandbox.SecurityError(f"a {type(value).__name__} spread into a call")
+    _budget(context).step(1 + len(value))
+    return value
+
+
 def _concat(context: Context, *parts: Any) -> str:
     budget = _budget(context)
     budget.step()
@@ -233,7 +241,7 @@ def _compare(context: Context, left: Any, *rest: Any) -> Any:
     return result
 
 
-_GUARD_IDS = frozenset(map(id, (_pass, _literal, _key, _slice, _concat, _compare)))
+_GUARD_IDS = frozenset(map(id, (_pass, _literal, _key, _slice, _spread, _concat, _compare)))
 
 
 class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -265,6 +273,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     guard_literal = staticmethod(_literal)
     guard_key = staticmethod(_key)
     guard_slice = staticmethod(_slice)
+    guard_spread = staticmethod(_spread)
     guard_concat = staticmethod(_concat)
     guard_compare = staticmethod(_compare)
 
@@ -363,7 +372,9 @@ def compile_template(
             f"it has {len(source)} characters, more than the {MAX_SOURCE_CHARACTERS} allowed"
         )
     tree = environment.parse(source)
-    for node in tree.find_all(nodes.Node):
+    for count, node in enumerate(tree.find_all(nodes.Node)):
+        if count > MAX_NODES:
+            raise LimitError(f"it has more than {MAX_NODES} parts")
         if not isinstance(node, _ALLOWED_NODES):
             raise jinja2.sandbox.SecurityError(
                 f"line {node.lineno}: {type(node).__name__} is not available to chat templates"
@@ -410,7 +421,11 @@ class _Charge(NodeTransformer):
     def visit_Call(self, node: nodes.Call) -> nodes.Node:
         if isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES:
             self._searched.update(id(argument) for argument in node.args[:1])
-        return self.generic_visit(node)
+        self.generic_visit(node)
+        for name in ("dyn_args", "dyn_kwargs"):
+            if (values := getattr(node, name)) is not None:
+                setattr(node, name, _guard("guard_spread", [values], node.lineno))
+        return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self._searched.add(id(node.expr))

@@ -47,7 +47,7 @@ def make_manifest(
     files = {
         path.name: {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(directory.iterdir())
-        if path.name != MANIFEST and not path.name.endswith(".txt")
+        if path.name != MANIFEST and not path.name.startswith(".")
     }
     return {
         "format_version": FORMAT_VERSION,

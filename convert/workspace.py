@@ -11,14 +11,14 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from apertus_mlx.errors import RejectedError, ResourceError, UsageError
 
-JOURNAL = "journal.txt"
+JOURNAL = ".journal"
 # Room that a file system keeps for itself; asked for on top of the plan.
 SPARE_BYTES = 16 * 2**20
 
@@ -225,5 +225,3 @@ def _sync(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-
-Progress = Callable[[int], None]

@@ -68,6 +68,7 @@ class HubServer(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.large_bytes_sent = 0
+        self.counting = threading.Lock()
         self.released = threading.Event()
         # Faults.
         self.cut_after_bytes: int | None = None  # once, in the next large file
@@ -243,9 +244,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         for start in range(0, len(body), CHUNK_BYTES):
             chunk = body[start : start + CHUNK_BYTES]
+            if large:  # counted first: a client may look as soon as it has the bytes
+                with hub.counting:
+                    hub.large_bytes_sent += len(chunk)
             self.wfile.write(chunk)
-            if large:
-                hub.large_bytes_sent += len(chunk)
 
 
 def _git_id(content: bytes) -> str:

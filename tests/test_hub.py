@@ -20,7 +20,7 @@ import pytest
 from hub_server import CHUNK_BYTES, HubServer, Request, is_large, point_client_at, serving
 from safetensors.numpy import save
 
-from apertus_mlx import hub, hub_transfer, remote_headers
+from apertus_mlx import hub
 from apertus_mlx.errors import (
     ApertusError,
     NotFoundError,
@@ -28,6 +28,8 @@ from apertus_mlx.errors import (
     ResourceError,
     UsageError,
 )
+from apertus_mlx.hub import remote_headers
+from apertus_mlx.hub import transfer as hub_transfer
 
 REPO = "swiss-ai/Tiny"
 ROOT = Path(__file__).parent.parent
@@ -668,7 +670,7 @@ def test_headers_when_the_connection_is_cut(server: HubServer) -> None:
 
 def test_importing_is_cheap() -> None:
     code = (
-        "import sys, apertus_mlx.hub, apertus_mlx.remote_headers; "
+        "import sys, apertus_mlx.hub, apertus_mlx.hub.remote_headers; "
         "print([name for name in sys.modules if name.split('.')[0] in "
         "('huggingface_hub', 'httpx', 'httpx2', 'mlx', 'numpy')])"
     )

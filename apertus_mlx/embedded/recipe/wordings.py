@@ -51,6 +51,9 @@ _FRAMES: Final = {
         I would like to know {what} {d} is.
         {D}?
         Give me {d}.
+        Could you tell me {what} {d} is?
+        Help me: {what} is {d}?
+        I need {d}.
         Could you name {d} for me?
     """,
     "de": """
@@ -62,6 +65,9 @@ _FRAMES: Final = {
         Ich möchte wissen, {what} {d} ist.
         {D}?
         Weißt du, {what} {d} ist?
+        Könntest du mir sagen, {what} {d} ist?
+        Hilf mir: {what} ist {d}?
+        Ich brauche {da}.
         Könntest du mir {da} nennen?
     """,
     "fr": """
@@ -73,6 +79,9 @@ _FRAMES: Final = {
         Je voudrais savoir {what} est {d}.
         {D} ?
         Sais-tu {what} est {d} ?
+        Pourrais-tu me dire {what} est {d} ?
+        Aide-moi : {what} est {d} ?
+        J'ai besoin de savoir {what} est {d}.
         Pourrais-tu m'indiquer {d} ?
     """,
     "it": """
@@ -84,6 +93,9 @@ _FRAMES: Final = {
         Vorrei sapere {what} {d}.
         {D}?
         Sai {what} {d}?
+        Potresti dirmi {what} {d}?
+        Aiutami: {what} {d}?
+        Mi serve {d}.
         Potresti indicarmi {d}?
     """,
 }
@@ -185,6 +197,7 @@ _QUESTIONS: Final = {
             What symbol does {x} have in the periodic table?
             How is {x} written in chemistry?
             Which chemical symbol does {x} have?
+            What symbol is used for {x}?
             What is the symbol of the element {x}?
         """,
         "de": """
@@ -192,6 +205,7 @@ _QUESTIONS: Final = {
             Welches chemische Symbol hat {x}?
             Mit welchem Symbol schreibt man {x} in der Chemie?
             Wie lautet das Symbol für {x}?
+            Welches Symbol benutzt man für {x}?
             Welches Symbol steht in der Chemie für {x}?
         """,
         "fr": """
@@ -199,6 +213,7 @@ _QUESTIONS: Final = {
             Quel symbole chimique désigne {x} ?
             Comment écrit-on {x} en chimie ?
             Quel est le symbole qui désigne {x} ?
+            Par quel symbole désigne-t-on {x} ?
             Quel symbole utilise-t-on pour {x} ?
         """,
         "it": """
@@ -206,6 +221,7 @@ _QUESTIONS: Final = {
             Quale simbolo chimico indica {x}?
             Come si scrive {x} in chimica?
             Qual è il simbolo che indica {x}?
+            Con quale simbolo si indica {x}?
             Quale simbolo si usa per {x}?
         """,
     },

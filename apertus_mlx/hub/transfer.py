@@ -17,8 +17,8 @@ from hashlib import file_digest
 from pathlib import Path
 
 from apertus_mlx.errors import ResourceError
-from apertus_mlx.hub_errors import UnreachableError, explained
-from apertus_mlx.hub_listing import Listing, RemoteFile
+from apertus_mlx.hub.errors import UnreachableError, explained
+from apertus_mlx.hub.listing import Listing, RemoteFile
 
 _CALLBACK_PERIOD_S = 0.5
 _LINE_PERIOD_S = 5.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from json import JSONDecodeError
 
 from apertus_mlx.errors import UsageError
-from apertus_mlx.hub_errors import explained, not_the_hub
+from apertus_mlx.hub.errors import explained, not_the_hub
 
 _NAMES = frozenset(
     {

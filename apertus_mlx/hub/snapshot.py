@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
-from apertus_mlx.hub_errors import UnreachableError
-from apertus_mlx.hub_listing import (
+from apertus_mlx.hub.errors import UnreachableError
+from apertus_mlx.hub.listing import (
     COMMIT,
     Listing,
     check_request,
@@ -22,9 +22,7 @@ from apertus_mlx.hub_listing import (
     is_weights,
     list_files,
 )
-from apertus_mlx.hub_transfer import DownloadProgress, download
-
-__all__ = ["DownloadProgress", "Snapshot", "is_repo_id", "list_files", "locate", "resolve"]
+from apertus_mlx.hub.transfer import DownloadProgress, download
 
 
 @dataclass(frozen=True, slots=True)

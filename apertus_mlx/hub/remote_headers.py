@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.hub_errors import UnreachableError, explained
-from apertus_mlx.hub_listing import Listing, RemoteFile, is_weights, list_files
+from apertus_mlx.hub.errors import UnreachableError, explained
+from apertus_mlx.hub.listing import Listing, RemoteFile, is_weights, list_files
 
 MAX_HEADER_BYTES = 16 * 2**20
 _JSON_NAMES = ("config.json", "generation_config.json", "model.safetensors.index.json")

@@ -1,0 +1,216 @@
+"""`apertus-mlx convert`: a checkpoint becomes MLX weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apertus_mlx.cli.options import DType, JsonOption, OfflineOption, RevisionOption
+from apertus_mlx.cli.output import (
+    byte_progress,
+    format_bytes,
+    note,
+    print_data,
+    print_json,
+    print_table,
+)
+from apertus_mlx.errors import UsageError
+from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES
+
+if TYPE_CHECKING:
+    from convert.job import Job
+    from convert.plan import Plan
+    from convert.policy import Request
+
+EMBEDDED_NAME = "apertus-demo"
+
+
+def convert(
+    source: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="Output folder; default: a name from the source, here.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option("--bits", "-b", help="Bits per weight: 2, 3, 4, 5, 6 or 8.")
+    ] = None,
+    group_size: Annotated[
+        str | None, typer.Option("--group-size", "-g", help="Weights per scale: 32, 64 or 128.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="affine (default), mxfp4, mxfp8 or nvfp4.")
+    ] = None,
+    embed_bits: Annotated[
+        str | None, typer.Option("--embed-bits", help="Bits of the embedding.")
+    ] = None,
+    head_bits: Annotated[
+        str | None, typer.Option("--head-bits", help="Bits of the head, where it is its own.")
+    ] = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATTERN=BITS[:GROUP]",
+            help="Format of the modules that match, e.g. '*.down_proj=6'; none keeps them plain.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="TOML or JSON file with formats per module.")
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Turn quantized weights into plain ones.")
+    ] = False,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Quantize quantized weights again, with a loss.")
+    ] = False,
+    dtype: Annotated[
+        DType | None, typer.Option("--dtype", help="Type of everything that is not codes.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what would be done, and stop.")] = False,
+    json: JsonOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted conversion.")
+    ] = False,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    allow_untied_head: Annotated[
+        bool,
+        typer.Option("--allow-untied-head", help="Keep a head that differs from a tied embedding."),
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity (not when quantizing).")
+    ] = False,
+) -> None:
+    """Convert SOURCE to MLX weights in the folder OUT, quantized where --bits is given."""
+    from convert.job import convert as run
+    from convert.report import default_name, plan_as_json, plan_rows, summary
+
+    request = _request(
+        bits, group_size, mode, embed_bits, head_bits, rules or [], recipe,
+        dequantize=dequantize, requantize=requantize, dtype=dtype,
+        allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    if plan:
+        planned, name, commit = _plan_only(source, revision, offline, request)
+        if json:
+            print_json(plan_as_json(planned, name, commit))
+        else:
+            header, rows, lines = plan_rows(planned)
+            print_table(header, rows)
+            for line in lines:
+                print_data(line)
+        return
+    job = _prepare(source, revision, offline, request)
+    target = out or Path(default_name(job.source_name, request))
+    for line in job.plan.notes:
+        note(line)
+    if job.asks_for_code:
+        note(f"config.json asks for code ({', '.join(job.asks_for_code)}); never run, not copied")
+    with byte_progress("converting", job.plan.source_bytes) as update:
+        run(job, target, resume, update)
+    note(
+        f"{format_bytes(job.plan.source_bytes)} -> {format_bytes(job.plan.weight_bytes)}, "
+        f"{job.plan.bits_per_weight:.3f} bits per weight"
+    )
+    if json:
+        print_json(summary(job, target))
+    else:
+        print_data(str(target))
+
+
+def _request(
+    bits: str | None,
+    group_size: str | None,
+    mode: str | None,
+    embed_bits: str | None,
+    head_bits: str | None,
+    rules: list[str],
+    recipe: Path | None,
+    *,
+    dequantize: bool,
+    requantize: bool,
+    dtype: DType | None,
+    allow_untied_head: bool,
+    allow_nonfinite: bool,
+) -> Request:
+    from apertus_mlx import layout
+    from convert.plan import CONFIG_DTYPES
+    from convert.policy import Request, make_spec, module_rule, parse_rule, read_recipe
+
+    bits_value = _integer(bits, "--bits", AFFINE_BITS)
+    group = _integer(group_size, "--group-size", AFFINE_GROUP_SIZES)
+    default, found = None, []
+    if recipe is not None:
+        if bits_value is not None or mode is not None or group is not None:
+            raise UsageError("--recipe: says bits, group size and mode itself; leave them out")
+        default, recipe_rules = read_recipe(recipe)
+        found += recipe_rules
+    elif bits_value is not None or mode is not None:
+        default = make_spec(bits_value, group, mode, "--bits" if mode is None else "--mode")
+    elif group is not None and not (embed_bits or head_bits or rules):
+        raise UsageError("--group-size: give --bits as well")
+    for option, value, path in (
+        ("--embed-bits", embed_bits, layout.EMBEDDING),
+        ("--head-bits", head_bits, layout.HEAD),
+    ):
+        number = _integer(value, option, AFFINE_BITS)
+        if number is not None:
+            found.append(module_rule(path, number, group, option))
+    found += [parse_rule(rule, group) for rule in rules]
+    return Request(
+        default,
+        tuple(found),
+        dequantize=dequantize,
+        requantize=requantize,
+        dtype=CONFIG_DTYPES[dtype.value] if dtype else None,
+        allow_untied_head=allow_untied_head,
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def _integer(value: str | None, option: str, allowed: tuple[int, ...]) -> int | None:
+    if value is None:
+        return None
+    if value not in map(str, allowed):
+        choices = ", ".join(map(str, allowed[:-1])) + f" or {allowed[-1]}"
+        raise UsageError(f"{option} {value[:40]!r}: expected {choices}")
+    return int(value)
+
+
+def _prepare(source: str | None, revision: str | None, offline: bool, request: Request) -> Job:
+    from convert.job import prepare
+
+    if source is None:
+        from apertus_mlx.embedded import model_dir
+
+        note("using the small demonstration model in the package; SOURCE takes a real one")
+        return prepare(model_dir(), request, EMBEDDED_NAME)
+    from apertus_mlx.hub import is_repo_id, locate, resolve
+
+    if not Path(source).expanduser().exists() and is_repo_id(source):
+        snapshot = resolve(source, revision=revision, offline=offline)
+        return prepare(snapshot.directory, request, source, snapshot.commit)
+    folder = locate(source, revision=revision, offline=offline)
+    return prepare(folder, request, folder.resolve().name)
+
+
+def _plan_only(
+    source: str | None, revision: str | None, offline: bool, request: Request
+) -> tuple[Plan, str, str | None]:
+    """The plan alone; for a Hub id from its headers, before anything is downloaded."""
+    from apertus_mlx.hub import is_repo_id
+
+    remote = source is not None and not Path(source).expanduser().exists() and is_repo_id(source)
+    if not remote or offline or source is None:
+        job = _prepare(source, revision, offline, request)
+        return job.plan, job.source_name, job.commit
+    from apertus_mlx.hub_listing import list_files
+    from apertus_mlx.remote_headers import fetch_headers
+    from convert.remote import plan_remote
+
+    listing = list_files(source, revision or "main")
+    checkpoint = fetch_headers(source, listing.commit)
+    return plan_remote(checkpoint, request), source, listing.commit

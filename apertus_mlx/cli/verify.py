@@ -1,0 +1,5 @@
+"""Placeholder."""
+from typing import Annotated
+import typer
+def verify(directory: str) -> None:
+    """x"""

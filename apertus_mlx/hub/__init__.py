@@ -1,0 +1,20 @@
+"""The Hugging Face Hub: a repository id becomes a pinned folder, or headers read from afar.
+
+Imports nothing heavy: `huggingface_hub` is imported inside the functions that need it.
+"""
+
+from apertus_mlx.hub.listing import is_repo_id
+from apertus_mlx.hub.remote_headers import RawHeader, RemoteCheckpoint, fetch_headers
+from apertus_mlx.hub.snapshot import Snapshot, locate, resolve
+from apertus_mlx.hub.transfer import DownloadProgress
+
+__all__ = [
+    "DownloadProgress",
+    "RawHeader",
+    "RemoteCheckpoint",
+    "Snapshot",
+    "fetch_headers",
+    "is_repo_id",
+    "locate",
+    "resolve",
+]

@@ -1,0 +1,172 @@
+"""One conversion from a folder to a folder: recognise, plan, execute, describe, publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apertus_mlx.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
+from apertus_mlx.config import CONFIG_FILE, read_config
+from apertus_mlx.errors import ApertusError, RejectedError
+from apertus_mlx.strict_json import read_object
+from convert.card import license_of, make_card
+from convert.companions import (
+    TOKENIZER,
+    check_companions,
+    companion_files,
+    copy_companions,
+)
+from convert.execute import execute
+from convert.manifest import MANIFEST, make_manifest, sha256
+from convert.output_config import output_config, quantization_block
+from convert.plan import Plan, make_plan
+from convert.policy import Request
+from convert.reading import FileState, Reader, file_states
+from convert.sources.recognise import recognise
+from convert.workspace import (
+    Workspace,
+    check_space,
+    check_target,
+    open_workspace,
+    partial_path,
+)
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that has been planned and not yet begun."""
+
+    directory: Path
+    # What the user called the source, and its commit if it came from the Hub.
+    source_name: str
+    commit: str | None
+    original_config: Mapping[str, Any]
+    plan: Plan
+    # Source files as they were when the plan was made.
+    files: Mapping[str, FileState]
+    asks_for_code: tuple[str, ...]
+
+    @property
+    def companion_bytes(self) -> int:
+        """Size of the files that are copied."""
+        return sum(path.stat().st_size for path in companion_files(self.directory))
+
+    @property
+    def output_bytes(self) -> int:
+        """What the output folder will take on disk, nearly: weights, tokenizer, small files."""
+        weights = sum(file.size_bytes for file in self.plan.files)
+        return weights + self.companion_bytes + 2**20
+
+
+def prepare(directory: Path, request: Request, source_name: str, commit: str | None = None) -> Job:
+    """Recognise the checkpoint in `directory` and plan its conversion; writes nothing.
+
+    Raises:
+        ApertusError: the checkpoint is damaged or not supported, or the request does not fit it.
+    """
+    config = read_config(directory)
+    checkpoint = open_checkpoint(directory)
+    watched = [*checkpoint.files, CONFIG_FILE, TOKENIZER]
+    source = recognise(config, checkpoint.tensors, str(directory))
+    files: dict[str, FileState] = {}
+    check_companions(directory, config)
+    files = file_states(directory, watched)
+    if source.tied_pair is not None and not _head_is_tied(checkpoint, source.tied_pair):
+        if not request.allow_untied_head:
+            raise RejectedError(
+                f"{directory}: lm_head.weight differs from the embedding, but tie_word_embeddings "
+                "is true; --allow-untied-head converts it as a model with its own head"
+            )
+        source = recognise(config, checkpoint.tensors, str(directory), untied_head=True)
+    plan = make_plan(source, request)
+    return Job(
+        directory,
+        source_name,
+        commit,
+        read_object(directory / CONFIG_FILE),
+        plan,
+        files,
+        config.asks_for_code,
+    )
+
+
+def convert(
+    job: Job, target: Path, resume: bool = False, progress: Callable[[int], None] | None = None
+) -> Path:
+    """Do what `job` plans; `target` appears complete or not at all.
+
+    Raises:
+        UsageError: the target is taken, or another conversion to it is running or unfinished.
+        ResourceError: the disk is full or cannot be written.
+        RejectedError: the source is damaged, or changed meanwhile.
+    """
+    check_target(target, job.directory)
+    if not partial_path(target).exists():
+        check_space(target.resolve().parent, job.output_bytes)
+    fingerprint = job.plan.fingerprint() + _states_digest(job.files)
+    with open_workspace(target, fingerprint, resume) as workspace:
+        execute(job.plan, job.directory, workspace, progress or (lambda _: None))
+        _write_companions(job, target.name, workspace)
+        if file_states(job.directory, job.files) != job.files:
+            raise RejectedError(f"{job.directory}: changed while it was converted; start again")
+        workspace.publish()
+    return target
+
+
+def _head_is_tied(checkpoint: Checkpoint, pair: tuple[Any, Any]) -> bool:
+    with Reader(checkpoint.directory) as reader:
+        return reader.same_bytes(*pair)
+
+
+def _write_companions(job: Job, name: str, workspace: Workspace) -> None:
+    plan, path = job.plan, workspace.path
+    _write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
+    _write_json(path / INDEX_FILE, _index(plan))
+    copy_companions(job.directory, path)
+    for original in companion_files(job.directory):
+        if sha256(original) != sha256(path / original.name):
+            raise ApertusError(f"{original.name}: the copy differs from the original; start again")
+    license_id = license_of(job.directory)
+    card = make_card(plan, name, job.source_name, job.commit, license_id)
+    (path / CARD).write_text(card, encoding="utf-8")
+    origin = {
+        "name": job.source_name,
+        "commit": job.commit,
+        "format": plan.source.format,
+        "files": {file: state.size_bytes for file, state in sorted(job.files.items())},
+    }
+    figures = {
+        "bits_per_weight": round(plan.bits_per_weight, 6),
+        "parameters": plan.parameters,
+        "weight_bytes": plan.weight_bytes,
+        "dtype": plan.dtype,
+        "quantization": quantization_block(plan.source.config, plan.specs) if plan.specs else None,
+        "losses": {step.path: step.loss for step in plan.steps if step.loss},
+        "notes": list(plan.notes),
+    }
+    _write_json(path / MANIFEST, make_manifest(path, origin, figures))
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    weight_map = {tensor.name: tensor.file for step in plan.steps for tensor in step.outputs}
+    return {
+        "metadata": {"total_size": plan.weight_bytes, "total_parameters": plan.parameters},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _states_digest(files: Mapping[str, FileState]) -> str:
+    import hashlib
+
+    text = repr(sorted((name, s.size_bytes, s.modified_ns) for name, s in files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

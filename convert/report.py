@@ -1,0 +1,122 @@
+"""Plans and results in words: the table of `--plan`, its JSON form, and the default name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from convert.job import Job
+from convert.manifest import MANIFEST
+from convert.plan import DTYPE_NAMES, Plan, Step
+from convert.policy import Request
+
+_LAYER = re.compile(r"\.layers\.\d+\.")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def default_name(source_name: str, request: Request) -> str:
+    """The output folder's name where the user gives none: `<source>-MLX[-4bit]`."""
+    base = _UNSAFE.sub("-", source_name.rsplit("/", 1)[-1]).strip(".-") or "model"
+    suffix = ""
+    if request.default is not None:
+        spec = request.default
+        suffix = f"-{spec.bits}bit" if spec.mode == "affine" else f"-{spec.mode}"
+    elif request.rules:
+        suffix = "-mixed"
+    elif request.dequantize:
+        suffix = "-plain"
+    return f"{base}-MLX{suffix}"
+
+
+def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header, rows and closing lines of the table: equal modules of all layers in one row."""
+    groups: dict[tuple[str, str, str, str], list[Step]] = {}
+    for step in plan.steps:
+        shape = step.outputs[0].shape
+        if step.matrix is not None:
+            shape = (shape[0], _columns(step))
+        key = (
+            _LAYER.sub(".layers.*.", step.path),
+            "x".join(map(str, shape)) or "scalar",
+            step.transform,
+            str(step.spec) if step.spec else DTYPE_NAMES[step.dtype],
+        )
+        groups.setdefault(key, []).append(step)
+    rows = [
+        [name, str(len(steps)), shape, transform, form, f"{sum(s.size_bytes for s in steps):,}"]
+        for (name, shape, transform, form), steps in groups.items()
+    ]
+    lines = [
+        "",
+        f"source            {plan.source.name} ({plan.source.format})",
+        f"output            {plan.weight_bytes:,} bytes of weights in {len(plan.files)} "
+        f"file{'s' if len(plan.files) > 1 else ''}",
+        f"bits per weight   {plan.bits_per_weight:.3f}",
+        f"peak memory       about {plan.peak_memory_bytes:,} bytes",
+        *(f"note              {note}" for note in plan.notes),
+    ]
+    header = ["module", "count", "shape", "transform", "form", "bytes"]
+    return header, rows, lines
+
+
+def plan_as_json(plan: Plan, source: str, commit: str | None) -> dict[str, Any]:
+    """Everything that a plan says, per tensor."""
+    return {
+        "source": source,
+        "commit": commit,
+        "source_format": plan.source.format,
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.weight_bytes,
+        "parameters": plan.parameters,
+        "bits_per_weight": plan.bits_per_weight,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "dtype": DTYPE_NAMES[plan.dtype],
+        "files": [{"name": file.name, "size_bytes": file.size_bytes} for file in plan.files],
+        "notes": list(plan.notes),
+        "dropped": dict(plan.source.dropped),
+        "modules": [_step_as_json(step) for step in plan.steps],
+    }
+
+
+def summary(job: Job, target: Path) -> dict[str, Any]:
+    """What `convert --json` prints at the end."""
+    return {
+        "output": str(target),
+        "manifest": str(target / MANIFEST),
+        "source": job.source_name,
+        "commit": job.commit,
+        "output_bytes": job.plan.weight_bytes,
+        "parameters": job.plan.parameters,
+        "bits_per_weight": job.plan.bits_per_weight,
+        "notes": list(job.plan.notes),
+    }
+
+
+def _step_as_json(step: Step) -> dict[str, Any]:
+    spec = step.spec
+    return {
+        "module": step.path,
+        "transform": step.transform,
+        "sources": [tensor.name for tensor in step.source_tensors],
+        "bits": spec.bits if spec else None,
+        "group_size": spec.group_size if spec else None,
+        "mode": spec.mode if spec else None,
+        "unquantized_because": step.reason,
+        "loss": step.loss,
+        "outputs": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "size_bytes": tensor.size_bytes,
+                "file": tensor.file,
+            }
+            for tensor in step.outputs
+        ],
+    }
+
+
+def _columns(step: Step) -> int:
+    shape = step.outputs[0].shape
+    return shape[1] * 32 // step.spec.bits if step.spec else shape[1]

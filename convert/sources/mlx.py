@@ -1,0 +1,114 @@
+"""MLX folders, quantized by mlx-lm or by this package: codes pass through unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from apertus_mlx import layout
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.inventory import FLOAT_DTYPES
+from apertus_mlx.safetensors_header import TensorInfo
+from convert.reading import Reader
+from convert.sources.source import Codes, MatrixSource, PlainMatrix, Source, Stored, Tensors
+from quant.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MlxMatrix:
+    """A matrix in one of MLX's quantized formats."""
+
+    spec: QuantSpec
+    weight: TensorInfo
+    scales: TensorInfo
+    biases: TensorInfo | None
+    is_quantized: bool = True
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Codes, scales and, in affine formats, biases."""
+        found = (self.weight, self.scales)
+        return found if self.biases is None else (*found, self.biases)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the scales; bfloat16 stands in for the 8-bit scales of the float formats."""
+        return self.scales.dtype if self.spec.has_biases else "BF16"
+
+    @property
+    def stored(self) -> Stored:
+        """Its own format."""
+        return Stored(self.spec, self.scales.dtype)
+
+    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+        """Rows in float32."""
+        codes = self.read_codes(reader, start, stop)
+        biases = None if codes.biases is None else codes.biases.astype(mx.float32)
+        scales = codes.scales.astype(mx.float32) if self.spec.has_biases else codes.scales
+        return mx.dequantize(
+            codes.weight,
+            scales,
+            biases,
+            group_size=self.spec.group_size,
+            bits=self.spec.bits,
+            mode=self.spec.mode,
+            dtype=mx.float32,
+        )
+
+    def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
+        """Rows as they are stored."""
+        weight = reader.rows(self.weight, start, stop)
+        if self.biases is None:
+            return Codes(weight, reader.rows(self.scales, start, stop))
+        scales = reader.floats(self.scales, start, stop)
+        return Codes(weight, scales, reader.floats(self.biases, start, stop))
+
+    def read_carried(self, reader: Reader) -> mx.array:
+        """There is none."""
+        raise NotImplementedError
+
+
+def source(config: ModelConfig, tensors: Mapping[str, TensorInfo], name: str) -> Source:
+    """Recognise an MLX folder, quantized wherever scales are stored and the config says how."""
+    left = Tensors(tensors, name)
+    tied_pair = None
+    if config.tie_word_embeddings and f"{layout.HEAD}.weight" in left:
+        tied_pair = left.take_tied_head()
+        for part in ("scales", "biases"):
+            left.drop(f"{layout.HEAD}.{part}", "equal to the tied embedding")
+    matrices: dict[str, MatrixSource] = {}
+    for matrix in layout.matrices(config):
+        if f"{matrix.path}.scales" in left:
+            matrices[matrix.path] = _quantized(matrix, config, left, name)
+        else:
+            matrices[matrix.path] = PlainMatrix(
+                left.need(matrix.weight, FLOAT_DTYPES, (matrix.rows, matrix.columns))
+            )
+    if not any(matrix.is_quantized for matrix in matrices.values()):
+        raise RejectedError(f"{name}: the config says quantized, but no tensor is")
+    vectors = left.vectors(config)
+    left.refuse_left()
+    return Source("MLX", name, config, matrices, vectors, left.dropped, (), tied_pair)
+
+
+def _quantized(matrix: layout.Matrix, config: ModelConfig, left: Tensors, name: str) -> MlxMatrix:
+    spec = config.quantization.spec_for(matrix.path) if config.quantization else None
+    if spec is None:
+        raise RejectedError(
+            f"{name}: {matrix.path} is quantized, but the config's quantization does not say so"
+        )
+    if not spec.fits(matrix.columns):
+        raise RejectedError(
+            f"{name}: {matrix.path}: {matrix.columns} columns do not divide into {spec}"
+        )
+    groups = (matrix.rows, spec.groups(matrix.columns))
+    weight = left.need(matrix.weight, ("U32",), (matrix.rows, spec.packed_columns(matrix.columns)))
+    if not spec.has_biases:
+        scales = left.need(f"{matrix.path}.scales", ("U8",), groups)
+        return MlxMatrix(spec, weight, scales, None)
+    scales = left.need(f"{matrix.path}.scales", FLOAT_DTYPES, groups)
+    biases = left.need(f"{matrix.path}.biases", (scales.dtype,), groups)
+    return MlxMatrix(spec, weight, scales, biases)
