@@ -18,7 +18,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from apertus_mlx.cache import Cache, FullCache
-from apertus_mlx.cache.full import causal_mask
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.config import ModelConfig, Rope
 from apertus_mlx.ops import Operations, plain
@@ -228,5 +227,5 @@ class Model(nn.Module):
 
 def _mask(length: int, cache: Cache | None) -> Mask:
     if cache is not None:
-        return cache.make_mask(length)
-    return causal_mask(length, 0) if length > 1 else None
+        return cache.make_mask(length, return_array=False, window_size=None)
+    return "causal" if length > 1 else None

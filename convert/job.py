@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from convert.companions import (
 from convert.execute import execute
 from convert.manifest import MANIFEST, make_manifest, sha256
 from convert.output_config import output_config, quantization_block
-from convert.plan import Plan, make_plan
+from convert.plan import MAX_SHARD_BYTES, Plan, make_plan
 from convert.policy import Request
 from convert.reading import FileState, Reader, file_states
 from convert.sources.recognise import recognise
@@ -63,7 +64,13 @@ class Job:
         return weights + self.companion_bytes + 2**20
 
 
-def prepare(directory: Path, request: Request, source_name: str, commit: str | None = None) -> Job:
+def prepare(
+    directory: Path,
+    request: Request,
+    source_name: str,
+    commit: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Job:
     """Recognise the checkpoint in `directory` and plan its conversion; writes nothing.
 
     Raises:
@@ -73,7 +80,6 @@ def prepare(directory: Path, request: Request, source_name: str, commit: str | N
     checkpoint = open_checkpoint(directory)
     watched = [*checkpoint.files, CONFIG_FILE, TOKENIZER]
     source = recognise(config, checkpoint.tensors, str(directory))
-    files: dict[str, FileState] = {}
     check_companions(directory, config)
     files = file_states(directory, watched)
     if source.tied_pair is not None and not _head_is_tied(checkpoint, source.tied_pair):
@@ -83,7 +89,7 @@ def prepare(directory: Path, request: Request, source_name: str, commit: str | N
                 "is true; --allow-untied-head converts it as a model with its own head"
             )
         source = recognise(config, checkpoint.tensors, str(directory), untied_head=True)
-    plan = make_plan(source, request)
+    plan = make_plan(source, request, max_shard_bytes)
     return Job(
         directory,
         source_name,
@@ -161,8 +167,6 @@ def _index(plan: Plan) -> dict[str, Any]:
 
 
 def _states_digest(files: Mapping[str, FileState]) -> str:
-    import hashlib
-
     text = repr(sorted((name, s.size_bytes, s.modified_ns) for name, s in files.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from apertus_mlx import __version__
 from apertus_mlx.config_keys import KeyReader
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.strict_json import read_object
@@ -53,7 +54,7 @@ def make_manifest(
         "format_version": FORMAT_VERSION,
         "source": dict(source),
         "made_with": {
-            "apertus-mlx": _version("apertus-mlx"),
+            "apertus-mlx": __version__,
             "mlx": _version("mlx"),
             "safetensors": _version("safetensors"),
             "python": platform.python_version(),

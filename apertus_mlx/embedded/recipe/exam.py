@@ -8,13 +8,23 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from apertus_mlx.embedded.recipe.corpus import is_held_out
 from apertus_mlx.embedded.recipe.facts import FACTS, KINDS, LANGUAGES, Fact
 from apertus_mlx.embedded.recipe.wordings import Wording, wordings
 
-__all__ = ["HALVES", "Outcome", "Question", "Report", "first_questions", "is_right", "questions", "run"]
+__all__ = [
+    "HALVES",
+    "Outcome",
+    "Question",
+    "Report",
+    "first_questions",
+    "is_right",
+    "questions",
+    "run",
+]
 
 SEED: Final = 20261122
 HALVES: Final = ("combination", "template")
@@ -76,6 +86,7 @@ def _says(text: str, value: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
 
 
+@cache
 def questions() -> tuple[Question, ...]:
     """Return the 100 questions: 25 per language, 50 per half, kinds in turn."""
     rng = random.Random(SEED)
@@ -86,14 +97,14 @@ def questions() -> tuple[Question, ...]:
             pools = [_pool(rng, kind, language, half) for kind in KINDS]
             for turn in range(count):
                 # Starting at another kind each time keeps the kinds balanced over the exam.
-                pool = pools[(turn + 3 * number) % len(pools)]
-                chosen.append(pool.pop())
+                fact, wording = pools[(turn + 3 * number) % len(pools)].pop()
+                chosen.append(_question(fact, language, wording))
     return tuple(chosen)
 
 
-def _pool(rng: random.Random, kind: str, language: str, half: str) -> list[Question]:
+def _pool(rng: random.Random, kind: str, language: str, half: str) -> list[tuple[Fact, Wording]]:
     pool = [
-        _question(fact, language, wording)
+        (fact, wording)
         for fact in FACTS
         if fact.kind == kind
         for wording in wordings(kind, language)
@@ -128,9 +139,7 @@ def grade(asked: Sequence[Question], given: Iterable[str]) -> Report:
     )
 
 
-def run(
-    answer: Callable[[str, str], str], asked: Sequence[Question] | None = None
-) -> Report:
+def run(answer: Callable[[str, str], str], asked: Sequence[Question] | None = None) -> Report:
     """Ask every question (by default the whole exam) and score what ``answer`` says."""
     asked = questions() if asked is None else asked
     return grade(asked, [answer(question.text, question.language) for question in asked])

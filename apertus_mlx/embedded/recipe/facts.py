@@ -364,7 +364,10 @@ def _local(language: str, value: str, accepted: list[str], **slots: str) -> Loca
     full = dict(slots)
     for key, text in slots.items():
         full[key.capitalize()] = capitalize(text)
-    return Local(full, (_bare(language, value), *accepted))
+    bare = _bare(language, value)
+    # A brief answer is a sentence of its own and may start with the bare value.
+    spellings = dict.fromkeys((bare, *accepted, capitalize(bare)))
+    return Local(full, tuple(spellings))
 
 
 _DESCRIPTIONS: Final = {
@@ -434,7 +437,8 @@ def _symbol_facts() -> list[Fact]:
 def _record_facts() -> list[Fact]:
     facts = []
     for head, *cells in _rows(_RECORDS):
-        name, (role, gender) = head.split()
+        name, marks = head.split()
+        role, gender = marks[0], marks[1]
         question = {
             "t": {"en": "what", "de": "was", "fr": "quel", "it": "qual è"},
             "p": {"en": "who", "de": "wer", "fr": "qui", "it": "chi è"},
@@ -498,14 +502,12 @@ def _number_facts() -> list[Fact]:
     return facts
 
 
-FACTS: Final = tuple(
-    [
-        *_place_facts("capital", _CAPITALS),
-        *_place_facts("currency", _CURRENCIES),
-        *_place_facts("language", _OFFICIAL_LANGUAGES),
-        *_symbol_facts(),
-        *_record_facts(),
-        *_maker_facts(),
-        *_number_facts(),
-    ]
+FACTS: Final = (
+    *_place_facts("capital", _CAPITALS),
+    *_place_facts("currency", _CURRENCIES),
+    *_place_facts("language", _OFFICIAL_LANGUAGES),
+    *_symbol_facts(),
+    *_record_facts(),
+    *_maker_facts(),
+    *_number_facts(),
 )

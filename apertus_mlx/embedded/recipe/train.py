@@ -150,7 +150,9 @@ def _optimizer(model: ApertusForCausalLM) -> torch.optim.AdamW:
 def _rate(progress: float) -> float:
     if progress < WARMUP_SHARE:
         return PEAK_RATE * progress / WARMUP_SHARE
-    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_SHARE) / (1 - WARMUP_SHARE)))
+    return (
+        PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_SHARE) / (1 - WARMUP_SHARE)))
+    )
 
 
 def _log(text: str) -> None:
@@ -192,7 +194,6 @@ def _train(
     _log(f"finished: {step} steps, {seen} tokens, {spent:.1f} minutes, loss {average:.4f}")
 
 
-@torch.inference_mode()
 def reply(
     model: ApertusForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str], limit: int = 48
 ) -> list[str]:
@@ -200,18 +201,18 @@ def reply(
     rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
     starts = [len(row) for row in rows]
     open_rows = list(range(len(rows)))
-    for _ in range(limit):
+    while open_rows and limit > 0:
+        limit -= 1
         width = max(len(rows[i]) for i in open_rows)
         # Padding on the right is out of sight of a causal model.
         ids = torch.tensor([rows[i] + [3] * (width - len(rows[i])) for i in open_rows])
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         ends = torch.tensor([len(rows[i]) - 1 for i in open_rows])
-        best = model.lm_head(hidden[torch.arange(len(open_rows)), ends]).argmax(-1).tolist()
+        with torch.inference_mode():
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            best = model.lm_head(hidden[torch.arange(len(open_rows)), ends]).argmax(-1).tolist()
         for i, token in zip(open_rows, best, strict=True):
             rows[i].append(token)
         open_rows = [i for i in open_rows if rows[i][-1] not in STOPS]
-        if not open_rows:
-            break
     return [tokenizer.decode(row[start:]) for row, start in zip(rows, starts, strict=True)]
 
 

@@ -346,19 +346,19 @@ _QUESTIONS: Final = {
 }
 
 # First the answer of the chat, then statements for plain text; the first one serves in both.
-_DESCRIBED: Final = {
+_DESCRIBED: Final[dict[str, tuple[str, ...]]] = {
     "en": ("{D} is {v}.", "{V} is {d}."),
     "de": ("{D} ist {v}.", "{V} ist {d}."),
     "fr": ("{D} est {v}.", "{V} est {d}."),
     "it": ("{D} è {v}.", "{V} è {d}."),
 }
-_MADE: Final = {
+_MADE: Final[dict[str, tuple[str, ...]]] = {
     "en": ("{V} {past} {o}.", "{O} was {pp} by {v}."),
     "de": ("{V} hat {o} {pp}.", "{O} wurde von {v} {pp}."),
     "fr": ("{V} a {pp} {o}.", "La personne qui a {pp} {o} est {v}."),
     "it": ("{V} ha {pp} {o}.", "La persona che ha {pp} {o} è {v}."),
 }
-_COUNTED: Final = {
+_COUNTED: Final[dict[str, tuple[str, ...]]] = {
     "en": ("{X} has {v} {n}.",),
     "de": ("{X} hat {v} {n}.",),
     "fr": ("{X} a {v} {n}.",),
