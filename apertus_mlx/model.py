@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from apertus_mlx.cache import Cache, FullCache
+from apertus_mlx.cache import Cache, CacheConfig, make_layer_cache
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.config import ModelConfig, Rope
 from apertus_mlx.ops import Operations, plain
@@ -220,9 +220,13 @@ class Model(nn.Module):
         """The decoder layers."""
         return self.model.layers
 
-    def make_cache(self) -> list[Cache]:
-        """An empty cache for each layer."""
-        return [FullCache() for _ in self.layers]
+    def make_cache(self, form: CacheConfig = CacheConfig()) -> list[Cache]:
+        """An empty cache for each layer.
+
+        Raises:
+            UsageError: heads of this model cannot be quantized or rotated as `form` asks.
+        """
+        return [make_layer_cache(form, self.config.head_dim) for _ in self.layers]
 
 
 def _mask(length: int, cache: Cache | None) -> Mask:

@@ -16,12 +16,8 @@ import jinja2
 
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.strict_json import read_object
-from apertus_mlx.template_sandbox import (
-    Budget,
-    SandboxEnvironment,
-    compile_template,
-    render_template,
-)
+from apertus_mlx.template_budget import Budget
+from apertus_mlx.template_sandbox import SandboxEnvironment, compile_template, render_template
 from apertus_mlx.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 2**18
@@ -255,7 +251,7 @@ class _Escaped:
         self._texts: list[str] = []
 
     def escape(self, value: object) -> Any:
-        """Return a copy of `value` in lists, dicts and scalars, with reserved characters escaped."""
+        """Return a copy of `value` in lists, dicts and scalars, reserved characters escaped."""
         self.values += 1
         if isinstance(value, str):
             self.text_bytes += len(value) * (1 if value.isascii() else 4)

@@ -115,7 +115,7 @@ class _StopStrings:
         return self._next[state].get(character, 0)
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """Take more text; return the text that is certain now, and whether a stop string ended it."""
+        """Take more text; return what is certain now, and whether a stop string ended it."""
         text = self._held + text
         for position in range(len(self._held), len(text)):
             self._state = self._step(self._fallback, self._state, text[position])

@@ -160,7 +160,7 @@ class Tokenizer:
         return ids + self._encode_valid(text[position:] if position else text)
 
     def encode_with_control(self, text: str) -> list[int]:
-        """Return the ids of trusted text, in which the text of a special token is its id; no BOS."""
+        """Return the ids of trusted text, where a special token's text is its id; no BOS."""
         ids: list[int] = []
         for piece in self.split_special(text):
             if isinstance(piece, int):

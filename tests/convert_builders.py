@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.benchmarks.make_checkpoint import _byte_letters, to_bf16
+from benchmarks.make_checkpoint import _byte_letters, to_bf16
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U32": 4, "U8": 1, "I8": 1, "F8_E4M3": 1}
 SIZES |= {"I64": 8, "BOOL": 1}
@@ -129,7 +130,9 @@ def shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner = values["hidden_size"], values["intermediate_size"]
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     head_dim = values.get("head_dim") or hidden // heads
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (values["vocab_size"], hidden)}
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (values["vocab_size"], hidden)
+    }
     for index in range(values["num_hidden_layers"]):
         prefix = f"model.layers.{index}"
         found |= {
@@ -261,3 +264,11 @@ def tree(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def as_mlx(tensor: Raw) -> mx.array:
+    """The tensor as an MLX array of its own type."""
+    kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32,
+             "U8": np.uint8}  # fmt: skip
+    array = mx.array(np.frombuffer(tensor.data, kinds[tensor.dtype]).reshape(tensor.shape))
+    return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array

@@ -167,7 +167,7 @@ def test_shipped_config_and_weights_are_in_the_flat_apertus_form() -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "apertus"
     assert config["rope_scaling"] is None
-    assert config["rope_theta"] == 500000.0
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
     assert config["eos_token_id"] == [2, 68, 72]
     dimensions = (config["hidden_size"], config["intermediate_size"], config["vocab_size"])
     assert all(size % 128 == 0 for size in dimensions)

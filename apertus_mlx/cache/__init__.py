@@ -1,6 +1,44 @@
 """Key-value caches: one protocol, one file per form."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apertus_mlx.cache.config import CacheConfig
 from apertus_mlx.cache.full import FullCache
 from apertus_mlx.cache.protocol import Cache
+from apertus_mlx.cache.quantized import QuantizedCache
+from apertus_mlx.cache.segments import Codes, Segments
 
-__all__ = ["Cache", "FullCache"]
+__all__ = [
+    "Cache",
+    "CacheConfig",
+    "Codes",
+    "FullCache",
+    "QuantizedCache",
+    "Segments",
+    "make_layer_cache",
+    "rewind",
+]
+
+
+def make_layer_cache(config: CacheConfig, head_dim: int) -> FullCache | QuantizedCache:
+    """An empty cache for one layer whose heads have `head_dim` numbers.
+
+    Raises:
+        UsageError: heads of this width cannot be quantized or rotated as asked.
+    """
+    config.require_fit(head_dim)
+    return QuantizedCache(config, head_dim) if config.quantized else FullCache(config)
+
+
+def rewind(caches: Sequence[Cache], positions: int) -> bool:
+    """Forget the last `positions` in every layer, exactly; False, and no change, if impossible."""
+    if positions == 0:
+        return True
+    # All layers are in the same state, so the first one speaks for all.
+    if caches[0].trim(positions) != positions:
+        return False
+    for cache in caches[1:]:
+        cache.trim(positions)
+    return True

@@ -1,56 +1,85 @@
-"""The plain cache: every position, in full precision."""
+"""Every position in full precision."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from apertus_mlx.cache.config import CacheConfig
 from apertus_mlx.cache.protocol import Mask
-
-GROWTH_STEP = 256
+from apertus_mlx.cache.store import Ring, Store
 
 
 class FullCache:
-    """Keys and values `[B, kv_heads, capacity, head_dim]`, grown in steps of 256 positions."""
+    """Keys and values in one buffer, `[B, 2 * kv_heads, S, head_dim]`: keys first.
 
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.offset = 0
+    One buffer, so that a kernel that makes both writes them with one update (`append`). With a
+    bound, the sinks and the latest positions of the ring behind them; a query then sees, beside
+    the sinks, itself and the `ring - 1` positions before it.
+    """
+
+    def __init__(self, config: CacheConfig | None = None) -> None:
+        self.config = config or CacheConfig()
+        bound = self.config.bound
+        self.rows = Store() if bound is None else Ring(bound, self.config.sinks)
+
+    @property
+    def offset(self) -> int:
+        """Number of positions written so far."""
+        return self.rows.length
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append `keys` and `values` `[B, kv_heads, L, head_dim]`; return all so far."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = _written(self.keys, keys, start)
-        self.values = _written(self.values, values, start)
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        """Append `keys` and `values` `[B, kv_heads, L, head_dim]`; return all to attend to."""
+        return self.append(mx.concatenate([keys, values], axis=1))
+
+    def append(self, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """Append `[B, 2 * kv_heads, L, head_dim]`, keys before values; return both to attend to."""
+        heads = rows.shape[1] // 2
+        (seen,) = self.rows.append([rows], keep_evicted=rows.shape[2] > 1)
+        return seen[:, :heads], seen[:, heads:]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """Causal for several queries, none for one."""
-        if window_size is not None:
-            raise ValueError("Apertus has no sliding window")
+        """Causal for several queries, none for one; an array where a ring drops positions."""
+        refuse_window(window_size)
         if N == 1:
             return None
-        return causal_mask(N, self.offset) if return_array else "causal"
+        ring = self.config.ring
+        wraps = self.config.bound is not None and self.offset + N > self.config.bound
+        if not wraps or ring is None:
+            return causal_mask(N, self.offset) if return_array else "causal"
+        queries = mx.arange(self.offset, self.offset + N)[:, None]
+        keys = self.rows.numbers(N)[None]
+        recent = (keys <= queries) & (keys > queries - ring)
+        return recent | (keys < self.config.sinks) & (keys <= queries)
 
     def trim(self, n: int) -> int:
-        """Forget the last `n` positions; returns how many were forgotten."""
+        """See `Cache.trim`; a ring that has dropped positions cannot go back."""
         n = min(self.offset, n)
-        self.offset -= n
+        if not self.rows.can_shrink(self.offset - n):
+            return 0
+        self.rows.shrink(self.offset - n)
         return n
 
     def is_trimmable(self) -> bool:
-        """Any suffix can be forgotten exactly."""
-        return True
+        """Whether the last position can be forgotten exactly."""
+        return self.rows.can_shrink(max(self.offset - 1, 0))
+
+    def size(self) -> int:
+        """Number of positions held."""
+        return self.rows.held
+
+    def empty(self) -> bool:
+        """Whether nothing has been written yet."""
+        return self.offset == 0
 
     @property
     def state(self) -> list[mx.array]:
-        """The arrays behind the cache, for evaluation."""
-        return [array for array in (self.keys, self.values) if array is not None]
+        """The arrays behind the cache."""
+        return self.rows.arrays
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(array.nbytes for array in self.state)
+        return self.rows.nbytes
 
 
 def causal_mask(length: int, offset: int) -> mx.array:
@@ -59,14 +88,7 @@ def causal_mask(length: int, offset: int) -> mx.array:
     return queries >= mx.arange(offset + length)[None]
 
 
-def _written(buffer: mx.array | None, new: mx.array, start: int) -> mx.array:
-    end = start + new.shape[2]
-    capacity = 0 if buffer is None else buffer.shape[2]
-    if end > capacity:
-        grown = (end + GROWTH_STEP - 1) // GROWTH_STEP * GROWTH_STEP
-        batch, heads, _, width = new.shape
-        room = mx.zeros((batch, heads, grown - start, width), new.dtype)
-        buffer = room if buffer is None else mx.concatenate([buffer[..., :start, :], room], axis=2)
-    assert buffer is not None
-    buffer[..., start:end, :] = new
-    return buffer
+def refuse_window(window_size: int | None) -> None:
+    """Refuse a sliding window, which mlx-lm's interface has and Apertus has not."""
+    if window_size is not None:
+        raise ValueError("Apertus has no sliding window")

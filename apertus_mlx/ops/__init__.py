@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
     from apertus_mlx.cache import Cache
-    from apertus_mlx.cache.protocol import Mask
+    from apertus_mlx.cache.protocol import Mask, Stored
     from apertus_mlx.model import MLP, Attention
 
 
@@ -35,19 +35,19 @@ class Operations(Protocol):
         keys: mx.array,
         values: mx.array,
         cache: Cache | None,
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    ) -> tuple[mx.array, Stored, Stored]:
         """QK-norm, rotary embedding and cache write.
 
-        Returns queries `[B, heads, L, head_dim]` and all keys and values
-        `[B, kv_heads, S, head_dim]`.
+        Returns queries `[B, heads, L, head_dim]` and all keys and values as the cache has them:
+        arrays `[B, kv_heads, S, head_dim]` or `Segments`.
         """
 
     def attend(
         self,
         attention: Attention,
         queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
+        keys: Stored,
+        values: Stored,
         mask: Mask,
     ) -> mx.array:
         """Scaled dot-product attention and output projection, `[B, L, D]`."""

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx.cache.segments import Segments
+from apertus_mlx.ops import segmented
+
 if TYPE_CHECKING:
     from apertus_mlx.cache import Cache
-    from apertus_mlx.cache.protocol import Mask
+    from apertus_mlx.cache.protocol import Mask, Stored
     from apertus_mlx.model import MLP, Attention
 
 
@@ -38,25 +41,29 @@ def rotate_and_store(
     keys: mx.array,
     values: mx.array,
     cache: Cache | None,
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, Stored, Stored]:
     """See `Operations.rotate_and_store`."""
     offset = 0 if cache is None else cache.offset
     queries = attention.rope(attention.q_norm(queries).transpose(0, 2, 1, 3), offset)
     keys = attention.rope(attention.k_norm(keys).transpose(0, 2, 1, 3), offset)
     values = values.transpose(0, 2, 1, 3)
-    if cache is not None:
-        keys, values = cache.update_and_fetch(keys, values)
-    return queries, keys, values
+    if cache is None:
+        return queries, keys, values
+    return queries, *cache.update_and_fetch(keys, values)
 
 
 def attend(
-    attention: Attention, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask
+    attention: Attention, queries: mx.array, keys: Stored, values: Stored, mask: Mask
 ) -> mx.array:
     """See `Operations.attend`."""
     batch, _, length, _ = queries.shape
-    output = mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=attention.head_dim**-0.5, mask=mask
-    )
+    scale = attention.head_dim**-0.5
+    if isinstance(keys, Segments) and isinstance(values, Segments):
+        output = segmented.attend(queries, keys, values, scale, mask)
+    else:
+        output = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask=mask
+        )
     return attention.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
@@ -67,4 +74,5 @@ def feed_forward(mlp: MLP, x: mx.array) -> mx.array:
 
 def head(head: nn.Linear | nn.Embedding, x: mx.array) -> mx.array:
     """See `Operations.head`."""
-    return head.as_linear(x) if isinstance(head, nn.Embedding) else head(x)
+    tied = isinstance(head, nn.Embedding | nn.QuantizedEmbedding)
+    return head.as_linear(x) if tied else head(x)

@@ -28,7 +28,8 @@ from apertus_mlx.embedded.recipe.tokenizer import save as save_tokenizer
 
 __all__ = ["CONFIG", "GENERATION_CONFIG", "load", "main", "reply", "save_weights"]
 
-# The flat form is the one that every reader of Apertus checkpoints understands.
+# The flat form is the one that most readers of Apertus checkpoints understand. transformers 5
+# ignores a top-level rope_theta for this architecture, so `rope_parameters` says the same again.
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["ApertusForCausalLM"],
     "attention_bias": False,
@@ -50,6 +51,7 @@ CONFIG: Final[dict[str, Any]] = {
     "post_norm": False,
     "qk_norm": True,
     "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
     "rope_scaling": None,
     "rope_theta": 500000.0,
     "tie_word_embeddings": True,
@@ -79,15 +81,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def _new_model() -> ApertusForCausalLM:
-    # transformers 5 ignores a top-level rope_theta for this architecture, so pin the RoPE here.
-    legacy = ("architectures", "rope_scaling", "rope_theta", "torch_dtype", "model_type")
+    legacy = ("architectures", "model_type", "rope_scaling", "rope_theta", "torch_dtype")
     settings = {key: value for key, value in CONFIG.items() if key not in legacy}
-    config = ApertusConfig(
-        **settings,
-        rope_parameters={"rope_type": "default", "rope_theta": CONFIG["rope_theta"]},
-        dtype=torch.float32,
-    )
-    return ApertusForCausalLM(config)
+    return ApertusForCausalLM(ApertusConfig(**settings, dtype=torch.float32))
 
 
 def _tokens(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[list[int], list[float]]]:

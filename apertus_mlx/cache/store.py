@@ -1,0 +1,161 @@
+"""Growing memory for rows along the positions' axis: without end, or as a ring.
+
+A store holds several arrays `[B, heads, S, width]` that grow together, each in one piece, because
+attention kernels read one piece. Room is added in steps of an eighth (at least 256 rows): at most
+that much is unused, and however long the cache gets, growing copies a row some ten times in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+MIN_STEP = 256
+
+
+def capacity_for(rows: int) -> int:
+    """Rows allocated to hold `rows`: a multiple of 256, or of an eighth of a power of two."""
+    step = max(MIN_STEP, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
+class Store:
+    """Keeps every row."""
+
+    def __init__(self) -> None:
+        self.arrays: list[mx.array] = []
+        self.length = 0
+
+    @property
+    def held(self) -> int:
+        """Number of rows held."""
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def room(self) -> int:
+        """Number of rows allocated."""
+        return self.arrays[0].shape[2] if self.arrays else 0
+
+    def capacity(self, rows: int) -> int:
+        """Rows allocated once `rows` have come."""
+        return capacity_for(rows)
+
+    def append(self, new: Sequence[mx.array], keep_evicted: bool = False) -> list[mx.array]:
+        """Write rows behind the others; returns all that are to be read, of each array.
+
+        `keep_evicted`: also those that these rows push out, for queries that still see them.
+        """
+        start = self.length
+        self.length += new[0].shape[2]
+        self.reserve(self.length, new)
+        for array, rows in zip(self.arrays, new, strict=True):
+            array[:, :, start : self.length] = rows
+        return self.rows()
+
+    def rows(self) -> list[mx.array]:
+        """All rows held, of each array."""
+        return [array[:, :, : self.held] for array in self.arrays]
+
+    def numbers(self, new: int) -> mx.array:
+        """Which rows, counting all that ever came, `append` of `new` rows returns."""
+        return mx.arange(self.length + new)
+
+    def reserve(self, rows: int, like: Sequence[mx.array]) -> None:
+        """Make room for `rows` in all, in the shapes and types of `like`."""
+        wanted = self.capacity(rows)
+        if wanted <= self.room:
+            return
+        blank = [
+            mx.zeros((*array.shape[:2], wanted - self.room, array.shape[3]), array.dtype)
+            for array in like
+        ]
+        if not self.arrays:
+            self.arrays = blank
+            return
+        self.arrays = [
+            mx.concatenate(pair, axis=2) for pair in zip(self.arrays, blank, strict=True)
+        ]
+
+    def can_shrink(self, length: int) -> bool:
+        """Whether what was held with `length` rows is still there."""
+        return length <= self.length
+
+    def shrink(self, length: int) -> None:
+        """Go back to `length` rows."""
+        self.length = length
+
+
+class Ring(Store):
+    """Keeps the first `kept` rows and the latest of the others, `size` in all."""
+
+    def __init__(self, size: int, kept: int = 0) -> None:
+        super().__init__()
+        self.size = size
+        self.kept = kept
+
+    @property
+    def held(self) -> int:
+        """Number of rows held."""
+        return min(self.length, self.size)
+
+    def capacity(self, rows: int) -> int:
+        """Rows allocated once `rows` have come; never more than the ring has."""
+        return min(capacity_for(rows), self.size)
+
+    def append(self, new: Sequence[mx.array], keep_evicted: bool = False) -> list[mx.array]:
+        """See `Store.append`; rows come back in the order of their places in the ring."""
+        count = new[0].shape[2]
+        if self.length + count <= self.size:
+            return super().append(new)
+        place = int(self._place(self.length))
+        if place + count <= self.room and not keep_evicted:
+            self.length += count
+            for array, rows in zip(self.arrays, new, strict=True):
+                array[:, :, place : place + count] = rows
+            return self.rows()
+        together = list(new)
+        if self.length:
+            together = [
+                mx.concatenate(pair, axis=2) for pair in zip(self.rows(), new, strict=True)
+            ]
+        chosen = self._survivors(count)
+        self.length += count
+        self.arrays = [mx.take(array, chosen, axis=2) for array in together]
+        return together if keep_evicted else self.rows()
+
+    def numbers(self, new: int) -> mx.array:
+        """See `Store.numbers`, for an `append` that keeps what it pushes out."""
+        return mx.concatenate(
+            [self._numbers_held(self.length), mx.arange(self.length, self.length + new)]
+        )
+
+    def can_shrink(self, length: int) -> bool:
+        """Only rows that nothing has overwritten can come back."""
+        return length == self.length or length <= self.length <= self.size
+
+    def _place(self, number: int) -> int:
+        if number < self.size:
+            return number
+        return self.kept + (number - self.kept) % (self.size - self.kept)
+
+    def _numbers_held(self, length: int) -> mx.array:
+        """The row in each place once `length` rows have come."""
+        if length <= self.size:
+            return mx.arange(length)
+        places, last = mx.arange(self.kept, self.size), length - 1
+        turning = last - (last - places) % (self.size - self.kept)
+        return mx.concatenate([mx.arange(self.kept), turning])
+
+    def _survivors(self, count: int) -> mx.array:
+        """For each place, which of the held and `count` new rows, in this order, will be there."""
+        numbers = self._numbers_held(self.length + count)
+        # A row that stays is in its place already.
+        return mx.where(
+            numbers < self.length, mx.arange(self.size), numbers + (self.held - self.length)
+        )
