@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from apertus_mlx.cache import Cache, CacheConfig, make_layer_cache
+from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, make_layer_cache
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.config import ModelConfig, Rope
 from apertus_mlx.ops import Operations, plain
@@ -133,8 +133,10 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
         """Attend from `x` `[B, L, D]` to all positions in `cache` and itself."""
         queries, keys, values = self.ops.project_qkv(self, x)
-        queries, keys, values = self.ops.rotate_and_store(self, queries, keys, values, cache)
-        return self.ops.attend(self, queries, keys, values, mask)
+        queries, all_keys, all_values = self.ops.rotate_and_store(
+            self, queries, keys, values, cache
+        )
+        return self.ops.attend(self, queries, all_keys, all_values, mask)
 
 
 class MLP(nn.Module):
@@ -220,8 +222,8 @@ class Model(nn.Module):
         """The decoder layers."""
         return self.model.layers
 
-    def make_cache(self, form: CacheConfig = CacheConfig()) -> list[Cache]:
-        """An empty cache for each layer.
+    def make_cache(self, form: CacheConfig = FULL_PRECISION) -> list[Cache]:
+        """An empty cache of this form for each layer.
 
         Raises:
             UsageError: heads of this model cannot be quantized or rotated as `form` asks.

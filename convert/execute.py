@@ -78,8 +78,10 @@ def _matrix_block(
     assert matrix is not None
     if step.transform == "keep":
         codes = matrix.read_codes(reader, start, stop)
-        arrays = (codes.weight, codes.scales)
-        return arrays if codes.biases is None else (*arrays, codes.biases)
+        if codes.biases is None:
+            return codes.weight, codes.scales
+        target = MLX_TYPES[step.outputs[1].dtype]
+        return codes.weight, *(_in_type(a, target, step) for a in (codes.scales, codes.biases))
     values = _cast(matrix.read(reader, start, stop, allow_nonfinite), step, allow_nonfinite)
     if step.spec is None:
         return (values,)
@@ -98,15 +100,18 @@ def _vector(step: Step, reader: Reader, allow_nonfinite: bool) -> mx.array:
 
 
 def _cast(values: mx.array, step: Step, allow_nonfinite: bool) -> mx.array:
-    target = MLX_TYPES[step.dtype]
+    return _in_type(values, MLX_TYPES[step.dtype], step, allow_nonfinite)
+
+
+def _in_type(
+    values: mx.array, target: mx.Dtype, step: Step, allow_nonfinite: bool = False
+) -> mx.array:
     if values.dtype == target:
         return values
     cast = values.astype(target)
     if not allow_nonfinite and target != mx.float32 and not mx.isfinite(cast).all():
-        raise RejectedError(
-            f"{step.path}: values beyond the range of {target}; use --dtype bfloat16"
-            + (" or float32" if target == mx.bfloat16 else "")
-        )
+        other = "bfloat16" if target == mx.float16 else "float32"
+        raise RejectedError(f"{step.path}: values beyond the range of {target}; --dtype {other}")
     return cast
 
 

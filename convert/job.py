@@ -89,6 +89,9 @@ def prepare(
                 "is true; --allow-untied-head converts it as a model with its own head"
             )
         source = recognise(config, checkpoint.tensors, str(directory), untied_head=True)
+    with Reader(directory) as reader:
+        for matrix in source.matrices.values():
+            matrix.check(reader)
     plan = make_plan(source, request, max_shard_bytes)
     return Job(
         directory,

@@ -22,6 +22,7 @@ from quant.spec import QuantSpec
 MAX_SHARD_BYTES = 1_900_000_000
 DTYPE_BYTES = {"U32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+ROUNDING_ERRORS = {"BF16": "relative error up to 0.4 %", "F16": "relative error up to 0.05 %"}
 DTYPE_NAMES = {value: key for key, value in CONFIG_DTYPES.items()}
 # Interpreter and libraries, and how many times a block is in memory at most (bytes, float32
 # copies, outputs); both measured on Linux by the benchmark in tests/benchmarks.
@@ -233,7 +234,7 @@ def _matrix_step(
         stored = source.stored
         keeps = stored is not None and not request.dequantize and wanted in (None, stored.spec)
         if keeps and stored is not None:
-            return _keep_step(matrix, source, dtype, reason if request.quantizes else None)
+            return _keep_step(matrix, source, dtype, request)
         if stored is None and not request.dequantize and wanted is None:
             raise RejectedError(
                 f"{source.tensors[0].file}: {matrix.path}: MLX has no form for these codes; "
@@ -260,17 +261,20 @@ def _quantize_step(
 
 
 def _keep_step(
-    matrix: layout.Matrix, source: MatrixSource, dtype: str, reason: str | None
+    matrix: layout.Matrix, source: MatrixSource, dtype: str, request: Request
 ) -> Step:
     stored = source.stored
     assert stored is not None
-    outputs = _packed_outputs(matrix, stored.spec, stored.scale_dtype)
+    scale_dtype, loss = stored.scale_dtype, stored.loss
+    if stored.spec.has_biases and request.dtype is not None:
+        scale_dtype = request.dtype
+        if scale_dtype != "F32" and scale_dtype != stored.scale_dtype:
+            loss = f"scales and biases rounded to {scale_dtype}, {ROUNDING_ERRORS[scale_dtype]}"
+    outputs = _packed_outputs(matrix, stored.spec, scale_dtype)
     if stored.carried is not None:
         carried = stored.carried
         outputs += (OutputTensor(f"{matrix.path}.{carried.suffix}", carried.dtype, carried.shape),)
-    return Step(
-        matrix.path, "keep", outputs, dtype, stored.spec, source, None, reason, stored.loss
-    )
+    return Step(matrix.path, "keep", outputs, dtype, stored.spec, source, None, None, loss)
 
 
 def _packed_outputs(
@@ -300,7 +304,7 @@ def _vector_step(
 def _cast_loss(source: str, target: str) -> str | None:
     if source == target or target == "F32":
         return None
-    return f"{source} rounded to {target}"
+    return f"{source} rounded to {target}, {ROUNDING_ERRORS[target]}"
 
 
 def _in_model_order(steps: list[Step]) -> list[Step]:

@@ -21,8 +21,10 @@ CONTROL_NAMES = {
     71: "<|tools_prefix|>", 72: "<|tools_suffix|>",
 }  # fmt: skip
 FIRST_BYTE_ID = 74
-TEMPLATE = """{{ bos_token }}{% for message in messages %}<|{{ message.role }}_start|>\
-{{ message.content }}<|{{ message.role }}_end|>{% endfor %}\
+TEMPLATE = """{{ bos_token }}{% for message in messages %}\
+{% if message.role == "user" %}<|user_start|>{{ message.content }}<|user_end|>\
+{% elif message.role == "system" %}<|system_start|>{{ message.content }}<|system_end|>\
+{% else %}<|assistant_start|>{{ message.content }}<|assistant_end|>{% endif %}{% endfor %}\
 {% if add_generation_prompt %}<|assistant_start|>{% endif %}"""
 
 

@@ -11,6 +11,7 @@ from apertus_mlx.cache.quantized import QuantizedCache
 from apertus_mlx.cache.segments import Codes, Segments
 
 __all__ = [
+    "FULL_PRECISION",
     "Cache",
     "CacheConfig",
     "Codes",
@@ -20,6 +21,8 @@ __all__ = [
     "make_layer_cache",
     "rewind",
 ]
+
+FULL_PRECISION = CacheConfig()
 
 
 def make_layer_cache(config: CacheConfig, head_dim: int) -> FullCache | QuantizedCache:

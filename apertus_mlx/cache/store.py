@@ -59,7 +59,9 @@ class Store:
         return self.rows()
 
     def rows(self) -> list[mx.array]:
-        """All rows held, of each array."""
+        """All rows held, of each array; no array while there are none."""
+        if self.held == 0:
+            return []
         return [array[:, :, : self.held] for array in self.arrays]
 
     def numbers(self, new: int) -> mx.array:
@@ -79,7 +81,8 @@ class Store:
             self.arrays = blank
             return
         self.arrays = [
-            mx.concatenate(pair, axis=2) for pair in zip(self.arrays, blank, strict=True)
+            mx.concatenate([array, more], axis=2)
+            for array, more in zip(self.arrays, blank, strict=True)
         ]
 
     def can_shrink(self, length: int) -> bool:
@@ -121,9 +124,8 @@ class Ring(Store):
             return self.rows()
         together = list(new)
         if self.length:
-            together = [
-                mx.concatenate(pair, axis=2) for pair in zip(self.rows(), new, strict=True)
-            ]
+            held = zip(self.rows(), new, strict=True)
+            together = [mx.concatenate([old, rows], axis=2) for old, rows in held]
         chosen = self._survivors(count)
         self.length += count
         self.arrays = [mx.take(array, chosen, axis=2) for array in together]

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any, NoReturn
 
 
 def main() -> None:
     """Entry point of `apertus-mlx`: run a command, turn failures into one line and an exit code."""
-    import click
+    import typer
 
     from apertus_mlx.cli.app import app
     from apertus_mlx.errors import ApertusError
 
+    # typer's own class for wrong arguments; which package it lives in changes with its version.
+    wrong_usage = typer.BadParameter.__mro__[1]
     debug = os.environ.get("APERTUS_MLX_DEBUG") == "1"
     try:
         app(standalone_mode=False, prog_name="apertus-mlx")
         sys.stdout.flush()
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         sys.exit(error.exit_code)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "apertus-mlx"
-        _fail(f"{error.format_message()}; see `{command} --help`", 2)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         # The reader has gone (`| head`); keep the interpreter from complaining while it exits.
@@ -33,6 +33,8 @@ def main() -> None:
             raise
         _fail(str(error), error.exit_code)
     except Exception as error:
+        if isinstance(error, wrong_usage):
+            _fail(_usage_message(error), 2)
         if debug:
             raise
         _fail(
@@ -42,7 +44,12 @@ def main() -> None:
         )
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _usage_message(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "apertus-mlx"
+    return f"{error.format_message().rstrip('.')}; see `{command} --help`"
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
     line = " ".join(message.split())
     print(f"error: {line}", file=sys.stderr)
     sys.exit(exit_code)

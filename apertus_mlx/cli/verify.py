@@ -1,5 +1,46 @@
-"""Placeholder."""
+"""`apertus-mlx verify`: whether a folder is what its manifest says, and what an app trips over."""
+
+from __future__ import annotations
+
+from pathlib import Path
 from typing import Annotated
+
 import typer
-def verify(directory: str) -> None:
-    """x"""
+
+from apertus_mlx.cli.options import JsonOption
+from apertus_mlx.cli.output import print_data, print_json
+from apertus_mlx.errors import RejectedError
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A folder that `convert` wrote.")],
+    json: JsonOption = False,
+) -> None:
+    """Check DIRECTORY: hashes, names, shapes and config, and what Swift apps need."""
+    from convert.verify import verify as run
+
+    result = run(directory)
+    if json:
+        print_json(
+            {
+                "directory": str(directory),
+                "ok": not result.errors,
+                "files": result.files,
+                "findings": [
+                    {"level": finding.level, "where": finding.where, "text": finding.text}
+                    for finding in result.findings
+                ],
+            }
+        )
+    else:
+        for finding in result.findings:
+            print_data(f"{finding.level}: {finding.where}: {finding.text}")
+        if not result.findings:
+            print_data(f"{directory}: {result.files} files, all as they should be")
+    if result.errors:
+        first = result.errors[0]
+        count = len(result.errors)
+        raise RejectedError(
+            f"{directory}: {count} problem{'s' if count > 1 else ''}, first: "
+            f"{first.where}: {first.text}"
+        )

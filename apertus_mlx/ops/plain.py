@@ -58,12 +58,11 @@ def attend(
     """See `Operations.attend`."""
     batch, _, length, _ = queries.shape
     scale = attention.head_dim**-0.5
-    if isinstance(keys, Segments) and isinstance(values, Segments):
-        output = segmented.attend(queries, keys, values, scale, mask)
+    if isinstance(keys, mx.array) and isinstance(values, mx.array):
+        output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     else:
-        output = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask=mask
-        )
+        assert isinstance(keys, Segments) and isinstance(values, Segments)
+        output = segmented.attend(queries, keys, values, scale, mask)
     return attention.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 

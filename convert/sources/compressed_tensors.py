@@ -1,1 +1,280 @@
-"""Placeholder."""
+"""Checkpoints of the compressed-tensors library (vLLM, llm-compressor).
+
+`pack-quantized` integers become MLX's affine format, `float-quantized` E4M3 becomes mxfp8 with unit
+scales and a factor per row, `nvfp4-pack-quantized` becomes nvfp4 with one divisor per matrix. What
+a module is stored as is read off its tensors, then looked up among the config's groups: patterns
+from a checkpoint are never run as regular expressions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx import layout
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.inventory import FLOAT_DTYPES
+from apertus_mlx.safetensors_header import TensorInfo
+from convert.reading import Reader
+from convert.sources.hugging_face import open_tensors
+from convert.sources.integer_codes import IntegerMatrix, signed_to_unsigned
+from convert.sources.scaled_floats import Float8Matrix, NvFloat4Matrix
+from convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
+from quant.packing import aligned_width, dense_width, unpack, unpack_aligned
+
+INTEGER_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
+FORMATS = (*INTEGER_FORMATS, "float-quantized", "nvfp4-pack-quantized", "mixed-precision")
+# What quantized activations need; weights alone are converted.
+ACTIVATION_SUFFIXES = (".input_scale", ".input_zero_point", ".input_global_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """How one of the config's groups stores weights."""
+
+    bits: int
+    kind: str
+    strategy: str
+    group_size: int | None
+    symmetric: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInts:
+    """Signed codes packed into int32 along the columns, or as plain int8."""
+
+    name: str
+    bits: int
+    rows: int
+    columns: int
+    group_size: int
+    # Whether each word holds whole codes only (compressed-tensors before May 2026).
+    aligned: bool
+    weight: TensorInfo
+    scale: TensorInfo
+    zero_point: TensorInfo | None
+    shape: TensorInfo | None
+    order: TensorInfo | None
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Everything that is read."""
+        optional = (self.zero_point, self.shape, self.order)
+        return (self.weight, self.scale, *(tensor for tensor in optional if tensor is not None))
+
+    def codes(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows of codes from 0 on."""
+        values = reader.raw(self.weight, start, stop)
+        if self.weight.dtype == "I8":
+            return signed_to_unsigned(values, self.bits)
+        return self._unpack(values.view(np.uint32), self.columns)
+
+    def scales(self, reader: Reader, start: int, stop: int) -> mx.array:
+        """One scale per row and group."""
+        if self.scale.shape in ((), (1,), (1, 1)):
+            return mx.broadcast_to(
+                reader.floats(self.scale, 0, 1).reshape(1, 1), (stop - start, 1)
+            )
+        return reader.floats(self.scale, start, stop).reshape(stop - start, -1)
+
+    def zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32] | None:
+        """One zero point per row and group, in the same unsigned range as the codes."""
+        tensor = self.zero_point
+        if tensor is None:
+            return None
+        if tensor.dtype == "I8":
+            rows = reader.raw(tensor, start, stop).reshape(stop - start, -1)
+            return signed_to_unsigned(rows, self.bits).astype(np.int32)
+        # Packed along the rows: small enough to read whole.
+        words = reader.raw(tensor, 0, tensor.shape[0]).view(np.uint32)
+        zeros = self._unpack(np.ascontiguousarray(words.T), self.rows).T
+        return zeros[start:stop].astype(np.int32)
+
+    def check(self, reader: Reader) -> None:
+        """Refuse reordered columns and a stored shape that is not the config's."""
+        if self.shape is not None:
+            stored = reader.raw(self.shape, 0, self.shape.shape[0]).tolist()
+            if stored != [self.rows, self.columns]:
+                raise RejectedError(
+                    f"{self.name}.weight_shape: {stored}, the config says "
+                    f"{[self.rows, self.columns]}"
+                )
+        if self.order is not None:
+            found = reader.raw(self.order, 0, self.columns)
+            plain = np.arange(self.columns) // self.group_size
+            if not (found == plain).all() and not (found == -1).all():
+                raise RejectedError(
+                    f"{self.name}.weight_g_idx: columns are reordered (act-order), which MLX "
+                    "cannot express; use a checkpoint made without it"
+                )
+
+    def _unpack(self, words: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.uint8]:
+        return (unpack_aligned if self.aligned else unpack)(words, self.bits, count)
+
+
+def source(
+    config: ModelConfig, block: Mapping[str, Any], tensors: Mapping[str, TensorInfo], name: str
+) -> Source:
+    """Recognise a compressed-tensors checkpoint.
+
+    Raises:
+        RejectedError: a format or scheme that is not read, by name.
+    """
+    groups = _groups(block, name)
+    left = open_tensors(config, tensors, name)
+    target = replace(config, family="apertus", foreign_quantization=None)
+    for key in [key for key in tensors if key.endswith(ACTIVATION_SUFFIXES)]:
+        left.drop(key, "for quantized activations, which MLX does not use here")
+    tied_pair = left.take_tied_head() if config.tie_word_embeddings else None
+    matrices = {
+        matrix.path: _matrix(matrix, left, groups, name) for matrix in layout.matrices(target)
+    }
+    vectors = left.vectors(target)
+    left.refuse_left()
+    if not any(matrix.is_quantized for matrix in matrices.values()):
+        raise RejectedError(f"{name}: the config says compressed-tensors, but no tensor is")
+    kind = f"compressed-tensors {block.get('format')}"
+    return Source(kind, name, target, matrices, vectors, left.dropped, (), tied_pair)
+
+
+def _groups(block: Mapping[str, Any], name: str) -> list[Group]:
+    where = f"{name}: quantization_config"
+    form = block.get("format")
+    if form not in FORMATS:
+        raise RejectedError(
+            f"{where}: format {str(form)[:60]!r} is not read; these are: {', '.join(FORMATS)}"
+        )
+    if block.get("sparsity_config") not in (None, {}):
+        raise RejectedError(f"{where}: sparsity_config: sparse weights are not read")
+    if block.get("kv_cache_scheme") is not None:
+        raise RejectedError(f"{where}: kv_cache_scheme: a quantized cache is not read")
+    if block.get("transform_config") not in (None, {}):
+        raise RejectedError(f"{where}: transform_config: transformed weights are not read")
+    entries = block.get("config_groups")
+    if not isinstance(entries, dict) or not entries:
+        raise RejectedError(f"{where}: config_groups: expected an object of groups")
+    groups = []
+    for key, entry in entries.items():
+        weights = entry.get("weights") if isinstance(entry, dict) else None
+        if not isinstance(weights, dict):
+            raise RejectedError(f"{where}: {str(key)[:60]}: weights: expected an object")
+        bits, size = weights.get("num_bits"), weights.get("group_size")
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
+            raise RejectedError(f"{where}: {str(key)[:60]}: num_bits: {str(bits)[:40]!r}")
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+            raise RejectedError(f"{where}: {str(key)[:60]}: group_size: {str(size)[:40]!r}")
+        strategy = str(weights.get("strategy") or ("group" if size else "tensor"))
+        symmetric = weights.get("symmetric", True)
+        if not isinstance(symmetric, bool):
+            raise RejectedError(f"{where}: {str(key)[:60]}: symmetric: expected true or false")
+        if strategy == "block":
+            raise RejectedError(f"{where}: {str(key)[:60]}: block scales are not read")
+        groups.append(Group(bits, str(weights.get("type", "int")), strategy, size, symmetric))
+    return groups
+
+
+def _matrix(
+    matrix: layout.Matrix, left: Tensors, groups: list[Group], name: str
+) -> MatrixSource:
+    if f"{matrix.path}.weight_packed" in left:
+        packed = left.peek(f"{matrix.path}.weight_packed")
+        if packed.dtype == "U8":
+            return _nvfp4(matrix, left)
+        return _packed(matrix, packed, left, groups, name)
+    weight = left.peek(matrix.weight)
+    if weight.dtype == "F8_E4M3":
+        return _float8(matrix, left)
+    if weight.dtype == "I8":
+        return _packed(matrix, weight, left, groups, name)
+    left.need(matrix.weight, FLOAT_DTYPES, (matrix.rows, matrix.columns))
+    return PlainMatrix(weight)
+
+
+def _packed(
+    matrix: layout.Matrix, weight: TensorInfo, left: Tensors, groups: list[Group], name: str
+) -> IntegerMatrix:
+    path, rows, columns = matrix.path, matrix.rows, matrix.columns
+    scale = left.peek(f"{path}.weight_scale")
+    if scale.dtype not in FLOAT_DTYPES:
+        raise RejectedError(f"{name}: {path}.weight_scale: type {scale.dtype}")
+    zero_point = left.take(f"{path}.weight_zero_point")
+    fitting = set()
+    for group in groups:
+        width = columns if weight.dtype == "I8" else dense_width(columns, min(group.bits, 32))
+        widths = {width} if weight.dtype == "I8" else {width, aligned_width(columns, group.bits)}
+        size = group.group_size if group.strategy == "group" else columns
+        if group.kind != "int" or not size or size < 1 or columns % size:
+            continue
+        if group.symmetric != (zero_point is None) or weight.shape != (rows, weight.shape[-1]):
+            continue
+        if weight.shape[-1] not in widths or not _scale_fits(scale, rows, columns // size):
+            continue
+        fitting.add((group.bits, size))
+    if len(fitting) != 1:
+        found = "no group" if not fitting else f"{len(fitting)} groups"
+        raise RejectedError(
+            f"{name}: {path}: {found} of config_groups can have weights of shape "
+            f"{list(weight.shape)} with scales of {list(scale.shape)} (config: {rows} x {columns})"
+        )
+    ((bits, size),) = fitting
+    if not 1 < bits <= 8:
+        raise RejectedError(f"{name}: {path}: {bits} bits have no form in MLX")
+    count = columns // size
+    # Only the weight shows the layout: a few rows of zero points can have one width in both.
+    aligned = weight.dtype != "I8" and weight.shape[-1] != dense_width(columns, bits)
+    if zero_point is not None:
+        height = (aligned_width if aligned else dense_width)(rows, bits)
+        int8 = zero_point.dtype == "I8" and zero_point.shape in ((rows, count), (rows,))
+        if not int8 and (zero_point.dtype != "I32" or zero_point.shape != (height, count)):
+            raise RejectedError(
+                f"{name}: {path}.weight_zero_point: {zero_point.dtype} "
+                f"{list(zero_point.shape)} does not fit {rows} rows and {count} groups"
+            )
+    left.take(matrix.weight if weight.dtype == "I8" else f"{path}.weight_packed")
+    left.take(f"{path}.weight_scale")
+    shape = left.take(f"{path}.weight_shape")
+    if shape is not None:
+        left.check(f"{path}.weight_shape", shape, ("I32", "I64"), (2,))
+    order = left.take(f"{path}.weight_g_idx")
+    if order is not None:
+        left.check(f"{path}.weight_g_idx", order, ("I32",), (columns,))
+    ints = PackedInts(
+        path, bits, rows, columns, size, aligned, weight, scale, zero_point, shape, order
+    )
+    return IntegerMatrix(path, bits, columns, size, scale.dtype, zero_point is None, ints)
+
+
+def _scale_fits(scale: TensorInfo, rows: int, groups: int) -> bool:
+    if groups > 1:
+        return scale.shape == (rows, groups)
+    return scale.shape in ((rows, 1), (rows,), (1,), (), (1, 1))
+
+
+def _float8(matrix: layout.Matrix, left: Tensors) -> Float8Matrix:
+    path, rows, columns = matrix.path, matrix.rows, matrix.columns
+    weight = left.need(matrix.weight, ("F8_E4M3",), (rows, columns))
+    scale = left.peek(f"{path}.weight_scale")
+    if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+        raise RejectedError(
+            f"{left.name}: {path}.weight_scale: shape {list(scale.shape)}: only one scale per "
+            "matrix or per row is read"
+        )
+    left.check(f"{path}.weight_scale", scale, FLOAT_DTYPES, scale.shape)
+    left.take(f"{path}.weight_scale")
+    return Float8Matrix(path, rows, columns, weight, scale)
+
+
+def _nvfp4(matrix: layout.Matrix, left: Tensors) -> NvFloat4Matrix:
+    path, rows, columns = matrix.path, matrix.rows, matrix.columns
+    if columns % 16:
+        raise RejectedError(f"{left.name}: {path}: {columns} columns do not divide into groups of 16")
+    packed = left.need(f"{path}.weight_packed", ("U8",), (rows, columns // 2))
+    scale = left.need(f"{path}.weight_scale", ("F8_E4M3",), (rows, columns // 16))
+    divisor = left.need(f"{path}.weight_global_scale", ("F32",), (1,))
+    return NvFloat4Matrix(path, rows, columns, packed, scale, divisor)

@@ -43,6 +43,9 @@ class MlxMatrix:
         """Its own format."""
         return Stored(self.spec, self.scales.dtype)
 
+    def check(self, reader: Reader) -> None:
+        """Nothing to check."""
+
     def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
         """Rows in float32."""
         codes = self.read_codes(reader, start, stop)

@@ -75,6 +75,9 @@ class MatrixSource(Protocol):
     def is_quantized(self) -> bool:
         """Whether it holds codes instead of values."""
 
+    def check(self, reader: Reader) -> None:
+        """Refuse what only small tensors can show, before anything is written."""
+
     def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
         """Rows as floats `[stop - start, columns]`."""
 
@@ -102,6 +105,9 @@ class PlainMatrix:
     def dtype(self) -> str:
         """Type of the values."""
         return self.tensor.dtype
+
+    def check(self, reader: Reader) -> None:
+        """Nothing to check."""
 
     def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
         """Rows as they are stored."""
@@ -156,6 +162,12 @@ class Tensors:
     def take(self, key: str) -> TensorInfo | None:
         """The tensor called `key`, which then counts as used; None where there is none."""
         return self._left.pop(key, None)
+
+    def peek(self, key: str) -> TensorInfo:
+        """The tensor called `key`, which stays unused for now."""
+        if key not in self._left:
+            raise RejectedError(f"{self.name}: {key}: missing")
+        return self._left[key]
 
     def need(self, key: str, dtypes: Iterable[str], shape: tuple[int, ...]) -> TensorInfo:
         """The tensor called `key`, of one of `dtypes` and of `shape`."""

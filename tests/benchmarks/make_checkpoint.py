@@ -296,9 +296,7 @@ def main() -> None:
     parser.add_argument("--max-shard-bytes", type=int, default=5 * 10**9)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    write_checkpoint(
-        arguments.size, arguments.directory, arguments.max_shard_bytes, arguments.seed
-    )
+    write_checkpoint(arguments.size, arguments.directory, arguments.max_shard_bytes, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import jinja2
 
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.strict_json import read_object
-from apertus_mlx.template_budget import Budget
-from apertus_mlx.template_sandbox import SandboxEnvironment, compile_template, render_template
+from apertus_mlx.template.budget import Budget
+from apertus_mlx.template.sandbox import SandboxEnvironment, compile_template, render_template
 from apertus_mlx.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 2**18

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from apertus_mlx.template_budget import (
+from apertus_mlx.template.budget import (
     OBJECT_BYTES,
     SCALARS,
     SEQUENCES,

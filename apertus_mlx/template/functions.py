@@ -17,7 +17,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
-from apertus_mlx.template_budget import (
+from apertus_mlx.template.budget import (
     MAX_DEPTH,
     OBJECT_BYTES,
     POINTER_BYTES,
@@ -25,7 +25,7 @@ from apertus_mlx.template_budget import (
     LimitError,
     budget_of,
 )
-from apertus_mlx.template_text import (
+from apertus_mlx.template.text import (
     as_text,
     bounded,
     join_texts,
@@ -35,6 +35,15 @@ from apertus_mlx.template_text import (
 )
 
 MAX_INDENT = 16
+_CHEAP_TESTS = (
+    *("boolean", "callable", "defined", "escaped", "false", "float", "integer", "iterable"),
+    *("mapping", "none", "number", "sameas", "sequence", "string", "true", "undefined"),
+)
+_COMPARING_TESTS = (
+    *("==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le"),
+    *(">", "gt", "greaterthan", ">=", "ge", "in", "lower", "upper"),
+)
+_NUMBER_TESTS = ("divisibleby", "even", "odd")
 
 
 def _raise_exception(message: object) -> str:
@@ -166,6 +175,8 @@ def _to_json(
 def _build_filters() -> dict[str, Any]:
     standard: dict[str, Any] = dict(jinja2.filters.FILTERS)
     filters: dict[str, Any] = {}
+    first: Any = jinja2.filters.sync_do_first
+    last: Any = jinja2.filters.do_last
     for name in ["default", "d", "items", "length", "count"]:
         filters[name] = _charged(standard[name], looks=False, context_first=False)
     for name in [
@@ -187,22 +198,18 @@ def _build_filters() -> dict[str, Any]:
     filters["list"] = _charged(_list, looks=True, context_first=False)
     for name in ("sort", "unique", "min", "max"):
         filters[name] = _charged(_with_environment(standard[name]), looks=True, context_first=True)
-    filters["first"] = _charged(
-        _with_environment(jinja2.filters.sync_do_first), looks=False, context_first=True
-    )
-    filters["last"] = _charged(
-        _with_environment(jinja2.filters.do_last), looks=False, context_first=True
-    )
-    lazy = {
+    filters["first"] = _charged(_with_environment(first), looks=False, context_first=True)
+    filters["last"] = _charged(_with_environment(last), looks=False, context_first=True)
+    lazy: dict[str, Any] = {
         "map": jinja2.filters.sync_do_map,
         "select": jinja2.filters.sync_do_select,
         "reject": jinja2.filters.sync_do_reject,
         "selectattr": jinja2.filters.sync_do_selectattr,
         "rejectattr": jinja2.filters.sync_do_rejectattr,
     }
-    for name, function in lazy.items():
-        filters[name] = _charged(function, looks=False, context_first=True)
-    for name, function in {
+    for name, lazy_filter in lazy.items():
+        filters[name] = _charged(lazy_filter, looks=False, context_first=True)
+    ours: dict[str, Any] = {
         "string": _string,
         "join": _join_filter,
         "replace": _replace_filter,
@@ -210,52 +217,13 @@ def _build_filters() -> dict[str, Any]:
         "format": _format_filter,
         "sum": _sum,
         "tojson": _to_json,
-    }.items():
+    }
+    for name, function in ours.items():
         filters[name] = _charged(function, looks=name in ("join", "sum"), context_first=True)
     return filters
 
 
 def _build_tests() -> dict[str, Any]:
-    constant_time = [
-        "boolean",
-        "callable",
-        "defined",
-        "escaped",
-        "false",
-        "float",
-        "integer",
-        "iterable",
-        "mapping",
-        "none",
-        "number",
-        "sameas",
-        "sequence",
-        "string",
-        "true",
-        "undefined",
-    ]
-    compare = [
-        "!=",
-        "<",
-        "<=",
-        "==",
-        ">",
-        ">=",
-        "eq",
-        "equalto",
-        "ge",
-        "greaterthan",
-        "gt",
-        "in",
-        "le",
-        "lessthan",
-        "lower",
-        "lt",
-        "ne",
-        "upper",
-    ]
-    arithmetic = ["divisibleby", "even", "odd"]
-
     def charged(name: str) -> Any:
         function: Any = jinja2.tests.TESTS[name]
 
@@ -263,16 +231,16 @@ def _build_tests() -> dict[str, Any]:
         def run(context: Context, value: Any, *args: Any) -> Any:
             budget = budget_of(context)
             budget.step()
-            if name in arithmetic and not isinstance(value, int | float):
+            if name in _NUMBER_TESTS and not isinstance(value, int | float):
                 raise TypeError(f"the test {name} is for numbers")
-            if name in compare:
+            if name in _COMPARING_TESTS:
                 budget.look(value)
                 budget.look(args)
             return function(value, *args)
 
         return run
 
-    return {name: charged(name) for name in (*constant_time, *compare, *arithmetic)}
+    return {name: charged(name) for name in (*_CHEAP_TESTS, *_COMPARING_TESTS, *_NUMBER_TESTS)}
 
 
 GLOBALS: dict[str, Any] = {

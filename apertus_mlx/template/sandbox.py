@@ -20,10 +20,9 @@ import jinja2.sandbox
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-from apertus_mlx.template_budget import (
+from apertus_mlx.template.budget import (
     BUDGET_KEY,
     OBJECT_BYTES,
     POINTER_BYTES,
@@ -31,8 +30,9 @@ from apertus_mlx.template_budget import (
     LimitError,
     budget_of,
 )
-from apertus_mlx.template_functions import FILTERS, GLOBALS, TESTS
-from apertus_mlx.template_text import (
+from apertus_mlx.template.functions import FILTERS, GLOBALS, TESTS
+from apertus_mlx.template.rewrite import rewrite_template
+from apertus_mlx.template.text import (
     MAX_INTEGER_BITS,
     TEXT_METHODS,
     Formatter,
@@ -45,7 +45,6 @@ from apertus_mlx.template_text import (
 )
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
-MAX_NODES = 8_000
 _METHODS: dict[type, frozenset[str]] = {
     str: TEXT_METHODS,
     dict: frozenset(["copy", "get", "items", "keys", "values"]),
@@ -62,47 +61,6 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "in": lambda left, right: left in right,
     "notin": lambda left, right: left not in right,
 }
-_ALLOWED_NODES = (
-    nodes.Expr,
-    nodes.Operand,
-    nodes.Keyword,
-    nodes.Pair,
-    nodes.Template,
-    nodes.Output,
-    nodes.For,
-    nodes.If,
-    nodes.Macro,
-    nodes.CallBlock,
-    nodes.FilterBlock,
-    nodes.With,
-    nodes.Assign,
-    nodes.AssignBlock,
-    nodes.Scope,
-    nodes.Break,
-    nodes.Continue,
-)
-# Texts that a template looks for in a message, rather than writes.
-_SEARCHES = frozenset(
-    [
-        "count",
-        "endswith",
-        "find",
-        "index",
-        "lstrip",
-        "partition",
-        "removeprefix",
-        "removesuffix",
-        "replace",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "rsplit",
-        "rstrip",
-        "split",
-        "startswith",
-        "strip",
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,14 +266,7 @@ def compile_template(
             f"it has {len(source)} characters, more than the {MAX_SOURCE_CHARACTERS} allowed"
         )
     tree = environment.parse(source)
-    for count, node in enumerate(tree.find_all(nodes.Node)):
-        if count > MAX_NODES:
-            raise LimitError(f"it has more than {MAX_NODES} parts")
-        if not isinstance(node, _ALLOWED_NODES):
-            raise SecurityError(
-                f"line {node.lineno}: {type(node).__name__} is not available to chat templates"
-            )
-    tree = _Charge(constant).visit(tree)
+    tree = rewrite_template(tree, constant)
     return environment.template_class.from_code(
         environment, environment.compile(tree), environment.globals
     )
@@ -329,83 +280,6 @@ def render_template(template: jinja2.Template, variables: Mapping[str, Any], bud
     """
     context = template.new_context({**variables, BUDGET_KEY: budget})
     return "".join(template.root_render_func(context))
-
-
-class _Charge(NodeTransformer):
-    """Rewrites a template so that the operations Jinja would run itself are charged too."""
-
-    def __init__(self, constant: Callable[[str], str]):
-        self._constant = constant
-        self._searched: set[int] = set()
-
-    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.Const(self._constant(node.data), lineno=node.lineno)
-
-    def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        if isinstance(node.value, str) and id(node) not in self._searched:
-            return nodes.Const(self._constant(node.value), lineno=node.lineno)
-        return node
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        tick = _guard("guard_pass", [], node.lineno)
-        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
-        if node.test is not None:
-            node.test = nodes.And(tick, node.test, lineno=node.lineno)
-        return node
-
-    def visit_Call(self, node: nodes.Call) -> nodes.Node:
-        if isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES:
-            self._searched.update(id(argument) for argument in node.args[:1])
-        self.generic_visit(node)
-        for name in ("dyn_args", "dyn_kwargs"):
-            if (values := getattr(node, name)) is not None:
-                setattr(node, name, _guard("guard_spread", [values], node.lineno))
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self._searched.add(id(node.expr))
-        self._searched.update(id(operand.expr) for operand in node.ops)
-        self.generic_visit(node)
-        parts = [node.expr]
-        for operand in node.ops:
-            parts += [nodes.Const(operand.op, lineno=node.lineno), operand.expr]
-        return _guard("guard_compare", parts, node.lineno)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _guard("guard_concat", node.nodes, node.lineno)
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice):
-            return node
-        ends = [node.arg.start, node.arg.stop, node.arg.step]
-        none = nodes.Const(None, lineno=node.lineno)
-        return _guard("guard_slice", [node.node, *(end or none for end in ends)], node.lineno)
-
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
-        self.generic_visit(node)
-        if not isinstance(node.key, nodes.Const):
-            node.key = _guard("guard_key", [node.key], node.lineno)
-        return node
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        self.generic_visit(node)
-        return _guard("guard_literal", [node], node.lineno)
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        return _guard("guard_literal", [node], node.lineno)
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return node if node.ctx != "load" else _guard("guard_literal", [node], node.lineno)
-
-
-def _guard(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
-    function = nodes.EnvironmentAttribute(name, lineno=line)
-    return nodes.Call(function, arguments, [], None, None, lineno=line)
 
 
 @jinja2.pass_context

@@ -1,0 +1,165 @@
+"""The whole model on the host: one onnxruntime graph between attentions, and attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx import layout
+from apertus_mlx.cache import Cache
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.cpu.attention import Attention
+from apertus_mlx.cpu.cache import HostCache
+from apertus_mlx.cpu.runtime import Session
+from apertus_mlx.cpu.stage import Stage
+from apertus_mlx.cpu.tensors import Tensors
+from apertus_mlx.cpu.weights import Floats, Precision
+from apertus_mlx.inventory import Inventory
+from apertus_mlx.model import rotary_wavelengths
+
+
+class HostModel:
+    """What `apertus_mlx.model.Model` computes, in float32; answers to the same calls.
+
+    Args:
+        inventory: the checkpoint.
+        precision: int8 rounds activations to 8 bits, per group, inside products with quantized
+            weights. Several times as fast; errors of half a percent per product.
+
+    Raises:
+        RejectedError: weights that are not finite.
+    """
+
+    def __init__(self, inventory: Inventory, precision: Precision = "float32") -> None:
+        self.config = config = inventory.config
+        self.precision = precision
+        tensors = Tensors(inventory, precision)
+        # The head is the largest part: first, while nothing else is held.
+        self._head = _head_stage(config, precision, tensors)
+        self._embed = tensors.embedding()
+        self._stages = [
+            _layer_stage(config, precision, tensors, index)
+            for index in range(config.num_hidden_layers + 1)
+        ]
+        self._attention = Attention(config)
+        waves = np.array(rotary_wavelengths(config.head_dim, config.rope), np.float32)
+        self._radians_per_position = np.float32(1) / waves
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> mx.array:
+        """Logits `[B, L, vocabulary]` of the token ids `inputs` `[B, L]`."""
+        return self._logits(self._hidden(inputs, cache), inputs.shape)
+
+    def model(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> mx.array:
+        """Final hidden states `[B, L, D]` of the token ids `inputs` `[B, L]`."""
+        return mx.array(self._hidden(inputs, cache).reshape(*inputs.shape, -1))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits `[B, L, vocabulary]` of final hidden states `[B, L, D]`."""
+        rows = np.asarray(hidden.astype(mx.float32)).reshape(-1, hidden.shape[-1])
+        return self._logits(np.ascontiguousarray(rows), hidden.shape[:-1])
+
+    @property
+    def layers(self) -> range:
+        """One entry per decoder layer."""
+        return range(self.config.num_hidden_layers)
+
+    def make_cache(self) -> list[Cache]:
+        """An empty cache for each layer."""
+        return [HostCache() for _ in self.layers]
+
+    def _hidden(self, inputs: mx.array, cache: Sequence[Cache | None] | None) -> Floats:
+        ids = np.asarray(inputs).astype(np.int64)
+        batch, length = ids.shape
+        caches: list[Cache] = [
+            HostCache() if given is None else given for given in cache or [None] * len(self.layers)
+        ]
+        start = [layer.offset for layer in caches]
+        try:
+            return self._run(ids, batch, caches, self._rotations(batch, length, caches[0].offset))
+        except BaseException:
+            # An interrupt between two layers must not leave caches of different lengths.
+            for layer, offset in zip(caches, start, strict=True):
+                layer.trim(layer.offset - offset)
+            raise
+
+    def _run(
+        self, ids: Any, batch: int, caches: Sequence[Cache], rotations: dict[str, Any]
+    ) -> Floats:
+        residual = self._embed(ids.reshape(-1))
+        given = {"residual": residual, **rotations}
+        for stage, layer in zip(self._stages[:-1], caches, strict=True):
+            queries, keys, values, residual = stage(given)
+            heads = self._attention(queries, keys, values, batch, layer)
+            given = {"heads": heads, "residual": residual, **rotations}
+        (hidden,) = self._stages[-1]({"heads": heads, "residual": residual})
+        return hidden
+
+    def _rotations(self, batch: int, length: int, offset: Any) -> dict[str, Any]:
+        """Cosines and sines of each row's angles, `[rows, head_dim / 2]`, and their numbers."""
+        first = np.asarray(offset).reshape(-1, 1)
+        positions = np.broadcast_to(first + np.arange(length), (batch, length)).reshape(-1, 1)
+        angles = positions.astype(np.float32) * self._radians_per_position
+        rows = np.arange(batch * length)[None]
+        return {"cos": np.cos(angles), "sin": np.sin(angles), "positions": rows}
+
+    def _logits(self, hidden: Floats, shape: tuple[int, ...]) -> mx.array:
+        (logits,) = self._head({"hidden": hidden})
+        return mx.array(logits.reshape(*shape, -1))
+
+
+def _layer_stage(
+    config: ModelConfig, precision: Precision, tensors: Tensors, index: int
+) -> Session:
+    """From behind attention `index - 1` to before attention `index`; the ends lack one side."""
+    stage = Stage(config, precision)
+    update: str | None = None
+    if index > 0:
+        before = layout.layer(index - 1)
+        heads = stage.input("heads", config.num_attention_heads * config.head_dim)
+        update = stage.product(heads, tensors.matrix(f"{before}.self_attn.o_proj"))
+    residual = stage.input("residual", config.hidden_size)
+    if index > 0:
+        norm = tensors.floats(f"{before}.feedforward_layernorm.weight")
+        residual, x = stage.add_norm(residual, update, norm)
+        inner = stage.product(x, tensors.matrix(f"{before}.mlp.up_proj"))
+        activated = stage.xielu(inner, *_slopes(tensors, f"{before}.mlp.act_fn"))
+        update = stage.product(activated, tensors.matrix(f"{before}.mlp.down_proj"))
+    if index == config.num_hidden_layers:
+        _, x = stage.add_norm(residual, update, tensors.floats(f"{layout.FINAL_NORM}.weight"))
+        stage.output(x)
+        return stage.session()
+    layer = layout.layer(index)
+    norm = tensors.floats(f"{layer}.attention_layernorm.weight")
+    residual, x = stage.add_norm(residual, update, norm)
+    projections = stage.project_qkv(
+        x,
+        [tensors.matrix(f"{layer}.self_attn.{name}_proj") for name in "qkv"],
+        tensors.floats(f"{layer}.self_attn.q_norm.weight"),
+        tensors.floats(f"{layer}.self_attn.k_norm.weight"),
+    )
+    for value in (*projections, residual):
+        stage.output(value)
+    return stage.session()
+
+
+def _head_stage(config: ModelConfig, precision: Precision, tensors: Tensors) -> Session:
+    stage = Stage(config, precision)
+    hidden = stage.input("hidden", config.hidden_size)
+    path = layout.EMBEDDING if config.tie_word_embeddings else layout.HEAD
+    stage.output(stage.product(hidden, tensors.matrix(path)))
+    return stage.session()
+
+
+def _slopes(tensors: Tensors, path: str) -> tuple[float, float, float, float]:
+    """xIELU's final `alpha_p`, `alpha_n`, `beta` and `eps`."""
+    beta, eps = (tensors.scalar(f"{path}.{name}") for name in layout.CONSTANTS)
+    raw_p, raw_n = (tensors.scalar(f"{path}.{name}") for name in layout.ALPHAS)
+    return _softplus(raw_p), beta + _softplus(raw_n), beta, eps
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

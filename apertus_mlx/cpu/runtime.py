@@ -1,0 +1,103 @@
+"""onnxruntime: its one pool of threads, and a graph that runs with its weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from apertus_mlx.errors import ApertusError
+
+Array = npt.NDArray[Any]
+THREADS_VARIABLE = "APERTUS_MLX_THREADS"
+
+_pool_threads: int | None = None
+
+
+def physical_cores() -> int:
+    """Cores this process may run on; two hardware threads of one core count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, os.cpu_count() or 1)
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(path.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, min(len(cores), _quota()))
+
+
+def _quota() -> int:
+    """Whole cores that a container's limit (cgroup v2) leaves; spinning beyond it stalls."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(limit) // int(period))
+    except (OSError, ValueError):
+        return os.cpu_count() or 1
+
+
+class Session:
+    """A graph, run on arrays. All sessions of a process share one pool of threads.
+
+    `weights` are copied into onnxruntime's own layout; the caller may free them afterwards.
+    """
+
+    def __init__(self, graph: bytes, weights: Mapping[str, Array]) -> None:
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        # Blocks of a growing arena are never given back, and stages have no use for one.
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 3
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        if values:
+            options.add_external_initializers(list(weights), values)
+        _start_pool()
+        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._process = os.getpid()
+
+    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """Run on C-contiguous arrays; new ones come out, in the order of the graph's outputs."""
+        self._require_process()
+        outputs: list[Array] = self._session.run(None, inputs)
+        return outputs
+
+    def run_in_place(self, inputs: Mapping[str, Array], updated: Mapping[str, str]) -> Array:
+        """Run, with output `updated[name]` written over input `name`; the first output is new."""
+        self._require_process()
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        binding.bind_output(self._session.get_outputs()[0].name)
+        for name, output in updated.items():
+            array = inputs[name]
+            binding.bind_output(output, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        result: Array = binding.get_outputs()[0].numpy()
+        return result
+
+    def _require_process(self) -> None:
+        # A forked child has the pool's locks, but none of its threads: it would wait for ever.
+        if os.getpid() != self._process:
+            raise ApertusError(
+                "this model was loaded before the process forked; load it in the child, "
+                "or start children with the spawn method"
+            )
+
+
+def _start_pool() -> None:
+    global _pool_threads
+    if _pool_threads is not None:
+        return
+    _pool_threads = _threads()
+    ort.set_global_thread_pool_sizes(_pool_threads, 1)
+
+
+def _threads() -> int:
+    stated = os.environ.get(THREADS_VARIABLE, "")
+    return int(stated) if stated.isdecimal() and int(stated) > 0 else physical_cores()

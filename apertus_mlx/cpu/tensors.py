@@ -1,0 +1,112 @@
+"""A checkpoint's tensors as arrays, read one at a time; the embedding's rows stay in the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx import layout
+from apertus_mlx.cpu.runtime import Array
+from apertus_mlx.cpu.weights import Dense, Floats, Precision, Weight, pack
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.inventory import XIELU_DEFAULTS, Inventory
+
+STORED_TYPES: dict[str, type[np.generic]] = {
+    "BF16": np.uint16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "U32": np.uint32,
+    "U8": np.uint8,
+}
+
+
+class Tensors:
+    """Reads what `take_inventory` found.
+
+    Raises:
+        RejectedError: from any method, when values are not finite.
+    """
+
+    def __init__(self, inventory: Inventory, precision: Precision) -> None:
+        self._inventory = inventory
+        self._checkpoint = inventory.checkpoint
+        self._precision = precision
+
+    def matrix(self, path: str) -> Weight:
+        """The weight of module `path`: quantized as the checkpoint has it, else in float32.
+
+        MLX's floating-point modes have no kernel here and are widened to float32.
+        """
+        spec = self._inventory.specs.get(path)
+        if spec is None:
+            return Dense(self.floats(f"{path}.weight"))
+        words = self._read(f"{path}.weight")
+        if not spec.has_biases:
+            scales = mx.array(self._read(f"{path}.scales"))
+            wide = mx.dequantize(
+                mx.array(words), scales, None, spec.group_size, spec.bits, mode=spec.mode
+            )
+            return Dense(np.array(wide.astype(mx.float32)))
+        scales, biases = self.floats(f"{path}.scales"), self.floats(f"{path}.biases")
+        return pack(words, scales, biases, spec.bits, spec.group_size, self._precision)
+
+    def floats(self, name: str) -> Floats:
+        """A floating-point tensor in float32."""
+        values = _widened(self._read(name))
+        if not np.isfinite(values).all():
+            count = np.count_nonzero(~np.isfinite(values))
+            raise RejectedError(
+                f"{self._checkpoint.directory}: {name}: {count} values not finite"
+            )
+        return values
+
+    def scalar(self, name: str) -> float:
+        """One of xIELU's parameters."""
+        if name not in self._checkpoint.tensors:
+            return XIELU_DEFAULTS[name.rsplit(".", 1)[-1]]
+        return float(self.floats(name).reshape(()))
+
+    def embedding(self) -> Callable[[npt.NDArray[np.int64]], Floats]:
+        """A function from token ids `[rows]` to their embeddings `[rows, D]`."""
+        path = layout.EMBEDDING
+        spec = self._inventory.specs.get(path)
+        weight = self._map(f"{path}.weight")
+        if spec is None:
+            return lambda ids: _widened(weight[ids])
+        scales = self._map(f"{path}.scales")
+        biases = self._map(f"{path}.biases") if spec.has_biases else None
+
+        def rows(ids: npt.NDArray[np.int64]) -> Floats:
+            by_group = (
+                None if part is None else mx.array(_widened(part[ids]) if spec.has_biases else part[ids])
+                for part in (scales, biases)
+            )
+            wide = mx.dequantize(
+                mx.array(weight[ids]), *by_group, spec.group_size, spec.bits, mode=spec.mode
+            )
+            return np.asarray(wide.astype(mx.float32))
+
+        return rows
+
+    def _read(self, name: str) -> Array:
+        info = self._checkpoint.tensors[name]
+        kind = STORED_TYPES[info.dtype]
+        count = math.prod(info.shape)
+        flat: Array = np.fromfile(self._checkpoint.path(info), kind, count, offset=info.offset)
+        return flat.reshape(info.shape)
+
+    def _map(self, name: str) -> Array:
+        info = self._checkpoint.tensors[name]
+        path = self._checkpoint.path(info)
+        return np.memmap(path, STORED_TYPES[info.dtype], "r", info.offset, info.shape)
+
+
+def _widened(values: Array) -> Floats:
+    """Float32 values of a stored tensor; bfloat16 comes as its bit patterns."""
+    if values.dtype == np.uint16:
+        return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
+    return np.asarray(values, np.float32)

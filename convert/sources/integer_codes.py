@@ -1,0 +1,123 @@
+"""Matrices of integer codes with scales and zero points per group: `(code - zero) * scale`.
+
+Kept as MLX's affine format this is `scale * code + bias` with `bias = -zero * scale`. With a
+constant zero point of half the range the product is a power of two times the scale, so exact in the
+scale's own type; a stored zero point makes it exact in float32 when the scale has 16 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.safetensors_header import TensorInfo
+from convert.reading import Reader
+from convert.sources.source import Codes, Stored
+from quant.packing import pack
+from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, QuantSpec
+
+FLOAT32_ROUNDING = "zero point x scale rounded to float32, relative error up to 6e-8"
+
+
+class CodeReader(Protocol):
+    """How a format stores codes, scales and zero points of one matrix."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Everything that is read."""
+
+    def codes(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows of unsigned codes `[rows, columns]`."""
+
+    def scales(self, reader: Reader, start: int, stop: int) -> mx.array:
+        """Scales `[rows, groups]` in their own type."""
+
+    def zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32] | None:
+        """Zero points `[rows, groups]`, or None where they are half the range."""
+
+    def check(self, reader: Reader) -> None:
+        """Refuse what only the small tensors can show, such as reordered columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerMatrix:
+    """A matrix of integer codes, however its format packs them."""
+
+    name: str
+    bits: int
+    columns: int
+    # Columns that share a scale in the source.
+    group_size: int
+    scale_dtype: str
+    symmetric: bool
+    reader: CodeReader
+    is_quantized: bool = True
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Everything that is read."""
+        return self.reader.tensors
+
+    @property
+    def dtype(self) -> str:
+        """Type of the scales."""
+        return self.scale_dtype
+
+    @property
+    def stored(self) -> Stored | None:
+        """The affine format that holds the same codes; None for groups that MLX has not."""
+        sizes = [size for size in AFFINE_GROUP_SIZES if self.group_size % size == 0]
+        if self.bits not in AFFINE_BITS or not sizes or self.columns % self.group_size:
+            return None
+        spec = QuantSpec(self.bits, sizes[-1])
+        if self.symmetric:
+            return Stored(spec, self.scale_dtype)
+        return Stored(spec, "F32", None, FLOAT32_ROUNDING if self.scale_dtype == "F32" else None)
+
+    def check(self, reader: Reader) -> None:
+        """Refuse what only the small tensors can show."""
+        self.reader.check(reader)
+
+    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+        """Rows in float32: one rounding of `(code - zero) * scale`."""
+        codes = self.reader.codes(reader, start, stop).astype(np.int32)
+        zeros = self.reader.zeros(reader, start, stop)
+        scales = np.array(self.reader.scales(reader, start, stop).astype(mx.float32))
+        steps = codes - (
+            1 << (self.bits - 1) if zeros is None else np.repeat(zeros, self.group_size, axis=1)
+        )
+        return mx.array(steps.astype(np.float32) * np.repeat(scales, self.group_size, axis=1))
+
+    def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
+        """Rows in the affine format `stored`."""
+        stored = self.stored
+        assert stored is not None
+        weight = mx.array(pack(self.reader.codes(reader, start, stop), self.bits))
+        scales = self.reader.scales(reader, start, stop)
+        zeros = self.reader.zeros(reader, start, stop)
+        wide = scales.astype(mx.float32)
+        if zeros is None:
+            biases = (wide * -float(1 << (self.bits - 1))).astype(scales.dtype)
+        else:
+            scales = wide
+            biases = -mx.array(zeros.astype(np.float32)) * wide
+        if not mx.isfinite(biases).all():
+            raise RejectedError(
+                f"{self.name}: scales too large to keep in their type; --dequantize --dtype float32"
+            )
+        copies = self.group_size // stored.spec.group_size
+        return Codes(weight, mx.repeat(scales, copies, axis=1), mx.repeat(biases, copies, axis=1))
+
+    def read_carried(self, reader: Reader) -> mx.array:
+        """There is none."""
+        raise NotImplementedError
+
+
+def signed_to_unsigned(values: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    """Signed codes as unsigned ones, zero becoming half the range."""
+    return (values.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)

@@ -1,0 +1,137 @@
+"""Matrices of 8- and 4-bit floats with a factor for which MLX's formats have no place.
+
+The codes are kept as they are; the factor is stored beside them, `output_scale` to multiply the
+matrix product with or `output_divisor` to divide it by, because only so nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.safetensors_header import TensorInfo
+from convert.reading import Reader
+from convert.sources.source import Carried, Codes, Stored
+from quant.float_formats import E4M3_NAN, E8M0_ONE, e2m1_values, e4m3_values, unpack_nibbles
+from quant.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Matrix:
+    """E4M3 values times one scale per row or per matrix: `code * scale`."""
+
+    name: str
+    rows: int
+    columns: int
+    weight: TensorInfo
+    scale: TensorInfo
+    is_quantized: bool = True
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Codes and scales."""
+        return self.weight, self.scale
+
+    @property
+    def dtype(self) -> str:
+        """Type of the scales."""
+        return self.scale.dtype
+
+    @property
+    def stored(self) -> Stored | None:
+        """mxfp8 with group scales of one, and the scale as a factor of the output."""
+        spec = QuantSpec(8, 32, "mxfp8")
+        if not spec.fits(self.columns):
+            return None
+        return Stored(spec, "U8", Carried("output_scale", self.scale.dtype, self._scale_shape))
+
+    @property
+    def _scale_shape(self) -> tuple[int, ...]:
+        return (self.rows,) if self.rows in self.scale.shape and self.rows > 1 else (1,)
+
+    def check(self, reader: Reader) -> None:
+        """Nothing to check."""
+
+    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+        """Rows in float32."""
+        values = e4m3_values()[self._codes(reader, start, stop)]
+        scales = np.array(self.read_carried(reader).astype(mx.float32))
+        rows = scales[start:stop, None] if scales.size > 1 else scales[None, :]
+        return mx.array(values * rows)
+
+    def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
+        """Rows as mxfp8: the same bytes."""
+        weight = mx.array(np.ascontiguousarray(self._codes(reader, start, stop)).view(np.uint32))
+        scales = mx.full((stop - start, self.columns // 32), E8M0_ONE, mx.uint8)
+        return Codes(weight, scales)
+
+    def read_carried(self, reader: Reader) -> mx.array:
+        """The scales, `[rows]` or `[1]`."""
+        rows = self.scale.shape[0] if self.scale.shape else 1
+        return reader.floats(self.scale, 0, rows).reshape(self._scale_shape)
+
+    def _codes(self, reader: Reader, start: int, stop: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        codes = reader.raw(self.weight, start, stop).view(np.uint8)
+        broken = int((codes & 0x7F == E4M3_NAN).sum())
+        if broken:
+            raise RejectedError(f"{self.weight.file}: {self.name}: {broken} values are NaN")
+        return codes
+
+
+@dataclass(frozen=True, slots=True)
+class NvFloat4Matrix:
+    """E2M1 codes with an E4M3 scale per 16 and one divisor: `code * scale / divisor`."""
+
+    name: str
+    rows: int
+    columns: int
+    packed: TensorInfo
+    scale: TensorInfo
+    divisor: TensorInfo
+    is_quantized: bool = True
+    # The float values come out as if scales were bfloat16.
+    dtype: str = "BF16"
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Codes, scales and divisor."""
+        return self.packed, self.scale, self.divisor
+
+    @property
+    def stored(self) -> Stored | None:
+        """nvfp4, bit for bit, and the divisor of the output."""
+        spec = QuantSpec(4, 16, "nvfp4")
+        if not spec.fits(self.columns):
+            return None
+        return Stored(spec, "U8", Carried("output_divisor", "F32", (1,)))
+
+    def check(self, reader: Reader) -> None:
+        """Refuse a divisor that is zero or not finite."""
+        if not float(self.read_carried(reader).item()) > 0:
+            raise RejectedError(f"{self.name}.weight_global_scale: is not above zero")
+
+    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+        """Rows in float32, from one float64 division."""
+        packed = reader.raw(self.packed, start, stop).view(np.uint8)
+        values = e2m1_values()[unpack_nibbles(packed)].astype(np.float64)
+        scales = e4m3_values()[np.array(self._scales(reader, start, stop))]
+        divisor = float(self.read_carried(reader).item())
+        return mx.array((values * np.repeat(scales, 16, axis=1) / divisor).astype(np.float32))
+
+    def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
+        """Rows as nvfp4: the same bytes."""
+        packed = reader.raw(self.packed, start, stop).view(np.uint32)
+        return Codes(mx.array(packed), self._scales(reader, start, stop))
+
+    def read_carried(self, reader: Reader) -> mx.array:
+        """The divisor, `[1]`."""
+        return reader.floats(self.divisor, 0, 1).reshape(1)
+
+    def _scales(self, reader: Reader, start: int, stop: int) -> mx.array:
+        scales = reader.rows(self.scale, start, stop)
+        if (scales & 0x7F == E4M3_NAN).any():
+            raise RejectedError(f"{self.scale.file}: {self.name}.weight_scale: holds NaN")
+        return scales

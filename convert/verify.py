@@ -1,0 +1,144 @@
+"""Checks an output folder: against its manifest, as this package reads it, and as an app would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apertus_mlx.checkpoint import INDEX_FILE, open_checkpoint
+from apertus_mlx.config import CONFIG_FILE, ModelConfig, read_config
+from apertus_mlx.errors import NotFoundError, RejectedError
+from apertus_mlx.inventory import take_inventory
+from apertus_mlx.strict_json import read_object
+from convert import swift_contract as swift
+from convert.manifest import MANIFEST, read_manifest, sha256
+from convert.plan import MAX_SHARD_BYTES
+from convert.swift_contract import Finding
+
+CARRIED_SUFFIXES = (".output_scale", ".output_divisor")
+MAX_TEMPLATE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found; no errors means that the folder is what it claims to be."""
+
+    directory: Path
+    files: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What makes the folder unusable or untrue."""
+        return tuple(finding for finding in self.findings if finding.level == "error")
+
+
+def verify(directory: Path) -> Verification:
+    """Check the folder `directory` and everything in it.
+
+    Raises:
+        NotFoundError: there is no such folder.
+    """
+    if not directory.is_dir():
+        raise NotFoundError(f"{directory}: no such folder")
+    findings = list(_check_manifest(directory))
+    findings += _check_model(directory)
+    return Verification(directory, sum(1 for _ in directory.iterdir()), tuple(findings))
+
+
+def _check_manifest(directory: Path) -> Iterator[Finding]:
+    try:
+        manifest = read_manifest(directory)
+    except RejectedError as error:
+        yield Finding("error", MANIFEST, str(error))
+        return
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not path.is_file() or path.is_symlink():
+            yield Finding("error", name, "is missing")
+        elif path.stat().st_size != record.size_bytes:
+            text = f"has {path.stat().st_size} bytes, the manifest says {record.size_bytes}"
+            yield Finding("error", name, text)
+        elif sha256(path) != record.sha256:
+            yield Finding("error", name, "was changed: its hash is not the manifest's")
+        elif name.endswith(".safetensors") and record.size_bytes > MAX_SHARD_BYTES + 2**24:
+            yield Finding("warning", name, "is larger than a 32-bit process can map")
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_dir() or name in manifest.files or name == MANIFEST:
+            continue
+        # Released Swift versions load every safetensors file below the folder.
+        level: swift.Level = "error" if name.endswith(".safetensors") else "warning"
+        yield Finding(level, name, "is not in the manifest")
+
+
+def _check_model(directory: Path) -> list[Finding]:
+    try:
+        config = read_config(directory)
+        checkpoint = open_checkpoint(directory)
+        values = read_object(directory / CONFIG_FILE)
+        carried = [name for name in checkpoint.tensors if name.endswith(CARRIED_SUFFIXES)]
+        findings = []
+        if not carried:
+            take_inventory(directory)
+        if not (directory / INDEX_FILE).is_file():
+            findings.append(Finding("warning", INDEX_FILE, "absent"))
+    except RejectedError as error:
+        return [Finding("error", "weights", str(error))]
+    if carried:
+        text = f"{len(carried)} factors beside the codes: only apertus-mlx can run this"
+        findings.append(Finding("warning", carried[0], text))
+    tensors = {key: t for key, t in checkpoint.tensors.items() if key not in carried}
+    findings += _check_swift(config, values, tensors)
+    return findings + _check_tokenizer(directory)
+
+
+def _check_swift(
+    config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> list[Finding]:
+    decoded, findings = swift.decode(values)
+    block, more = swift.check_quantization(values)
+    findings += more
+    if decoded is None or any(finding.level == "error" for finding in findings):
+        return findings
+    if config.head_dim != decoded.head_dim:
+        text = f"{config.head_dim}, but mlx-swift-lm and mlx-lm compute with {decoded.head_dim}"
+        return [*findings, Finding("warning", "config.json: head_dim", text)]
+    if config.output_vocab_size != config.vocab_size:
+        text = "a head of its own size cannot be expressed in mlx-swift-lm and mlx-lm"
+        return [*findings, Finding("warning", "config.json: output_vocab_size", text)]
+    rope = config.rope
+    scaling = decoded.rope_scaling or {}
+    kind = scaling.get("type", scaling.get("rope_type", "default"))
+    meant = (rope.theta, rope.type, rope.factor)
+    swifts = (decoded.rope_theta, kind, float(scaling.get("factor", 1.0)))
+    if meant != swifts:
+        text = f"Swift computes with {swifts}, the model means {meant}"
+        findings.append(Finding("error", "config.json: rope_theta, rope_scaling", text))
+    if rope.type == "llama3":
+        for key, value in (
+            ("low_freq_factor", rope.low_freq_factor),
+            ("high_freq_factor", rope.high_freq_factor),
+            ("original_max_position_embeddings", rope.original_max_position_embeddings),
+        ):
+            if scaling.get(key) != value:
+                findings.append(Finding("error", f"config.json: rope_scaling.{key}", "differs"))
+    return findings + swift.check_tensors(decoded, block, tensors)
+
+
+def _check_tokenizer(directory: Path) -> list[Finding]:
+    if not (directory / "tokenizer.json").is_file():
+        return [Finding("warning", "tokenizer.json", "absent: text cannot be read or written")]
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return [Finding("warning", path.name, "absent: swift-transformers needs it")]
+    template = directory / "chat_template.jinja"
+    text = None
+    if template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
+        text = template.read_text(encoding="utf-8", errors="replace")
+    try:
+        return swift.check_tokenizer(read_object(path), text)
+    except RejectedError as error:
+        return [Finding("error", path.name, str(error))]
