@@ -18,16 +18,10 @@ def main() -> None:
     wrong_usage = typer.BadParameter.__mro__[1]
     debug = os.environ.get("APERTUS_MLX_DEBUG") == "1"
     try:
-        app(standalone_mode=False, prog_name="apertus-mlx")
-        sys.stdout.flush()
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+        # Outside its standalone mode typer returns the code of an Exit, an interrupt's among them.
+        sys.exit(app(standalone_mode=False, prog_name="apertus-mlx"))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader has gone (`| head`); keep the interpreter from complaining while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except ApertusError as error:
         if debug:
             raise

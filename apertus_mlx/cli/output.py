@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +17,14 @@ _Progress = AbstractContextManager[Callable[..., None]]
 
 
 def print_data(text: str, end: str = "\n") -> None:
-    """Write a command's result to stdout at once."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    """Write a command's result to stdout at once; ends the program if nobody reads any more."""
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has what they wanted (`| head`); nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def print_json(value: Mapping[str, Any]) -> None:

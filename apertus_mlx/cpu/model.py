@@ -15,9 +15,10 @@ from apertus_mlx.config import ModelConfig
 from apertus_mlx.cpu.attention import Attention
 from apertus_mlx.cpu.cache import HostCache
 from apertus_mlx.cpu.runtime import Session
-from apertus_mlx.cpu.stage import Stage
+from apertus_mlx.cpu.stage import MAX_EPS, Stage
 from apertus_mlx.cpu.tensors import Tensors
 from apertus_mlx.cpu.weights import Floats, Precision
+from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import Inventory
 from apertus_mlx.model import rotary_wavelengths
 
@@ -154,11 +155,15 @@ def _head_stage(config: ModelConfig, precision: Precision, tensors: Tensors) -> 
     return stage.session()
 
 
-def _slopes(tensors: Tensors, path: str) -> tuple[float, float, float, float]:
-    """xIELU's final `alpha_p`, `alpha_n`, `beta` and `eps`."""
+def _slopes(tensors: Tensors, path: str) -> tuple[float, float, float]:
+    """xIELU's final `alpha_p`, `alpha_n` and `beta`."""
     beta, eps = (tensors.scalar(f"{path}.{name}") for name in layout.CONSTANTS)
     raw_p, raw_n = (tensors.scalar(f"{path}.{name}") for name in layout.ALPHAS)
-    return _softplus(raw_p), beta + _softplus(raw_n), beta, eps
+    if abs(eps) > MAX_EPS:
+        raise RejectedError(
+            f"{path}.eps: {eps:g} is not near 0; the CPU path leaves it out: use --compute mlx"
+        )
+    return _softplus(raw_p), beta + _softplus(raw_n), beta
 
 
 def _softplus(x: float) -> float:

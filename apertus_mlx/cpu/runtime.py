@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from onnxruntime.capi._pybind_state import create_and_register_allocator as _create_and_register_allocator
 
 from apertus_mlx.errors import ApertusError
 
@@ -51,8 +52,10 @@ class Session:
     def __init__(self, graph: bytes, weights: Mapping[str, Array]) -> None:
         options = ort.SessionOptions()
         options.use_per_session_threads = False
-        # Blocks of a growing arena are never given back, and stages have no use for one.
-        options.enable_cpu_mem_arena = False
+        # Stages run one after the other: one arena serves all, and is not returned and faulted in
+        # again each time.
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         options.log_severity_level = 3
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
         if values:
@@ -96,6 +99,8 @@ def _start_pool() -> None:
         return
     _pool_threads = _threads()
     ort.set_global_thread_pool_sizes(_pool_threads, 1)
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    _create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
 def _threads() -> int:

@@ -21,6 +21,8 @@ MICROSOFT = "com.microsoft"
 OPSETS = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
 # The oldest file version with these operator sets, for older runtimes.
 IR_VERSION = 8
+# Leaving out xIELU's eps changes it by at most alpha_n * |eps|, where -|eps| < x <= 0.
+MAX_EPS = 1e-5
 ACCURACY_LEVEL = {"float32": 0, "int8": 4}
 TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 
@@ -91,16 +93,19 @@ class Stage:
             self._reshape(values, (1, -1, weights[2].rows)),
         )
 
-    def xielu(self, x: str, alpha_p: float, alpha_n: float, beta: float, eps: float) -> str:
-        """xIELU; expm1(m) as 2t / (1 - t) with t = tanh(m / 2), exact for small m as well."""
-        tanh = self._node("Tanh", self._scaled(self._node("Min", x, self._scalar(eps)), 0.5))
-        half_expm1 = self._node("Div", tanh, self._node("Sub", self._scalar(1.0), tanh))
-        negative = self._node(
-            "Add", self._scaled(half_expm1, 2 * alpha_n), self._scaled(x, beta - alpha_n)
-        )
-        slope = self._node("Add", self._scaled(x, alpha_p), self._scalar(beta))
-        is_positive = self._node("Greater", x, self._scalar(0.0))
-        return self._node("Where", is_positive, self._node("Mul", x, slope), negative)
+    def xielu(self, x: str, alpha_p: float, alpha_n: float, beta: float) -> str:
+        """xIELU without its eps, which matters only that close to 0 (see `MAX_EPS`).
+
+        With p = max(x, 0) and m = min(x, 0): p (alpha_p p + alpha_n) + alpha_n expm1(m)
+        + (beta - alpha_n) x. And expm1(m) = 2t / (1 - t), t = tanh(m / 2): right for small m, too.
+        """
+        zero, one = self._scalar(0.0), self._scalar(1.0)
+        tanh = self._node("Tanh", self._scaled(self._node("Min", x, zero), 0.5))
+        half_expm1 = self._node("Div", tanh, self._node("Sub", one, tanh))
+        positive = self._node("Relu", x)
+        slope = self._node("Add", self._scaled(positive, alpha_p), self._scalar(alpha_n))
+        linear = self._node("Add", self._node("Mul", positive, slope), self._scaled(x, beta - alpha_n))
+        return self._node("Add", self._scaled(half_expm1, 2 * alpha_n), linear)
 
     def product(self, x: str, weight: Weight) -> str:
         """`x` `[rows, columns]` times the transposed matrix."""

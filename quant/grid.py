@@ -1,0 +1,187 @@
+"""Finds the quantization grid on which weights already lie, group by group. NumPy only.
+
+Weights that were trained with quantization in the loop, or dequantized before they were saved, take
+few values per group: `scale * code + bias`, rounded to the type they are stored in. Round-to-nearest
+derives a grid of its own from the extremes and misses that one in many groups. Here a grid is
+accepted only if it gives every value of the group back, so nothing random passes for one.
+
+Two kinds are looked for. Zero on the grid (symmetric, or with an integer zero point): values are
+`scale * k`; each value and its k bound the scale, and the bounds of a group must overlap. MLX's own:
+the value of largest size is the bias, at code 0, and `-bias / scale` is nearly an integer.
+
+Undecidable, and reported as no grid: a scale whose codes differ by less than the stored type can
+tell (8 bits in bfloat16, at the far end); grids without zero that are not MLX's; groups other than
+those asked for, unless they are multiples. Where several grids give the same values (few distinct
+values in a group) any of them is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.intp]
+# Significant bits of the types that weights are stored in.
+SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24}
+# How many codes the values nearest to zero and the far end may stay away from where they could be.
+SMALLEST_STEPS = 4
+FAR_END_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Codes `[n, group]`, scales and biases `[n]` of n groups, and which groups lie on a grid."""
+
+    codes: npt.NDArray[np.uint8]
+    scales: Float
+    biases: Float
+    found: npt.NDArray[np.bool_]
+
+
+def recover(values: Float, bits: int, dtype: str, long_scales: bool = False) -> Grid:
+    """The grid of each group of `values` `[n, group]`.
+
+    Args:
+        values: what is stored, exactly.
+        bits: codes are below `2 ** bits`.
+        dtype: type of the stored values: BF16, F16 or F32.
+        long_scales: scales and biases may take 24 bits, as in float32; else those of `dtype`.
+
+    Returns:
+        Groups in `found` satisfy for all elements, with `round` to `dtype`,
+        `round(scale * code + bias) == value` or, unless `long_scales`, what MLX computes in 16
+        bits: `round(round(scale * code) + bias) == value`.
+    """
+    significant = SIGNIFICANT_BITS[dtype]
+    grid = Grid(
+        np.zeros(values.shape, np.uint8),
+        np.zeros(len(values)),
+        np.zeros(len(values)),
+        np.zeros(len(values), bool),
+    )
+    _constant(values, grid)
+    # A scale of 16 bits times a zero point of 8 is still exact in float32.
+    lengths = (significant, 16, 24) if long_scales else (significant,)
+    _through_zero(values, bits, significant, lengths, grid)
+    if not long_scales:
+        for largest_first in (True, False):
+            _from_edge(values, bits, significant, largest_first, grid)
+    return grid
+
+
+def round_to(numbers: Float, significant: int) -> Float:
+    """Round to `significant` bits, ties to even; exponents are taken as unbounded."""
+    mantissa, exponent = np.frexp(numbers)
+    return np.ldexp(np.rint(np.ldexp(mantissa, significant)), exponent - significant)
+
+
+def _constant(values: Float, grid: Grid) -> None:
+    """Groups of one value: code 0, the value as bias."""
+    same = np.flatnonzero((values == values[:, :1]).all(1))
+    grid.scales[same] = np.where(values[same, 0] == 0, 1.0, np.abs(values[same, 0]))
+    grid.biases[same] = values[same, 0]
+    grid.found[same] = True
+
+
+def _through_zero(
+    values: Float, bits: int, significant: int, lengths: tuple[int, ...], grid: Grid
+) -> None:
+    """Groups of `scale * k` with k in a range of `2 ** bits` integers around zero."""
+    sizes = np.abs(values)
+    largest = sizes.max(1)
+    smallest = np.where(sizes > 0, sizes, np.inf).min(1)
+    for steps in range(1, SMALLEST_STEPS + 1):
+        count = np.rint(steps * largest / smallest)
+        rows = np.flatnonzero(~grid.found & (count >= 1) & (count < 1 << bits))
+        if rows.size:
+            _fit_scale(values, rows, count[rows], bits, significant, lengths, grid)
+
+
+def _fit_scale(
+    values: Float,
+    rows: Rows,
+    count: Float,
+    bits: int,
+    significant: int,
+    lengths: tuple[int, ...],
+    grid: Grid,
+) -> None:
+    """Accept the groups `rows` whose largest value is `count` steps from zero."""
+    group = values[rows]
+    guess = np.abs(group).max(1) / count
+    steps = np.rint(group / guess[:, None])
+    sizes = np.abs(steps)
+    # A stored value stands for all numbers within half a unit of its last place.
+    mantissa, exponent = np.frexp(np.abs(group))
+    above = np.ldexp(0.5, exponent - significant)
+    below = np.where(mantissa == 0.5, above / 2, above)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low = np.where(sizes > 0, (np.abs(group) - below) / sizes, 0).max(1)
+        high = np.where(sizes > 0, (np.abs(group) + above) / sizes, np.inf).min(1)
+    first, last = steps.min(1), steps.max(1)
+    top = (1 << bits) - 1
+    zero = np.clip(1 << (bits - 1), -first, np.maximum(top - last, -first))
+    codes = steps + zero[:, None]
+    possible = (low <= high) & (last - first <= top)
+    middle = (low + high) / 2
+    for length in lengths:
+        for number in (middle, low, high):
+            scale = round_to(number, length)
+            bias = -zero * scale
+            exact = round_to(scale[:, None] * codes + bias[:, None], significant) == group
+            fitting = possible & exact.all(1) & (round_to(bias, max(lengths)) == bias)
+            fitting &= ~grid.found[rows]
+            _accept(grid, rows, fitting, codes, scale, bias)
+
+
+def _from_edge(
+    values: Float, bits: int, significant: int, largest_first: bool, grid: Grid
+) -> None:
+    """Groups as MLX dequantizes its affine format in the type that they are stored in."""
+    left = np.flatnonzero(~grid.found)
+    if not left.size:
+        return
+    group = values[left]
+    top = (1 << bits) - 1
+    lower, upper = group.min(1), group.max(1)
+    # Rounding can make the far end larger than the edge, so both are tried.
+    take_upper = (np.abs(upper) > np.abs(lower)) == largest_first
+    edge, other = np.where(take_upper, upper, lower), np.where(take_upper, lower, upper)
+    share = edge / (edge - other)
+    lowest = max(1, top - FAR_END_STEPS) if bits > 4 else 1
+    for far in range(top, lowest - 1, -1):
+        steps = np.rint(far * share)
+        now = np.flatnonzero(~grid.found[left] & (steps >= 1) & (steps <= top))
+        if not now.size:
+            continue
+        chosen, bias = group[now], edge[now]
+        # MLX divides in float32 and then rounds.
+        quotient = bias.astype(np.float32) / steps[now].astype(np.float32)
+        scale = -round_to(quotient.astype(np.float64), significant)
+        near = np.rint((chosen - bias[:, None]) / scale[:, None])
+        codes = np.full(chosen.shape, np.nan)
+        for shift in (0, -1, 1):
+            tries = np.clip(near + shift, 0, top)
+            rounded = round_to(scale[:, None] * tries, significant) + bias[:, None]
+            same = round_to(rounded, significant) == chosen
+            codes = np.where(np.isnan(codes) & same, tries, codes)
+        fitting = ~np.isnan(codes).any(1)
+        _accept(grid, left[now], fitting, np.nan_to_num(codes), scale, bias)
+
+
+def _accept(
+    grid: Grid,
+    rows: Rows,
+    fitting: npt.NDArray[np.bool_],
+    codes: Float,
+    scale: Float,
+    bias: Float,
+) -> None:
+    taken = rows[fitting]
+    grid.codes[taken] = codes[fitting].astype(np.uint8)
+    grid.scales[taken] = scale[fitting]
+    grid.biases[taken] = bias[fitting]
+    grid.found[taken] = True
