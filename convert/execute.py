@@ -17,8 +17,9 @@ import numpy as np
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import XIELU_DEFAULTS
+from convert.grids import grid_codes
 from convert.plan import OutputFile, OutputTensor, Plan, Step
-from convert.reading import MLX_TYPES, Reader, block_rows
+from convert.reading import MLX_TYPES, Reader
 from convert.workspace import Workspace
 
 CHECK_BLOCK_BYTES = 4 * 2**20
@@ -59,7 +60,7 @@ def _run(
         yield step.source_bytes
         return
     rows = step.outputs[0].shape[0]
-    size = block_rows(max(1, step.source_bytes // rows))
+    size = step.block_rows
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         for tensor, array in zip(
@@ -86,6 +87,11 @@ def _matrix_block(
     if step.spec is None:
         return (values,)
     spec = step.spec
+    if step.grid is not None:
+        found = grid_codes(values, spec, step.dtype, step.grid)
+        if found is None or found.biases is None:
+            raise RejectedError(f"{step.path}: changed since its grid was found; start again")
+        return found.weight, found.scales, found.biases
     return tuple(
         mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
     )

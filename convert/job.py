@@ -21,6 +21,7 @@ from convert.companions import (
     copy_companions,
 )
 from convert.execute import execute
+from convert.grids import find_grids
 from convert.manifest import MANIFEST, make_manifest, sha256
 from convert.output_config import output_config, quantization_block
 from convert.plan import MAX_SHARD_BYTES, Plan, make_plan
@@ -92,7 +93,10 @@ def prepare(
     with Reader(directory) as reader:
         for matrix in source.matrices.values():
             matrix.check(reader)
-    plan = make_plan(source, request, max_shard_bytes)
+        plan = make_plan(source, request, max_shard_bytes)
+        grids = find_grids(plan, reader)
+        if grids:
+            plan = make_plan(source, request, max_shard_bytes, grids)
     return Job(
         directory,
         source_name,

@@ -15,8 +15,9 @@ from apertus_mlx import layout
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.safetensors_header import TensorInfo
 from convert.policy import Request, resolve
-from convert.reading import BLOCK_BYTES
+from convert.reading import BLOCK_BYTES, block_rows
 from convert.sources.source import MatrixSource, Source
+from quant.grid import Kind
 from quant.spec import QuantSpec
 
 MAX_SHARD_BYTES = 1_900_000_000
@@ -29,7 +30,7 @@ DTYPE_NAMES = {value: key for key, value in CONFIG_DTYPES.items()}
 BASE_MEMORY_BYTES = 75_000_000
 BLOCK_COPIES = 5
 
-Transform = Literal["copy", "cast", "quantize", "requantize", "keep", "dequantize", "fill"]
+Transform = Literal["copy", "cast", "quantize", "requantize", "keep", "dequantize", "fill", "grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ class Step:
     spec: QuantSpec | None = None
     matrix: MatrixSource | None = None
     vector: TensorInfo | None = None
+    # The grid on which the source's values lie, where the transform is `grid`.
+    grid: Kind | None = None
     # Why it stays unquantized although quantization was asked for.
     reason: str | None = None
     # What is lost, in words; None where nothing is, or where the loss is what was asked for.
@@ -83,6 +86,23 @@ class Step:
     def source_bytes(self) -> int:
         """Bytes that are read."""
         return sum(tensor.size_bytes for tensor in self.source_tensors)
+
+    @property
+    def columns(self) -> int:
+        """Weights in a row of a matrix."""
+        width = self.outputs[0].shape[1]
+        return width * 32 // self.spec.bits if self.spec else width
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that are processed at once."""
+        rows = self.outputs[0].shape[0]
+        per_value = 2
+        if self.matrix is not None and self.matrix.is_quantized:
+            per_value = 8  # codes are unpacked and scaled in 32 bits
+        if self.grid is not None:
+            per_value = 32  # the search takes several float64 copies
+        return min(rows, block_rows(max(self.source_bytes // rows, per_value * self.columns)))
 
     @property
     def size_bytes(self) -> int:
@@ -154,16 +174,26 @@ class Plan:
     def fingerprint(self) -> str:
         """Identifies what will be written; equal fingerprints give equal bytes."""
         parts: list[Any] = [
-            [step.path, step.transform, str(step.spec), step.dtype] for step in self.steps
+            [step.path, step.transform, step.grid, str(step.spec), step.dtype] for step in self.steps
         ]
         parts += [[file.name, file.header.hex()] for file in self.files]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def make_plan(
-    source: Source, request: Request, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Source,
+    request: Request,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    grids: Mapping[str, Kind] | None = None,
 ) -> Plan:
     """Decide everything about a conversion.
+
+    Args:
+        source: what there is.
+        request: what is wanted.
+        max_shard_bytes: size at which a new file is begun.
+        grids: matrices that lie on a grid of the format asked for, by kind, where the
+            weights have been looked at (`grids.find_grids`).
 
     Raises:
         UsageError: the request contradicts itself or does not fit the source.
@@ -181,6 +211,10 @@ def make_plan(
             f"{source.name}: no weight matrix divides into {request.default or 'the groups asked'}:"
             " nothing would be quantized; try a smaller --group-size"
         )
+    steps = [
+        _grid_step(step, grids[step.path]) if grids and step.path in grids else step
+        for step in steps
+    ]
     for key, shape in layout.vectors(source.config):
         steps.append(_vector_step(key, shape, source.vectors[key], dtype))
     placed, files = _place(_in_model_order(steps), max_shard_bytes)
@@ -242,14 +276,14 @@ def _matrix_step(
             )
         if wanted is None:
             outputs = (OutputTensor(matrix.weight, dtype, (matrix.rows, matrix.columns)),)
-            return Step(matrix.path, "dequantize", outputs, dtype, None, source, None, reason)
+            return Step(matrix.path, "dequantize", outputs, dtype, matrix=source, reason=reason)
         return _quantize_step(matrix, source, wanted, dtype, "requantize")
     if wanted is not None:
         return _quantize_step(matrix, source, wanted, dtype, "quantize")
     outputs = (OutputTensor(matrix.weight, dtype, (matrix.rows, matrix.columns)),)
     transform: Transform = "copy" if source.dtype == dtype else "cast"
     loss = _cast_loss(source.dtype, dtype)
-    return Step(matrix.path, transform, outputs, dtype, None, source, None, reason, loss)
+    return Step(matrix.path, transform, outputs, dtype, matrix=source, reason=reason, loss=loss)
 
 
 def _quantize_step(
@@ -257,7 +291,14 @@ def _quantize_step(
 ) -> Step:
     loss = "its own codes are given up" if transform == "requantize" else None
     outputs = _packed_outputs(matrix, spec, dtype)
-    return Step(matrix.path, transform, outputs, dtype, spec, source, None, None, loss)
+    return Step(matrix.path, transform, outputs, dtype, spec, source, loss=loss)
+
+
+def _grid_step(step: Step, kind: Kind) -> Step:
+    weight, *others = step.outputs
+    if kind == "exact32":
+        others = [replace(tensor, dtype="F32") for tensor in others]
+    return replace(step, transform="grid", grid=kind, outputs=(weight, *others))
 
 
 def _keep_step(
@@ -274,7 +315,7 @@ def _keep_step(
     if stored.carried is not None:
         carried = stored.carried
         outputs += (OutputTensor(f"{matrix.path}.{carried.suffix}", carried.dtype, carried.shape),)
-    return Step(matrix.path, "keep", outputs, dtype, stored.spec, source, None, None, loss)
+    return Step(matrix.path, "keep", outputs, dtype, stored.spec, source, loss=loss)
 
 
 def _packed_outputs(
@@ -298,7 +339,7 @@ def _vector_step(
         return Step(key, "fill", outputs, dtype)
     transform: Transform = "copy" if tensor.dtype == dtype else "cast"
     loss = _cast_loss(tensor.dtype, dtype)
-    return Step(key, transform, outputs, dtype, None, None, tensor, None, loss)
+    return Step(key, transform, outputs, dtype, vector=tensor, loss=loss)
 
 
 def _cast_loss(source: str, target: str) -> str | None:
@@ -371,9 +412,6 @@ def _header(tensors: Iterator[OutputTensor]) -> bytes:
 def _step_memory(step: Step) -> int:
     if step.matrix is None:
         return 4 * sum(tensor.size_bytes for tensor in step.source_tensors)
-    memory = getattr(step.matrix, "block_memory_bytes", None)
-    if memory is not None:
-        return int(memory)
     return BLOCK_COPIES * min(BLOCK_BYTES, step.source_bytes)
 
 
@@ -396,8 +434,13 @@ def _notes(source: Source, steps: tuple[Step, ...], dtype: str) -> tuple[str, ..
     losses = {step.path: step.loss for step in steps if step.loss}
     for loss, count in _counted(losses).items():
         notes.append(f"{count}: {loss}")
-    specs = [step.spec for step in steps if step.spec]
-    if dtype == "F32" and any(spec.has_biases for spec in specs):
+    on_grid = [step for step in steps if step.transform == "grid"]
+    if on_grid:
+        notes.append(
+            f"{len(on_grid)} matrices already lie on a grid of their format: codes and scales kept"
+        )
+    types = {tensor.dtype for step in steps if step.spec for tensor in step.outputs}
+    if "F32" in types - {"U32"} and any(step.spec and step.spec.has_biases for step in steps):
         notes.append("float32 scales make MLX compute in float32; --dtype bfloat16 is usual")
     config = source.config
     if config.output_vocab_size != config.vocab_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from apertus_mlx.checkpoint import INDEX_FILE, merge_headers, read_weight_map
 from apertus_mlx.config import CONFIG_FILE, parse_config
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.remote_headers import RemoteCheckpoint
+from apertus_mlx.hub.remote_headers import RemoteCheckpoint
 from apertus_mlx.safetensors_header import parse_header
 from apertus_mlx.strict_json import parse_object
 from convert.plan import Plan, make_plan

@@ -35,7 +35,7 @@ def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
     for step in plan.steps:
         shape = step.outputs[0].shape
         if step.matrix is not None:
-            shape = (shape[0], _columns(step))
+            shape = (shape[0], step.columns)
         key = (
             _LAYER.sub(".layers.*.", step.path),
             "x".join(map(str, shape)) or "scalar",
@@ -116,7 +116,3 @@ def _step_as_json(step: Step) -> dict[str, Any]:
         ],
     }
 
-
-def _columns(step: Step) -> int:
-    shape = step.outputs[0].shape
-    return shape[1] * 32 // step.spec.bits if step.spec else shape[1]

@@ -10,22 +10,30 @@ Two kinds are looked for. Zero on the grid (symmetric, or with an integer zero p
 the value of largest size is the bias, at code 0, and `-bias / scale` is nearly an integer.
 
 Undecidable, and reported as no grid: a scale whose codes differ by less than the stored type can
-tell (8 bits in bfloat16, at the far end); grids without zero that are not MLX's; groups other than
-those asked for, unless they are multiples. Where several grids give the same values (few distinct
+tell (8 bits in bfloat16, at the far end); grids without zero that are not MLX's; a float32 scale
+whose product with its zero point takes more than float32 has; groups other than those asked for,
+unless they are multiples. Where several grids give the same values (few distinct
 values in a group) any of them is right.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Float = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
+# `mlx`: made by MLX's affine quantization, dequantized in 16 bits. `exact`: multiples of a scale, in
+# the type of the weights; `exact32`: the same with scale and bias in float32.
+Kind = Literal["mlx", "exact", "exact32"]
+KINDS: tuple[Kind, ...] = ("mlx", "exact", "exact32")
 # Significant bits of the types that weights are stored in.
 SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24}
+# Exponents of the smallest subnormal numbers, by significant bits.
+SMALLEST_EXPONENTS = {8: -133, 11: -24, 24: -149}
 # How many codes the values nearest to zero and the far end may stay away from where they could be.
 SMALLEST_STEPS = 4
 FAR_END_STEPS = 4
@@ -41,19 +49,19 @@ class Grid:
     found: npt.NDArray[np.bool_]
 
 
-def recover(values: Float, bits: int, dtype: str, long_scales: bool = False) -> Grid:
+def recover(values: Float, bits: int, dtype: str, kind: Kind) -> Grid:
     """The grid of each group of `values` `[n, group]`.
 
     Args:
         values: what is stored, exactly.
         bits: codes are below `2 ** bits`.
         dtype: type of the stored values: BF16, F16 or F32.
-        long_scales: scales and biases may take 24 bits, as in float32; else those of `dtype`.
+        kind: which grids to look for, see `Kind`.
 
     Returns:
-        Groups in `found` satisfy for all elements, with `round` to `dtype`,
-        `round(scale * code + bias) == value` or, unless `long_scales`, what MLX computes in 16
-        bits: `round(round(scale * code) + bias) == value`.
+        For all elements of the groups in `found`, with `round` to `dtype`: in the kind `mlx`
+        `round(round(scale * code) + bias) == value`, as MLX computes in 16 bits; else
+        `round(scale * code + bias) == value`.
     """
     significant = SIGNIFICANT_BITS[dtype]
     grid = Grid(
@@ -63,19 +71,26 @@ def recover(values: Float, bits: int, dtype: str, long_scales: bool = False) -> 
         np.zeros(len(values), bool),
     )
     _constant(values, grid)
-    # A scale of 16 bits times a zero point of 8 is still exact in float32.
-    lengths = (significant, 16, 24) if long_scales else (significant,)
-    _through_zero(values, bits, significant, lengths, grid)
-    if not long_scales:
+    if kind == "mlx":
         for largest_first in (True, False):
             _from_edge(values, bits, significant, largest_first, grid)
+    else:
+        # Short enough that its product with a zero point is exact in float32, if that will do.
+        lengths = (significant,) if kind == "exact" else (significant, 24 - bits, 24)
+        _through_zero(values, bits, significant, lengths, grid)
     return grid
 
 
 def round_to(numbers: Float, significant: int) -> Float:
-    """Round to `significant` bits, ties to even; exponents are taken as unbounded."""
-    mantissa, exponent = np.frexp(numbers)
-    return np.ldexp(np.rint(np.ldexp(mantissa, significant)), exponent - significant)
+    """Round to `significant` bits, ties to even, and no finer than the type of that length is."""
+    _, exponent = np.frexp(numbers)
+    unit = _last_place(exponent, significant)
+    return np.ldexp(np.rint(np.ldexp(numbers, -unit)), unit)
+
+
+def _last_place(exponent: npt.NDArray[np.int32], significant: int) -> npt.NDArray[np.int32]:
+    """Exponent of the last place of numbers below `2 ** exponent`."""
+    return np.maximum(exponent - significant, SMALLEST_EXPONENTS.get(significant, -149))
 
 
 def _constant(values: Float, grid: Grid) -> None:
@@ -116,7 +131,7 @@ def _fit_scale(
     sizes = np.abs(steps)
     # A stored value stands for all numbers within half a unit of its last place.
     mantissa, exponent = np.frexp(np.abs(group))
-    above = np.ldexp(0.5, exponent - significant)
+    above = np.ldexp(0.5, _last_place(exponent, significant))
     below = np.where(mantissa == 0.5, above / 2, above)
     with np.errstate(divide="ignore", invalid="ignore"):
         low = np.where(sizes > 0, (np.abs(group) - below) / sizes, 0).max(1)

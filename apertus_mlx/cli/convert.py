@@ -207,8 +207,8 @@ def _plan_only(
     if not remote or offline or source is None:
         job = _prepare(source, revision, offline, request)
         return job.plan, job.source_name, job.commit
-    from apertus_mlx.hub_listing import list_files
-    from apertus_mlx.remote_headers import fetch_headers
+    from apertus_mlx.hub.listing import list_files
+    from apertus_mlx.hub.remote_headers import fetch_headers
     from convert.remote import plan_remote
 
     listing = list_files(source, revision or "main")

@@ -18,7 +18,7 @@ MAX_ROWS_ON_CODES = 16
 # Positions that are dequantized at a time when more queries come.
 BLOCK = 512
 # Scores that are computed at a time; more queries come in several blocks.
-MAX_SCORES_BYTES = 2**24
+MAX_SCORES_BYTES = 2**23
 
 
 def attend(

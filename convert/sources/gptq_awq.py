@@ -1,1 +1,217 @@
-"""Placeholder."""
+"""GPTQ and AWQ checkpoints: integer codes packed for CUDA kernels, transposed to MLX's rows.
+
+Both hold `[in, out]` matrices: GPTQ packs the codes along the input, AWQ along the output in an
+interleaved order; `qzeros` are packed along the output, in GPTQ's first format less one. The values
+are `(code - zero) * scale`. MLX wants `[out, in]`, so a block of rows here is a block of columns
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx import layout
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.inventory import FLOAT_DTYPES
+from apertus_mlx.safetensors_header import TensorInfo
+from convert.reading import Reader
+from convert.sources.hugging_face import open_tensors
+from convert.sources.integer_codes import IntegerMatrix
+from convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
+from quant.packing import dense_width, unpack
+
+GPTQ_BITS = (2, 3, 4, 8)
+AWQ_BITS = (4,)
+# The nibble of each word, from the lowest on, belongs to this column of its eight.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+COLUMN_BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TransposedInts:
+    """One matrix of a GPTQ or AWQ checkpoint."""
+
+    name: str
+    method: str
+    bits: int
+    rows: int
+    columns: int
+    group_size: int
+    # What has to be added to a stored zero point.
+    zero_offset: int
+    # The config says that all zero points are half the range; `check` holds it to that.
+    symmetric: bool
+    weight: TensorInfo
+    zero: TensorInfo
+    scale: TensorInfo
+    order: TensorInfo | None
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Everything that is read."""
+        found = (self.weight, self.zero, self.scale)
+        return found if self.order is None else (*found, self.order)
+
+    def codes(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows of codes from 0 on."""
+        if self.method == "awq":
+            return self._interleaved(reader, self.weight, start, stop).T
+        words = np.ascontiguousarray(_columns(reader, self.weight, start, stop).T).view(np.uint32)
+        return unpack(words, self.bits, self.columns)
+
+    def scales(self, reader: Reader, start: int, stop: int) -> mx.array:
+        """One scale per row and group."""
+        scales = reader.floats(self.scale, 0, self.scale.shape[0])
+        return scales[:, start:stop].T
+
+    def zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32] | None:
+        """One zero point per row and group; None where all are half the range."""
+        return None if self.symmetric else self._zeros(reader, start, stop)
+
+    def _zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32]:
+        if self.method == "awq":
+            return self._interleaved(reader, self.zero, start, stop).T.astype(np.int32)
+        words = np.ascontiguousarray(reader.raw(self.zero, 0, self.zero.shape[0])).view(np.uint32)
+        stored = unpack(words, self.bits, self.rows)[:, start:stop]
+        return stored.T.astype(np.int32) + self.zero_offset
+
+    def check(self, reader: Reader) -> None:
+        """Refuse reordered columns and zero points that cannot be what they say."""
+        zeros = self._zeros(reader, 0, self.rows)
+        if self.symmetric and not (zeros == 1 << (self.bits - 1)).all():
+            raise RejectedError(f"{self.name}.qzeros: not half the range, but the config says sym")
+        if (zeros >= 1 << self.bits).any():
+            raise RejectedError(
+                f"{self.name}.qzeros: a zero point of 0, which GPTQ's first format cannot hold; "
+                "use a gptq_v2 checkpoint"
+            )
+        if self.order is None:
+            return
+        found = reader.raw(self.order, 0, self.columns)
+        if not (found == np.arange(self.columns) // self.group_size).all():
+            raise RejectedError(
+                f"{self.name}.g_idx: columns are reordered (act-order, desc_act), which MLX cannot "
+                "express; use a checkpoint made without it"
+            )
+
+    def _interleaved(
+        self, reader: Reader, tensor: TensorInfo, start: int, stop: int
+    ) -> npt.NDArray[np.uint8]:
+        first, last = start // 8, -(-stop // 8)
+        words = _columns(reader, tensor, first, last).view(np.uint32)
+        codes = np.empty((*words.shape, 8), np.uint8)
+        for nibble, column in enumerate(AWQ_ORDER):
+            codes[:, :, column] = words >> np.uint32(4 * nibble) & np.uint32(15)
+        return codes.reshape(words.shape[0], -1)[:, start - 8 * first : stop - 8 * first]
+
+
+def source(
+    config: ModelConfig,
+    method: str,
+    block: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    name: str,
+) -> Source:
+    """Recognise a GPTQ or AWQ checkpoint.
+
+    Raises:
+        RejectedError: bits, format or tensors that are not read, by name.
+    """
+    where = f"{name}: quantization_config"
+    bits = block.get("bits", block.get("w_bit"))
+    allowed = GPTQ_BITS if method == "gptq" else AWQ_BITS
+    if isinstance(bits, bool) or bits not in allowed:
+        raise RejectedError(
+            f"{where}: bits: {str(bits)[:40]}: {method} has {', '.join(map(str, allowed))}"
+        )
+    size = block.get("group_size", block.get("q_group_size"))
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise RejectedError(f"{where}: group_size: {str(size)[:40]}: expected a size, or -1")
+    offset = _zero_offset(method, block, where)
+    symmetric = method == "gptq" and block.get("sym") is True
+    left = open_tensors(config, tensors, name)
+    target = replace(config, family="apertus", foreign_quantization=None)
+    tied_pair = left.take_tied_head() if config.tie_word_embeddings else None
+    for matrix in layout.matrices(target):
+        _drop_zero_bias(matrix, left)
+    matrices = {
+        matrix.path: _matrix(matrix, left, method, bits, size, offset, symmetric)
+        for matrix in layout.matrices(target)
+    }
+    vectors = left.vectors(target)
+    left.refuse_left()
+    if not any(matrix.is_quantized for matrix in matrices.values()):
+        raise RejectedError(f"{name}: the config says {method}, but no tensor is")
+    return Source(method.upper(), name, target, matrices, vectors, left.dropped, (), tied_pair)
+
+
+def _zero_offset(method: str, block: Mapping[str, Any], where: str) -> int:
+    if method == "awq":
+        version = str(block.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise RejectedError(f"{where}: version {version[:40]!r}: only gemm is read")
+        if block.get("zero_point", True) is not True:
+            raise RejectedError(f"{where}: zero_point: only true is read")
+        return 0
+    form = str(block.get("checkpoint_format", "gptq"))
+    if form not in ("gptq", "gptq_v2"):
+        raise RejectedError(f"{where}: checkpoint_format {form[:40]!r} is not read")
+    return 1 if form == "gptq" else 0
+
+
+def _drop_zero_bias(matrix: layout.Matrix, left: Tensors) -> None:
+    if f"{matrix.path}.qweight" in left and f"{matrix.path}.bias" in left:
+        raise RejectedError(
+            f"{left.name}: {matrix.path}.bias: Apertus has no biases; remove it only if it is zero"
+        )
+
+
+def _matrix(
+    matrix: layout.Matrix,
+    left: Tensors,
+    method: str,
+    bits: int,
+    group_size: int,
+    offset: int,
+    symmetric: bool,
+) -> MatrixSource:
+    path, rows, columns = matrix.path, matrix.rows, matrix.columns
+    if f"{path}.qweight" not in left:
+        return PlainMatrix(left.need(matrix.weight, FLOAT_DTYPES, (rows, columns)))
+    size = columns if group_size == -1 else group_size
+    if columns % size or rows * bits % 32 or columns * bits % 32:
+        raise RejectedError(
+            f"{left.name}: {path}: {rows} x {columns} does not divide into groups of {size}"
+        )
+    groups = columns // size
+    packed = (columns * bits // 32, rows) if method == "gptq" else (columns, rows * bits // 32)
+    weight = left.need(f"{path}.qweight", ("I32", "U32"), packed)
+    zero = left.need(f"{path}.qzeros", ("I32", "U32"), (groups, dense_width(rows, bits)))
+    scale = left.need(f"{path}.scales", FLOAT_DTYPES, (groups, rows))
+    order = left.take(f"{path}.g_idx")
+    if order is not None:
+        left.check(f"{path}.g_idx", order, ("I32",), (columns,))
+    ints = TransposedInts(
+        path, method, bits, rows, columns, size, offset, symmetric, weight, zero, scale, order
+    )
+    return IntegerMatrix(path, bits, columns, size, scale.dtype, symmetric, ints)
+
+
+def _columns(
+    reader: Reader, tensor: TensorInfo, start: int, stop: int
+) -> npt.NDArray[np.generic]:
+    """Columns of a row-major matrix, read in blocks of rows."""
+    rows, width = tensor.shape
+    found = np.empty((rows, stop - start), np.int32)
+    size = max(1, COLUMN_BLOCK_BYTES // (4 * width))
+    for first in range(0, rows, size):
+        last = min(first + size, rows)
+        found[first:last] = reader.raw(tensor, first, last)[:, start:stop].view(np.int32)
+    return found

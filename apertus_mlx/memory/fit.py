@@ -1,0 +1,169 @@
+"""Settings that fit a memory limit: form of the cache and tokens a prefill step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from apertus_mlx import layout
+from apertus_mlx.cache.config import FULL_BITS, CacheConfig
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.memory.footprint import Backend, Footprint, footprint
+from apertus_mlx.memory.subject import Subject
+from quant.spec import QuantSpec
+
+PREFILL_STEPS = (512, 256, 128, 64, 32)
+# Steps down to this cost little speed; smaller ones are tried after the caches' precision.
+COMFORTABLE_STEP = 128
+# In the order of what they cost in quality (README, "KV caches"); 2 bits only on request.
+FORMS = tuple(CacheConfig(bits, bits) for bits in (FULL_BITS, 8, 6, 4, 3))
+LEAST_BITS = FORMS[-1]
+LEAST_BOUND = 512
+# MLX keeps freed buffers for the next operation; more than this brings nothing.
+MAX_BUFFER_CACHE_BYTES = 512 * 10**6
+MIN_BUFFER_CACHE_BYTES = 8 * 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Settings that keep a run under a limit, and what it will take."""
+
+    form: CacheConfig
+    prefill_step: int
+    footprint: Footprint
+    limit_bytes: int
+
+    @property
+    def buffer_cache_bytes(self) -> int:
+        """How many freed bytes MLX may keep: what the limit leaves, within reason."""
+        left = self.limit_bytes - self.footprint.total_bytes
+        return max(MIN_BUFFER_CACHE_BYTES, min(left, MAX_BUFFER_CACHE_BYTES))
+
+
+def fit(
+    subject: Subject,
+    limit_bytes: int,
+    context: int,
+    backend: Backend,
+    form: CacheConfig | None = None,
+    prefill_step: int | None = None,
+    bounds: bool = False,
+) -> Fit:
+    """The best settings with which `context` positions stay under `limit_bytes`.
+
+    What is given (`form`, `prefill_step`) is kept, the rest chosen: full precision and long steps
+    first. `bounds`: a bounded cache, which forgets, may be chosen when nothing else fits.
+
+    Raises:
+        ResourceError: nothing fits; the message has the numbers that would.
+    """
+    for candidate, step in _settings(subject.config, context, form, prefill_step, bounds):
+        needed = footprint(subject, candidate, context, step, backend)
+        if needed.total_bytes <= limit_bytes:
+            return Fit(candidate, step, needed, limit_bytes)
+    raise ResourceError(_refusal(subject, limit_bytes, context, backend, form, prefill_step))
+
+
+def largest_context(
+    subject: Subject, limit_bytes: int, form: CacheConfig, prefill_step: int, backend: Backend
+) -> int:
+    """The longest context, up to the model's, that stays under `limit_bytes`; 0 if none does."""
+    low, high = 0, subject.config.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        needed = footprint(subject, form, middle, prefill_step, backend)
+        if needed.total_bytes <= limit_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _settings(
+    config: ModelConfig,
+    context: int,
+    form: CacheConfig | None,
+    prefill_step: int | None,
+    bounds: bool,
+) -> Iterator[tuple[CacheConfig, int]]:
+    forms = [form] if form is not None else possible_forms(config)
+    steps = [prefill_step] if prefill_step is not None else list(PREFILL_STEPS)
+    comfortable = [step for step in steps if step >= COMFORTABLE_STEP] or steps
+    for candidate in forms:
+        for step in comfortable:
+            yield candidate, step
+    for candidate in forms:
+        for step in steps:
+            yield candidate, step
+    if bounds and form is None:
+        bound = context // 2
+        while bound >= LEAST_BOUND:
+            for step in steps:
+                yield replace(forms[-1], bound=bound), step
+            bound //= 2
+
+
+def possible_forms(config: ModelConfig) -> list[CacheConfig]:
+    """The forms that this model's heads allow, best first."""
+    forms = []
+    for form in FORMS:
+        try:
+            form.require_fit(config.head_dim)
+        except UsageError:
+            continue
+        forms.append(form)
+    return forms
+
+
+def _refusal(
+    subject: Subject,
+    limit_bytes: int,
+    context: int,
+    backend: Backend,
+    form: CacheConfig | None,
+    prefill_step: int | None,
+) -> str:
+    wanted = form or possible_forms(subject.config)[-1]
+    step = prefill_step or PREFILL_STEPS[-1]
+    needed = footprint(subject, wanted, context, step, backend)
+    message = (
+        f"{subject.name}: {context} tokens of context need {_gb(needed.total_bytes)} "
+        f"(weights {_gb(needed.weights_bytes)}, cache {_gb(needed.kv_bytes)} at {wanted}, working "
+        f"memory {_gb(needed.prefill_bytes)} at --prefill-step {step}), the limit is "
+        f"{_gb(limit_bytes)}; "
+    )
+    smallest = possible_forms(subject.config)[-1]
+    fits = largest_context(subject, limit_bytes, smallest, PREFILL_STEPS[-1], backend)
+    if fits >= LEAST_BOUND:
+        bits = "" if smallest.key_bits == FULL_BITS else f"--kv-bits {smallest.key_bits} "
+        bound = fits // 32 * 32
+        return message + (
+            f"what would fit: {bits}--prefill-step {PREFILL_STEPS[-1]} with --max-kv {bound} or at "
+            f"most {fits} tokens; --force tries anyway"
+        )
+    short = min(context, LEAST_BOUND)
+    least = footprint(subject, smallest, short, PREFILL_STEPS[-1], backend)
+    beside = least.total_bytes - least.weights_bytes
+    for width in (4, 3, 2):
+        weights = _quantized_bytes(subject.config, width)
+        if weights < subject.file_bytes and weights + beside <= limit_bytes:
+            return message + (
+                f"what would fit: the model at {width} bits ({_gb(weights)}), "
+                f"apertus-mlx convert --bits {width}"
+            )
+    return message + f"it runs from {_gb(least.total_bytes)} on; take a smaller model"
+
+
+def _quantized_bytes(config: ModelConfig, bits: int) -> int:
+    spec = QuantSpec(bits, 64)
+    return sum(
+        spec.weight_bytes(matrix.rows, matrix.columns, 2)
+        if spec.fits(matrix.columns)
+        else 2 * matrix.rows * matrix.columns
+        for matrix in layout.matrices(config)
+    )
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"

@@ -1,0 +1,178 @@
+"""What a run takes at its peak, part by part: weights, cache, prompt processing, logits.
+
+Weights and cache are exact: sizes follow from config and headers, and growth of a cache is a rule.
+What MLX holds while it works on a chunk is a formula; its factors are counted from the operations
+in flight, and checked against MLX's measured peak (`tests/test_memory_peak.py`). With L tokens a
+chunk, D the hidden size, I the MLP's, S positions seen and e bytes a number:
+
+    MLP          m * L * I * e       (xIELU's intermediate values; one fused kernel on a GPU)
+    residual     r * L * D * e
+    scores       a * heads * L * S * e     (none where attention is one fused kernel)
+    quantization q * L * kv_heads * head_dim * 2 * e
+
+A quantized cache computes scores in blocks of at most 8 MiB. When a cache grows, one layer of it
+is there twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
+from apertus_mlx.cache.store import capacity_for
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.memory.subject import Subject
+
+# `ops.segmented.MAX_SCORES_BYTES`; that module imports MLX, a plan does not.
+SCORES_BLOCK_BYTES = 2**23
+SCALE_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How MLX computes: bytes of a number, and the factors of the formula above."""
+
+    compute_bytes: int
+    mlp: float
+    residual: float
+    scores: float
+    scores_in_blocks: float
+    quantization: float
+    fixed_bytes: int
+
+
+CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=6.0,
+              fixed_bytes=1_500_000)  # fmt: skip
+GPU_16_BIT = Backend(2, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=12.0,
+                     fixed_bytes=8_000_000)  # fmt: skip
+GPU_32_BIT = Backend(4, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=6.0,
+                     fixed_bytes=8_000_000)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of each part, at the point of a run where it is largest."""
+
+    weights_bytes: int
+    kv_bytes: int
+    prefill_bytes: int
+    logits_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak: the last chunk of a prompt and the first logits do not coincide."""
+        return self.weights_bytes + self.kv_bytes + max(self.prefill_bytes, self.logits_bytes)
+
+    def report(self) -> dict[str, Any]:
+        """All parts by name."""
+        return {
+            "weights_bytes": self.weights_bytes,
+            "kv_bytes": self.kv_bytes,
+            "prefill_bytes": self.prefill_bytes,
+            "logits_bytes": self.logits_bytes,
+            "total_bytes": self.total_bytes,
+        }
+
+
+def choose_backend(subject: Subject, on_gpu: bool, dtype: str | None = None) -> Backend:
+    """How this checkpoint is computed: as the loader decides, unless `dtype` is asked for."""
+    if not on_gpu:
+        return CPU
+    wide = dtype == "float32" if dtype else not subject.stored_16_bit
+    return GPU_32_BIT if wide else GPU_16_BIT
+
+
+def footprint(
+    subject: Subject, form: CacheConfig, context: int, prefill_step: int, backend: Backend
+) -> Footprint:
+    """The peak of a run that ends with `context` positions, nearly all of them prompt."""
+    config = subject.config
+    return Footprint(
+        weights_bytes=subject.weights_bytes(backend.compute_bytes),
+        kv_bytes=kv_bytes(config, form, context, backend.compute_bytes),
+        prefill_bytes=prefill_bytes(config, form, context, prefill_step, backend),
+        logits_bytes=logits_bytes(config, form, context, backend),
+    )
+
+
+def kv_bytes(config: ModelConfig, form: CacheConfig, positions: int, number_bytes: int) -> int:
+    """Bytes that the caches of all layers have allocated after `positions`."""
+    return config.num_hidden_layers * _layer_kv_bytes(config, form, positions, number_bytes)
+
+
+def kv_bytes_per_position(config: ModelConfig, form: CacheConfig, number_bytes: int) -> float:
+    """Bytes that one more position takes: 2 * layers * kv_heads * head_dim * (bits + overhead)."""
+    per_number = sum(
+        _number_bits(config.head_dim, bits, number_bytes)
+        for bits in (form.key_bits, form.value_bits)
+    )
+    numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * per_number / 8
+
+
+def prefill_bytes(
+    config: ModelConfig, form: CacheConfig, context: int, step: int, backend: Backend
+) -> int:
+    """Bytes in use while a chunk of the prompt goes through, weights and cache not counted."""
+    length = min(step, context)
+    numbers = backend.compute_bytes * length
+    mlp = numbers * config.intermediate_size
+    scores = numbers * config.num_attention_heads * _positions_seen(form, context, length)
+    if form.quantized:
+        row = scores // length
+        attention = backend.scores_in_blocks * min(scores, max(SCORES_BLOCK_BYTES, row))
+        heads = 2 * config.num_key_value_heads * config.head_dim
+        attention += backend.quantization * numbers * heads
+    else:
+        attention = backend.scores * scores
+    working = backend.mlp * mlp + max(1.1 * mlp, attention)
+    working += backend.residual * numbers * config.hidden_size
+    return int(working) + backend.fixed_bytes
+
+
+def logits_bytes(config: ModelConfig, form: CacheConfig, context: int, backend: Backend) -> int:
+    """Bytes in use while a token is decoded: logits and what the sampler makes, or a growing cache.
+
+    The sampler works in float32 on logits, probabilities and their order.
+    """
+    sampling = 6 * 4 * config.output_vocab_size
+    growing = _layer_kv_bytes(config, form, context, backend.compute_bytes)
+    return sampling + growing + backend.fixed_bytes
+
+
+def _layer_kv_bytes(
+    config: ModelConfig, form: CacheConfig, positions: int, number_bytes: int
+) -> int:
+    row = config.num_key_value_heads * config.head_dim
+    if not form.quantized:
+        rows = capacity_for(positions)
+        if form.bound is not None:
+            rows = min(rows, form.bound)
+        return 2 * row * rows * number_bytes
+    recent = form.sinks + form.window + STEP
+    coded = form.flushed(positions)
+    rows = capacity_for(coded) if coded else 0
+    if coded:
+        recent += STEP
+    if form.ring is not None:
+        rows = min(rows, form.ring)
+    bits = sum(
+        _number_bits(config.head_dim, bits, number_bytes)
+        for bits in (form.key_bits, form.value_bits)
+    )
+    return int(2 * row * recent * number_bytes + row * rows * bits / 8)
+
+
+def _number_bits(head_dim: int, bits: int, number_bytes: int) -> float:
+    if bits == FULL_BITS:
+        return 8 * number_bytes
+    return bits + 2 * 8 * SCALE_BYTES / group_size(head_dim)
+
+
+def _positions_seen(form: CacheConfig, context: int, length: int) -> int:
+    """Positions that attention of the last chunk reads."""
+    if form.ring is None or context <= (form.bound or 0):
+        return context
+    held = form.sinks + form.ring
+    return held + (2 * length + form.window if form.quantized else length)

@@ -1,0 +1,81 @@
+"""This machine: what it can give a run, and MLX's limits for as long as the run lasts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+# MLX starts to collect garbage at this share of what Metal recommends.
+WORKING_SET_SHARE = 0.95
+AVAILABLE_SHARE = 0.9
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU here."""
+    return bool(mx.default_device() != mx.cpu)
+
+
+def available_bytes() -> int:
+    """Memory that a run may take: what Metal recommends, else what the system has free."""
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    if isinstance(working_set, int) and on_gpu():
+        return int(WORKING_SET_SHARE * working_set)
+    free = [_linux_available(), _control_group_left(), _physical_bytes()]
+    return int(AVAILABLE_SHARE * min(size for size in free if size is not None))
+
+
+@contextmanager
+def mlx_limits(buffer_cache_bytes: int, wired_bytes: int) -> Iterator[None]:
+    """Set how much MLX keeps of freed memory, and wires of that in use; restore both at the end."""
+    previous = mx.set_cache_limit(buffer_cache_bytes)
+    try:
+        with _wired(wired_bytes):
+            yield
+    finally:
+        mx.set_cache_limit(previous)
+        mx.clear_cache()
+
+
+@contextmanager
+def _wired(size_bytes: int) -> Iterator[None]:
+    """Keep up to `size_bytes` resident on a GPU; more than Metal recommends may hang a machine."""
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    if not on_gpu() or not isinstance(working_set, int):
+        yield
+        return
+    previous = mx.set_wired_limit(min(size_bytes, int(WORKING_SET_SHARE * working_set)))
+    try:
+        yield
+    finally:
+        # Buffers in use by the GPU must not lose their residency.
+        mx.synchronize()
+        mx.set_wired_limit(previous)
+
+
+def _linux_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _control_group_left() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        most = (folder / "memory.max").read_text().strip()
+        used = (folder / "memory.current").read_text().strip()
+    except OSError:
+        return None
+    return int(most) - int(used) if most.isdigit() and used.isdigit() else None
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
