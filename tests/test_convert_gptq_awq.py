@@ -63,7 +63,7 @@ def checkpoint(
     """Writes the checkpoint; returns what each quantized matrix means, in float64."""
     values = build.config(quantization_config=block)
     tensors = build.random_tensors(values, "F16")
-    rng = np.random.default_rng(bits * group)
+    rng = np.random.default_rng(bits * abs(group))
     meaning = {}
     for name, tensor in list(tensors.items()):
         if "_proj" not in name:

@@ -128,7 +128,8 @@ class Ring(Store):
             together = [mx.concatenate([old, rows], axis=2) for old, rows in held]
         chosen = self._survivors(count)
         self.length += count
-        self.arrays = [mx.take(array, chosen, axis=2) for array in together]
+        # Row by row in memory, or later writes could not happen in place.
+        self.arrays = [mx.contiguous(mx.take(array, chosen, axis=2)) for array in together]
         return together if keep_evicted else self.rows()
 
     def numbers(self, new: int) -> mx.array:

@@ -7,7 +7,7 @@ import sys
 
 from apertus_mlx.cli import options
 from apertus_mlx.cli.generate import summary
-from apertus_mlx.cli.output import note, print_data, print_model_text, print_thought
+from apertus_mlx.cli.output import note, print_data, print_pieces
 
 HELP = """/undo    forget the last question and its answer
 /retry   answer the last question again
@@ -60,8 +60,7 @@ def chat(
     def answer(question: str) -> None:
         pieces = conversation.ask(question, params, max_tokens, stop or (), prefill_step)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
-            for piece in pieces:
-                (print_thought if piece.is_thought else print_model_text)(piece.text)
+            print_pieces(pieces)
         print_data("")
 
     while (line := _read_line()) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +16,7 @@ from apertus_mlx.cli.output import (
     note,
     print_data,
     print_json,
-    print_model_text,
-    print_thought,
+    print_pieces,
     token_progress,
 )
 
@@ -89,9 +89,10 @@ def generate(
     )
     try:
         with token_progress("reading the prompt", len(run.prompt)) as run.on_prefill:
-            for piece in run:
-                if not json:
-                    (print_thought if piece.is_thought else print_model_text)(piece.text)
+            if json:
+                deque(run, maxlen=0)
+            else:
+                print_pieces(run)
     finally:
         result = run.result
         if json:

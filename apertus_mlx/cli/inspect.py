@@ -31,6 +31,8 @@ def inspect(
 
 def _print_report(report: dict[str, Any]) -> None:
     for key, value in report.items():
+        if value == {}:
+            continue
         if isinstance(value, dict):
             print_data(f"{_label(key)}:")
             for name, inner in value.items():

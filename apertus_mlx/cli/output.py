@@ -6,9 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apertus_mlx.generate import Piece
 
 PLAIN_PROGRESS_INTERVAL_S = 5.0
 
@@ -55,18 +58,24 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.2f} GB"
 
 
-def print_model_text(text: str) -> None:
-    """Write a piece of the model's text to stdout; on a terminal without control characters."""
+def print_pieces(pieces: Iterable[Piece]) -> None:
+    """Write an answer to stdout as it comes, and the deliberation before it to stderr.
+
+    On a terminal without control characters: a model's text must not give it orders.
+    """
     from apertus_mlx.text_stream import terminal_safe
 
-    print_data(terminal_safe(text) if sys.stdout.isatty() else text, end="")
-
-
-def print_thought(text: str) -> None:
-    """Write a piece of the model's deliberation to stderr."""
-    from apertus_mlx.text_stream import terminal_safe
-
-    print(terminal_safe(text), end="", file=sys.stderr, flush=True)
+    thinking = False
+    for piece in pieces:
+        if thinking and not piece.is_thought:
+            note("")
+        thinking = piece.is_thought
+        if thinking:
+            print(terminal_safe(piece.text), end="", file=sys.stderr, flush=True)
+        else:
+            print_data(terminal_safe(piece.text) if sys.stdout.isatty() else piece.text, end="")
+    if thinking:
+        note("")
 
 
 def byte_progress(label: str, total_bytes: int | None = None) -> _Progress:
