@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 
-from apertus_mlx.cache import Cache
+from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, rewind
 from apertus_mlx.decode import DEFAULT_PREFILL_STEP
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.generate import DEFAULT_MAX_TOKENS, Generation, Piece, Result, Speaker
@@ -22,7 +22,13 @@ class Conversation:
         RejectedError: the model has no chat template.
     """
 
-    def __init__(self, speaker: Speaker, system: str | None = None, think: bool = False) -> None:
+    def __init__(
+        self,
+        speaker: Speaker,
+        system: str | None = None,
+        think: bool = False,
+        form: CacheConfig = FULL_PRECISION,
+    ) -> None:
         if speaker.template is None:
             raise RejectedError(
                 f"{speaker.directory}: has no chat template (a base model?); "
@@ -31,7 +37,8 @@ class Conversation:
         self._speaker = speaker
         self._template = speaker.template
         self._think = think
-        self._cache: list[Cache] = speaker.model.make_cache()
+        self._form = form
+        self._cache: list[Cache] = speaker.model.make_cache(form)
         self._cached_ids: list[int] = []
         self.messages: list[Message] = []
         if system is not None:
@@ -94,11 +101,8 @@ class Conversation:
             longest,
         )
         excess = len(self._cached_ids) - shared
-        if excess and not all(layer.is_trimmable() for layer in self._cache):
-            self._cache = self._speaker.model.make_cache()
+        if excess and not rewind(self._cache, excess):
+            self._cache = self._speaker.model.make_cache(self._form)
             shared = 0
-        elif excess:
-            for layer in self._cache:
-                layer.trim(excess)
         del self._cached_ids[shared:]
         return shared

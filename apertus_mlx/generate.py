@@ -55,12 +55,14 @@ def load_speaker(
     dtype: str | None = None,
     *,
     on_inventory: Callable[[Inventory], None] | None = None,
+    before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Speaker:
     """Load everything that generation needs from the model folder `directory`.
 
     The small files are checked before any weight is read. `on_inventory` is told what was found,
-    `on_bytes` how many bytes of weights are loaded and how many there are.
+    `before_weights` may still refuse (what it raises ends the loading), `on_bytes` is told how many
+    bytes of weights are loaded and how many there are.
 
     Raises:
         NotFoundError, RejectedError: see `load_model`, `Tokenizer.load` and `ChatTemplate.load`.
@@ -74,6 +76,8 @@ def load_speaker(
         directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
     )
     template = ChatTemplate.load(directory, tokenizer)
+    if before_weights is not None:
+        before_weights(inventory, tokenizer, template)
     model = load_inventory(inventory, dtype, on_bytes)
     return Speaker(directory, config, generation_config, model, tokenizer, template)
 

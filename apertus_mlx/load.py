@@ -47,7 +47,7 @@ def load_inventory(
 
     `on_bytes` is told the bytes read so far and in all.
     """
-    compute = DTYPES[dtype] if dtype else _compute_dtype(inventory)
+    compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
     model = Model(inventory.config)
     nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
     model.load_weights(list(_read_arrays(inventory, compute, on_bytes)), strict=True)
@@ -63,7 +63,8 @@ def _as_arguments(spec: QuantSpec | None) -> dict[str, Any] | bool:
     return {"bits": spec.bits, "group_size": spec.group_size, "mode": spec.mode}
 
 
-def _compute_dtype(inventory: Inventory) -> mx.Dtype:
+def compute_dtype(inventory: Inventory) -> mx.Dtype:
+    """The type to compute in, unless the user says another; see `load_model`."""
     if mx.default_device() == mx.cpu:
         return mx.float32
     stored = {

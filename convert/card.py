@@ -12,7 +12,9 @@ _LICENSE = re.compile(r"^license:[ \t]*([\w.\-]{1,60})[ \t]*$", re.MULTILINE)
 MAX_CARD_BYTES = 2**20
 
 
-def make_card(plan: Plan, name: str, source: str, commit: str | None, license_id: str | None) -> str:
+def make_card(
+    plan: Plan, name: str, source: str, commit: str | None, license_id: str | None
+) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads."""
     specs = plan.specs
     front = ["library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx", "- apertus"]

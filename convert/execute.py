@@ -6,8 +6,11 @@ groups never cross a row, so blocks of rows give the same bits as whole tensors.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +26,8 @@ from convert.reading import MLX_TYPES, Reader
 from convert.workspace import Workspace
 
 CHECK_BLOCK_BYTES = 4 * 2**20
+# Blocks that are computed at once, and the one that is written.
+BLOCKS_IN_FLIGHT = 3
 
 
 def execute(
@@ -51,9 +56,7 @@ def execute(
             progress(done_bytes)
 
 
-def _run(
-    step: Step, reader: Reader, shards: _Shards, allow_nonfinite: bool
-) -> Iterator[int]:
+def _run(step: Step, reader: Reader, shards: _Shards, allow_nonfinite: bool) -> Iterator[int]:
     """Produce one step's tensors; yields the source bytes dealt with after each block."""
     if step.matrix is None:
         shards.append(step.outputs[0], _vector(step, reader, allow_nonfinite))
@@ -61,15 +64,37 @@ def _run(
         return
     rows = step.outputs[0].shape[0]
     size = step.block_rows
+    streams = itertools.cycle(_streams())
+    pending: deque[tuple[int, tuple[mx.array, ...]]] = deque()
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        for tensor, array in zip(
-            step.outputs, _matrix_block(step, reader, start, stop, allow_nonfinite), strict=False
-        ):
-            shards.append(tensor, array)
-        yield step.source_bytes * stop // rows
+        with mx.stream(next(streams)):
+            arrays = _matrix_block(step, reader, start, stop, allow_nonfinite)
+        # Computed on another thread while the next block is read.
+        mx.async_eval(*arrays)
+        pending.append((stop, arrays))
+        if len(pending) == BLOCKS_IN_FLIGHT:
+            yield _write(step, shards, *pending.popleft())
+    while pending:
+        yield _write(step, shards, *pending.popleft())
     if step.matrix.stored is not None and step.transform == "keep" and step.matrix.stored.carried:
         shards.append(step.outputs[-1], step.matrix.read_carried(reader))
+
+
+def _write(step: Step, shards: _Shards, stop: int, arrays: tuple[mx.array, ...]) -> int:
+    """Append the rows before `stop` to the step's tensors; returns the source bytes done."""
+    for tensor, array in zip(step.outputs, arrays, strict=False):
+        shards.append(tensor, array)
+    return step.source_bytes * stop // step.outputs[0].shape[0]
+
+
+@functools.cache
+def _streams() -> tuple[mx.Stream, ...]:
+    """A CPU stream is one thread; a GPU needs no more than its own."""
+    device = mx.default_device()
+    if device == mx.cpu:
+        return tuple(mx.new_stream(device) for _ in range(BLOCKS_IN_FLIGHT - 1))
+    return (mx.default_stream(device),)
 
 
 def _matrix_block(
@@ -92,9 +117,7 @@ def _matrix_block(
         if found is None or found.biases is None:
             raise RejectedError(f"{step.path}: changed since its grid was found; start again")
         return found.weight, found.scales, found.biases
-    return tuple(
-        mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
-    )
+    return tuple(mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
 
 
 def _vector(step: Step, reader: Reader, allow_nonfinite: bool) -> mx.array:
@@ -173,7 +196,9 @@ class _Shards:
             start = self._offset(tensor)
             for offset in range(0, tensor.size_bytes, CHECK_BLOCK_BYTES):
                 size = min(CHECK_BLOCK_BYTES, tensor.size_bytes - offset)
-                value = zlib.crc32(os.pread(self._descriptors[tensor.file], size, start + offset), value)
+                value = zlib.crc32(
+                    os.pread(self._descriptors[tensor.file], size, start + offset), value
+                )
             total = _combine(total, value)
         return total
 
@@ -190,7 +215,7 @@ def _bytes(array: mx.array) -> memoryview:
         array = array.view(mx.uint16)
     # MLX views of an array without dimensions need one.
     flat = np.array(array.reshape(-1), copy=False)
-    return memoryview(np.ascontiguousarray(flat)).cast("B")
+    return np.ascontiguousarray(flat).data.cast("B")
 
 
 def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

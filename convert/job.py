@@ -24,9 +24,11 @@ from convert.execute import execute
 from convert.grids import find_grids
 from convert.manifest import MANIFEST, make_manifest, sha256
 from convert.output_config import output_config, quantization_block
-from convert.plan import MAX_SHARD_BYTES, Plan, make_plan
+from convert.plan import Plan
+from convert.planning import make_plan
 from convert.policy import Request
 from convert.reading import FileState, Reader, file_states
+from convert.shards import MAX_SHARD_BYTES
 from convert.sources.recognise import recognise
 from convert.workspace import (
     Workspace,
@@ -93,10 +95,11 @@ def prepare(
     with Reader(directory) as reader:
         for matrix in source.matrices.values():
             matrix.check(reader)
-        plan = make_plan(source, request, max_shard_bytes)
+        size = files[TOKENIZER].size_bytes
+        plan = make_plan(source, request, max_shard_bytes, tokenizer_bytes=size)
         grids = find_grids(plan, reader)
         if grids:
-            plan = make_plan(source, request, max_shard_bytes, grids)
+            plan = make_plan(source, request, max_shard_bytes, grids, size)
     return Job(
         directory,
         source_name,

@@ -1,4 +1,4 @@
-"""`apertus_mlx_manifest.json`: what an output folder is, where it came from, what each file hashes to.
+"""`apertus_mlx_manifest.json`: what a folder is, where it came from, what each file hashes to.
 
 Format version 1. `quality` is room for the receipt of a quality measurement, null until there is
 one. The manifest itself is not in its list of files.
@@ -77,7 +77,9 @@ def read_manifest(directory: Path) -> Manifest:
     keys = KeyReader(read_object(path), str(path))
     version = keys.integer("format_version", 1, 2**31)
     if version != FORMAT_VERSION:
-        raise RejectedError(f"{path}: format_version {version}; this package knows {FORMAT_VERSION}")
+        raise RejectedError(
+            f"{path}: format_version {version}; this package knows {FORMAT_VERSION}"
+        )
     files = {}
     for name, entry in (keys.mapping("files") or {}).items():
         if not _is_plain_name(name) or not isinstance(entry, dict):

@@ -71,11 +71,11 @@ def quantization_block(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> d
     default = max(counts, key=lambda spec: counts[spec])
     block = _spec_entry(default)
     for matrix in layout.matrices(config):
-        spec = specs.get(matrix.path)
-        if spec is None:
+        found = specs.get(matrix.path)
+        if found is None:
             block[matrix.path] = False
-        elif spec != default:
-            block[matrix.path] = _spec_entry(spec)
+        elif found != default:
+            block[matrix.path] = _spec_entry(found)
     return block
 
 

@@ -61,7 +61,7 @@ def resolve(request: Request, paths: Iterable[str]) -> dict[str, QuantSpec | Non
         UsageError: a rule matches no module, or two rules disagree about one.
     """
     paths = list(paths)
-    specs = dict.fromkeys(paths, request.default)
+    specs: dict[str, QuantSpec | None] = dict.fromkeys(paths, request.default)
     decided: dict[str, Rule] = {}
     for rule in request.rules:
         matched = [path for path in paths if fnmatchcase(path, rule.pattern)]
@@ -119,7 +119,9 @@ def parse_rule(text: str, group_size: int | None, origin: str = "--set") -> Rule
     if bits == "none":
         return Rule(pattern, None, name)
     if bits in FLOAT_MODES:
-        return Rule(pattern, make_spec(None, _integer(group, name) if group else None, bits, name), name)
+        return Rule(
+            pattern, make_spec(None, _integer(group, name) if group else None, bits, name), name
+        )
     group_value = _integer(group, name) if group else group_size
     return Rule(pattern, make_spec(_integer(bits, name), group_value, None, name), name)
 

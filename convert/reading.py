@@ -74,7 +74,7 @@ class Reader:
         rows = tensor.shape[0] if tensor.shape else 1
         row_bytes = tensor.size_bytes // max(rows, 1)
         buffer = np.empty((stop - start) * row_bytes, np.uint8)
-        self._read_into(tensor, memoryview(buffer), tensor.offset + start * row_bytes)
+        self._read_into(tensor, buffer.data, tensor.offset + start * row_bytes)
         name, _ = _NUMPY_TYPES[tensor.dtype]
         shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
         return buffer.view(name).reshape(shape)

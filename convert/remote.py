@@ -8,7 +8,8 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.hub.remote_headers import RemoteCheckpoint
 from apertus_mlx.safetensors_header import parse_header
 from apertus_mlx.strict_json import parse_object
-from convert.plan import Plan, make_plan
+from convert.plan import Plan
+from convert.planning import make_plan
 from convert.policy import Request
 from convert.sources.recognise import recognise
 

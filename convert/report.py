@@ -115,4 +115,3 @@ def _step_as_json(step: Step) -> dict[str, Any]:
             for tensor in step.outputs
         ],
     }
-

@@ -81,7 +81,9 @@ def decode(values: Mapping[str, Any]) -> tuple[SwiftConfig | None, list[Finding]
             found.append(
                 Finding("error", "config.json: rope_scaling", f"Swift does not know {kind!r}")
             )
-        elif any(not isinstance(value, str) and not _is_number(value) for value in scaling.values()):
+        elif any(
+            not isinstance(value, str) and not _is_number(value) for value in scaling.values()
+        ):
             found.append(Finding("error", "config.json: rope_scaling", "holds more than numbers"))
     if any(finding.level == "error" for finding in found):
         return None, found
@@ -124,7 +126,7 @@ def check_quantization(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None
 def expected_shapes(
     config: SwiftConfig, block: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every parameter of Swift's module map with its shape; a layer is quantized iff it has scales."""
+    """Every parameter of Swift's module map with its shape; quantized is what has scales."""
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     linear = [("model.embed_tokens", config.vocab_size, hidden)]
     for index in range(config.layers):

@@ -14,7 +14,7 @@ from apertus_mlx.inventory import take_inventory
 from apertus_mlx.strict_json import read_object
 from convert import swift_contract as swift
 from convert.manifest import MANIFEST, read_manifest, sha256
-from convert.plan import MAX_SHARD_BYTES
+from convert.shards import MAX_SHARD_BYTES
 from convert.swift_contract import Finding
 
 CARRIED_SUFFIXES = (".output_scale", ".output_divisor")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from apertus_mlx.errors import RejectedError, ResourceError, UsageError
+from apertus_mlx.errors import ResourceError, UsageError
 
 JOURNAL = ".journal"
 # Room that a file system keeps for itself; asked for on top of the plan.
@@ -169,9 +169,11 @@ def _start(path: Path, fingerprint: str, resume: bool, created: bool) -> dict[in
         raise UsageError(
             f"{path}: an interrupted conversion; continue it with --resume, or remove that folder"
         )
-    lines = journal.read_text(encoding="ascii", errors="replace").splitlines() if (
-        JOURNAL in names
-    ) else []
+    lines = (
+        journal.read_text(encoding="ascii", errors="replace").splitlines()
+        if (JOURNAL in names)
+        else []
+    )
     if not lines or lines[0] != f"plan {fingerprint}":
         if not lines or not lines[0].startswith("plan ") or len(lines[0]) < len(fingerprint) + 5:
             # Killed before the first line was whole, or while it was being renamed.
@@ -224,4 +226,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

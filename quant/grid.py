@@ -1,13 +1,13 @@
 """Finds the quantization grid on which weights already lie, group by group. NumPy only.
 
-Weights that were trained with quantization in the loop, or dequantized before they were saved, take
-few values per group: `scale * code + bias`, rounded to the type they are stored in. Round-to-nearest
-derives a grid of its own from the extremes and misses that one in many groups. Here a grid is
-accepted only if it gives every value of the group back, so nothing random passes for one.
+Weights that were trained with quantization in the loop, or dequantized before they were saved,
+take few values per group: `scale * code + bias`, rounded to the type they are stored in.
+Round-to-nearest derives a grid of its own from the extremes and misses that one in many groups.
+Here a grid is accepted only if it gives every value of the group back, so nothing random passes.
 
 Two kinds are looked for. Zero on the grid (symmetric, or with an integer zero point): values are
-`scale * k`; each value and its k bound the scale, and the bounds of a group must overlap. MLX's own:
-the value of largest size is the bias, at code 0, and `-bias / scale` is nearly an integer.
+`scale * k`; each value and its k bound the scale, and the bounds of a group must overlap. MLX's
+own: the value of largest size is the bias, at code 0, and `-bias / scale` is nearly an integer.
 
 Undecidable, and reported as no grid: a scale whose codes differ by less than the stored type can
 tell (8 bits in bfloat16, at the far end); grids without zero that are not MLX's; a float32 scale
@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 Float = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
-# `mlx`: made by MLX's affine quantization, dequantized in 16 bits. `exact`: multiples of a scale, in
-# the type of the weights; `exact32`: the same with scale and bias in float32.
+# `mlx`: made by MLX's affine quantization, dequantized in 16 bits. `exact`: multiples of a scale,
+# in the type of the weights; `exact32`: the same with scale and bias in float32.
 Kind = Literal["mlx", "exact", "exact32"]
 KINDS: tuple[Kind, ...] = ("mlx", "exact", "exact32")
 # Significant bits of the types that weights are stored in.
@@ -152,9 +152,7 @@ def _fit_scale(
             _accept(grid, rows, fitting, codes, scale, bias)
 
 
-def _from_edge(
-    values: Float, bits: int, significant: int, largest_first: bool, grid: Grid
-) -> None:
+def _from_edge(values: Float, bits: int, significant: int, largest_first: bool, grid: Grid) -> None:
     """Groups as MLX dequantizes its affine format in the type that they are stored in."""
     left = np.flatnonzero(~grid.found)
     if not left.size:

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from apertus_mlx.errors import RejectedError, UsageError
 from convert.job import Job, convert, prepare
-from convert.plan import make_plan
+from convert.planning import make_plan
 from convert.policy import Request
 from quant.spec import QuantSpec
 
 FIXTURES = Path(__file__).parent / "data" / "compressed_tensors"
-INTEGERS = sorted(path.stem for path in FIXTURES.glob("int*.safetensors"))
+INTEGERS = sorted(
+    path.stem for pattern in ("int*", "bytes*") for path in FIXTURES.glob(f"{pattern}.safetensors")
+)
 ALL = sorted(path.stem for path in FIXTURES.glob("*.safetensors"))
 MODULES = [f"model.layers.{layer}.mlp.up_proj" for layer in range(2)]
 
@@ -35,14 +37,13 @@ def fixture(name: str) -> tuple[dict[str, build.Raw], list[build.Raw], dict[str,
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     golden = [tensors.pop(f"golden.{layer}") for layer in range(2)]
-    return tensors, golden, json.loads(header["__metadata__"]["quantization_config"])
+    made_of = json.loads(header["__metadata__"]["fixture"])
+    return tensors, golden, made_of["quantization_config"]
 
 
 def checkpoint(directory: Path, name: str) -> Path:
     tensors, _, quantization = fixture(name)
-    values = build.config(
-        intermediate_size=16, vocab_size=352, quantization_config=quantization
-    )
+    values = build.config(intermediate_size=16, vocab_size=352, quantization_config=quantization)
     plain = build.random_tensors(values)
     for module in MODULES:
         del plain[f"{module}.weight"]
@@ -70,6 +71,13 @@ def reference(name: str, module: str) -> NDArray[np.float64]:
         divisor = build.floats(tensors[f"{module}.weight_global_scale"])
         return values * np.repeat(e4m3(scales).reshape(rows, -1), 16, 1) / divisor
     bits = arguments["num_bits"]
+    if name.startswith("bytes"):
+        codes = np.frombuffer(tensors[f"{module}.weight"].data, np.int8).astype(int)
+        codes = codes.reshape(rows, columns)
+        zeros = np.zeros((rows, 1))
+        if not arguments["symmetric"]:
+            zeros = np.frombuffer(tensors[f"{module}.weight_zero_point"].data, np.int8)[:, None]
+        return (codes - zeros) * build.floats(tensors[f"{module}.weight_scale"])
     aligned = name.endswith("_aligned")
     codes = unpack(tensors[f"{module}.weight_packed"], bits, columns, aligned)
     scales = build.floats(tensors[f"{module}.weight_scale"])
@@ -98,12 +106,14 @@ def unpack(tensor: build.Raw, bits: int, count: int, aligned: bool) -> NDArray[n
 
 def e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
     exponent, mantissa = (codes >> 3 & 15).astype(int), (codes & 7).astype(float)
-    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    size = np.where(
+        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    )
     return np.where(codes & 128, -size, size)
 
 
 def test_there_is_a_fixture_for_every_scheme() -> None:
-    assert len(INTEGERS) == 32
+    assert len(INTEGERS) == 34
     for bits in (2, 3, 4, 6, 8):
         for symmetric in ("symmetric", "asymmetric"):
             assert f"int{bits}_{symmetric}_channel" in INTEGERS
@@ -322,3 +332,45 @@ def test_the_library_here_decompresses_the_fixtures_the_same(name: str) -> None:
 def test_planning_reads_headers_only(tmp_path: Path) -> None:
     job = planned("int4_symmetric_64", tmp_path, Request())
     assert make_plan(job.plan.source, Request()).fingerprint() == job.plan.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize(
+    "name", ["int3_symmetric_32", "int4_asymmetric_64", "int8_symmetric_channel"]
+)
+def test_scales_of_every_size(name: str, dtype: str, tmp_path: Path) -> None:
+    """Every exponent, subnormals too: exact, or refused where the bias has no number."""
+    source = checkpoint(tmp_path / "in", name)
+    tensors = build.read_folder(source)
+    rng = np.random.default_rng(5)
+    exponents = {"BF16": (-133, 120), "F16": (-24, 8), "F32": (-140, 120)}[dtype]
+    expected = {}
+    for module in MODULES:
+        stored = tensors[f"{module}.weight_scale"]
+        size = np.ldexp(rng.uniform(0.5, 1, stored.shape), rng.integers(*exponents, stored.shape))
+        tensors[f"{module}.weight_scale"] = scale = build.raw(size, dtype)
+        old = np.repeat(build.floats(stored), 128 // stored.shape[1], 1)
+        new = np.repeat(build.floats(scale), 128 // stored.shape[1], 1)
+        expected[module] = reference(name, module) / old * new
+    build.write_safetensors(source / "model.safetensors", tensors)
+    convert(prepare(source, Request(), "x"), tmp_path / "out")
+    found = build.read_folder(tmp_path / "out")
+    for module, values in expected.items():
+        spec = QuantSpec(int(name[3]), 128 if "channel" in name else int(name.rsplit("_")[-1]))
+        parts = [found[f"{module}.{part}"] for part in ("weight", "scales", "biases")]
+        ours = build.dequantize_affine(*parts, spec.bits, spec.group_size)
+        # The reference divides and multiplies in float64; codes are integers, so round to them.
+        tolerance = 1e-12 if "asymmetric" not in name or dtype != "F32" else 2**-20
+        scale = np.repeat(np.abs(build.floats(parts[1])), spec.group_size, 1)
+        assert (np.abs(ours - values) <= tolerance * 256 * scale + 1e-300).all()
+
+
+def test_a_bias_beyond_the_type_of_the_scales_is_refused(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "in", "int8_symmetric_channel")
+    tensors = build.read_folder(source)
+    name = f"{MODULES[0]}.weight_scale"
+    tensors[name] = build.raw(np.full((16, 1), 60000.0), "F16")
+    build.write_safetensors(source / "model.safetensors", tensors)
+    with pytest.raises(RejectedError, match="scales too large"):
+        convert(prepare(source, Request(), "x"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -210,9 +210,7 @@ def test_zero_points_that_version_1_cannot_hold(tmp_path: Path) -> None:
         ({"sym": True}, "half the range"),
     ],
 )
-def test_contradictions_are_refused(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_contradictions_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     block, *rest = CASES["gptq 4 bits, groups of 32, version 2"]
     checkpoint(tmp_path / "in", block | change, *rest)
     with pytest.raises(RejectedError, match=message):

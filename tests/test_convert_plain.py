@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import convert_builders as build
 import mlx.core as mx
 import numpy as np
 import pytest
+from hub_server import point_client_at, serving
 
+from apertus_mlx import cli
 from apertus_mlx.config import read_config
+from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import take_inventory
 from convert import reading
 from convert.job import convert, prepare
 from convert.policy import Request, Rule
 from quant.spec import FLOAT_MODES, QuantSpec
-
 
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 
@@ -283,6 +287,43 @@ def test_the_text_part_of_apertus_1_5(tmp_path: Path) -> None:
     assert after.rope.factor == 32.0
     run(source, tmp_path / "out", Request(QuantSpec(4, 64)))
     assert take_inventory(tmp_path / "out").config.output_vocab_size == 384
+
+
+def test_an_unknown_part_of_apertus_1_5_is_refused_by_name(tmp_path: Path) -> None:
+    text = build.config(model_type="apertus1p5_text")
+    tensors = build.random_tensors(text) | {
+        "model.smell_tokenizer.x": build.raw(np.zeros(2), "F32")
+    }
+    outer = {"model_type": "apertus1p5", "text_config": text}
+    source = build.write_checkpoint(tmp_path / "in", outer, tensors)
+    with pytest.raises(RejectedError, match=r"unexpected tensor model.smell_tokenizer.x"):
+        prepare(source, Request(), "x")
+    build.write_json(source / "config.json", outer | {"smell_config": {}})
+    with pytest.raises(RejectedError, match="smell_config"):
+        prepare(source, Request(), "x")
+
+
+def test_the_plan_of_a_hub_checkpoint_is_that_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only JSON and headers are asked for."""
+    source = build.write_checkpoint(tmp_path / "in", shards=2)
+    with serving() as server:
+        point_client_at(server.endpoint, tmp_path / "home", monkeypatch)
+        commit = server.repository("swiss-ai/Tiny").commit_folder(source)
+        arguments = ["convert", "swiss-ai/Tiny", "--bits", "4", "--plan", "--json"]
+        monkeypatch.setattr(sys, "argv", ["apertus-mlx", *arguments])
+        with suppress(SystemExit):
+            cli.main()
+        remote = json.loads(capsys.readouterr().out)
+        asked = [request for request in server.requests if request.path.endswith(".safetensors")]
+    assert asked
+    assert all(request.range for request in asked)
+    local = prepare(source, Request(QuantSpec(4, 64)), "x").plan
+    assert remote["commit"] == commit
+    assert remote["output_bytes"] == local.weight_bytes
+    assert [module["module"] for module in remote["modules"]] == [s.path for s in local.steps]
+    assert not list(tmp_path.glob("home/**/*.safetensors"))
 
 
 def test_companions_are_copied_byte_for_byte_and_code_is_not(tmp_path: Path) -> None:

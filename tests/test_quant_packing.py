@@ -74,7 +74,7 @@ def test_e4m3_is_that_of_mlx() -> None:
 
 def test_e2m1_and_e8m0_are_those_of_mlx() -> None:
     codes = np.arange(32, dtype=np.uint8)[None, :] % 16
-    for exponent in (1, 100, 127, 130, 253):
+    for exponent in (1, 100, 127, 130, 250):
         scales = mx.array([[exponent]]).astype(mx.uint8)
         values = mx.dequantize(
             mx.array(pack(codes, 4)), scales, mode="mxfp4", group_size=32, bits=4, dtype=mx.float32

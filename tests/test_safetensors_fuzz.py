@@ -164,9 +164,7 @@ def test_random_indexes(values: dict[str, Any]) -> None:
     ),
 )  # fmt: skip
 @RELAXED
-def test_random_configs_are_read_or_refused(
-    changes: dict[str, Any], extra: dict[str, Any]
-) -> None:
+def test_random_configs_are_read_or_refused(changes: dict[str, Any], extra: dict[str, Any]) -> None:
     values = build.config() | changes | extra
     try:
         config = parse_config(parse_object(json.dumps(values).encode(), "config.json"))

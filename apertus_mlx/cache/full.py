@@ -63,6 +63,15 @@ class FullCache:
         """Whether the last position can be forgotten exactly."""
         return self.rows.can_shrink(max(self.offset - 1, 0))
 
+    def export(self) -> dict[str, mx.array]:
+        """What `restore` needs, by name."""
+        (rows,) = self.rows.rows()
+        return {"rows": rows}
+
+    def restore(self, arrays: dict[str, mx.array], positions: int) -> None:
+        """Take over what a cache of the same form exported after so many positions."""
+        self.rows.restore([arrays["rows"]], positions)
+
     def size(self) -> int:
         """Number of positions held."""
         return self.rows.held

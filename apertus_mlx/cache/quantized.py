@@ -105,6 +105,33 @@ class QuantizedCache:
         """Whether the last position can be forgotten exactly."""
         return self._can_return_to(max(self.offset - 1, 0))
 
+    def export(self) -> dict[str, mx.array]:
+        """What `restore` needs, by name."""
+        arrays = dict(zip(self._names(), self.older.rows(), strict=False))
+        if self.recent is not None and self._held:
+            arrays["recent"] = self.recent[:, :, : self._held]
+        if self.departed is not None and self.older.length:
+            arrays["departed"] = self.departed
+        return arrays
+
+    def restore(self, arrays: dict[str, mx.array], positions: int) -> None:
+        """Take over what a cache of the same form exported after so many positions."""
+        older = [arrays[name] for name in self._names() if name in arrays]
+        self.older.restore(older, self.config.flushed(positions))
+        self.recent = self._padded([arrays["recent"]]) if "recent" in arrays else None
+        self.departed = arrays.get("departed")
+        self.offset = positions
+
+    def _names(self) -> list[str]:
+        """Names of the arrays of `older`."""
+        names = []
+        for name, bits in (("keys", self.config.key_bits), ("values", self.config.value_bits)):
+            full = bits == FULL_BITS
+            names += (
+                [name] if full else [f"{name}.{part}" for part in ("words", "scales", "biases")]
+            )
+        return names
+
     def size(self) -> int:
         """Number of positions held."""
         return self.older.held + self._held

@@ -11,6 +11,7 @@ from apertus_mlx.cli.chat import chat
 from apertus_mlx.cli.convert import convert
 from apertus_mlx.cli.generate import generate
 from apertus_mlx.cli.inspect import inspect
+from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
 
 app = typer.Typer(
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, inspect, convert, verify):
+for command in (generate, chat, inspect, plan, convert, verify):
     app.command()(command)
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from apertus_mlx.cli import options
+from apertus_mlx.cli import cache_options, options
 from apertus_mlx.cli.generate import summary
 from apertus_mlx.cli.output import note, print_data, print_pieces
 
+if TYPE_CHECKING:
+    from apertus_mlx.generate import Speaker
+    from apertus_mlx.memory import Fit
+    from apertus_mlx.sampling import SamplingParams
+
+# Memory is planned for a conversation of so many tokens, or the model's context if shorter.
+CHAT_CONTEXT = 8192
 HELP = """/undo    forget the last question and its answer
 /retry   answer the last question again
 /reset   start over
@@ -31,14 +40,19 @@ def chat(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DTypeOption = None,
-    prefill_step: options.PrefillStepOption = 512,
+    kv_bits: cache_options.KvBitsOption = None,
+    kv_bits_v: cache_options.KvBitsVOption = None,
+    max_kv: cache_options.MaxKvOption = None,
+    kv_sink: cache_options.KvSinkOption = None,
+    kv_rotate: cache_options.KvRotateOption = None,
+    prefill_step: cache_options.PrefillStepOption = None,
+    memory_limit: cache_options.MemoryLimitOption = None,
+    force: cache_options.ForceOption = False,
 ) -> None:
     """Talk with a model; earlier turns are not computed again. /help lists what it understands."""
-    from apertus_mlx.chat import Conversation
     from apertus_mlx.cli.model_source import locate_model, open_speaker
-    from apertus_mlx.errors import UsageError
     from apertus_mlx.generation_config import GenerationConfig
-    from apertus_mlx.sampling import SamplingParams, resolve_params
+    from apertus_mlx.sampling import resolve_params
 
     def choose(config: GenerationConfig) -> SamplingParams:
         return resolve_params(
@@ -52,13 +66,35 @@ def chat(
         )
 
     choose(GenerationConfig())
-    speaker = open_speaker(locate_model(model, revision, offline), dtype.value if dtype else None)
-    params = choose(speaker.generation_config)
-    conversation = Conversation(speaker, system, think)
+    form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
+    request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
+    compute = dtype.value if dtype else None
+    directory = locate_model(model, revision, offline)
+    with cache_options.MemoryGuard(request, compute) as memory:
+        speaker = open_speaker(
+            directory, compute, lambda inventory, *_: memory.choose(inventory, CHAT_CONTEXT)
+        )
+        params = choose(speaker.generation_config)
+        _converse(speaker, system, think, memory.fit, params, max_tokens, stop or ())
+
+
+def _converse(
+    speaker: Speaker,
+    system: str | None,
+    think: bool,
+    fit: Fit,
+    params: SamplingParams,
+    max_tokens: int,
+    stop: Sequence[str],
+) -> None:
+    from apertus_mlx.chat import Conversation
+    from apertus_mlx.errors import UsageError
+
+    conversation = Conversation(speaker, system, think, fit.form)
     note("type a message; /help for more")
 
     def answer(question: str) -> None:
-        pieces = conversation.ask(question, params, max_tokens, stop or (), prefill_step)
+        pieces = conversation.ask(question, params, max_tokens, stop, fit.prefill_step)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
             print_pieces(pieces)
         print_data("")
@@ -71,7 +107,7 @@ def chat(
             if command == "/help":
                 note(HELP)
             elif command == "/reset":
-                conversation = Conversation(speaker, system, think)
+                conversation = Conversation(speaker, system, think, fit.form)
             elif command == "/undo":
                 if not conversation.undo():
                     note("there is nothing to undo")

@@ -69,7 +69,9 @@ def convert(
     dtype: Annotated[
         DType | None, typer.Option("--dtype", help="Type of everything that is not codes.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Show what would be done, and stop.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be done, and stop.")
+    ] = False,
     json: JsonOption = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted conversion.")
@@ -87,6 +89,7 @@ def convert(
     """Convert SOURCE to MLX weights in the folder OUT, quantized where --bits is given."""
     from convert.job import convert as run
     from convert.report import default_name, plan_as_json, plan_rows, summary
+    from convert.workspace import partial_path
 
     request = _request(
         bits, group_size, mode, embed_bits, head_bits, rules or [], recipe,
@@ -109,8 +112,12 @@ def convert(
         note(line)
     if job.asks_for_code:
         note(f"config.json asks for code ({', '.join(job.asks_for_code)}); never run, not copied")
-    with byte_progress("converting", job.plan.source_bytes) as update:
-        run(job, target, resume, update)
+    try:
+        with byte_progress("converting", job.plan.source_bytes) as update:
+            run(job, target, resume, update)
+    except KeyboardInterrupt:
+        note(f"interrupted; --resume goes on where it stopped, {partial_path(target)} holds it")
+        raise
     note(
         f"{format_bytes(job.plan.source_bytes)} -> {format_bytes(job.plan.weight_bytes)}, "
         f"{job.plan.bits_per_weight:.3f} bits per weight"
@@ -138,11 +145,12 @@ def _request(
 ) -> Request:
     from apertus_mlx import layout
     from convert.plan import CONFIG_DTYPES
-    from convert.policy import Request, make_spec, module_rule, parse_rule, read_recipe
+    from convert.policy import Request, Rule, make_spec, module_rule, parse_rule, read_recipe
 
     bits_value = _integer(bits, "--bits", AFFINE_BITS)
     group = _integer(group_size, "--group-size", AFFINE_GROUP_SIZES)
-    default, found = None, []
+    default = None
+    found: list[Rule] = []
     if recipe is not None:
         if bits_value is not None or mode is not None or group is not None:
             raise UsageError("--recipe: says bits, group size and mode itself; leave them out")
@@ -207,10 +215,8 @@ def _plan_only(
     if not remote or offline or source is None:
         job = _prepare(source, revision, offline, request)
         return job.plan, job.source_name, job.commit
-    from apertus_mlx.hub.listing import list_files
-    from apertus_mlx.hub.remote_headers import fetch_headers
+    from apertus_mlx.hub import fetch_headers
     from convert.remote import plan_remote
 
-    listing = list_files(source, revision or "main")
-    checkpoint = fetch_headers(source, listing.commit)
-    return plan_remote(checkpoint, request), source, listing.commit
+    checkpoint = fetch_headers(source, revision or "main")
+    return plan_remote(checkpoint, request), source, checkpoint.commit

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apertus_mlx.cli import options
+from apertus_mlx.cli import cache_options, options
 from apertus_mlx.cli.output import (
     format_bytes,
     note,
@@ -21,7 +21,11 @@ from apertus_mlx.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from apertus_mlx.generate import Result, Speaker
+    from apertus_mlx.generate import Generation, Result
+    from apertus_mlx.inventory import Inventory
+    from apertus_mlx.prompt_cache import PromptCache
+    from apertus_mlx.template import ChatTemplate
+    from apertus_mlx.tokenizer import Tokenizer
 
 
 def generate(
@@ -45,7 +49,15 @@ def generate(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DTypeOption = None,
-    prefill_step: options.PrefillStepOption = 512,
+    kv_bits: cache_options.KvBitsOption = None,
+    kv_bits_v: cache_options.KvBitsVOption = None,
+    max_kv: cache_options.MaxKvOption = None,
+    kv_sink: cache_options.KvSinkOption = None,
+    kv_rotate: cache_options.KvRotateOption = None,
+    prefill_step: cache_options.PrefillStepOption = None,
+    memory_limit: cache_options.MemoryLimitOption = None,
+    force: cache_options.ForceOption = False,
+    prompt_cache: cache_options.PromptCacheOption = None,
     json: options.JsonOption = False,
 ) -> None:
     """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
@@ -75,40 +87,76 @@ def generate(
     if not text:
         raise UsageError("the prompt is empty; pass it as an argument or on standard input")
 
+    form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
+    request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
+    compute = dtype.value if dtype else None
+
     started = time.perf_counter()
     directory = locate_model(model, revision, offline)
-    speaker = open_speaker(directory, dtype.value if dtype else None)
-    loaded_s = time.perf_counter() - started
-    run = Generation(
-        speaker,
-        _prompt_ids(speaker, text, raw, system, think),
-        choose(speaker.generation_config),
-        max_tokens,
-        stop or (),
-        prefill_step,
-    )
-    try:
-        with token_progress("reading the prompt", len(run.prompt)) as run.on_prefill:
-            if json:
-                deque(run, maxlen=0)
-            else:
-                print_pieces(run)
-    finally:
-        result = run.result
-        if json:
-            print_json(
-                {
-                    **asdict(result),
-                    "load_s": loaded_s,
-                    "model": str(directory) if model else "embedded",
-                    "prompt_tokens": len(result.prompt_token_ids),
-                    "generated_tokens": len(result.token_ids),
-                }
+    prompt_ids: list[int] = []
+    saved: PromptCache | None = None
+
+    def before_weights(
+        inventory: Inventory, tokenizer: Tokenizer, template: ChatTemplate | None
+    ) -> None:
+        nonlocal saved
+        prompt_ids.extend(_prompt_ids(tokenizer, template, text, raw, system, think))
+        memory.choose(inventory, len(prompt_ids) + max_tokens)
+        if prompt_cache is not None:
+            saved = cache_options.open_prompt_cache(
+                prompt_cache, inventory, memory.fit.form, compute
             )
+
+    with cache_options.MemoryGuard(request, compute) as memory:
+        speaker = open_speaker(directory, compute, before_weights)
+        loaded_s = time.perf_counter() - started
+        cache, reused = (None, 0) if saved is None else saved.resume(prompt_ids)
+        run = Generation(
+            speaker,
+            prompt_ids,
+            choose(speaker.generation_config),
+            max_tokens,
+            stop or (),
+            memory.fit.prefill_step,
+            cache or speaker.model.make_cache(memory.fit.form),
+            reused,
+        )
+        try:
+            _answer(run, saved, json)
+        finally:
+            result = run.result
+            if json:
+                print_json(
+                    {
+                        **asdict(result),
+                        "load_s": loaded_s,
+                        "model": str(directory) if model else "embedded",
+                        "prompt_tokens": len(result.prompt_token_ids),
+                        "generated_tokens": len(result.token_ids),
+                        "memory": cache_options.report_fit(memory.fit),
+                    }
+                )
+            else:
+                if sys.stdout.isatty():
+                    print_data("")
+                note(summary(result))
+
+
+def _answer(run: Generation, saved: PromptCache | None, json: bool) -> None:
+    """Run it; the prompt's cache is saved between reading and answering."""
+    total = len(run.prompt) - run.reused
+    with token_progress("reading the prompt", total) as update:
+
+        def on_prefill(done: int) -> None:
+            update(done)
+            if done == total and saved is not None and run.cache is not None:
+                saved.save(run.cache, run.prompt)
+
+        run.on_prefill = on_prefill
+        if json:
+            deque(run, maxlen=0)
         else:
-            if sys.stdout.isatty():
-                print_data("")
-            note(summary(result))
+            print_pieces(run)
 
 
 def summary(result: Result) -> str:
@@ -124,18 +172,23 @@ def summary(result: Result) -> str:
 
 
 def _prompt_ids(
-    speaker: Speaker, text: str, raw: bool, system: str | None, think: bool
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    text: str,
+    raw: bool,
+    system: str | None,
+    think: bool,
 ) -> list[int]:
     from apertus_mlx.template import Message
 
-    if raw or speaker.template is None:
+    if raw or template is None:
         if not raw:
             note("the model has no chat template (a base model?); continuing the prompt as text")
-        bos = [] if speaker.tokenizer.bos_id is None else [speaker.tokenizer.bos_id]
-        return bos + speaker.tokenizer.encode(text)
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return bos + tokenizer.encode(text)
     messages = [] if system is None else [Message(role="system", content=system)]
     messages.append(Message(role="user", content=text))
-    return speaker.template.render(messages, think=think)
+    return template.render(messages, think=think)
 
 
 def _read_stdin() -> str:

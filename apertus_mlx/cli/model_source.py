@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 from apertus_mlx.cli.output import byte_progress, note
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apertus_mlx.generate import Speaker
+    from apertus_mlx.inventory import Inventory
+    from apertus_mlx.template import ChatTemplate
+    from apertus_mlx.tokenizer import Tokenizer
 
 
 def locate_model(model: str | None, revision: str | None, offline: bool) -> Path:
@@ -23,10 +28,13 @@ def locate_model(model: str | None, revision: str | None, offline: bool) -> Path
     return locate(model, revision=revision, offline=offline)
 
 
-def open_speaker(directory: Path, dtype: str | None) -> Speaker:
-    """Load the model in `directory`; tells what was ignored in it."""
+def open_speaker(
+    directory: Path,
+    dtype: str | None,
+    before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None] | None = None,
+) -> Speaker:
+    """Load the model in `directory`; tells what was ignored in it. See `load_speaker`."""
     from apertus_mlx.generate import load_speaker
-    from apertus_mlx.inventory import Inventory
 
     def tell(inventory: Inventory) -> None:
         for name, reason in inventory.dropped.items():
@@ -36,7 +44,9 @@ def open_speaker(directory: Path, dtype: str | None) -> Speaker:
             note(f"config.json asks for code of its own ({keys}); never run")
 
     with byte_progress("loading") as update:
-        speaker = load_speaker(directory, dtype, on_inventory=tell, on_bytes=update)
+        speaker = load_speaker(
+            directory, dtype, on_inventory=tell, before_weights=before_weights, on_bytes=update
+        )
     if speaker.generation_config.ignored_keys:
         note(
             "generation_config.json: not implemented, ignored: "

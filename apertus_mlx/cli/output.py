@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -97,7 +98,7 @@ def _progress(
     On a terminal one line that redraws itself, elsewhere a plain line every few seconds.
     """
     started = last = time.monotonic()
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     drawn = False
 
     def update(done: int, of: int | None = total) -> None:
@@ -112,6 +113,8 @@ def _progress(
             line = f"{label}: {shown(done)} of {shown(of)}, {shown(rate)}/s"
             line += f", {(of - done) / max(rate, 1e-9):.0f} s left"
         if terminal:
+            # A line that wraps could not be drawn over.
+            line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
         else:
             note(line)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from apertus_mlx.cache import Cache
-from apertus_mlx.cache.protocol import Stored
+from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.cpu.cache import HostCache
 from apertus_mlx.cpu.runtime import Session
 from apertus_mlx.cpu.stage import IR_VERSION, MICROSOFT, OPSETS
 from apertus_mlx.cpu.weights import Floats
+from apertus_mlx.ops import segmented
 
 
 class Attention:
@@ -40,17 +42,18 @@ class Attention:
 
     def _in_place(self, queries: Floats, keys: Floats, values: Floats, cache: HostCache) -> Floats:
         batch, length, _ = queries.shape
-        buffers = cache.reserve((batch, self._kv_heads, length, self._width))
+        all_keys, all_values = cache.reserve(batch, self._kv_heads, length, self._width)
         total = cache.offset + length
         outputs = []
-        # The kernel continues several prompts at once only when each brings a single position.
+        # The kernel continues several sequences at once only when each brings a single position.
         for row in range(batch):
+            one = slice(row, row + 1)
             inputs = {
-                "queries": queries[row : row + 1],
-                "keys": keys[row : row + 1],
-                "values": values[row : row + 1],
-                "all_keys": buffers[0][row : row + 1],
-                "all_values": buffers[1][row : row + 1],
+                "queries": queries[one],
+                "keys": keys[one],
+                "values": values[one],
+                "all_keys": all_keys[one],
+                "all_values": all_values[one],
                 "last": np.array([total - 1], np.int32),
                 "total": np.array([total], np.int32),
             }
@@ -65,20 +68,33 @@ class Attention:
         batch, length, _ = queries.shape
         mask = cache.make_mask(length)
         rows = (mx.array(self._by_head(array, self._kv_heads)) for array in (keys, values))
-        all_keys, all_values = (_dense(stored) for stored in cache.update_and_fetch(*rows))
-        grouped = self._by_head(queries, self._heads).reshape(
-            batch, self._kv_heads, -1, self._width
-        )
-        scores = grouped @ all_keys.swapaxes(-1, -2)
-        scores *= np.float32(self._width**-0.5)
+        stored_keys, stored_values = cache.update_and_fetch(*rows)
+        by_head = self._by_head(queries, self._heads)
+        if isinstance(stored_keys, mx.array) and isinstance(stored_values, mx.array):
+            output = self._attend(by_head, np.asarray(stored_keys), np.asarray(stored_values), mask)
+        else:
+            assert not isinstance(stored_keys, mx.array)
+            assert not isinstance(stored_values, mx.array)
+            scale = self._width**-0.5
+            attended = segmented.attend(mx.array(by_head), stored_keys, stored_values, scale, mask)
+            output = np.asarray(attended)
+        return output.transpose(0, 2, 1, 3).reshape(batch * length, -1)
+
+    def _attend(self, queries: Floats, keys: Floats, values: Floats, mask: Mask) -> Floats:
+        """`mx.fast.scaled_dot_product_attention`, with numpy's matrix product."""
+        batch, heads, length, width = queries.shape
+        grouped = queries.reshape(batch, self._kv_heads, -1, width)
+        scores: Floats = grouped @ keys.swapaxes(-1, -2)
+        scores *= np.float32(width**-0.5)
         if mask is not None:
-            by_query = scores.reshape(batch, self._heads, length, -1)
-            by_query += _additive(mask, length, all_keys.shape[2])
+            visible = _visible(mask, length, keys.shape[2])
+            by_query = scores.reshape(batch, heads, length, -1)
+            np.copyto(by_query, np.float32(-np.inf), where=~visible)
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
-        output = (scores @ all_values).reshape(batch, self._heads, length, self._width)
-        return output.transpose(0, 2, 1, 3).reshape(batch * length, -1)
+        output: Floats = (scores @ values).reshape(batch, heads, length, width)
+        return output
 
     def _by_head(self, array: Floats, heads: int) -> Floats:
         """`[B, L, heads * head_dim]` as `[B, heads, L, head_dim]`."""
@@ -86,29 +102,23 @@ class Attention:
         return array.reshape(batch, length, heads, self._width).transpose(0, 2, 1, 3)
 
 
-def _dense(stored: Stored) -> Floats:
-    array = stored if isinstance(stored, mx.array) else stored.dense(mx.float32)
-    return np.asarray(array.astype(mx.float32))
-
-
-def _additive(mask: mx.array | str, length: int, total: int) -> Floats:
+def _visible(mask: mx.array | str, length: int, total: int) -> npt.NDArray[np.bool_]:
     if isinstance(mask, mx.array):
-        visible = np.asarray(mask)
-    else:
-        visible = np.tril(np.ones((length, total), np.bool_), total - length)
-    return np.where(visible, np.float32(0), np.float32(-np.inf))
+        return np.asarray(mask)
+    return np.tri(length, total, total - length, dtype=np.bool_)
 
 
 def _graph(config: ModelConfig) -> bytes:
     kv_heads, width = config.num_key_value_heads, config.head_dim
     floats, ints = TensorProto.FLOAT, TensorProto.INT32
     describe = helper.make_tensor_value_info
-    buffer = [1, kv_heads, "capacity", width]
-    query_shape = [1, "length", config.num_attention_heads * width]
+    buffer: list[str | int | None] = [1, kv_heads, "capacity", width]
+    query_shape: list[str | int | None] = [1, "length", config.num_attention_heads * width]
+    row_shape: list[str | int | None] = [1, "length", kv_heads * width]
     inputs = [
         describe("queries", floats, query_shape),
-        describe("keys", floats, [1, "length", kv_heads * width]),
-        describe("values", floats, [1, "length", kv_heads * width]),
+        describe("keys", floats, row_shape),
+        describe("values", floats, row_shape),
         describe("all_keys", floats, buffer),
         describe("all_values", floats, buffer),
         describe("last", ints, [1]),

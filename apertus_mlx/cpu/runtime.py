@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from onnxruntime.capi._pybind_state import create_and_register_allocator as _create_and_register_allocator
 
 from apertus_mlx.errors import ApertusError
 
@@ -99,8 +97,10 @@ def _start_pool() -> None:
         return
     _pool_threads = _threads()
     ort.set_global_thread_pool_sizes(_pool_threads, 1)
-    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    _create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
 def _threads() -> int:

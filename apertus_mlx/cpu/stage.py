@@ -50,7 +50,7 @@ class Stage:
 
     def input(self, name: str, width: int | None, dtype: str = "float32") -> str:
         """An input `[rows, width]`, or `[1, rows]` without a width."""
-        shape = [1, "rows"] if width is None else ["rows", width]
+        shape: list[str | int | None] = [1, "rows"] if width is None else ["rows", width]
         self._inputs.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
         return name
 
@@ -94,7 +94,7 @@ class Stage:
         )
 
     def xielu(self, x: str, alpha_p: float, alpha_n: float, beta: float) -> str:
-        """xIELU without its eps, which matters only that close to 0 (see `MAX_EPS`).
+        """The activation xIELU, without its eps (see `MAX_EPS`).
 
         With p = max(x, 0) and m = min(x, 0): p (alpha_p p + alpha_n) + alpha_n expm1(m)
         + (beta - alpha_n) x. And expm1(m) = 2t / (1 - t), t = tanh(m / 2): right for small m, too.
@@ -104,14 +104,21 @@ class Stage:
         half_expm1 = self._node("Div", tanh, self._node("Sub", one, tanh))
         positive = self._node("Relu", x)
         slope = self._node("Add", self._scaled(positive, alpha_p), self._scalar(alpha_n))
-        linear = self._node("Add", self._node("Mul", positive, slope), self._scaled(x, beta - alpha_n))
+        linear = self._node(
+            "Add", self._node("Mul", positive, slope), self._scaled(x, beta - alpha_n)
+        )
         return self._node("Add", self._scaled(half_expm1, 2 * alpha_n), linear)
 
     def product(self, x: str, weight: Weight) -> str:
         """`x` `[rows, columns]` times the transposed matrix."""
         if isinstance(weight, Dense):
             return self._node("Gemm", x, self._weight(weight.values), transB=1)
-        total = self._node("Gemm", self._group_sums(x, weight), self._weight(weight.offsets), self._plane(x, weight, 0))
+        total = self._node(
+            "Gemm",
+            self._group_sums(x, weight),
+            self._weight(weight.offsets),
+            self._plane(x, weight, 0),
+        )
         for index in range(1, len(weight.planes)):
             total = self._node("Add", total, self._plane(x, weight, index))
         return total

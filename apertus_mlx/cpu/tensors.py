@@ -31,10 +31,17 @@ class Tensors:
         RejectedError: from any method, when values are not finite.
     """
 
-    def __init__(self, inventory: Inventory, precision: Precision) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        precision: Precision,
+        on_bytes: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._inventory = inventory
         self._checkpoint = inventory.checkpoint
         self._precision = precision
+        self._on_bytes = on_bytes
+        self._bytes_read = 0
 
     def matrix(self, path: str) -> Weight:
         """The weight of module `path`: quantized as the checkpoint has it, else in float32.
@@ -46,9 +53,9 @@ class Tensors:
             return Dense(self.floats(f"{path}.weight"))
         words = self._read(f"{path}.weight")
         if not spec.has_biases:
-            scales = mx.array(self._read(f"{path}.scales"))
+            codes = mx.array(self._read(f"{path}.scales"))
             wide = mx.dequantize(
-                mx.array(words), scales, None, spec.group_size, spec.bits, mode=spec.mode
+                mx.array(words), codes, None, spec.group_size, spec.bits, mode=spec.mode
             )
             return Dense(np.array(wide.astype(mx.float32)))
         scales, biases = self.floats(f"{path}.scales"), self.floats(f"{path}.biases")
@@ -59,9 +66,7 @@ class Tensors:
         values = _widened(self._read(name))
         if not np.isfinite(values).all():
             count = np.count_nonzero(~np.isfinite(values))
-            raise RejectedError(
-                f"{self._checkpoint.directory}: {name}: {count} values not finite"
-            )
+            raise RejectedError(f"{self._checkpoint.directory}: {name}: {count} values not finite")
         return values
 
     def scalar(self, name: str) -> float:
@@ -81,12 +86,13 @@ class Tensors:
         biases = self._map(f"{path}.biases") if spec.has_biases else None
 
         def rows(ids: npt.NDArray[np.int64]) -> Floats:
-            by_group = (
-                None if part is None else mx.array(_widened(part[ids]) if spec.has_biases else part[ids])
-                for part in (scales, biases)
-            )
+            words = mx.array(weight[ids])
+            if biases is None:
+                of_groups, least = mx.array(scales[ids]), None
+            else:
+                of_groups, least = (mx.array(_widened(part[ids])) for part in (scales, biases))
             wide = mx.dequantize(
-                mx.array(weight[ids]), *by_group, spec.group_size, spec.bits, mode=spec.mode
+                words, of_groups, least, spec.group_size, spec.bits, mode=spec.mode
             )
             return np.asarray(wide.astype(mx.float32))
 
@@ -96,6 +102,9 @@ class Tensors:
         info = self._checkpoint.tensors[name]
         kind = STORED_TYPES[info.dtype]
         count = math.prod(info.shape)
+        self._bytes_read += info.size_bytes
+        if self._on_bytes is not None:
+            self._on_bytes(self._bytes_read, self._checkpoint.size_bytes)
         flat: Array = np.fromfile(self._checkpoint.path(info), kind, count, offset=info.offset)
         return flat.reshape(info.shape)
 

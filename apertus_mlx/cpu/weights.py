@@ -48,7 +48,7 @@ class Quantized:
     @property
     def rows(self) -> int:
         """Number of outputs."""
-        return self.offsets.shape[1]
+        return int(self.offsets.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Dense:
     @property
     def rows(self) -> int:
         """Number of outputs."""
-        return self.values.shape[0]
+        return int(self.values.shape[0])
 
 
 Weight = Quantized | Dense
@@ -71,19 +71,18 @@ def pack(
 ) -> Quantized:
     """Repack MLX's affine `words` `[rows, columns * bits / 32]`; 4 bits are taken as they are."""
     rows, groups = scales.shape
-    widths = _plane_bits(bits, precision)
+    parts = _parts(bits, precision)
     stream = words.view(np.uint8)
-    if widths == (bits,):
-        layers = [stream]
-    else:
-        layers = _repack(stream, bits, widths)
+    packed = [stream] if parts == (Part(0, bits, bits),) else _repack(stream, bits, parts)
     planes = []
     offsets = biases
-    for shift, (width, codes) in zip(_shifts(widths), zip(widths, layers, strict=True), strict=True):
-        plane_scales = scales * np.float32(2**shift)
-        planes.append(Plane(width, codes.reshape(rows, groups, -1), plane_scales))
-        offsets = offsets + np.float32(2 ** (width - 1)) * plane_scales
-    return Quantized(groups * group_size, group_size, tuple(planes), np.ascontiguousarray(offsets.T))
+    for part, codes in zip(parts, packed, strict=True):
+        plane_scales = scales * np.float32(2**part.shift)
+        planes.append(Plane(part.stored_bits, codes.reshape(rows, groups, -1), plane_scales))
+        offsets = offsets + np.float32(part.middle) * plane_scales
+    return Quantized(
+        groups * group_size, group_size, tuple(planes), np.ascontiguousarray(offsets.T)
+    )
 
 
 def stack(weights: Sequence[Weight]) -> list[Weight]:
@@ -106,37 +105,58 @@ def _join(above: Weight, below: Weight) -> Weight | None:
     for a, b in zip(above.planes, below.planes, strict=True):
         if a.bits != b.bits:
             return None
-        codes, scales = (np.concatenate(pair) for pair in ((a.codes, b.codes), (a.scales, b.scales)))
+        codes = np.concatenate([a.codes, b.codes])
+        scales = np.concatenate([a.scales, b.scales])
         planes.append(Plane(a.bits, codes, scales))
     offsets = np.concatenate([above.offsets, below.offsets], axis=1)
     return Quantized(above.columns, above.group_size, tuple(planes), offsets)
 
 
-def _plane_bits(bits: int, precision: Precision) -> tuple[int, ...]:
-    """Widths of the planes that hold codes of `bits` bits, the low plane first."""
-    if precision == "float32":
-        return (4,) if bits <= 4 else (4, 4)
-    return (next(width for width in (2, 4, 8) if bits <= width),)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The `bits` bits of a code from `shift` on, stored in `stored_bits`.
+
+    They are stored around the middle of what fits, which the kernel subtracts: products with the
+    middle would otherwise be large, and cancel.
+    """
+
+    shift: int
+    bits: int
+    stored_bits: int
+
+    @property
+    def middle(self) -> int:
+        """The value that is stored as the kernel's zero."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def raised(self) -> int:
+        """What is added before storing."""
+        return (1 << (self.stored_bits - 1)) - self.middle
 
 
-def _shifts(widths: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sum(widths[:index]) for index in range(len(widths)))
+def _parts(bits: int, precision: Precision) -> tuple[Part, ...]:
+    if precision == "int8":
+        return (Part(0, bits, next(width for width in (2, 4, 8) if bits <= width)),)
+    return tuple(
+        Part(shift, min(PLANE_BITS, bits - shift), PLANE_BITS)
+        for shift in range(0, bits, PLANE_BITS)
+    )
 
 
-def _repack(stream: Bytes, bits: int, widths: tuple[int, ...]) -> list[Bytes]:
-    """The little-endian bit stream of each row as planes of 4 or one plane of 8 bits per code."""
+def _repack(stream: Bytes, bits: int, parts: Sequence[Part]) -> list[Bytes]:
+    """The little-endian bit stream of each row, one stream for each part of its codes."""
     rows, row_bytes = stream.shape
     columns = row_bytes * 8 // bits
-    planes = [np.empty((rows, columns * width // 8), np.uint8) for width in widths]
+    planes = [np.empty((rows, columns * part.stored_bits // 8), np.uint8) for part in parts]
     step = max(1, BLOCK_CODES // columns)
     for start in range(0, rows, step):
         codes = _unpack(stream[start : start + step], bits)
-        for plane, width, shift in zip(planes, widths, _shifts(widths), strict=True):
-            if width == 8:
-                plane[start : start + step] = codes
-            else:
-                part = (codes >> shift) & 15
-                plane[start : start + step] = part[:, ::2] | (part[:, 1::2] << 4)
+        for plane, part in zip(planes, parts, strict=True):
+            stored = ((codes >> part.shift) & (2**part.bits - 1)) + np.uint8(part.raised)
+            if part.stored_bits == 4:
+                stored = stored[:, ::2] | (stored[:, 1::2] << 4)
+            plane[start : start + step] = stored
     return planes
 
 

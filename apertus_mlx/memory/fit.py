@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from apertus_mlx import layout
-from apertus_mlx.cache.config import FULL_BITS, CacheConfig
+from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.footprint import Backend, Footprint, footprint
@@ -128,19 +128,19 @@ def _refusal(
     step = prefill_step or PREFILL_STEPS[-1]
     needed = footprint(subject, wanted, context, step, backend)
     message = (
-        f"{subject.name}: {context} tokens of context need {_gb(needed.total_bytes)} "
-        f"(weights {_gb(needed.weights_bytes)}, cache {_gb(needed.kv_bytes)} at {wanted}, working "
-        f"memory {_gb(needed.prefill_bytes)} at --prefill-step {step}), the limit is "
-        f"{_gb(limit_bytes)}; "
+        f"{subject.name}: {context} tokens of context need {size_text(needed.total_bytes)} "
+        f"(weights {size_text(needed.weights_bytes)}, cache {size_text(needed.kv_bytes)} at "
+        f"{wanted}, working memory {size_text(needed.prefill_bytes)} at --prefill-step {step}), "
+        f"the limit is {size_text(limit_bytes)}; "
     )
     smallest = possible_forms(subject.config)[-1]
     fits = largest_context(subject, limit_bytes, smallest, PREFILL_STEPS[-1], backend)
     if fits >= LEAST_BOUND:
         bits = "" if smallest.key_bits == FULL_BITS else f"--kv-bits {smallest.key_bits} "
-        bound = fits // 32 * 32
+        bound = _largest_bound(subject, limit_bytes, context, smallest, backend)
         return message + (
-            f"what would fit: {bits}--prefill-step {PREFILL_STEPS[-1]} with --max-kv {bound} or at "
-            f"most {fits} tokens; --force tries anyway"
+            f"what would fit: {bits}--prefill-step {PREFILL_STEPS[-1]} with --max-kv {bound}, or "
+            f"at most {fits} tokens in all; --force tries anyway"
         )
     short = min(context, LEAST_BOUND)
     least = footprint(subject, smallest, short, PREFILL_STEPS[-1], backend)
@@ -149,10 +149,26 @@ def _refusal(
         weights = _quantized_bytes(subject.config, width)
         if weights < subject.file_bytes and weights + beside <= limit_bytes:
             return message + (
-                f"what would fit: the model at {width} bits ({_gb(weights)}), "
+                f"what would fit: the model at {width} bits ({size_text(weights)}), "
                 f"apertus-mlx convert --bits {width}"
             )
-    return message + f"it runs from {_gb(least.total_bytes)} on; take a smaller model"
+    return message + f"it runs from {size_text(least.total_bytes)} on; take a smaller model"
+
+
+def _largest_bound(
+    subject: Subject, limit_bytes: int, context: int, form: CacheConfig, backend: Backend
+) -> int:
+    """The longest ring that stays under the limit, in steps of 32 positions."""
+    low, high = 0, context // STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        bounded = replace(form, bound=max(middle * STEP, form.least_bound))
+        needed = footprint(subject, bounded, context, PREFILL_STEPS[-1], backend)
+        if needed.total_bytes <= limit_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return max(low * STEP, form.least_bound)
 
 
 def _quantized_bytes(config: ModelConfig, bits: int) -> int:
@@ -165,5 +181,6 @@ def _quantized_bytes(config: ModelConfig, bits: int) -> int:
     )
 
 
-def _gb(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
+    """A size as people read it."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"

@@ -9,9 +9,11 @@ chunk, D the hidden size, I the MLP's, S positions seen and e bytes a number:
     residual     r * L * D * e
     scores       a * heads * L * S * e     (none where attention is one fused kernel)
     quantization q * L * kv_heads * head_dim * 2 * e
+    copies       layers * rows * kv_heads * head_dim * 2 * e
 
-A quantized cache computes scores in blocks of at most 8 MiB. When a cache grows, one layer of it
-is there twice.
+The copies are rows in full precision, a chunk's and those before it, of which a ring or codes are
+made; those of all layers live until the chunk is done. A quantized cache computes scores in blocks
+of at most 8 MiB. When a cache grows, one layer of it is there twice.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Backend:
     fixed_bytes: int
 
 
-CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=6.0,
+CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=3.0,
               fixed_bytes=1_500_000)  # fmt: skip
 GPU_16_BIT = Backend(2, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=12.0,
                      fixed_bytes=8_000_000)  # fmt: skip
@@ -128,6 +130,8 @@ def prefill_bytes(
         attention = backend.scores * scores
     working = backend.mlp * mlp + max(1.1 * mlp, attention)
     working += backend.residual * numbers * config.hidden_size
+    copied = 2 * config.num_key_value_heads * config.head_dim * backend.compute_bytes
+    working += config.num_hidden_layers * copied * _rows_copied(form, context, length)
     return int(working) + backend.fixed_bytes
 
 
@@ -168,6 +172,13 @@ def _number_bits(head_dim: int, bits: int, number_bytes: int) -> float:
     if bits == FULL_BITS:
         return 8 * number_bytes
     return bits + 2 * 8 * SCALE_BYTES / group_size(head_dim)
+
+
+def _rows_copied(form: CacheConfig, context: int, length: int) -> int:
+    if form.quantized:
+        return length + form.sinks + form.window + STEP
+    wraps = form.bound is not None and context > form.bound
+    return length + form.bound if wraps and form.bound is not None else 0
 
 
 def _positions_seen(form: CacheConfig, context: int, length: int) -> int:

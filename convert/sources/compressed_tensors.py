@@ -78,9 +78,7 @@ class PackedInts:
     def scales(self, reader: Reader, start: int, stop: int) -> mx.array:
         """One scale per row and group."""
         if self.scale.shape in ((), (1,), (1, 1)):
-            return mx.broadcast_to(
-                reader.floats(self.scale, 0, 1).reshape(1, 1), (stop - start, 1)
-            )
+            return mx.broadcast_to(reader.floats(self.scale, 0, 1).reshape(1, 1), (stop - start, 1))
         return reader.floats(self.scale, start, stop).reshape(stop - start, -1)
 
     def zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32] | None:
@@ -179,9 +177,7 @@ def _groups(block: Mapping[str, Any], name: str) -> list[Group]:
     return groups
 
 
-def _matrix(
-    matrix: layout.Matrix, left: Tensors, groups: list[Group], name: str
-) -> MatrixSource:
+def _matrix(matrix: layout.Matrix, left: Tensors, groups: list[Group], name: str) -> MatrixSource:
     if f"{matrix.path}.weight_packed" in left:
         packed = left.peek(f"{matrix.path}.weight_packed")
         if packed.dtype == "U8":
@@ -273,7 +269,9 @@ def _float8(matrix: layout.Matrix, left: Tensors) -> Float8Matrix:
 def _nvfp4(matrix: layout.Matrix, left: Tensors) -> NvFloat4Matrix:
     path, rows, columns = matrix.path, matrix.rows, matrix.columns
     if columns % 16:
-        raise RejectedError(f"{left.name}: {path}: {columns} columns do not divide into groups of 16")
+        raise RejectedError(
+            f"{left.name}: {path}: {columns} columns do not divide into groups of 16"
+        )
     packed = left.need(f"{path}.weight_packed", ("U8",), (rows, columns // 2))
     scale = left.need(f"{path}.weight_scale", ("F8_E4M3",), (rows, columns // 16))
     divisor = left.need(f"{path}.weight_global_scale", ("F32",), (1,))

@@ -204,9 +204,7 @@ def _matrix(
     return IntegerMatrix(path, bits, columns, size, scale.dtype, symmetric, ints)
 
 
-def _columns(
-    reader: Reader, tensor: TensorInfo, start: int, stop: int
-) -> npt.NDArray[np.generic]:
+def _columns(reader: Reader, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.generic]:
     """Columns of a row-major matrix, read in blocks of rows."""
     rows, width = tensor.shape
     found = np.empty((rows, stop - start), np.int32)

@@ -73,7 +73,9 @@ class Float8Matrix:
         rows = self.scale.shape[0] if self.scale.shape else 1
         return reader.floats(self.scale, 0, rows).reshape(self._scale_shape)
 
-    def _codes(self, reader: Reader, start: int, stop: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def _codes(
+        self, reader: Reader, start: int, stop: int
+    ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         codes = reader.raw(self.weight, start, stop).view(np.uint8)
         broken = int((codes & 0x7F == E4M3_NAN).sum())
         if broken:
@@ -110,7 +112,7 @@ class NvFloat4Matrix:
 
     def check(self, reader: Reader) -> None:
         """Refuse a divisor that is zero or not finite."""
-        if not float(self.read_carried(reader).item()) > 0:
+        if not self._divisor(reader) > 0:
             raise RejectedError(f"{self.name}.weight_global_scale: is not above zero")
 
     def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
@@ -118,7 +120,7 @@ class NvFloat4Matrix:
         packed = reader.raw(self.packed, start, stop).view(np.uint8)
         values = e2m1_values()[unpack_nibbles(packed)].astype(np.float64)
         scales = e4m3_values()[np.array(self._scales(reader, start, stop))]
-        divisor = float(self.read_carried(reader).item())
+        divisor = self._divisor(reader)
         return mx.array((values * np.repeat(scales, 16, axis=1) / divisor).astype(np.float32))
 
     def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
@@ -129,6 +131,9 @@ class NvFloat4Matrix:
     def read_carried(self, reader: Reader) -> mx.array:
         """The divisor, `[1]`."""
         return reader.floats(self.divisor, 0, 1).reshape(1)
+
+    def _divisor(self, reader: Reader) -> float:
+        return float(np.array(self.read_carried(reader))[0])
 
     def _scales(self, reader: Reader, start: int, stop: int) -> mx.array:
         scales = reader.rows(self.scale, start, stop)

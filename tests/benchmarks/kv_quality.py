@@ -67,7 +67,11 @@ def compare(reference: list[mx.array], found: Iterator[mx.array]) -> tuple[float
         divergence.append(np.array(kl, np.float64))
         same.append(np.array(mx.argmax(expected, -1) == mx.argmax(got, -1)))
     all_kl = np.maximum(np.concatenate(divergence), 0)
-    return float(all_kl.mean()), float(np.quantile(all_kl, 0.99)), float(np.concatenate(same).mean())
+    return (
+        float(all_kl.mean()),
+        float(np.quantile(all_kl, 0.99)),
+        float(np.concatenate(same).mean()),
+    )
 
 
 def forms(more: bool) -> dict[str, CacheConfig]:
@@ -93,20 +97,22 @@ def forms(more: bool) -> dict[str, CacheConfig]:
     return table
 
 
-def measure(
-    name: str, model: Model, theirs: Any, windows: list[list[int]], more: bool
-) -> None:
+def measure(name: str, model: Model, theirs: Any, windows: list[list[int]], more: bool) -> None:
     """Print one table: our forms and mlx-lm's, each against full precision of the same code."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
     print(f"\n{name}: {sum(map(len, windows))} tokens\n")
     print(f"{'cache':34} {'mean KL':>10} {'99 % KL':>10} {'same top':>9} {'x mlx-lm':>9}")
     layers = len(model.layers)
-    full = [log_probabilities(model, window, model.make_cache(FULL_PRECISION)) for window in windows]
+    full = [
+        log_probabilities(model, window, model.make_cache(FULL_PRECISION)) for window in windows
+    ]
     noise = compare(
         full, (log_probabilities(theirs, w, [KVCache() for _ in range(layers)]) for w in windows)
     )
-    print(f"{'mlx-lm, full precision (noise)':34} {noise[0]:10.2e} {noise[1]:10.2e} {noise[2]:9.4f}")
+    print(
+        f"{'mlx-lm, full precision (noise)':34} {noise[0]:10.2e} {noise[1]:10.2e} {noise[2]:9.4f}"
+    )
     base: dict[int, float] = {}
     for bits in (8, 6, 4, 3, 2):
         caches = ([QuantizedKVCache(64, bits) for _ in range(layers)] for _ in windows)

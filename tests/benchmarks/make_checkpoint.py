@@ -45,6 +45,7 @@ ROLES = {
     71: "<|tools_prefix|>", 72: "<|tools_suffix|>",
 }  # fmt: skip
 SPECIAL_TOKENS = 1000
+CONSTANTS = {"alpha_p": 0.2, "alpha_n": -1.05, "beta": 0.5, "eps": -1e-6}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}<|user_start|>{{ message['content'] }}<|user_end|>"
@@ -115,8 +116,6 @@ def tensor_shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 class RandomWeights:
     """The bytes of each tensor, the same for the same seed."""
 
-    constants = {"alpha_p": 0.2, "alpha_n": -1.05, "beta": 0.5, "eps": -1e-6}
-
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self._pool = to_bf16(rng.standard_normal(POOL_VALUES, dtype=np.float32) * np.float32(0.02))
@@ -125,8 +124,8 @@ class RandomWeights:
     def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         """The tensor's values as bfloat16 bit patterns, piece by piece."""
         last = name.rpartition(".")[2]
-        if last in self.constants:
-            yield to_bf16(np.full(math.prod(shape), self.constants[last], np.float32))
+        if last in CONSTANTS:
+            yield to_bf16(np.full(math.prod(shape), CONSTANTS[last], np.float32))
         elif len(shape) < 2:
             yield to_bf16(np.ones(shape, np.float32))
         else:

@@ -95,18 +95,17 @@ def float8(weight: torch.Tensor, arguments: QuantizationArgs) -> dict[str, torch
     return compress("float-quantized", arguments, weight, scale)
 
 
+def plain_integers(weight: torch.Tensor, arguments: QuantizationArgs) -> dict[str, torch.Tensor]:
+    scale, zero = integer_parameters(weight, arguments)
+    return compress("int-quantized", arguments, weight, scale, zero)
+
+
 def nvfp4(weight: torch.Tensor, arguments: QuantizationArgs) -> dict[str, torch.Tensor]:
     values = weight.float()
     global_scale = generate_gparam(values.amin(), values.amax()).reshape(1).float()
     groups = values.reshape(ROWS, -1, 16)
     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments, global_scale)
     return compress("nvfp4-pack-quantized", arguments, values, scale, None, global_scale)
-
-
-def mxfp4(weight: torch.Tensor, arguments: QuantizationArgs) -> dict[str, torch.Tensor]:
-    groups = weight.float().reshape(ROWS, -1, 32)
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
-    return compress("mxfp4-pack-quantized", arguments, weight, scale)
 
 
 def write(name: str, form: str, arguments: QuantizationArgs, compressor: object) -> None:
@@ -126,8 +125,12 @@ def write(name: str, form: str, arguments: QuantizationArgs, compressor: object)
         "quantization_status": "compressed",
     }  # fmt: skip
     metadata = {
-        "compressed-tensors": compressed_tensors.__version__,
-        "quantization_config": json.dumps(config),
+        "fixture": json.dumps(
+            {
+                "compressed-tensors": compressed_tensors.__version__,
+                "quantization_config": config,
+            }
+        )
     }
     path = DIRECTORY / f"{name}.safetensors"
     save_file(tensors, path, metadata)
@@ -152,6 +155,10 @@ def main() -> None:
                 write(name, "pack-quantized", arguments, compress_integers)
     if OLD:
         return
+    for symmetric in (True, False):
+        arguments = QuantizationArgs(num_bits=8, strategy="channel", symmetric=symmetric)
+        kind = "symmetric" if symmetric else "asymmetric"
+        write(f"bytes8_{kind}_channel", "int-quantized", arguments, plain_integers)
     for strategy in ("tensor", "channel"):
         arguments = QuantizationArgs(num_bits=8, type="float", strategy=strategy)
         write(f"float8_{strategy}", "float-quantized", arguments, float8)

@@ -1,0 +1,347 @@
+"""Prompt caches on disk: keys and values of a prefix, with a fingerprint of all they depend on.
+
+A safetensors file. Its metadata holds `format` and `format_version`, the form of the cache, the
+number of positions, and digests of model, weights, quantization, template and tokens. All names,
+shapes and types follow from form, model and length, so whatever differs from them is refused; the
+file chooses nothing, and nothing is read from it before its header has been checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.cache import (
+    CacheConfig,
+    FullCache,
+    QuantizedCache,
+    make_layer_cache,
+    rewind,
+)
+from apertus_mlx.cache.config import FULL_BITS, STEP, group_size
+from apertus_mlx.cache.protocol import Cache
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.errors import ApertusError, NotFoundError, RejectedError, UsageError
+from apertus_mlx.inventory import Inventory
+from apertus_mlx.safetensors_header import TensorInfo, read_header
+from apertus_mlx.strict_json import parse_object
+
+FORMAT, FORMAT_VERSION = "apertus-mlx prompt cache", "1"
+TOKENS = "tokens"
+SAMPLE_BYTES = 256
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Digests of what keys and values depend on; the names are what a refusal says."""
+
+    model: str
+    weights: str
+    quantization: str
+    template: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A prefix that has been computed before."""
+
+    tokens: list[int]
+    caches: list[Cache]
+
+
+class PromptCache:
+    """One file for one run: what was there before is resumed, else the prompt is saved.
+
+    Raises:
+        RejectedError: see `load_prompt_cache`.
+    """
+
+    def __init__(
+        self, path: Path, inventory: Inventory, form: CacheConfig, dtype: mx.Dtype
+    ) -> None:
+        self._path = path
+        self._made_with = fingerprint(inventory)
+        self._saved: Saved | None = None
+        if path.exists():
+            self._saved = load_prompt_cache(path, inventory.config, form, dtype, self._made_with)
+        elif not path.parent.is_dir():
+            raise UsageError(f"--prompt-cache {path}: there is no folder {path.parent}")
+
+    def resume(self, prompt: Sequence[int]) -> tuple[list[Cache] | None, int]:
+        """The saved caches, cut back to what they share with `prompt`, and how many tokens that is.
+
+        Raises:
+            RejectedError: the prompt shares less than half of the saved tokens, or the caches
+                cannot be cut back exactly.
+        """
+        if self._saved is None:
+            return None, 0
+        saved, caches = self._saved.tokens, self._saved.caches
+        # The last token is always computed: its logits start the answer.
+        longest = min(len(saved), len(prompt) - 1)
+        shared = next((i for i in range(longest) if saved[i] != prompt[i]), longest)
+        if 2 * shared < len(saved) or not rewind(caches, len(saved) - shared):
+            raise RejectedError(
+                f"{self._path}: tokens: its {len(saved)} differ from the prompt from position "
+                f"{shared} on; give the prompt it was made for, or another file"
+            )
+        return caches, shared
+
+    def save(self, caches: Sequence[Cache], prompt: Sequence[int]) -> None:
+        """Save the caches after `prompt`, unless the file was there before."""
+        if self._saved is None:
+            save_prompt_cache(self._path, caches, prompt, self._made_with)
+
+
+def fingerprint(inventory: Inventory) -> Fingerprint:
+    """Digest the checkpoint's config, a sample of every tensor, formats, tokenizer and template."""
+    config, checkpoint = inventory.config, inventory.checkpoint
+    model = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name in ("quantization", "foreign_quantization", "dtype", "asks_for_code"):
+        del model[name]
+    weights = hashlib.sha256()
+    for key in sorted(checkpoint.tensors):
+        tensor = checkpoint.tensors[key]
+        weights.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
+        with checkpoint.path(tensor).open("rb") as file:
+            for start in (0, max(0, tensor.size_bytes // 2)):
+                file.seek(tensor.offset + start)
+                weights.update(file.read(min(SAMPLE_BYTES, tensor.size_bytes - start)))
+    formats = "\n".join(f"{path} {spec}" for path, spec in sorted(inventory.specs.items()))
+    return Fingerprint(
+        model=_digest(repr(sorted(model.items()))),
+        weights=weights.hexdigest(),
+        quantization=_digest(formats),
+        template=_files_digest(checkpoint.directory),
+    )
+
+
+def _files_digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for name in TEXT_FILES:
+        path = directory / name
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def save_prompt_cache(
+    path: Path, caches: Sequence[Cache], tokens: Sequence[int], made_with: Fingerprint
+) -> None:
+    """Write the caches of all layers after `tokens`; the file appears whole or not at all.
+
+    Raises:
+        UsageError: the path cannot be written, or these caches cannot be saved.
+    """
+    arrays = {TOKENS: mx.array(list(tokens), mx.int32)}
+    form = None
+    for index, cache in enumerate(caches):
+        if not isinstance(cache, FullCache | QuantizedCache):
+            raise UsageError("--prompt-cache: not with this way of computing")
+        if cache.offset != len(tokens):
+            raise ApertusError(f"cache of {cache.offset} positions for {len(tokens)} tokens")
+        form = cache.config
+        arrays |= {f"layers.{index}.{name}": array for name, array in cache.export().items()}
+    assert form is not None
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "form": json.dumps(asdict(form)),
+        "positions": str(len(tokens)),
+        "tokens": _tokens_digest(tokens),
+        **asdict(made_with),
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    try:
+        mx.save_safetensors(str(beside), arrays, metadata)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--prompt-cache {path}: cannot be written ({error})") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_prompt_cache(
+    path: Path, config: ModelConfig, form: CacheConfig, dtype: mx.Dtype, now: Fingerprint
+) -> Saved:
+    """Read a prefix that was saved under the same conditions.
+
+    Args:
+        path: the file.
+        config: of the model that will go on from there.
+        form: of the cache that is wanted.
+        dtype: in which the model computes.
+        now: fingerprint of that model.
+
+    Raises:
+        NotFoundError: there is no such file.
+        RejectedError: the file is damaged, or made under other conditions; the message names which.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such prompt cache")
+    tensors = {tensor.name: tensor for tensor in read_header(path)}
+    metadata = _read_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise RejectedError(f"{path}: is not a prompt cache of apertus-mlx")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise RejectedError(
+            f"{path}: format version {metadata.get('format_version', '')[:20]!r}, this program "
+            f"reads {FORMAT_VERSION}; delete it and let it be made anew"
+        )
+    for name, expected in asdict(now).items():
+        if metadata.get(name) != expected:
+            raise RejectedError(
+                f"{path}: was made with another {_SPOKEN.get(name, name)}; "
+                "delete it and let it be made anew"
+            )
+    saved_form = _parse_form(metadata.get("form", ""), path)
+    if saved_form != form:
+        raise RejectedError(
+            f"{path}: holds a cache of another form ({_differences(saved_form, form)}); "
+            "give the same --kv options or delete it"
+        )
+    positions = _parse_positions(metadata.get("positions", ""), config, path)
+    expected_arrays = dict(_expected(config, form, positions, dtype))
+    _require_arrays(path, tensors, expected_arrays)
+    arrays = mx.load(str(path), format="safetensors")
+    assert isinstance(arrays, dict)
+    tokens = [int(token) for token in np.array(arrays.pop(TOKENS))]
+    if _tokens_digest(tokens) != metadata.get("tokens"):
+        raise RejectedError(f"{path}: tokens do not match their fingerprint: damaged")
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+            raise RejectedError(f"{path}: {name}: values not finite: damaged")
+    caches: list[Cache] = []
+    for index in range(config.num_hidden_layers):
+        cache = make_layer_cache(form, config.head_dim)
+        prefix = f"layers.{index}."
+        own = {
+            name.removeprefix(prefix): array
+            for name, array in arrays.items()
+            if name.startswith(prefix)
+        }
+        cache.restore(own, positions)
+        caches.append(cache)
+    mx.eval([cache.state for cache in caches])
+    return Saved(tokens, caches)
+
+
+_SPOKEN = {"model": "model (its config differs)", "weights": "revision of the weights",
+           "template": "tokenizer or chat template"}  # fmt: skip
+
+
+def _expected(
+    config: ModelConfig, form: CacheConfig, positions: int, dtype: mx.Dtype
+) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Name, type and shape of every array, as `FullCache` and `QuantizedCache` export them."""
+    heads, width = config.num_key_value_heads, config.head_dim
+    number = FLOATS[dtype]
+    yield TOKENS, ("I32", (positions,))
+    flushed = form.flushed(positions)
+    coded = flushed if form.ring is None else min(flushed, form.ring)
+    for index in range(config.num_hidden_layers):
+        prefix = f"layers.{index}."
+        if not form.quantized:
+            held = positions if form.bound is None else min(positions, form.bound)
+            yield prefix + "rows", (number, (1, 2 * heads, held, width))
+            continue
+        if positions > flushed:
+            yield prefix + "recent", (number, (1, 2 * heads, positions - flushed, width))
+        if not coded:
+            continue
+        yield prefix + "departed", (number, (1, 2 * heads, STEP, width))
+        for name, bits in (("keys", form.key_bits), ("values", form.value_bits)):
+            if bits == FULL_BITS:
+                yield prefix + name, (number, (1, heads, coded, width))
+                continue
+            scale = "BF16" if number == "F32" else number
+            groups = (1, heads, coded, width // group_size(width))
+            yield f"{prefix}{name}.words", ("U32", (1, heads, coded, width * bits // 32))
+            yield f"{prefix}{name}.scales", (scale, groups)
+            yield f"{prefix}{name}.biases", (scale, groups)
+
+
+def _require_arrays(
+    path: Path,
+    tensors: dict[str, TensorInfo],
+    expected: dict[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    for name, (dtype, shape) in expected.items():
+        tensor = tensors.pop(name, None)
+        if tensor is None:
+            # Of the last block nothing is left after a rewind.
+            if name.endswith(".departed"):
+                continue
+            raise RejectedError(f"{path}: {name} is missing")
+        if tensor.dtype != dtype:
+            raise RejectedError(
+                f"{path}: {name}: type {tensor.dtype}, expected {dtype}; made with another --dtype?"
+            )
+        if tensor.shape != shape:
+            raise RejectedError(
+                f"{path}: {name}: shape {list(tensor.shape)}, expected {list(shape)}"
+            )
+    if tensors:
+        raise RejectedError(f"{path}: unexpected array {min(tensors)[:80]!r}")
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = parse_object(file.read(length), f"{path}: header")
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise RejectedError(f"{path}: is not a prompt cache of apertus-mlx")
+    return metadata
+
+
+def _parse_form(text: str, path: Path) -> CacheConfig:
+    values = parse_object(text.encode(), f"{path}: form")
+    names = {field.name for field in fields(CacheConfig)}
+    rotate, bound = values.get("rotate"), values.get("bound")
+    numbers = [values.get(name) for name in names - {"rotate", "bound"}]
+    sound = (
+        values.keys() == names
+        and all(type(number) is int for number in numbers)
+        and (bound is None or type(bound) is int)
+        and (rotate is None or type(rotate) is bool)
+    )
+    if not sound:
+        raise RejectedError(f"{path}: form: not one that this program writes")
+    try:
+        return CacheConfig(**values)
+    except UsageError as error:
+        raise RejectedError(f"{path}: form: {error}") from None
+
+
+def _parse_positions(text: str, config: ModelConfig, path: Path) -> int:
+    most = config.max_position_embeddings
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
+        raise RejectedError(f"{path}: positions {text[:20]!r}: expected 1 to {most}")
+    return int(text)
+
+
+def _differences(saved: CacheConfig, wanted: CacheConfig) -> str:
+    names = [
+        f"{field.name} {getattr(saved, field.name)}, now {getattr(wanted, field.name)}"
+        for field in fields(CacheConfig)
+        if getattr(saved, field.name) != getattr(wanted, field.name)
+    ]
+    return "; ".join(names)
+
+
+def _tokens_digest(tokens: Sequence[int]) -> str:
+    return _digest(",".join(map(str, tokens)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,233 @@
+"""Texts to calibrate and judge with: the project's own or a user's, cut into windows of tokens.
+
+A file `.txt` or `.md` is one text, labelled with its name where that looks like a language tag
+(`de.txt`, `pt-BR.md`). A file `.jsonl` holds one object per line with `text` or `messages`, and
+optionally `language`; `.json` is one such object. Texts without a label count as `und`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
+from apertus_mlx.strict_json import parse_object
+from apertus_mlx.template import ChatTemplate, Message
+from apertus_mlx.tokenizer import Tokenizer
+
+Tokens = npt.NDArray[np.int64]
+DEFAULT_DIRECTORY = Path(__file__).with_name("data")
+DEFAULT_NAME = "default"
+UNKNOWN_LANGUAGE = "und"
+SUFFIXES = (".txt", ".md", ".jsonl", ".json")
+MAX_FILE_BYTES = 64 * 2**20
+# What BCP 47 tags look like; whether the language exists is the user's affair.
+_LANGUAGE_TAG = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text, or the messages of a conversation."""
+
+    language: str
+    content: str | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextSet:
+    """Documents with their origin, and a hash of the bytes that they were read from."""
+
+    name: str
+    sha256: str
+    documents: tuple[Document, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Windows of token ids `[windows, length]`, and how they were chosen."""
+
+    windows: Tokens
+    name: str
+    sha256: str
+    seed: int
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says about it."""
+        count, length = self.windows.shape
+        return {
+            "text": self.name,
+            "sha256": self.sha256,
+            "seed": self.seed,
+            "windows": count,
+            "window_tokens": length,
+        }
+
+
+def read_texts(paths: Sequence[Path] = ()) -> TextSet:
+    """Read files and folders of texts; without any, the project's own.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: a file of another kind, or a folder without texts.
+        RejectedError: a file is not what its name says.
+    """
+    files = _files(paths or [DEFAULT_DIRECTORY])
+    digest = hashlib.sha256()
+    documents: list[Document] = []
+    for file in files:
+        data = _read(file)
+        digest.update(hashlib.sha256(data).digest())
+        documents += _documents(file, data)
+    if not documents:
+        raise UsageError(f"{files[0]}: holds no text")
+    name = ", ".join(path.name for path in paths) if paths else DEFAULT_NAME
+    return TextSet(name, digest.hexdigest(), tuple(documents))
+
+
+def sample_windows(
+    texts: TextSet,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    length: int,
+    count: int,
+    seed: int,
+) -> Sample:
+    """Windows of `length` tokens from all documents in a random order, one after the other.
+
+    Where the texts are shorter there are fewer windows; shorter than one, it is a window of what
+    there is.
+
+    Raises:
+        UsageError: fewer than two tokens in all.
+        RejectedError: conversations, but the model has no chat template.
+    """
+    order = random.Random(seed)
+    documents = list(texts.documents)
+    order.shuffle(documents)
+    ids: list[int] = []
+    for document in documents:
+        ids += encode(document, tokenizer, template)
+    if len(ids) < 2:
+        raise UsageError(f"{texts.name}: too little text to calibrate with")
+    length = min(length, len(ids))
+    windows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
+    chosen = sorted(order.sample(range(len(windows)), min(count, len(windows))))
+    return Sample(windows[chosen], texts.name, texts.sha256, seed)
+
+
+def language_windows(
+    texts: TextSet,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    length: int,
+    most_tokens: int,
+) -> dict[str, list[Tokens]]:
+    """For each language its windows `[windows, length]`, those of a text's end shorter.
+
+    A window never spans two documents. `most_tokens` bounds each language.
+    """
+    found: dict[str, list[list[int]]] = {}
+    for document in texts.documents:
+        rows = found.setdefault(document.language, [])
+        left = most_tokens - sum(map(len, rows))
+        ids = encode(document, tokenizer, template)[: max(left, 0)]
+        rows += [ids[start : start + length] for start in range(0, len(ids), length)]
+    result = {}
+    for language, rows in found.items():
+        by_length: dict[int, list[list[int]]] = {}
+        for row in rows:
+            if len(row) >= 2:
+                by_length.setdefault(len(row), []).append(row)
+        if by_length:
+            result[language] = [np.array(same, np.int64) for same in by_length.values()]
+    return result
+
+
+def encode(document: Document, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    """The token ids of a document as the model would meet it.
+
+    Raises:
+        RejectedError: a conversation, but no template for it.
+    """
+    if isinstance(document.content, str):
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return start + tokenizer.encode(document.content)
+    if template is None:
+        raise RejectedError("the model has no chat template; give texts instead of conversations")
+    return template.render(document.content, add_generation_prompt=False)
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inner = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+            if not inner:
+                raise UsageError(f"{path}: no texts; expected files {', '.join(SUFFIXES)}")
+            files += inner
+        elif not path.is_file():
+            raise NotFoundError(f"{path}: no such file or folder")
+        elif path.suffix not in SUFFIXES:
+            raise UsageError(f"{path}: expected a file {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    return files
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise UsageError(f"{path}: {size} bytes; at most {MAX_FILE_BYTES} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _documents(path: Path, data: bytes) -> list[Document]:
+    stem = path.stem
+    label = stem if _LANGUAGE_TAG.fullmatch(stem) else UNKNOWN_LANGUAGE
+    if path.suffix == ".json":
+        return [_parsed(parse_object(data, str(path)), str(path), label)]
+    if path.suffix == ".jsonl":
+        return [
+            _parsed(parse_object(line, f"{path}: line {number}"), f"{path}: line {number}", label)
+            for number, line in enumerate(data.splitlines(), 1)
+            if line.strip()
+        ]
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise RejectedError(f"{path}: is not UTF-8 text") from None
+    return [Document(label, text)] if text.strip() else []
+
+
+def _parsed(values: Mapping[str, Any], name: str, label: str) -> Document:
+    language = values.get("language", label)
+    if not isinstance(language, str) or not _LANGUAGE_TAG.fullmatch(language):
+        raise RejectedError(
+            f"{name}: language: expected a tag such as de or pt-BR, found {str(language)[:40]!r}"
+        )
+    text, messages = values.get("text"), values.get("messages")
+    if isinstance(text, str) and messages is None:
+        return Document(language, text)
+    if not isinstance(messages, list) or not messages or text is not None:
+        raise RejectedError(f"{name}: expected a string `text` or a list `messages`")
+    for message in messages:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise RejectedError(f"{name}: messages: each needs a `role` and a `content` as strings")
+    return Document(
+        language, tuple(Message(role=m["role"], content=m["content"]) for m in messages)
+    )

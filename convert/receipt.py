@@ -1,0 +1,174 @@
+"""The receipt of a quantization: how far a model's predictions are from its reference's.
+
+Both are computed in float32 from the weights as stored, layer by layer, on the same tokens. The
+noise floor is what the reference shows against itself when every product with a weight and the
+residual stream are rounded to bfloat16: differences below it mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apertus_mlx.config import read_config
+from apertus_mlx.errors import UsageError
+from apertus_mlx.template import ChatTemplate
+from apertus_mlx.tokenizer import Tokenizer
+from convert.calibration_text import TextSet, language_windows
+from convert.layerwise import (
+    Array,
+    SourceWeights,
+    Tokens,
+    head_path,
+    hidden_states,
+    open_weights,
+    to_bfloat16,
+)
+from convert.reading import Reader
+from quant.metrics import Damage, TokenErrors, compare, join, summarise
+
+WINDOW_TOKENS = 512
+TOKENS_PER_LANGUAGE = 2048
+# Logits that are held at once, of each model.
+BLOCK_LOGITS = 1 << 24
+FLOOR = "the reference with products and residual stream rounded to bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Damage over all texts and for each language, with its noise floor."""
+
+    overall: Damage
+    overall_floor: Damage
+    languages: Mapping[str, tuple[Damage, Damage]]
+    text_name: str
+    text_sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For manifests and `--json`; divergences in nats."""
+        return {
+            "text": {"name": self.text_name, "sha256": self.text_sha256},
+            "overall": asdict(self.overall),
+            "noise_floor": {"what": FLOOR, **asdict(self.overall_floor)},
+            "languages": {
+                language: {**asdict(damage), "noise_floor_kl_mean": floor.kl_mean}
+                for language, (damage, floor) in self.languages.items()
+            },
+        }
+
+
+def measure(
+    directory: Path,
+    reference: Path,
+    texts: TextSet,
+    tokens_per_language: int = TOKENS_PER_LANGUAGE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Receipt:
+    """Compare the model in `directory` with the one in `reference` on `texts`.
+
+    Args:
+        directory: any form that `convert` reads.
+        reference: likewise; its tokenizer and chat template are used.
+        texts: what to predict.
+        tokens_per_language: most tokens of each language.
+        progress: told layers done, and how many there are.
+
+    Raises:
+        UsageError: the models have different vocabularies or tokenizers, or the texts are too short.
+        RejectedError: a checkpoint is damaged or not supported.
+    """
+    config = read_config(reference)
+    tokenizer = Tokenizer.load(
+        reference, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+    )
+    _check_tokenizer(directory, reference, tokenizer)
+    template = ChatTemplate.load(reference, tokenizer)
+    by_language = language_windows(texts, tokenizer, template, WINDOW_TOKENS, tokens_per_language)
+    if not by_language:
+        raise UsageError(f"{texts.name}: too little text to judge with")
+    labels = [label for label, groups in by_language.items() for _ in groups]
+    windows = [group for groups in by_language.values() for group in groups]
+    with Reader(reference) as reference_reader, Reader(directory) as reader:
+        expected = open_weights(reference, reference_reader)
+        found = open_weights(directory, reader)
+        if found.config.vocab_size != expected.config.vocab_size:
+            raise UsageError(
+                f"{directory}: {found.config.vocab_size} tokens in the vocabulary, {reference} has "
+                f"{expected.config.vocab_size}"
+            )
+        total = 2 * expected.config.num_hidden_layers + found.config.num_hidden_layers
+        counter = _Counter(progress, total)
+        hidden = hidden_states(expected, windows, None, counter.next)
+        errors = _errors(
+            expected, hidden, found, hidden_states(found, windows, None, counter.next), windows
+        )
+        floors = _errors(
+            expected, hidden, expected,
+            hidden_states(expected, windows, to_bfloat16, counter.next), windows,
+        )  # fmt: skip
+    languages = {
+        label: (
+            summarise(join([e for e, own in zip(errors, labels, strict=True) if own == label])),
+            summarise(join([e for e, own in zip(floors, labels, strict=True) if own == label])),
+        )
+        for label in by_language
+    }
+    return Receipt(
+        summarise(join(errors)), summarise(join(floors)), languages, texts.name, texts.sha256
+    )
+
+
+class _Counter:
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def next(self, _: int) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _errors(
+    expected: SourceWeights,
+    expected_hidden: list[Array],
+    found: SourceWeights,
+    found_hidden: list[Array],
+    windows: list[Tokens],
+) -> list[TokenErrors]:
+    """Compare the logits of two sets of hidden states, block by block."""
+    heads = [weights.matrix(head_path(weights.config)) for weights in (expected, found)]
+    size = max(1, BLOCK_LOGITS // len(heads[0]))
+    result = []
+    for wanted, got, ids in zip(expected_hidden, found_hidden, windows, strict=True):
+        last = np.full((len(ids), 1), -1, np.int64)
+        following = np.concatenate([ids[:, 1:], last], 1).reshape(-1)
+        rows = [hidden.reshape(len(following), -1) for hidden in (wanted, got)]
+        parts = []
+        for start in range(0, len(following), size):
+            part = slice(start, start + size)
+            logits = [row[part] @ head.T for row, head in zip(rows, heads, strict=True)]
+            parts.append(compare(logits[0], logits[1], following[part]))
+        result.append(join(parts))
+    return result
+
+
+def _check_tokenizer(directory: Path, reference: Path, tokenizer: Tokenizer) -> None:
+    """The same text must give the same ids; figures across vocabularies would mean nothing."""
+    config = read_config(directory)
+    other = Tokenizer.load(
+        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+    )
+    if any(
+        tokenizer.id_to_token(i) != other.id_to_token(i)
+        for i in range(max(tokenizer.vocab_size, other.vocab_size))
+    ):
+        raise UsageError(
+            f"{directory}: its tokenizer is not that of {reference}; only models of one "
+            "vocabulary can be compared"
+        )

@@ -1,0 +1,120 @@
+"""MLX's affine format on arrays: codes with a scale and a bias per group. NumPy only.
+
+A weight is `scale * code + bias`. Scales and biases are held in float32 and are exactly
+representable in the type that they will be stored in, so every error here is the stored one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from quant.grid import SIGNIFICANT_BITS
+from quant.packing import Codes, Words, pack
+from quant.spec import QuantSpec
+
+Array = npt.NDArray[np.float32]
+ScaleType = Literal["BF16", "F16", "F32"]
+LARGEST_F16 = 65504.0
+# Below this a float32 scale would lose bits, and its reciprocal would overflow.
+SMALLEST_SCALES = {"BF16": 2.0**-120, "F16": 2.0**-24, "F32": 2.0**-120}
+
+
+@dataclass(frozen=True, slots=True)
+class AffineCodes:
+    """A quantized matrix: codes `[rows, columns]`, scales and biases `[rows, groups]`."""
+
+    codes: Codes
+    scales: Array
+    biases: Array
+    spec: QuantSpec
+
+    @property
+    def packed(self) -> Words:
+        """The codes as MLX stores them, `[rows, columns * bits / 32]`."""
+        return pack(self.codes, self.spec.bits)
+
+
+def fit(weight: Array, spec: QuantSpec, scale_type: ScaleType = "F32") -> AffineCodes:
+    """Round `weight` `[rows, columns]` to the nearest of evenly spaced values.
+
+    Zero is one of them, and no value is off by more than half a step. With float32 scales both hold
+    exactly, and quantizing the result again changes nothing; 16-bit ones add their own rounding.
+
+    Raises:
+        ValueError: a weight is not finite, or the rows do not divide into groups.
+    """
+    groups = as_groups(weight, spec).astype(np.float64)
+    top = (1 << spec.bits) - 1
+    lowest = np.minimum(groups.min(-1), 0)
+    spread = np.maximum(groups.max(-1), 0) - lowest
+    # A scale this short times any code is exact in float32, and so is the bias.
+    scales = usable_scales(_shorten(spread / top, scale_type, spec.bits), scale_type)
+    zeros = np.clip(np.floor(-lowest / scales + 0.5), 0, top)
+    biases = round_scales((-zeros * scales).astype(np.float32), scale_type)
+    codes = np.rint((groups - biases[..., None]) / scales[..., None])
+    return from_groups(np.clip(codes, 0, top), scales, biases, spec)
+
+
+def dequantize(quantized: AffineCodes) -> Array:
+    """The weights `[rows, columns]` that the codes stand for, as MLX computes them in float32."""
+    codes = as_groups(quantized.codes.astype(np.float32), quantized.spec)
+    values = codes * quantized.scales[..., None] + quantized.biases[..., None]
+    return values.reshape(quantized.codes.shape)
+
+
+def as_groups(values: Array, spec: QuantSpec) -> Array:
+    """A view `[rows, groups, group_size]` of a matrix.
+
+    Raises:
+        ValueError: not a matrix of whole groups, or not finite.
+    """
+    if values.ndim != 2 or not spec.fits(values.shape[1]):
+        raise ValueError(f"shape {values.shape}: rows do not divide into {spec}")
+    if not np.isfinite(values).all():
+        raise ValueError("weights are not finite")
+    return values.reshape(len(values), -1, spec.group_size)
+
+
+def from_groups(
+    codes: npt.NDArray[np.floating], scales: npt.NDArray[np.floating],
+    biases: npt.NDArray[np.floating], spec: QuantSpec,
+) -> AffineCodes:  # fmt: skip
+    """The quantized matrix of grouped codes `[rows, groups, group_size]`."""
+    return AffineCodes(
+        codes.astype(np.uint8).reshape(len(codes), -1),
+        scales.astype(np.float32),
+        biases.astype(np.float32),
+        spec,
+    )
+
+
+def round_scales(values: Array, scale_type: ScaleType) -> Array:
+    """Round float32 numbers to the type that scales and biases are stored in, ties to even."""
+    if scale_type == "BF16":
+        bits = values.astype(np.float32).view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+        return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+    if scale_type == "F16":
+        clipped = np.clip(values, -LARGEST_F16, LARGEST_F16)
+        return clipped.astype(np.float16).astype(np.float32)
+    return values.astype(np.float32)
+
+
+def usable_scales(scales: Array, scale_type: ScaleType) -> Array:
+    """Scales with those replaced that are too small to divide by; they belong to flat groups."""
+    smallest = np.float32(SMALLEST_SCALES[scale_type])
+    return np.where(np.abs(scales) < smallest, smallest, scales).astype(np.float32)
+
+
+def _shorten(scales: npt.NDArray[np.float64], scale_type: ScaleType, bits: int) -> Array:
+    """Round scales to the stored type, and in float32 to few enough bits for exact products."""
+    if scale_type != "F32":
+        return round_scales(scales.astype(np.float32), scale_type)
+    mantissa, exponent = np.frexp(scales)
+    length = SIGNIFICANT_BITS["F32"] - bits
+    # Upwards, so that the far end is never out of reach.
+    return np.ldexp(np.ceil(np.ldexp(mantissa, length)), exponent - length).astype(np.float32)

@@ -1,0 +1,132 @@
+"""GPTQ: rounds column by column and lets the columns that remain make up for the error. NumPy only.
+
+The objective is the squared error of the outputs, `trace((W - Q) H (W - Q)^T)`, where H is the
+second moment of the inputs. Scales and biases of all groups are fixed before the first column, so
+columns can be visited by importance and still be stored in their own order.
+
+Source: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
+(arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from quant import search
+from quant.affine import AffineCodes, Array, ScaleType, dequantize
+from quant.spec import QuantSpec
+
+Float = npt.NDArray[np.float64]
+BLOCK_COLUMNS = 128
+# Share of the mean diagonal that is added to it; ten times more until the matrix factors.
+DAMPING = 0.01
+
+
+def fit(
+    weight: Array,
+    spec: QuantSpec,
+    second_moments: Array | Float,
+    scale_type: ScaleType = "BF16",
+    *,
+    damping: float = DAMPING,
+    block_columns: int = BLOCK_COLUMNS,
+) -> AffineCodes:
+    """Quantize `weight` `[rows, columns]` for inputs with `second_moments` `[columns, columns]`.
+
+    Scales come from `search`. Rows for which its own rounding is better (on the damped objective)
+    keep it, so the result is never worse.
+
+    Raises:
+        ValueError: weights or moments are not usable.
+    """
+    moments = damped(second_moments, damping)
+    start = search.fit(weight, spec, np.diag(moments).astype(np.float32), scale_type)
+    codes = round_in_order(weight, start, moments, block_columns)
+    trial = AffineCodes(codes, start.scales, start.biases, spec)
+    return better_rows(weight, moments, trial, start)
+
+
+def damped(second_moments: Array | Float, damping: float = DAMPING) -> Float:
+    """A positive definite neighbour of `second_moments`, scaled to a mean diagonal of one.
+
+    Columns that never see an input get the mean diagonal, so their weights are simply rounded.
+
+    Raises:
+        ValueError: not a square matrix of finite numbers with a diagonal that is not negative.
+    """
+    moments = np.array(second_moments, np.float64)
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1]:
+        raise ValueError(f"second moments of shape {moments.shape}: expected a square")
+    diagonal = np.diag(moments).copy()
+    if not np.isfinite(moments).all() or (diagonal < 0).any():
+        raise ValueError("second moments are not finite and non-negative")
+    mean = diagonal.mean()
+    if mean <= 0:
+        return np.eye(len(moments))
+    moments = (moments + moments.T) / (2 * mean)
+    index = np.arange(len(moments))
+    dead = diagonal == 0
+    moments[dead] = moments[:, dead] = 0
+    moments[index[dead], index[dead]] = 1
+    added = max(damping, 1e-9)
+    while True:
+        trial = moments.copy()
+        trial[index, index] += added
+        try:
+            np.linalg.cholesky(trial)
+        except np.linalg.LinAlgError:
+            added *= 10
+        else:
+            return trial
+
+
+def round_in_order(
+    weight: Array, grid: AffineCodes, moments: Float, block_columns: int
+) -> npt.NDArray[np.uint8]:
+    """Codes on the scales and biases of `grid`, columns of the largest diagonal first."""
+    order = np.argsort(-np.diag(moments), kind="stable")
+    inverse = np.linalg.inv(moments[np.ix_(order, order)])
+    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    columns = len(order)
+    group = order // grid.spec.group_size
+    # Columns are rows here: each step works on contiguous memory.
+    left = np.ascontiguousarray(weight.T[order], np.float32)
+    scales = np.ascontiguousarray(grid.scales.T)
+    biases = np.ascontiguousarray(grid.biases.T)
+    codes = np.empty(left.shape, np.uint8)
+    top = np.float32((1 << grid.spec.bits) - 1)
+    for first in range(0, columns, block_columns):
+        last = min(first + block_columns, columns)
+        errors = np.empty((last - first, left.shape[1]), np.float32)
+        for column in range(first, last):
+            scale, bias = scales[group[column]], biases[group[column]]
+            code = np.clip(np.rint((left[column] - bias) / scale), 0, top)
+            codes[column] = code
+            error = (left[column] - (code * scale + bias)) / factor[column, column]
+            left[column + 1 : last] -= factor[column, column + 1 : last, None] * error
+            errors[column - first] = error
+        left[last:] -= factor[first:last, last:].T @ errors
+    result = np.empty_like(codes)
+    result[order] = codes
+    return np.ascontiguousarray(result.T)
+
+
+def row_errors(weight: Array, quantized: AffineCodes, moments: Float) -> Float:
+    """What the objective comes to for each row `[rows]`."""
+    off = (dequantize(quantized) - weight).astype(np.float64)
+    return np.einsum("rc,rc->r", off @ moments, off)
+
+
+def better_rows(
+    weight: Array, moments: Float, first: AffineCodes, second: AffineCodes
+) -> AffineCodes:
+    """Row by row whichever has the smaller error; the first where they are equal."""
+    wins = row_errors(weight, first, moments) <= row_errors(weight, second, moments)
+    choice = wins[:, None]
+    return AffineCodes(
+        np.where(choice, first.codes, second.codes),
+        np.where(choice, first.scales, second.scales),
+        np.where(choice, first.biases, second.biases),
+        first.spec,
+    )

@@ -1,0 +1,114 @@
+"""How far one next-token distribution is from another. NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Float = npt.NDArray[np.float64]
+# A token is confident where the reference gives its likeliest next token at least this much.
+CONFIDENT = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class TokenErrors:
+    """Per token: divergence in nats, agreement, and the reference's confidence, each `[tokens]`.
+
+    The losses are those of the token that follows in the text, in nats; NaN where none follows.
+    """
+
+    divergence: Float
+    agrees: npt.NDArray[np.bool_]
+    confidence: Float
+    reference_loss: Float
+    loss: Float
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What `TokenErrors` come to; divergences in nats, from the reference to the model."""
+
+    tokens: int
+    kl_mean: float
+    kl_median: float
+    kl_p90: float
+    # Over the tokens of which the reference is sure; None where there are none.
+    kl_confident: float | None
+    top1_agreement: float
+    # None where no token is followed by another.
+    perplexity: float | None
+    perplexity_difference: float | None
+
+
+def compare(reference: Array, model: Array, following: npt.NDArray[np.int64]) -> TokenErrors:
+    """Compare logits `[tokens, vocabulary]` of a reference and a model for the same text.
+
+    Args:
+        reference: what should be.
+        model: what is.
+        following: the id of the token that follows each, -1 where none does.
+    """
+    expected, found = log_softmax(reference), log_softmax(model)
+    probabilities = np.exp(expected)
+    divergence = np.einsum("tv,tv->t", probabilities, expected - found)
+    rows = np.arange(len(following))
+    known = following >= 0
+    losses = [
+        np.where(known, -table[rows, np.maximum(following, 0)], np.nan)
+        for table in (expected, found)
+    ]
+    return TokenErrors(
+        np.maximum(divergence, 0),
+        reference.argmax(-1) == model.argmax(-1),
+        probabilities.max(-1),
+        losses[0],
+        losses[1],
+    )
+
+
+def log_softmax(logits: Array) -> Float:
+    """Log-probabilities in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
+def join(parts: list[TokenErrors]) -> TokenErrors:
+    """The tokens of all parts, in order."""
+    return TokenErrors(
+        np.concatenate([part.divergence for part in parts]),
+        np.concatenate([part.agrees for part in parts]),
+        np.concatenate([part.confidence for part in parts]),
+        np.concatenate([part.reference_loss for part in parts]),
+        np.concatenate([part.loss for part in parts]),
+    )
+
+
+def summarise(errors: TokenErrors) -> Damage:
+    """Averages and quantiles over at least one token.
+
+    Raises:
+        ValueError: there are no tokens.
+    """
+    if not len(errors.divergence):
+        raise ValueError("no tokens to compare")
+    sure = errors.divergence[errors.confidence >= CONFIDENT]
+    known = ~np.isnan(errors.loss)
+    perplexity = difference = None
+    if known.any():
+        perplexity = float(np.exp(errors.loss[known].mean()))
+        difference = perplexity - float(np.exp(errors.reference_loss[known].mean()))
+    return Damage(
+        len(errors.divergence),
+        float(errors.divergence.mean()),
+        float(np.median(errors.divergence)),
+        float(np.quantile(errors.divergence, 0.9)),
+        float(sure.mean()) if sure.size else None,
+        float(errors.agrees.mean()),
+        perplexity,
+        difference,
+    )
