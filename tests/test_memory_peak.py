@@ -21,10 +21,10 @@ from apertus_mlx.sampling import Sampler, SamplingParams
 from quant.spec import QuantSpec
 
 # hidden, MLP, layers, heads, key heads, head_dim, vocabulary, bits of the weights
-WIDE = (512, 2048, 4, 8, 2, 64, 24_576, 16)
-DEEP = (384, 1536, 8, 6, 6, 64, 16_384, 16)
-BIG_HEADS = (512, 1024, 4, 4, 4, 128, 16_384, 16)
-SMALL = (512, 2048, 3, 8, 4, 64, 65_536, 8)
+WIDE = (256, 1024, 2, 4, 2, 64, 24_576, 16)
+DEEP = (192, 384, 5, 3, 3, 64, 24_576, 16)
+BIG_HEADS = (256, 384, 2, 4, 4, 128, 24_576, 16)
+SMALL = (256, 512, 2, 4, 2, 64, 65_536, 8)
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,19 @@ def measured_peak(model: Model, form: CacheConfig, context: int, step: int) -> i
 @pytest.mark.parametrize(
     ("shape", "form", "context", "step"),
     [
-        (WIDE, FULL_PRECISION, 512, 128),
-        (WIDE, FULL_PRECISION, 768, 384),
-        (WIDE, FULL_PRECISION, 1024, 256),
-        (WIDE, CacheConfig(4, 4), 1024, 128),
-        (WIDE, CacheConfig(8, 8), 512, 512),
-        (WIDE, CacheConfig(bound=256), 640, 256),
-        (WIDE, CacheConfig(4, 4, bound=300), 640, 256),
+        (WIDE, FULL_PRECISION, 300, 64),
+        (WIDE, FULL_PRECISION, 512, 512),
+        (WIDE, FULL_PRECISION, 700, 256),
+        (WIDE, CacheConfig(4, 4), 700, 128),
+        (WIDE, CacheConfig(8, 8), 400, 400),
+        (WIDE, CacheConfig(bound=256), 600, 200),
+        (WIDE, CacheConfig(4, 4, bound=300), 500, 128),
         (DEEP, FULL_PRECISION, 700, 128),
         (DEEP, CacheConfig(4, 3), 640, 256),
         (DEEP, CacheConfig(bound=300), 640, 64),
-        (BIG_HEADS, FULL_PRECISION, 1280, 256),
-        (BIG_HEADS, CacheConfig(4, 4), 1280, 128),
-        (BIG_HEADS, CacheConfig(3, 3, bound=500), 1024, 384),
+        (BIG_HEADS, FULL_PRECISION, 700, 256),
+        (BIG_HEADS, CacheConfig(4, 4), 700, 128),
+        (BIG_HEADS, CacheConfig(3, 3, bound=300), 600, 256),
         (SMALL, CacheConfig(4, 4), 200, 100),
         (SMALL, FULL_PRECISION, 150, 150),
     ],

@@ -32,7 +32,7 @@ def exact(quantized: affine.AffineCodes) -> np.ndarray:
     return quantized.codes * scales + biases
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(weights, specs)
 def test_no_weight_is_off_by_more_than_half_a_step(weight: np.ndarray, spec: QuantSpec) -> None:
     quantized = affine.fit(weight, spec)
@@ -40,7 +40,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(weight: np.ndarray, spec: Qua
     assert (off <= half_steps(quantized) * (1 + 1e-9)).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(weights, specs)
 def test_zero_stays_zero(weight: np.ndarray, spec: QuantSpec) -> None:
     weight = weight.copy()
@@ -48,7 +48,7 @@ def test_zero_stays_zero(weight: np.ndarray, spec: QuantSpec) -> None:
     assert (affine.dequantize(affine.fit(weight, spec))[:, ::7] == 0).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(weights, specs)
 def test_quantizing_again_changes_nothing(weight: np.ndarray, spec: QuantSpec) -> None:
     once = affine.dequantize(affine.fit(weight, spec))
@@ -103,9 +103,9 @@ def test_flat_and_lonely_groups(bits: int) -> None:
         quantized = fit(weight, QuantSpec(bits, 64), scale_type="BF16")
         found = affine.dequantize(quantized)
         assert np.isfinite(found).all() and (quantized.scales > 0).all()
-        # bfloat16 scales are good to one part in 256.
-        assert np.allclose(found[:4], weight[:4], rtol=2**-8, atol=1e-30)
-        assert np.allclose(found[5], weight[5], rtol=2**-7, atol=1e28)
+        # bfloat16 scales are good to one part in 256 of the largest weight.
+        largest = np.abs(weight).max(1, keepdims=True)
+        assert (np.abs(found - weight) <= largest * 2**-7).all()
 
 
 @pytest.mark.parametrize("bits", AFFINE_BITS)

@@ -9,6 +9,7 @@ import typer
 from apertus_mlx import __version__
 from apertus_mlx.cli.chat import chat
 from apertus_mlx.cli.convert import convert
+from apertus_mlx.cli.eval import evaluate
 from apertus_mlx.cli.generate import generate
 from apertus_mlx.cli.inspect import inspect
 from apertus_mlx.cli.plan import plan
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (generate, chat, inspect, plan, convert, verify):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def _show_version(wanted: bool) -> None:
