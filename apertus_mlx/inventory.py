@@ -11,11 +11,15 @@ from apertus_mlx import layout
 from apertus_mlx.checkpoint import Checkpoint, open_checkpoint
 from apertus_mlx.config import ModelConfig, read_config
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.safetensors_header import TensorInfo
 from quant.spec import QuantSpec
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 # What stands in for xIELU constants that some exporters leave out.
 XIELU_DEFAULTS = {"beta": 0.5, "eps": -1e-6}
+# Factors of a whole matrix or of each row, where the codes' own format has no place for them: the
+# product is multiplied by the one and divided by the other.
+OUTPUT_SCALE, OUTPUT_DIVISOR = "output_scale", "output_divisor"
 # Buffers that Hugging Face models may carry and that are derived from the config.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 MAX_NAMES_SHOWN = 10
@@ -32,6 +36,8 @@ class Inventory:
     specs: dict[str, QuantSpec]
     # Tensors that are in the files but not in the model, and why.
     dropped: dict[str, str]
+    # Module path -> the factor of its product, for the few that have one.
+    factors: dict[str, TensorInfo]
 
 
 def take_inventory(directory: Path) -> Inventory:
@@ -54,7 +60,9 @@ def take_inventory(directory: Path) -> Inventory:
             f"{name}: Apertus 1.5 is multimodal; extract its text part: apertus-mlx convert"
         )
     specs = _read_specs(config, checkpoint, name)
+    factors = _read_factors(config, specs, checkpoint, name)
     expected = dict(expected_tensors(config, specs))
+    expected.update({f.name: (FLOAT_DTYPES, f.shape) for f in factors.values()})
     dropped = _unused_tensors(config, checkpoint, expected, name)
     optional = {key for key in expected if key.rsplit(".", 1)[-1] in XIELU_DEFAULTS}
     missing = sorted(expected.keys() - checkpoint.tensors.keys() - optional)
@@ -73,7 +81,7 @@ def take_inventory(directory: Path) -> Inventory:
             raise RejectedError(
                 f"{name}: {key}: type {tensor.dtype}, expected {' or '.join(dtypes)}"
             )
-    return Inventory(config, checkpoint, specs, dropped)
+    return Inventory(config, checkpoint, specs, dropped, factors)
 
 
 def _read_specs(config: ModelConfig, checkpoint: Checkpoint, name: str) -> dict[str, QuantSpec]:
@@ -99,6 +107,28 @@ def _read_specs(config: ModelConfig, checkpoint: Checkpoint, name: str) -> dict[
     if config.quantization is not None and not specs:
         raise RejectedError(f"{name}: the config says quantized, but no tensor is")
     return specs
+
+
+def _read_factors(
+    config: ModelConfig, specs: dict[str, QuantSpec], checkpoint: Checkpoint, name: str
+) -> dict[str, TensorInfo]:
+    factors = {}
+    for matrix in layout.matrices(config):
+        if matrix.path not in specs or matrix.path == layout.EMBEDDING:
+            continue
+        for suffix in (OUTPUT_SCALE, OUTPUT_DIVISOR):
+            tensor = checkpoint.tensors.get(f"{matrix.path}.{suffix}")
+            if tensor is None:
+                continue
+            if matrix.path in factors:
+                raise RejectedError(f"{name}: {matrix.path} has both a scale and a divisor")
+            if tensor.shape not in ((1,), (matrix.rows,)):
+                raise RejectedError(
+                    f"{name}: {tensor.name}: shape {list(tensor.shape)}, expected [1] or "
+                    f"[{matrix.rows}]"
+                )
+            factors[matrix.path] = tensor
+    return factors
 
 
 def expected_tensors(

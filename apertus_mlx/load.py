@@ -8,16 +8,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import (
     FLOAT_DTYPES,
+    OUTPUT_DIVISOR,
+    OUTPUT_SCALE,
     XIELU_DEFAULTS,
     Inventory,
     expected_tensors,
     take_inventory,
 )
 from apertus_mlx.model import Model
+from apertus_mlx.scaled_linear import ScaledLinear
 from quant.spec import QuantSpec
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -50,7 +54,10 @@ def load_inventory(
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
     model = Model(inventory.config)
     nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
-    model.load_weights(list(_read_arrays(inventory, compute, on_bytes)), strict=True)
+    arrays = dict(_read_arrays(inventory, compute, on_bytes))
+    factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
+    model.load_weights(list(arrays.items()), strict=True)
+    _apply_factors(model, inventory, factors)
     for layer in model.layers:
         layer.mlp.act_fn.fold()
     model.eval()
@@ -61,6 +68,17 @@ def _as_arguments(spec: QuantSpec | None) -> dict[str, Any] | bool:
     if spec is None:
         return False
     return {"bits": spec.bits, "group_size": spec.group_size, "mode": spec.mode}
+
+
+def _apply_factors(model: Model, inventory: Inventory, factors: dict[str, mx.array]) -> None:
+    modules = dict(model.named_modules())  # type: ignore[no-untyped-call]
+    scaled = []
+    for path, factor in factors.items():
+        if inventory.factors[path].name.endswith(OUTPUT_DIVISOR):
+            factor = 1 / factor
+        scaled.append((path, ScaledLinear(modules[path], factor)))
+    if scaled:
+        model.update_modules(tree_unflatten(scaled))
 
 
 def compute_dtype(inventory: Inventory) -> mx.Dtype:
@@ -79,7 +97,10 @@ def _read_arrays(
     inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, mx.array]]:
     """Every parameter in the type that it is computed with, one evaluated at a time."""
-    wanted = dict(expected_tensors(inventory.config, inventory.specs))
+    wanted = {
+        key: shape for key, (_, shape) in expected_tensors(inventory.config, inventory.specs)
+    }
+    wanted.update({tensor.name: tensor.shape for tensor in inventory.factors.values()})
     checkpoint = inventory.checkpoint
     done = 0
     for file in checkpoint.files:
@@ -89,9 +110,10 @@ def _read_arrays(
             array = loaded.pop(key)
             if key not in wanted:
                 continue
-            _, shape = wanted.pop(key)
+            shape = wanted.pop(key)
             if mx.issubdtype(array.dtype, mx.floating):
-                array = array.astype(compute).reshape(shape)
+                kept = mx.float32 if key.endswith((OUTPUT_SCALE, OUTPUT_DIVISOR)) else compute
+                array = array.astype(kept).reshape(shape)
                 if not mx.isfinite(array).all():
                     count = mx.sum(~mx.isfinite(array)).item()
                     raise RejectedError(f"{checkpoint.directory}: {key}: {count} values not finite")

@@ -17,7 +17,6 @@ from convert.manifest import MANIFEST, read_manifest, sha256
 from convert.shards import MAX_SHARD_BYTES
 from convert.swift_contract import Finding
 
-CARRIED_SUFFIXES = (".output_scale", ".output_divisor")
 MAX_TEMPLATE_BYTES = 2**20
 
 
@@ -79,10 +78,8 @@ def _check_model(directory: Path) -> list[Finding]:
         config = read_config(directory)
         checkpoint = open_checkpoint(directory)
         values = read_object(directory / CONFIG_FILE)
-        carried = [name for name in checkpoint.tensors if name.endswith(CARRIED_SUFFIXES)]
+        carried = [tensor.name for tensor in take_inventory(directory).factors.values()]
         findings = []
-        if not carried:
-            take_inventory(directory)
         if not (directory / INDEX_FILE).is_file():
             findings.append(Finding("warning", INDEX_FILE, "absent"))
     except RejectedError as error:

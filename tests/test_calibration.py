@@ -165,5 +165,3 @@ def test_modules_without_a_format_stay(tmp_path: Path) -> None:
         chosen = {"model.layers.1.mlp.up_proj": QuantSpec(4, 64)}
         codes = dict(calibrate.quantize_model(weights, chosen, np.full((1, 3), 5)))
     assert codes.keys() == chosen.keys()
-
-

@@ -17,9 +17,11 @@ import pytest
 from numpy.typing import NDArray
 
 from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.load import load_model
 from convert.job import Job, convert, prepare
 from convert.planning import make_plan
 from convert.policy import Request
+from convert.verify import verify
 from quant.spec import QuantSpec
 
 FIXTURES = Path(__file__).parent / "data" / "compressed_tensors"
@@ -199,6 +201,20 @@ def test_nvfp4_codes_are_kept_exactly_with_a_divisor_beside_them(tmp_path: Path)
         divisor = build.floats(found[f"{module}.output_divisor"])
         ours = np.array(values).astype(np.float64) / divisor
         assert np.array_equal(ours, reference("nvfp4", module))
+
+
+@pytest.mark.parametrize("name", ["float8_channel", "float8_tensor", "nvfp4", "int3_symmetric_32"])
+def test_the_runtime_computes_with_kept_codes(name: str, tmp_path: Path) -> None:
+    """Factors included, a kept folder gives the logits of the dequantized one."""
+    convert(planned(name, tmp_path, Request()), tmp_path / "out")
+    plain = prepare(tmp_path / "in", Request(dequantize=True, dtype="F32"), "x")
+    convert(plain, tmp_path / "plain")
+    ids = mx.array([[1, 70, 200, 320]])
+    kept, expected = (np.array(load_model(tmp_path / f)(ids)) for f in ("out", "plain"))
+    assert np.abs(kept - expected).max() <= 2e-5 * expected.std()
+    assert not [
+        finding for finding in verify(tmp_path / "out").findings if finding.level == "error"
+    ]
 
 
 @pytest.mark.parametrize("name", ALL)

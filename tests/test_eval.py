@@ -119,5 +119,3 @@ def test_command(reference: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
     app(command, standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line] == ["text", "fr", "all"]
-
-

@@ -46,9 +46,7 @@ def reference_codes(
         column = remaining[0]
         inverse = np.linalg.inv(moments[np.ix_(remaining, remaining)])
         group = column // grid.spec.group_size
-        scale, bias = (
-            a[:, group].astype(np.float64) for a in (grid.scales, grid.biases)
-        )
+        scale, bias = (a[:, group].astype(np.float64) for a in (grid.scales, grid.biases))
         code = np.clip(np.rint((left[:, column] - bias) / scale), 0, top)
         codes[:, column] = code
         error = left[:, column] - (code * scale + bias)
@@ -69,9 +67,7 @@ def test_order_of_the_methods(bits: int, group_size: int) -> None:
         searched = search.fit(weight, spec, np.diag(moments).astype(np.float32))
         compensated = gptq.fit(weight, spec, moments, damping=0.0)
         lowered = descent.improve(weight, compensated, moments, rounds=1)
-        errors = [
-            total(weight, q, moments) for q in (nearest, searched, compensated, lowered)
-        ]
+        errors = [total(weight, q, moments) for q in (nearest, searched, compensated, lowered)]
         assert errors == sorted(errors, reverse=True), (name, errors)
 
 
@@ -111,7 +107,9 @@ def test_better_than_gptq_of_mlx_lm() -> None:
     linear.weight = mx.array(weight)
     model, _ = compare.gptq_quantize(nn.Sequential(linear), mx.array(inputs)[None], 2, 64, 2, 64)
     theirs = model.layers[0]
-    scales, biases = (a.astype(mx.bfloat16).astype(mx.float32) for a in (theirs.scales, theirs.biases))
+    scales, biases = (
+        a.astype(mx.bfloat16).astype(mx.float32) for a in (theirs.scales, theirs.biases)
+    )
     off = np.array(mx.dequantize(theirs.weight, scales, biases, bits=2, group_size=64)) - weight
     moments = inputs.T @ inputs / len(inputs)
     ours = gptq.fit(weight, QuantSpec(2, 64), moments)

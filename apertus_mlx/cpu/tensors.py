@@ -13,7 +13,7 @@ from apertus_mlx import layout
 from apertus_mlx.cpu.runtime import Array
 from apertus_mlx.cpu.weights import Dense, Floats, Precision, Weight, pack
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import XIELU_DEFAULTS, Inventory
+from apertus_mlx.inventory import OUTPUT_DIVISOR, XIELU_DEFAULTS, Inventory
 
 STORED_TYPES: dict[str, type[np.generic]] = {
     "BF16": np.uint16,
@@ -57,9 +57,18 @@ class Tensors:
             wide = mx.dequantize(
                 mx.array(words), codes, None, spec.group_size, spec.bits, mode=spec.mode
             )
-            return Dense(np.array(wide.astype(mx.float32)))
+            values: Floats = np.array(wide.astype(mx.float32))
+            return Dense(values * self._factor(path))
         scales, biases = self.floats(f"{path}.scales"), self.floats(f"{path}.biases")
         return pack(words, scales, biases, spec.bits, spec.group_size, self._precision)
+
+    def _factor(self, path: str) -> Floats:
+        """What the product of module `path` is multiplied by, one entry per row or for all."""
+        tensor = self._inventory.factors.get(path)
+        if tensor is None:
+            return np.ones(1, np.float32)
+        factor = self.floats(tensor.name)[:, None]
+        return np.float32(1) / factor if tensor.name.endswith(OUTPUT_DIVISOR) else factor
 
     def floats(self, name: str) -> Floats:
         """A floating-point tensor in float32."""

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.inventory import OUTPUT_DIVISOR, OUTPUT_SCALE
 from apertus_mlx.safetensors_header import TensorInfo
 from convert.reading import Reader
 from convert.sources.source import Carried, Codes, Stored
@@ -46,7 +47,7 @@ class Float8Matrix:
         spec = QuantSpec(8, 32, "mxfp8")
         if not spec.fits(self.columns):
             return None
-        return Stored(spec, "U8", Carried("output_scale", self.scale.dtype, self._scale_shape))
+        return Stored(spec, "U8", Carried(OUTPUT_SCALE, self.scale.dtype, self._scale_shape))
 
     @property
     def _scale_shape(self) -> tuple[int, ...]:
@@ -108,7 +109,7 @@ class NvFloat4Matrix:
         spec = QuantSpec(4, 16, "nvfp4")
         if not spec.fits(self.columns):
             return None
-        return Stored(spec, "U8", Carried("output_divisor", "F32", (1,)))
+        return Stored(spec, "U8", Carried(OUTPUT_DIVISOR, "F32", (1,)))
 
     def check(self, reader: Reader) -> None:
         """Refuse a divisor that is zero or not finite."""

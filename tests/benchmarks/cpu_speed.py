@@ -66,7 +66,7 @@ def measure(
         for number in range(rounds + 1):
             for worker in workers:
                 is_slow = worker.engine.startswith("mlx-lm")
-                if is_slow and (command.split()[1] == "4096" or number > 2):
+                if is_slow and (command.split()[1] == "4000" or number > 2):
                     continue
                 rate = worker.time(SHORT[command.split()[0]] if is_slow else command)
                 if number > 0:  # The first round warms up.
@@ -97,8 +97,8 @@ def main() -> None:
     commands = {
         "prefill 256": "prefill 256",
         "decode at 256": "decode 256 64",
-        "prefill 4096": "prefill 4096",
-        "decode at 4096": "decode 4096 32",
+        "prefill 4000": "prefill 4000",
+        "decode at 4000": "decode 4000 32",
     }
     report: dict[str, object] = {"model": model, "threads": arguments.threads}
     for label, rates in measure(workers, commands, arguments.rounds):

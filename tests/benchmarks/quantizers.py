@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,15 @@ def peer(directory: Path, quantize: Callable[[Any], Any], spec: QuantSpec) -> di
 def stock_gptq(model: Any, windows: np.ndarray, spec: QuantSpec) -> Any:
     from mlx_lm.quant.gptq import gptq_quantize
 
-    return gptq_quantize(
-        model, mx.array(windows), spec.bits, GROUP_SIZE, spec.bits, GROUP_SIZE
-    )[0]
+    return gptq_quantize(model, mx.array(windows), spec.bits, GROUP_SIZE, spec.bits, GROUP_SIZE)[0]
 
 
 def stock_dwq(model: Any, windows: np.ndarray, spec: QuantSpec) -> Any:
+    import copy
+
     import mlx.nn as nn
     import mlx.optimizers as optimizers
     from mlx_lm.quant.dwq import dwq_quantize
-
-    import copy
 
     teacher = copy.deepcopy(model)
     nn.quantize(model, group_size=GROUP_SIZE, bits=spec.bits)
@@ -128,6 +126,34 @@ def stock_dwq(model: Any, windows: np.ndarray, spec: QuantSpec) -> Any:
         seed=0, dtype=mx.float32,
     )  # fmt: skip
     return model
+
+
+def methods(
+    weights: SourceWeights, spec: QuantSpec, calibration: np.ndarray, dwq: bool
+) -> Iterator[tuple[str, Callable[[], Matrices]]]:
+    """Everybody's methods for one width, each a function that quantizes."""
+    paths = [matrix.path for matrix in layout.matrices(weights.config)]
+
+    def calibrated() -> Matrices:
+        codes = quantize_model(weights, dict.fromkeys(paths, spec), calibration)
+        return {path: dequantize(found) for path, found in codes}
+
+    def searched() -> Matrices:
+        return {path: dequantize(search.fit(weights.matrix(path), spec)) for path in paths}
+
+    yield "mlx-lm rtn", lambda: stock_rounding(weights, spec)
+    if spec.bits in (2, 4, 8):
+        yield (
+            "mlx-lm gptq",
+            lambda: peer(EMBEDDED, lambda model: stock_gptq(model, calibration, spec), spec),
+        )
+    if dwq:
+        yield (
+            "mlx-lm dwq",
+            lambda: peer(EMBEDDED, lambda model: stock_dwq(model, calibration, spec), spec),
+        )
+    yield "search", searched
+    yield "gptq", calibrated
 
 
 def main() -> None:
@@ -156,8 +182,7 @@ def main() -> None:
             spec = QuantSpec(bits, GROUP_SIZE)
             size = sum(spec.weight_bytes(m.rows, m.columns, 2) for m in matrices)
             divergences = {}
-
-            def judge(method: str, make: Callable[[], Matrices]) -> None:
+            for method, make in methods(weights, spec, calibration, arguments.dwq):
                 started = time.perf_counter()
                 made = make()
                 seconds = time.perf_counter() - started
@@ -169,33 +194,6 @@ def main() -> None:
                     f" | {seconds:.1f} |",
                     flush=True,
                 )
-
-            judge("mlx-lm rtn", lambda: stock_rounding(weights, spec))
-            if bits in (2, 4, 8):
-                judge(
-                    "mlx-lm gptq",
-                    lambda: peer(EMBEDDED, lambda m: stock_gptq(m, calibration, spec), spec),
-                )
-            if arguments.dwq:
-                judge(
-                    "mlx-lm dwq",
-                    lambda: peer(EMBEDDED, lambda m: stock_dwq(m, calibration, spec), spec),
-                )
-            judge(
-                "search",
-                lambda: {
-                    m.path: dequantize(search.fit(weights.matrix(m.path), spec)) for m in matrices
-                },
-            )
-            judge(
-                "gptq",
-                lambda: {
-                    path: dequantize(codes)
-                    for path, codes in quantize_model(
-                        weights, {m.path: spec for m in matrices}, calibration
-                    )
-                },
-            )
             theirs = min(v for k, v in divergences.items() if k.startswith("mlx-lm"))
             ours = min(v for k, v in divergences.items() if not k.startswith("mlx-lm"))
             bar = f" (bar {BARS[bits]})" if bits in BARS else ""
