@@ -101,7 +101,7 @@ class Conversation:
             longest,
         )
         excess = len(self._cached_ids) - shared
-        if excess and not rewind(self._cache, excess):
+        if not rewind(self._cache, excess):
             self._cache = self._speaker.model.make_cache(self._form)
             shared = 0
         del self._cached_ids[shared:]

@@ -15,7 +15,7 @@ from apertus_mlx.inventory import Inventory
 from apertus_mlx.load import load_inventory
 
 Compute = Literal["auto", "mlx", "cpu"]
-Precision = Literal["float32", "int8"]
+Precision = Literal["auto", "float32", "int8"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def load_for(
     inventory: Inventory,
     compute: Compute = "auto",
     dtype: str | None = None,
-    precision: Precision = "float32",
+    precision: Precision = "auto",
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load what `take_inventory` found in the form that suits this machine.

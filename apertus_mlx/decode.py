@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
-from apertus_mlx.cache import Cache
+from apertus_mlx.cache import Cache, expect
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.model import Model
 from apertus_mlx.sampling import Sampler
@@ -32,6 +32,7 @@ def prefill(
     if not prompt:
         raise ValueError("the prompt is empty")
     ids = mx.array(list(prompt))[None]
+    expect(cache, len(prompt))
     for start in range(0, len(prompt), step):
         hidden = model.model(ids[:, start : start + step], cache)
         last = start + step >= len(prompt)

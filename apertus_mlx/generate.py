@@ -82,6 +82,21 @@ def load_speaker(
     return Speaker(directory, config, generation_config, model, tokenizer, template)
 
 
+def require_room(prompt_tokens: int, context_length: int) -> int:
+    """How many tokens an answer may have after a prompt.
+
+    Raises:
+        UsageError: none.
+    """
+    room = context_length - prompt_tokens
+    if room < 1:
+        raise UsageError(
+            f"the prompt has {prompt_tokens} tokens, but the model's context is "
+            f"{context_length}, answer included; shorten it by {1 - room} or more"
+        )
+    return room
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Text that has become certain, of the answer or of the deliberation before it."""
@@ -136,12 +151,7 @@ class Generation:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UsageError("the prompt is empty")
-        room = self.speaker.context_length - len(self.prompt)
-        if room < 1:
-            raise UsageError(
-                f"the prompt has {len(self.prompt)} tokens, but the model's context is "
-                f"{self.speaker.context_length}, answer included; shorten it by {1 - room} or more"
-            )
+        room = require_room(len(self.prompt), self.speaker.context_length)
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens {self.max_tokens}: expected 1 or more")
         self.max_tokens = min(self.max_tokens, room)

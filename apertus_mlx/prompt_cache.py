@@ -69,6 +69,7 @@ class PromptCache:
         self, path: Path, inventory: Inventory, form: CacheConfig, dtype: mx.Dtype
     ) -> None:
         self._path = path
+        self._form = form
         self._made_with = fingerprint(inventory)
         self._saved: Saved | None = None
         if path.exists():
@@ -99,7 +100,7 @@ class PromptCache:
     def save(self, caches: Sequence[Cache], prompt: Sequence[int]) -> None:
         """Save the caches after `prompt`, unless the file was there before."""
         if self._saved is None:
-            save_prompt_cache(self._path, caches, prompt, self._made_with)
+            save_prompt_cache(self._path, caches, self._form, prompt, self._made_with)
 
 
 def fingerprint(inventory: Inventory) -> Fingerprint:
@@ -135,23 +136,22 @@ def _files_digest(directory: Path) -> str:
 
 
 def save_prompt_cache(
-    path: Path, caches: Sequence[Cache], tokens: Sequence[int], made_with: Fingerprint
+    path: Path,
+    caches: Sequence[Cache],
+    form: CacheConfig,
+    tokens: Sequence[int],
+    made_with: Fingerprint,
 ) -> None:
-    """Write the caches of all layers after `tokens`; the file appears whole or not at all.
+    """Write the caches, of this form, of all layers after `tokens`; whole or not at all.
 
     Raises:
-        UsageError: the path cannot be written, or these caches cannot be saved.
+        UsageError: the path cannot be written.
     """
     arrays = {TOKENS: mx.array(list(tokens), mx.int32)}
-    form = None
     for index, cache in enumerate(caches):
-        if not isinstance(cache, FullCache | QuantizedCache):
-            raise UsageError("--prompt-cache: not with this way of computing")
         if cache.offset != len(tokens):
             raise ApertusError(f"cache of {cache.offset} positions for {len(tokens)} tokens")
-        form = cache.config
-        arrays |= {f"layers.{index}.{name}": array for name, array in cache.export().items()}
-    assert form is not None
+        arrays |= {f"layers.{index}.{name}": array for name, array in _exported(cache).items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -168,6 +168,14 @@ def save_prompt_cache(
         raise UsageError(f"--prompt-cache {path}: cannot be written ({error})") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _exported(cache: Cache) -> dict[str, mx.array]:
+    if isinstance(cache, FullCache | QuantizedCache):
+        return cache.export()
+    # Other caches in full precision, such as the host's, hold keys and values of all positions.
+    keys, values = cache.state
+    return {"rows": mx.concatenate([keys, values], axis=1)[:, :, : cache.offset]}
 
 
 def load_prompt_cache(

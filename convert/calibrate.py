@@ -1,15 +1,14 @@
 """Quantizes a model layer by layer, each on what the quantized layers before it really deliver.
 
-Two residual streams run side by side: of the original and of the model as quantized so far. A matrix
-is fitted to give, from the inputs of the second, what the original gave from those of the first.
-Memory holds one layer, its second moments and the two streams.
+Two residual streams run side by side: of the original and of the model as quantized so far. A
+matrix is fitted to give, from the inputs of the second, what the original gave from those of the
+first. Memory holds one layer, its second moments and the two streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -23,19 +22,21 @@ from convert.layerwise import (
     batches,
     embed,
     final_norm,
+    head_path,
     hidden_states,
 )
-from quant import descent, gptq, search
+from quant import descent, gptq
 from quant.affine import AffineCodes, ScaleType, dequantize
 from quant.spec import QuantSpec
 
-Method = Literal["rtn", "search", "gptq"]
 # How much of the difference between the two streams a matrix is asked to make up for. All of it
 # fits the calibration text too closely.
 CORRECTION = 0.5
-# Of a tied embedding: the share of the objective that is plain error of the rows, which is what
-# matters to the first layer; the rest is error of the logits.
-ROW_SHARE = 0.3
+# Of a tied embedding: the share of the objective that is its use as an embedding; the rest is its
+# use as the head.
+ROW_SHARE = 0.6
+# Logits that are held at once.
+BLOCK_LOGITS = 1 << 24
 
 
 @dataclass(slots=True)
@@ -45,7 +46,6 @@ class Moments:
     second: Array
     # Of the original's input minus the quantized model's, times the latter.
     cross: Array
-    tokens: int = 0
 
     @classmethod
     def empty(cls, columns: int) -> Moments:
@@ -61,7 +61,6 @@ class Moments:
         wanted = np.array(original, copy=False).reshape(-1, columns)
         self.second += found.T @ found
         self.cross += (wanted - found).T @ found
-        self.tokens += len(found)
 
 
 def quantize_model(
@@ -89,19 +88,21 @@ def quantize_model(
     report = progress or (lambda _: None)
     embedding = weights.matrix(layout.EMBEDDING)
     original = embed(embedding, windows)
+    hidden = hidden_states(weights, [windows], progress=report)[0]
+    uncertainty = _uncertainty(hidden, weights.matrix(head_path(config)))
     if layout.EMBEDDING in specs:
-        spec = specs[layout.EMBEDDING]
+        second = _reader_moments(weights)
         if config.tie_word_embeddings:
-            hidden = hidden_states(weights, [windows], progress=report)[0]
-            head = hidden.reshape(-1, hidden.shape[-1])
-            codes = _fit_tied(embedding, spec, head.T @ head, scale_type, row_share)
-            del hidden, head
-        else:
-            codes = search.fit(embedding, spec, None, scale_type)
+            inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
+            second = row_share * second + (1 - row_share) * gptq.damped(inputs.T @ inputs)
+            del inputs
+        spec = specs[layout.EMBEDDING]
+        start = gptq.fit(embedding, spec, second, scale_type, damping=0.0)
+        codes = descent.improve(embedding, start, second, scale_type)
         embedding = dequantize(codes)
         yield layout.EMBEDDING, codes
     quantized = embed(embedding, windows)
-    del embedding
+    del embedding, hidden
     for index in range(config.num_hidden_layers):
         yield from _quantize_layer(
             Layer(weights, index), Layer(weights, index), specs, original, quantized,
@@ -113,9 +114,10 @@ def quantize_model(
         final_norm(weights, quantized)
         moments = Moments.empty(config.hidden_size)
         for part in batches(*windows.shape):
-            moments.add(mx.array(original[part]), mx.array(quantized[part]))
-        head_weight = weights.matrix(layout.HEAD)
-        yield layout.HEAD, fit(head_weight, specs[layout.HEAD], moments, scale_type, correction)
+            root = np.sqrt(uncertainty[part])[..., None]
+            moments.add(mx.array(original[part] * root), mx.array(quantized[part] * root))
+        head = weights.matrix(layout.HEAD)
+        yield layout.HEAD, fit(head, specs[layout.HEAD], moments, scale_type, correction)
 
 
 def passes(weights: Weights) -> int:
@@ -142,12 +144,47 @@ def fit(
     return descent.improve(target, start, second, scale_type)
 
 
-def _fit_tied(
-    weight: Array, spec: QuantSpec, head_moments: Array, scale_type: ScaleType, row_share: float
-) -> AffineCodes:
-    second = (1 - row_share) * gptq.damped(head_moments) + row_share * np.eye(len(head_moments))
-    start = gptq.fit(weight, spec, second, scale_type, damping=0.0)
-    return descent.improve(weight, start, second, scale_type)
+def _uncertainty(hidden: Array, head: Array) -> Array:
+    """For each token how much an error of its logits can change the prediction, of mean one.
+
+    The divergence grows with the variance of the error under the prediction, which is small where
+    one token has it all; the sum of p (1 - p) stands for it. Shape `[windows, length]`.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    spread = np.empty(len(rows), np.float32)
+    size = max(1, BLOCK_LOGITS // len(head))
+    for start in range(0, len(rows), size):
+        logits = rows[start : start + size] @ head.T
+        logits -= logits.max(-1, keepdims=True)
+        np.exp(logits, out=logits)
+        logits /= logits.sum(-1, keepdims=True)
+        spread[start : start + size] = 1 - np.einsum("tv,tv->t", logits, logits)
+    spread = np.maximum(spread, 0) + np.float32(1e-3)
+    return np.asarray(spread / spread.mean(), np.float32).reshape(hidden.shape[:-1])
+
+
+def _reader_moments(weights: Weights) -> gptq.Float:
+    """What an error of an embedding row is multiplied with: the first layer and the head read it.
+
+    Half of it is the head's doing, through the residual stream and the final norm, a quarter each
+    that of the first attention and the first feed-forward part, each of mean diagonal one.
+    """
+    first = layout.layer(0)
+    readers = (
+        (0.5, f"{layout.FINAL_NORM}.weight", (head_path(weights.config),)),
+        (
+            0.25,
+            f"{first}.attention_layernorm.weight",
+            tuple(f"{first}.self_attn.{name}_proj" for name in "qkv"),
+        ),
+        (0.25, f"{first}.feedforward_layernorm.weight", (f"{first}.mlp.up_proj",)),
+    )
+    total = np.zeros((weights.config.hidden_size, weights.config.hidden_size))
+    for share, norm, paths in readers:
+        scale = weights.vector(norm)
+        grams = [matrix.T @ matrix for matrix in map(weights.matrix, paths)]
+        total += share * gptq.damped(sum(grams) * np.outer(scale, scale))
+    return total
 
 
 def _quantize_layer(
@@ -174,7 +211,8 @@ def _quantize_layer(
 
     moments = Moments.empty(original.shape[-1])
     for part in parts:
-        moments.add(*(layer.attention_input(mx.array(x[part])) for layer, x in streams))
+        inputs = [layer.attention_input(mx.array(x[part])) for layer, x in streams]
+        moments.add(*inputs)
     yield from settle(0, moments)
 
     columns = after.projections["self_attn.o_proj"].weight.shape[1]
@@ -191,15 +229,17 @@ def _quantize_layer(
 
     moments = Moments.empty(original.shape[-1])
     for part in parts:
-        for (layer, x), values in zip(streams, mixed, strict=True):
-            x[part] += np.array(layer.projections["self_attn.o_proj"](mx.array(values[part])))
-        moments.add(*(layer.up_input(mx.array(x[part])) for layer, x in streams))
+        for (layer, x), stored in zip(streams, mixed, strict=True):
+            x[part] += np.array(layer.projections["self_attn.o_proj"](mx.array(stored[part])))
+        inputs = [layer.up_input(mx.array(x[part])) for layer, x in streams]
+        moments.add(*inputs)
     del mixed
     yield from settle(2, moments)
 
     moments = Moments.empty(after.projections["mlp.down_proj"].weight.shape[1])
     for part in parts:
-        moments.add(*(layer.down_input(layer.up_input(mx.array(x[part]))) for layer, x in streams))
+        inputs = [layer.down_input(layer.up_input(mx.array(x[part]))) for layer, x in streams]
+        moments.add(*inputs)
     yield from settle(3, moments)
     for part in parts:
         for layer, x in streams:

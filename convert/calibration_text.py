@@ -29,6 +29,9 @@ DEFAULT_NAME = "default"
 UNKNOWN_LANGUAGE = "und"
 SUFFIXES = (".txt", ".md", ".jsonl", ".json")
 MAX_FILE_BYTES = 64 * 2**20
+# One part in so many is kept to judge by.
+HELD_OUT = 4
+_PARAGRAPHS = re.compile(r"\n[ \t\r]*\n")
 # What BCP 47 tags look like; whether the language exists is the user's affair.
 _LANGUAGE_TAG = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
 
@@ -90,6 +93,34 @@ def read_texts(paths: Sequence[Path] = ()) -> TextSet:
         raise UsageError(f"{files[0]}: holds no text")
     name = ", ".join(path.name for path in paths) if paths else DEFAULT_NAME
     return TextSet(name, digest.hexdigest(), tuple(documents))
+
+
+def hold_out(texts: TextSet) -> tuple[TextSet, TextSet]:
+    """Texts to calibrate on, and every fourth paragraph or conversation to judge by.
+
+    Where nothing would be left for one of the two, both are all texts.
+    """
+    seen: list[Document] = []
+    judged: list[Document] = []
+    chats = 0
+    for document in texts.documents:
+        if not isinstance(document.content, str):
+            (judged if chats % HELD_OUT == HELD_OUT - 1 else seen).append(document)
+            chats += 1
+            continue
+        paragraphs = [part for part in _PARAGRAPHS.split(document.content) if part.strip()]
+        # Of a text that is shorter than that, the last one.
+        every = min(HELD_OUT, max(len(paragraphs), 2))
+        kept = [part for i, part in enumerate(paragraphs) if i % every == every - 1]
+        rest = [part for i, part in enumerate(paragraphs) if i % every != every - 1]
+        seen.append(Document(document.language, "\n\n".join(rest)))
+        judged += [Document(document.language, part) for part in kept]
+    if not seen or not judged:
+        return texts, texts
+    return (
+        TextSet(texts.name, texts.sha256, tuple(seen)),
+        TextSet(f"{texts.name}, held out", texts.sha256, tuple(judged)),
+    )
 
 
 def sample_windows(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from convert.plan import DTYPE_NAMES, Plan
+from convert.receipt import FLOOR, Receipt
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENSE = re.compile(r"^license:[ \t]*([\w.\-]{1,60})[ \t]*$", re.MULTILINE)
@@ -13,7 +14,12 @@ MAX_CARD_BYTES = 2**20
 
 
 def make_card(
-    plan: Plan, name: str, source: str, commit: str | None, license_id: str | None
+    plan: Plan,
+    name: str,
+    source: str,
+    commit: str | None,
+    license_id: str | None,
+    quality: Receipt | None = None,
 ) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads."""
     specs = plan.specs
@@ -40,6 +46,10 @@ def make_card(
         f"| Parameters | {plan.parameters:,} |",
         f"| License | {license_id or 'see the source'} |",
     ]
+    if any(step.method != "rtn" for step in plan.steps):
+        lines.insert(-1, f"| Method | {plan.request.method} |")
+    if quality is not None:
+        lines += damage_table(quality)
     if plan.notes:
         lines += ["", "Notes of the conversion:", "", *(f"- {note}" for note in plan.notes)]
     lines += [
@@ -49,6 +59,19 @@ def make_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def damage_table(quality: Receipt) -> list[str]:
+    """Markdown lines: what the model lost against its source, for each language and over all."""
+    lines = ["", f"Predictions beside those of the source, on texts ({quality.text_name}):", ""]
+    lines += ["| | Tokens | KL mean | median | p90 | Noise floor | Top-1 |", "|---" * 7 + "|"]
+    rows = {**quality.languages, "all": (quality.overall, quality.overall_floor)}
+    lines += [
+        f"| {label} | {damage.tokens} | {damage.kl_mean:.5f} | {damage.kl_median:.5f} | "
+        f"{damage.kl_p90:.5f} | {floor.kl_mean:.1e} | {damage.top1_agreement:.2%} |"
+        for label, (damage, floor) in rows.items()
+    ]
+    return [*lines, "", f"Divergences in nats. Noise floor: {FLOOR}."]
 
 
 def license_of(directory: Path) -> str | None:

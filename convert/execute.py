@@ -20,10 +20,14 @@ import numpy as np
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import XIELU_DEFAULTS
+from convert.calibrated import read_codes
 from convert.grids import grid_codes
 from convert.plan import OutputFile, OutputTensor, Plan, Step
 from convert.reading import MLX_TYPES, Reader
 from convert.workspace import Workspace
+from quant import search
+from quant.affine import ScaleType
+from quant.spec import QuantSpec
 
 CHECK_BLOCK_BYTES = 4 * 2**20
 # Blocks that are computed at once, and the one that is written.
@@ -31,7 +35,11 @@ BLOCKS_IN_FLIGHT = 3
 
 
 def execute(
-    plan: Plan, source: Path, workspace: Workspace, progress: Callable[[int], None]
+    plan: Plan,
+    source: Path,
+    workspace: Workspace,
+    progress: Callable[[int], None],
+    calibrated: Path | None = None,
 ) -> None:
     """Write all shards of `plan` into `workspace`; skips the steps that its journal proves done.
 
@@ -40,6 +48,7 @@ def execute(
         source: the folder that the plan was made for.
         workspace: where to write.
         progress: called with the number of source bytes that are dealt with.
+        calibrated: where the codes of calibrated steps lie (`calibrated.make_codes`).
 
     Raises:
         RejectedError: a source value is not finite, or does not fit the output's type.
@@ -49,14 +58,22 @@ def execute(
         for number, step in enumerate(plan.steps):
             recorded = workspace.done.get(number)
             if recorded is None or shards.checksum(step) != recorded:
-                for block_bytes in _run(step, reader, shards, plan.request.allow_nonfinite):
+                for block_bytes in _run(
+                    step, reader, shards, plan.request.allow_nonfinite, calibrated
+                ):
                     progress(done_bytes + block_bytes)
                 workspace.record(number, shards.finish(step))
             done_bytes += step.source_bytes
             progress(done_bytes)
 
 
-def _run(step: Step, reader: Reader, shards: _Shards, allow_nonfinite: bool) -> Iterator[int]:
+def _run(
+    step: Step,
+    reader: Reader,
+    shards: _Shards,
+    allow_nonfinite: bool,
+    calibrated: Path | None,
+) -> Iterator[int]:
     """Produce one step's tensors; yields the source bytes dealt with after each block."""
     if step.matrix is None:
         shards.append(step.outputs[0], _vector(step, reader, allow_nonfinite))
@@ -69,7 +86,7 @@ def _run(step: Step, reader: Reader, shards: _Shards, allow_nonfinite: bool) -> 
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         with mx.stream(next(streams)):
-            arrays = _matrix_block(step, reader, start, stop, allow_nonfinite)
+            arrays = _matrix_block(step, reader, start, stop, allow_nonfinite, calibrated)
         # Computed on another thread while the next block is read.
         mx.async_eval(*arrays)
         pending.append((stop, arrays))
@@ -98,7 +115,12 @@ def _streams() -> tuple[mx.Stream, ...]:
 
 
 def _matrix_block(
-    step: Step, reader: Reader, start: int, stop: int, allow_nonfinite: bool
+    step: Step,
+    reader: Reader,
+    start: int,
+    stop: int,
+    allow_nonfinite: bool,
+    calibrated: Path | None,
 ) -> tuple[mx.array, ...]:
     matrix = step.matrix
     assert matrix is not None
@@ -117,7 +139,23 @@ def _matrix_block(
         if found is None or found.biases is None:
             raise RejectedError(f"{step.path}: changed since its grid was found; start again")
         return found.weight, found.scales, found.biases
+    if step.method == "gptq":
+        assert calibrated is not None
+        return read_codes(calibrated, step, start, stop)
+    if step.method == "search":
+        return _searched(values, spec, step)
     return tuple(mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
+
+
+def _searched(values: mx.array, spec: QuantSpec, step: Step) -> tuple[mx.array, ...]:
+    """Codes with the best scales for these rows, in the types of the step's tensors."""
+    scale_type: ScaleType = "BF16" if step.dtype == "BF16" else "F32"
+    if step.dtype == "F16":
+        scale_type = "F16"
+    found = search.fit(np.array(values.astype(mx.float32)), spec, scale_type=scale_type)
+    target = MLX_TYPES[step.dtype]
+    scales, biases = (mx.array(array).astype(target) for array in (found.scales, found.biases))
+    return mx.array(found.packed), scales, biases
 
 
 def _vector(step: Step, reader: Reader, allow_nonfinite: bool) -> mx.array:

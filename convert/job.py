@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from apertus_mlx.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from apertus_mlx.config import CONFIG_FILE, read_config
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.strict_json import read_object
+from convert.calibrated import Calibration, discard_codes, make_codes, prepare_calibration
 from convert.card import license_of, make_card
 from convert.companions import (
     TOKENIZER,
@@ -28,6 +29,7 @@ from convert.plan import Plan
 from convert.planning import make_plan
 from convert.policy import Request
 from convert.reading import FileState, Reader, file_states
+from convert.receipt import measure
 from convert.shards import MAX_SHARD_BYTES
 from convert.sources.recognise import recognise
 from convert.workspace import (
@@ -54,6 +56,8 @@ class Job:
     # Source files as they were when the plan was made.
     files: Mapping[str, FileState]
     asks_for_code: tuple[str, ...]
+    # What to calibrate on, where the method needs it.
+    calibration: Calibration | None = None
 
     @property
     def companion_bytes(self) -> int:
@@ -64,6 +68,8 @@ class Job:
     def output_bytes(self) -> int:
         """What the output folder will take on disk, nearly: weights, tokenizer, small files."""
         weights = sum(file.size_bytes for file in self.plan.files)
+        if self.calibration is not None:
+            weights *= 2  # calibrated codes lie beside the output until they are written
         return weights + self.companion_bytes + 2**20
 
 
@@ -73,8 +79,11 @@ def prepare(
     source_name: str,
     commit: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    calibration_texts: Sequence[Path] = (),
 ) -> Job:
     """Recognise the checkpoint in `directory` and plan its conversion; writes nothing.
+
+    `calibration_texts` are files and folders for the method gptq; without any it takes its own.
 
     Raises:
         ApertusError: the checkpoint is damaged or not supported, or the request does not fit it.
@@ -100,6 +109,9 @@ def prepare(
         grids = find_grids(plan, reader)
         if grids:
             plan = make_plan(source, request, max_shard_bytes, grids, size)
+    calibration = None
+    if any(step.method == "gptq" for step in plan.steps):
+        calibration = prepare_calibration(directory, config, calibration_texts)
     return Job(
         directory,
         source_name,
@@ -108,13 +120,21 @@ def prepare(
         plan,
         files,
         config.asks_for_code,
+        calibration,
     )
 
 
 def convert(
-    job: Job, target: Path, resume: bool = False, progress: Callable[[int], None] | None = None
+    job: Job,
+    target: Path,
+    resume: bool = False,
+    progress: Callable[[int], None] | None = None,
+    calibration_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Do what `job` plans; `target` appears complete or not at all.
+
+    `progress` is told source bytes dealt with; `calibration_progress`, before and after that,
+    layers done and how many there are.
 
     Raises:
         UsageError: the target is taken, or another conversion to it is running or unfinished.
@@ -124,10 +144,16 @@ def convert(
     check_target(target, job.directory)
     if not partial_path(target).exists():
         check_space(target.resolve().parent, job.output_bytes)
-    fingerprint = job.plan.fingerprint() + _states_digest(job.files)
+    text = job.calibration.sample.sha256 if job.calibration else ""
+    fingerprint = job.plan.fingerprint() + _states_digest(job.files, text)
+    on_layer = calibration_progress or (lambda done, total: None)
     with open_workspace(target, fingerprint, resume) as workspace:
-        execute(job.plan, job.directory, workspace, progress or (lambda _: None))
-        _write_companions(job, target.name, workspace)
+        codes = None
+        if job.calibration is not None:
+            codes = make_codes(job.plan, job.directory, job.calibration, workspace.path, on_layer)
+        execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
+        discard_codes(workspace.path)
+        _write_companions(job, target.name, workspace, on_layer)
         if file_states(job.directory, job.files) != job.files:
             raise RejectedError(f"{job.directory}: changed while it was converted; start again")
         workspace.publish()
@@ -139,7 +165,9 @@ def _head_is_tied(checkpoint: Checkpoint, pair: tuple[Any, Any]) -> bool:
         return reader.same_bytes(*pair)
 
 
-def _write_companions(job: Job, name: str, workspace: Workspace) -> None:
+def _write_companions(
+    job: Job, name: str, workspace: Workspace, on_layer: Callable[[int, int], None]
+) -> None:
     plan, path = job.plan, workspace.path
     _write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
     _write_json(path / INDEX_FILE, _index(plan))
@@ -148,7 +176,10 @@ def _write_companions(job: Job, name: str, workspace: Workspace) -> None:
         if sha256(original) != sha256(path / original.name):
             raise ApertusError(f"{original.name}: the copy differs from the original; start again")
     license_id = license_of(job.directory)
-    card = make_card(plan, name, job.source_name, job.commit, license_id)
+    quality = None
+    if job.calibration is not None:
+        quality = measure(path, job.directory, job.calibration.judged, progress=on_layer)
+    card = make_card(plan, name, job.source_name, job.commit, license_id, quality)
     (path / CARD).write_text(card, encoding="utf-8")
     origin = {
         "name": job.source_name,
@@ -162,10 +193,15 @@ def _write_companions(job: Job, name: str, workspace: Workspace) -> None:
         "weight_bytes": plan.weight_bytes,
         "dtype": plan.dtype,
         "quantization": quantization_block(plan.source.config, plan.specs) if plan.specs else None,
+        "method": plan.request.method if plan.request.quantizes else None,
+        "calibration": job.calibration.sample.record() if job.calibration else None,
         "losses": {step.path: step.loss for step in plan.steps if step.loss},
         "notes": list(plan.notes),
     }
-    _write_json(path / MANIFEST, make_manifest(path, origin, figures))
+    _write_json(
+        path / MANIFEST,
+        make_manifest(path, origin, figures, quality.as_json() if quality else None),
+    )
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -176,8 +212,10 @@ def _index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _states_digest(files: Mapping[str, FileState]) -> str:
-    text = repr(sorted((name, s.size_bytes, s.modified_ns) for name, s in files.items()))
+def _states_digest(files: Mapping[str, FileState], calibration_sha256: str) -> str:
+    text = calibration_sha256 + repr(
+        sorted((name, s.size_bytes, s.modified_ns) for name, s in files.items())
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

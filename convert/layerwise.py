@@ -140,11 +140,12 @@ class Layer:
                 continue
             setattr(getattr(module, part), attribute, projection)
         # `attend` then returns what o_proj would be given.
-        module.self_attn.o_proj = nn.Identity()
+        owner: Any = module.self_attn
+        owner.o_proj = nn.Identity()
         for name, _ in layout.vectors(weights.config):
             if name.startswith(f"{self.path}."):
                 *parts, attribute = name.removeprefix(f"{self.path}.").split(".")
-                owner: Any = module
+                owner = module
                 for part in parts:
                     owner = getattr(owner, part)
                 value = mx.array(weights.vector(name))
@@ -153,7 +154,7 @@ class Layer:
 
     def attention_input(self, residual: mx.array) -> mx.array:
         """What q, k and v are given, for the residual stream `[B, L, D]`."""
-        return self._module.attention_layernorm(residual)
+        return mx.array(self._module.attention_layernorm(residual))
 
     def mixed_values(self, x: mx.array) -> mx.array:
         """What o is given, for what q, k and v are given."""
@@ -161,7 +162,7 @@ class Layer:
 
     def up_input(self, residual: mx.array) -> mx.array:
         """What up is given, for the residual stream after attention."""
-        return self._module.feedforward_layernorm(residual)
+        return mx.array(self._module.feedforward_layernorm(residual))
 
     def down_input(self, x: mx.array) -> mx.array:
         """What down is given, for what up is given."""

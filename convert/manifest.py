@@ -42,7 +42,10 @@ class Manifest:
 
 
 def make_manifest(
-    directory: Path, source: Mapping[str, Any], figures: Mapping[str, Any]
+    directory: Path,
+    source: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    quality: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Describe every file in `directory`; `figures` are copied in as they are."""
     files = {
@@ -61,7 +64,7 @@ def make_manifest(
         },
         **figures,
         "files": files,
-        "quality": None,
+        "quality": quality,
     }
 
 

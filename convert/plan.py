@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from apertus_mlx import layout
+from apertus_mlx.config import ModelConfig
 from apertus_mlx.safetensors_header import TensorInfo
-from convert.policy import Request
+from convert.policy import Method, Request
 from convert.reading import BLOCK_BYTES, block_rows
 from convert.sources.source import Carried, MatrixSource, Source
 from quant.grid import Kind
@@ -28,6 +29,9 @@ TOKENIZER_COPIES = 27
 BLOCK_COPIES = 4
 # The tokenizer of the 8B, where the size of the source's is not known.
 TYPICAL_TOKENIZER_BYTES = 16_000_000
+
+# Most tokens that calibration looks at.
+CALIBRATION_TOKENS = 128 * 512
 
 Transform = Literal["copy", "cast", "quantize", "requantize", "keep", "dequantize", "fill", "grid"]
 
@@ -68,6 +72,8 @@ class Step:
     reason: str | None = None
     # What is lost, in words; None where nothing is, or where the loss is what was asked for.
     loss: str | None = None
+    # How new codes are found.
+    method: Method = "rtn"
 
     @property
     def source_tensors(self) -> tuple[TensorInfo, ...]:
@@ -116,6 +122,18 @@ class Step:
     def size_bytes(self) -> int:
         """Bytes that are written."""
         return sum(tensor.size_bytes for tensor in self.outputs)
+
+
+def calibration_memory_bytes(config: ModelConfig) -> int:
+    """Estimate of what calibration takes: two layers, two streams, moments in float64."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer = 2 * hidden * (queries + keys + inner)
+    streams = 2 * CALIBRATION_TOKENS * (hidden + queries)
+    moments = 12 * max(hidden, inner, queries) ** 2
+    embedding = 2 * config.vocab_size * hidden
+    return 4 * (max(2 * layer + moments, embedding) + streams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +196,14 @@ class Plan:
     def peak_memory_bytes(self) -> int:
         """Estimate of the most memory that execution will hold."""
         widest = max((step.memory_bytes for step in self.steps), default=0)
+        if any(step.method == "gptq" for step in self.steps):
+            widest = max(widest, calibration_memory_bytes(self.source.config))
         return BASE_MEMORY_BYTES + TOKENIZER_COPIES * self.tokenizer_bytes + widest
 
     def fingerprint(self) -> str:
         """Identifies what will be written; equal fingerprints give equal bytes."""
         parts: list[Any] = [
-            [step.path, step.transform, step.grid, str(step.spec), step.dtype]
+            [step.path, step.transform, step.grid, step.method, str(step.spec), step.dtype]
             for step in self.steps
         ]
         parts += [[file.name, file.header.hex()] for file in self.files]

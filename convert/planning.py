@@ -16,7 +16,7 @@ from convert.plan import (
     Step,
     Transform,
 )
-from convert.policy import Request, resolve
+from convert.policy import Method, Request, resolve
 from convert.shards import MAX_SHARD_BYTES, place
 from convert.sources.source import MatrixSource, Source
 from quant.grid import Kind
@@ -77,6 +77,8 @@ def _check_request(source: Source, request: Request) -> None:
             f"{source.name}: is already quantized ({source.format}); without --bits its codes are "
             "kept, --dequantize gives plain weights, --requantize quantizes again with a loss"
         )
+    if request.method != "rtn" and not request.quantizes:
+        raise UsageError(f"--method {request.method}: give the bits to quantize to with --bits")
     if not source.is_quantized and request.dequantize:
         raise UsageError(f"--dequantize: {source.name} is not quantized")
     if request.allow_nonfinite and request.quantizes:
@@ -125,9 +127,9 @@ def _matrix_step(
         if wanted is None:
             outputs = (OutputTensor(matrix.weight, dtype, (matrix.rows, matrix.columns)),)
             return Step(matrix.path, "dequantize", outputs, dtype, matrix=source, reason=reason)
-        return _quantize_step(matrix, source, wanted, dtype, "requantize")
+        return _quantize_step(matrix, source, wanted, dtype, "requantize", request.method)
     if wanted is not None:
-        return _quantize_step(matrix, source, wanted, dtype, "quantize")
+        return _quantize_step(matrix, source, wanted, dtype, "quantize", request.method)
     outputs = (OutputTensor(matrix.weight, dtype, (matrix.rows, matrix.columns)),)
     transform: Transform = "copy" if source.dtype == dtype else "cast"
     loss = _cast_loss(source.dtype, dtype)
@@ -135,18 +137,25 @@ def _matrix_step(
 
 
 def _quantize_step(
-    matrix: layout.Matrix, source: MatrixSource, spec: QuantSpec, dtype: str, transform: Transform
+    matrix: layout.Matrix,
+    source: MatrixSource,
+    spec: QuantSpec,
+    dtype: str,
+    transform: Transform,
+    method: Method,
 ) -> Step:
+    if method != "rtn" and spec.mode != "affine":
+        raise UsageError(f"--method {method}: {matrix.path} is to be {spec}; only affine has it")
     loss = "its own codes are given up" if transform == "requantize" else None
     outputs = _packed_outputs(matrix, spec, dtype)
-    return Step(matrix.path, transform, outputs, dtype, spec, source, loss=loss)
+    return Step(matrix.path, transform, outputs, dtype, spec, source, loss=loss, method=method)
 
 
 def _grid_step(step: Step, kind: Kind) -> Step:
     weight, *others = step.outputs
     if kind == "exact32":
         others = [replace(tensor, dtype="F32") for tensor in others]
-    return replace(step, transform="grid", grid=kind, outputs=(weight, *others))
+    return replace(step, transform="grid", grid=kind, method="rtn", outputs=(weight, *others))
 
 
 def _keep_step(matrix: layout.Matrix, source: MatrixSource, dtype: str, request: Request) -> Step:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from apertus_mlx import layout
 from apertus_mlx.errors import UsageError
@@ -19,6 +19,9 @@ from apertus_mlx.strict_json import parse_object
 from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, QuantSpec
 
 DEFAULT_GROUP_SIZE = 64
+# Rounding to nearest as MLX does it; the best scales for the weights; calibrated on text.
+Method = Literal["rtn", "search", "gptq"]
+METHODS: tuple[Method, ...] = ("rtn", "search", "gptq")
 RECIPE_KEYS = {"bits", "group_size", "mode", "modules"}
 MAX_RECIPE_BYTES = 2**20
 
@@ -41,6 +44,8 @@ class Request:
 
     default: QuantSpec | None = None
     rules: tuple[Rule, ...] = ()
+    # How the codes of affine formats are found.
+    method: Method = "rtn"
     dequantize: bool = False
     requantize: bool = False
     # safetensors type of everything that is not codes; None lets the source decide.

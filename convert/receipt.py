@@ -78,7 +78,7 @@ def measure(
         progress: told layers done, and how many there are.
 
     Raises:
-        UsageError: the models have different vocabularies or tokenizers, or the texts are too short.
+        UsageError: the models have different vocabularies or tokenizers; the texts are too short.
         RejectedError: a checkpoint is damaged or not supported.
     """
     config = read_config(reference)

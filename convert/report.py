@@ -39,7 +39,7 @@ def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
         key = (
             _LAYER.sub(".layers.*.", step.path),
             "x".join(map(str, shape)) or "scalar",
-            step.transform,
+            step.transform if step.method == "rtn" else f"{step.transform}, {step.method}",
             str(step.spec) if step.spec else DTYPE_NAMES[step.dtype],
         )
         groups.setdefault(key, []).append(step)
@@ -98,6 +98,7 @@ def _step_as_json(step: Step) -> dict[str, Any]:
     return {
         "module": step.path,
         "transform": step.transform,
+        "method": step.method if step.transform in ("quantize", "requantize") else None,
         "sources": [tensor.name for tensor in step.source_tensors],
         "bits": spec.bits if spec else None,
         "group_size": spec.group_size if spec else None,

@@ -80,7 +80,7 @@ def as_groups(values: Array, spec: QuantSpec) -> Array:
 
 
 def from_groups(
-    codes: npt.NDArray[np.floating], scales: npt.NDArray[np.floating],
+    codes: npt.NDArray[np.number], scales: npt.NDArray[np.floating],
     biases: npt.NDArray[np.floating], spec: QuantSpec,
 ) -> AffineCodes:  # fmt: skip
     """The quantized matrix of grouped codes `[rows, groups, group_size]`."""
@@ -117,4 +117,5 @@ def _shorten(scales: npt.NDArray[np.float64], scale_type: ScaleType, bits: int) 
     mantissa, exponent = np.frexp(scales)
     length = SIGNIFICANT_BITS["F32"] - bits
     # Upwards, so that the far end is never out of reach.
-    return np.ldexp(np.ceil(np.ldexp(mantissa, length)), exponent - length).astype(np.float32)
+    rounded = np.ldexp(np.ceil(np.ldexp(mantissa, length)), exponent - length)
+    return np.asarray(rounded, np.float32)

@@ -1,4 +1,4 @@
-"""Lowers GPTQ's objective further: better codes for the scales, better scales for the codes, in turn.
+"""Lowers GPTQ's objective further: better codes, then better scales for them, in turn.
 
 Codes: each column is set to the best value that all others leave it, over and over (coordinate
 descent, as in "QuantEase", arXiv 2309.01885). Scales and biases: with codes fixed the output is
@@ -14,6 +14,8 @@ from quant.affine import AffineCodes, Array, ScaleType, dequantize, round_scales
 from quant.gptq import BLOCK_COLUMNS, Float, better_rows
 
 ROUNDS = 4
+# A round that gains a smaller share than this is the last.
+LEAST_GAIN = 0.005
 # Pull of scales and biases towards what they are, relative to the curvature; keeps the system
 # solvable where a group has one code only.
 RIDGE = 1e-4
@@ -37,11 +39,14 @@ def improve(
         scale_type: what scales and biases will be stored in.
         rounds: how often codes and scales take turns.
     """
-    best = start
+    best, error = start, np.inf
     for _ in range(rounds):
         trial = refit_scales(weight, best, moments, scale_type)
         trial = descend(weight, trial, moments)
-        best = better_rows(weight, moments, trial, best)
+        best, errors = better_rows(weight, moments, trial, best)
+        if errors.sum() > (1 - LEAST_GAIN) * error:
+            break
+        error = float(errors.sum())
     return best
 
 
@@ -126,4 +131,4 @@ def _solve(normal: Float, right: Float) -> Float:
     diagonal = normal[:, index, index]
     damped = normal.copy()
     damped[:, index, index] += RIDGE * diagonal + 1e-9 * (1 + diagonal.max(1, keepdims=True))
-    return np.linalg.solve(damped, right[..., None])[..., 0]
+    return np.asarray(np.linalg.solve(damped, right[..., None])[..., 0], np.float64)

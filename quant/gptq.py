@@ -44,7 +44,7 @@ def fit(
     start = search.fit(weight, spec, np.diag(moments).astype(np.float32), scale_type)
     codes = round_in_order(weight, start, moments, block_columns)
     trial = AffineCodes(codes, start.scales, start.biases, spec)
-    return better_rows(weight, moments, trial, start)
+    return better_rows(weight, moments, trial, start)[0]
 
 
 def damped(second_moments: Array | Float, damping: float = DAMPING) -> Float:
@@ -78,7 +78,7 @@ def damped(second_moments: Array | Float, damping: float = DAMPING) -> Float:
         except np.linalg.LinAlgError:
             added *= 10
         else:
-            return trial
+            return np.asarray(trial)
 
 
 def round_in_order(
@@ -114,19 +114,21 @@ def round_in_order(
 
 def row_errors(weight: Array, quantized: AffineCodes, moments: Float) -> Float:
     """What the objective comes to for each row `[rows]`."""
-    off = (dequantize(quantized) - weight).astype(np.float64)
-    return np.einsum("rc,rc->r", off @ moments, off)
+    off = dequantize(quantized) - weight
+    pulled = off @ moments.astype(np.float32)
+    return np.asarray(np.einsum("rc,rc->r", pulled, off, dtype=np.float64))
 
 
 def better_rows(
     weight: Array, moments: Float, first: AffineCodes, second: AffineCodes
-) -> AffineCodes:
-    """Row by row whichever has the smaller error; the first where they are equal."""
-    wins = row_errors(weight, first, moments) <= row_errors(weight, second, moments)
-    choice = wins[:, None]
-    return AffineCodes(
+) -> tuple[AffineCodes, Float]:
+    """Row by row whichever has the smaller error, and that error; the first where equal."""
+    errors = [row_errors(weight, quantized, moments) for quantized in (first, second)]
+    choice = (errors[0] <= errors[1])[:, None]
+    better = AffineCodes(
         np.where(choice, first.codes, second.codes),
         np.where(choice, first.scales, second.scales),
         np.where(choice, first.biases, second.biases),
         first.spec,
     )
+    return better, np.minimum(*errors)

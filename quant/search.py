@@ -2,8 +2,8 @@
 
 Rounding to nearest between the extremes of a group spends its few codes on outliers. Here several
 narrower ranges are tried, the best is kept, and least squares and rounding alternate from there.
-The error is weighted by what each column is multiplied with, where that is known, and it is measured
-with scales and biases as they will be stored.
+The error is weighted by what each column is multiplied with, where that is known, and it is
+measured with scales and biases as they will be stored.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def column_importance(moments: Array | None, spec: QuantSpec, groups: int) -> Ar
         raise ValueError("moments are not finite and non-negative")
     grouped = np.asarray(moments, np.float64).reshape(groups, spec.group_size)
     grouped = grouped + 1e-3 * max(float(grouped.mean()), 1e-30)
-    return (grouped / grouped.mean(-1, keepdims=True)).astype(np.float32)
+    return np.asarray(grouped / grouped.mean(-1, keepdims=True), np.float32)
 
 
 _Form = tuple[Array, Array, Array]
@@ -100,7 +100,7 @@ def _search(
 
 
 def _assigned(values: Array, scales: Array, biases: Array, top: int) -> _Form:
-    codes = (values - biases[..., None]) * (1 / scales)[..., None]
+    codes = np.asarray((values - biases[..., None]) * (1 / scales)[..., None], np.float32)
     np.rint(codes, out=codes)
     np.clip(codes, 0, top, out=codes)
     return scales, biases, codes
@@ -110,7 +110,7 @@ def _error(values: Array, importance: Array, scales: Array, biases: Array, codes
     off = codes * scales[..., None]
     off += biases[..., None]
     off -= values
-    return np.einsum("rgi,rgi,gi->rg", off, off, importance)
+    return np.asarray(np.einsum("rgi,rgi,gi->rg", off, off, importance), np.float32)
 
 
 def _better(
@@ -122,12 +122,12 @@ def _better(
         np.where(wins[..., None] if new.ndim == 3 else wins, new, old)
         for new, old in zip(trial, best, strict=True)
     )
-    return (scales, biases, codes), np.where(wins, error, least)
+    return (scales, biases, codes), np.minimum(error, least)
 
 
 def _refit(values: Array, importance: Array, form: _Form, top: int, scale_type: ScaleType) -> _Form:
     """Least squares for the codes as they are, rounded scale first and bias for it, then codes."""
-    scales, biases, codes = form
+    scales, _, codes = form
     total = importance.sum(-1)
     mean_code = np.einsum("rgi,gi->rg", codes, importance) / total
     mean_value = np.einsum("rgi,gi->rg", values, importance) / total

@@ -11,7 +11,14 @@ from builders import config_4x, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apertus_mlx.cache import CacheConfig, Codes, QuantizedCache, make_layer_cache, rewind
+from apertus_mlx.cache import (
+    CacheConfig,
+    Codes,
+    QuantizedCache,
+    expect,
+    make_layer_cache,
+    rewind,
+)
 from apertus_mlx.cache.codes import quantize
 from apertus_mlx.cache.config import STEP
 from apertus_mlx.cache.protocol import Cache
@@ -267,6 +274,22 @@ def test_growth_wastes_at_most_an_eighth_and_copies_seldom() -> None:
     assert sum(growths) <= 14 * 65_536
 
 
+@pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(4, 4), CacheConfig(bound=700)])
+def test_what_is_expected_is_never_copied(config: CacheConfig) -> None:
+    cache = make_layer_cache(config, 32)
+    expect([cache], 3000)
+    rows = mx.zeros((1, 2, 500, 32))
+    cache.update_and_fetch(rows, rows)
+    first = cache.nbytes
+    for _ in range(5):
+        cache.update_and_fetch(rows, rows)
+        assert cache.nbytes == first
+    plain = make_layer_cache(config, 32)
+    for _ in range(6):
+        plain.update_and_fetch(rows, rows)
+    assert first == plain.nbytes
+
+
 def _model(head_dim: int, seed: int) -> Model:
     config = config_4x(head_dim=head_dim, vocab_size=300)
     model = Model(parse_config(config))
@@ -319,3 +342,15 @@ def test_heads_that_do_not_divide_are_refused_at_the_start() -> None:
     with pytest.raises(UsageError, match="not a power of two"):
         make_layer_cache(CacheConfig(4, 4, rotate=True), 96)
     assert isinstance(make_layer_cache(CacheConfig(4, 4), 96), QuantizedCache)
+
+
+@pytest.mark.parametrize("config", [CacheConfig(4, 3), CacheConfig(8, 8, bound=250)])
+def test_blocks_of_queries_and_codes_change_nothing(
+    config: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows(300, 32, 5)
+    expected = rows.reference(config)
+    monkeypatch.setattr(segmented, "BLOCK", 40)
+    monkeypatch.setattr(segmented, "MAX_SCORES_BYTES", HEADS * 300 * 4 * 17)
+    got = rows.run(make_layer_cache(config, 32), [200, 100])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5)

@@ -15,7 +15,7 @@ from apertus_mlx.load import load_model
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
 from convert import calibrate
-from convert.calibration_text import language_windows, read_texts, sample_windows
+from convert.calibration_text import hold_out, language_windows, read_texts, sample_windows
 from convert.layerwise import head_path, hidden_states, open_weights
 from convert.reading import Reader
 from quant import search
@@ -51,6 +51,22 @@ def test_sampling_is_seeded_and_recorded(tokenizer: Tokenizer) -> None:
     assert first.record() == {
         "text": "default", "sha256": texts.sha256, "seed": 1, "windows": 5, "window_tokens": 128,
     }  # fmt: skip
+
+
+def test_a_part_of_every_language_is_held_out() -> None:
+    texts = read_texts()
+    seen, judged = hold_out(texts)
+    languages = [{document.language for document in part.documents} for part in (seen, judged)]
+    assert languages[0] == languages[1] == {document.language for document in texts.documents}
+    calibrated = "".join(str(document.content) for document in seen.documents)
+    assert not [d for d in judged.documents if str(d.content) in calibrated]
+
+
+def test_a_single_text_is_both(tmp_path: Path) -> None:
+    path = tmp_path / "en.txt"
+    path.write_text("One paragraph.")
+    texts = read_texts([path])
+    assert hold_out(texts) == (texts, texts)
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def write_quantized(folder: Path, config: dict[str, Any], specs: dict[str, Any])
 
 
 def both(folder: Path) -> tuple[Model, HostModel]:
-    return load_model(folder), HostModel(take_inventory(folder))
+    return load_model(folder), HostModel(take_inventory(folder), "float32")
 
 
 @pytest.fixture(scope="module")

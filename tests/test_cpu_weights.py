@@ -12,7 +12,7 @@ from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 pytest.importorskip("onnxruntime")
 from apertus_mlx.cpu.stage import Stage
-from apertus_mlx.cpu.weights import Dense, Precision, Quantized, Weight, pack, stack
+from apertus_mlx.cpu.weights import Activations, Dense, Quantized, Weight, pack, stack
 
 CONFIG = parse_config(config_4x())
 # Largest error of a product with activations rounded to 8 bits, as a share of its norm.
@@ -20,29 +20,45 @@ ERROR = {"float32": 2e-6, "int8": 2e-2}
 
 
 def quantized(
-    rows: int, columns: int, bits: int, group_size: int, precision: Precision
+    rows: int, columns: int, bits: int, group_size: int, activations: Activations
 ) -> tuple[Quantized, np.ndarray]:
     """A packed random matrix, and what MLX says its values are."""
     values = mx.random.normal((rows, columns), key=mx.random.key(bits * group_size))
     words, scales, biases = mx.quantize(values, group_size, bits)
-    packed = pack(np.array(words), np.array(scales), np.array(biases), bits, group_size, precision)
+    packed = pack(
+        np.array(words), np.array(scales), np.array(biases), bits, group_size, activations
+    )
     return packed, np.array(mx.dequantize(words, scales, biases, group_size, bits), np.float64)
 
 
 def nibbles(weight: Quantized) -> np.ndarray:
-    """The matrix that the planes and offsets stand for, unpacked bit by bit."""
-    total = np.repeat(weight.offsets.T.astype(np.float64), weight.group_size, axis=1)
+    """The matrix that planes, zeros and offsets stand for, unpacked bit by bit."""
+    total = np.zeros((weight.rows, weight.columns))
+    if weight.offsets is not None:
+        total += np.repeat(weight.offsets.T.astype(np.float64), weight.group_size, axis=1)
+    groups = weight.columns // weight.group_size
     for plane in weight.planes:
-        flat = np.unpackbits(plane.codes, axis=-1, bitorder="little")
-        places = 1 << np.arange(plane.bits)
-        codes = flat.reshape(weight.rows, -1, plane.bits) @ places - 2 ** (plane.bits - 1)
-        total += codes * np.repeat(plane.scales.astype(np.float64), weight.group_size, axis=1)
+        codes = numbers(plane.codes.reshape(weight.rows, -1), plane.bits)
+        zeros = np.full((weight.rows, groups), 2 ** (plane.bits - 1))
+        if plane.zeros is not None:
+            zeros = numbers(plane.zeros, plane.bits)[:, :groups]
+        wide_zeros, wide_scales = (
+            np.repeat(array.astype(np.float64), weight.group_size, axis=1)
+            for array in (zeros, plane.scales)
+        )
+        total += (codes - wide_zeros) * wide_scales
     return total
 
 
-def multiply(x: np.ndarray, weight: Weight, precision: Precision = "float32") -> np.ndarray:
+def numbers(stream: np.ndarray, bits: int) -> np.ndarray:
+    """Each row's numbers of so many bits."""
+    flat = np.unpackbits(stream, axis=1, bitorder="little")
+    return flat.reshape(len(stream), -1, bits) @ (1 << np.arange(bits))
+
+
+def multiply(x: np.ndarray, weight: Weight) -> np.ndarray:
     """`x` times the transposed matrix, by onnxruntime."""
-    stage = Stage(CONFIG, precision)
+    stage = Stage(CONFIG)
     stage.output(stage.product(stage.input("x", x.shape[1]), weight))
     return stage.session()({"x": x})[0]
 
@@ -51,11 +67,13 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
 @pytest.mark.parametrize("bits", AFFINE_BITS)
-def test_packed_values_are_those_of_mlx(bits: int, group_size: int, precision: Precision) -> None:
-    weight, expected = quantized(24, 384, bits, group_size, precision)
+def test_packed_values_are_those_of_mlx(
+    bits: int, group_size: int, activations: Activations
+) -> None:
+    weight, expected = quantized(24, 384, bits, group_size, activations)
     assert weight.columns == 384 and weight.rows == 24
     np.testing.assert_allclose(nibbles(weight), expected, rtol=0, atol=2e-6)
 
@@ -72,17 +90,17 @@ def test_repacking_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(nibbles(weight), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
 @pytest.mark.parametrize("bits", AFFINE_BITS)
-def test_products(bits: int, group_size: int, precision: Precision) -> None:
+def test_products(bits: int, group_size: int, activations: Activations) -> None:
     # 13 and 67 rows: no multiple of any kernel's tile.
-    weight, values = quantized(67, 256, bits, group_size, precision)
+    weight, values = quantized(67, 256, bits, group_size, activations)
     rng = np.random.default_rng(bits)
     for rows in (1, 2, 3, 17, 64, 600):
         x = rng.standard_normal((rows, 256), np.float32) + np.float32(0.5)
-        error = distance(multiply(x, weight, precision), x @ values.T)
-        assert error < ERROR[precision], (rows, error)
+        error = distance(multiply(x, weight), x @ values.T)
+        assert error < ERROR[activations], (rows, error)
 
 
 def test_products_of_columns_that_are_few() -> None:
@@ -121,7 +139,7 @@ def test_xielu(slopes: tuple[float, float]) -> None:
     positive = alpha_p * wide**2
     negative = alpha_n * (np.expm1(np.minimum(wide, 0)) - wide)
     expected = np.where(wide > 0, positive, negative) + beta * wide
-    stage = Stage(CONFIG, "float32")
+    stage = Stage(CONFIG)
     stage.output(stage.xielu(stage.input("x", x.shape[1]), alpha_p, alpha_n, beta))
     found = stage.session()({"x": x})[0]
     bound = 4e-7 * (alpha_n + alpha_p * np.abs(wide) + 1) * np.abs(wide)

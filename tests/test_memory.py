@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from builders import config_4x, random_weights, write_checkpoint
+from hub_server import point_client_at, serving
 from typer.testing import CliRunner
 
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig, make_layer_cache
@@ -24,6 +25,7 @@ from apertus_mlx.memory import (
     footprint,
     largest_context,
     local_subject,
+    machine,
     parse_device,
     parse_size,
     remote_subject,
@@ -31,13 +33,11 @@ from apertus_mlx.memory import (
 from apertus_mlx.memory.footprint import (
     CPU,
     GPU_16_BIT,
-    SCORES_BLOCK_BYTES,
     kv_bytes,
     kv_bytes_per_position,
 )
 from apertus_mlx.memory.machine import available_bytes, mlx_limits
 from apertus_mlx.memory.speed import decode_tokens_per_s
-from apertus_mlx.ops.segmented import MAX_SCORES_BYTES
 from quant.spec import QuantSpec
 
 # hidden, MLP, layers, heads, key heads, tied
@@ -116,10 +116,6 @@ def test_planned_cache_bytes_are_those_allocated(positions: int, form: CacheConf
         cache.update_and_fetch(rows, rows)
         done += length
     assert cache.nbytes * config.num_hidden_layers == kv_bytes(config, form, positions, 4)
-
-
-def test_the_plan_knows_the_size_of_score_blocks() -> None:
-    assert SCORES_BLOCK_BYTES == MAX_SCORES_BYTES
 
 
 def test_devices() -> None:
@@ -326,6 +322,46 @@ def test_mlx_limits_are_restored_whatever_happens() -> None:
         assert mx.set_cache_limit(123_456) == 123_456
     finally:
         mx.set_cache_limit(before)
+
+
+def test_the_wired_limit_stays_below_what_metal_recommends_and_is_restored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wired = [77]
+
+    def set_wired_limit(size_bytes: int) -> int:
+        wired.append(size_bytes)
+        return wired[-2]
+
+    monkeypatch.setattr(machine, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 8 * 10**9})
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    assert machine.available_bytes() == 7_600_000_000
+    with pytest.raises(KeyboardInterrupt), mlx_limits(10**6, 2 * 10**9):
+        raise KeyboardInterrupt
+    assert wired == [77, 2 * 10**9, 77]
+    with mlx_limits(10**6, 9 * 10**9):
+        assert wired[-1] == 7_600_000_000
+    assert wired[-1] == 77
+
+
+def test_a_hub_id_is_planned_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import close_session
+
+    folder = write_model(tmp_path / "model", head_dim=64, vocab_size=20_000)
+    with serving() as server:
+        point_client_at(server.endpoint, tmp_path / "home", monkeypatch)
+        close_session()
+        server.repository("org/name").commit_folder(folder)
+        result = run("plan", "org/name", "--device", "m1-8gb", "--json")
+        close_session()
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["file_bytes"] == local_subject(folder).file_bytes
+    assert report["forms"][0]["weights_bytes"] == local_subject(folder).weights_bytes(4)
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
 def test_this_machine_gives_something() -> None:

@@ -78,7 +78,7 @@ def test_a_saved_cache_continues_with_the_same_tokens(
     path = tmp_path / "prompt"
     caches = model.make_cache(form)
     prefill(model, TOKENS[:-20], caches, 64)
-    save_prompt_cache(path, caches, TOKENS[:-20], now)
+    save_prompt_cache(path, caches, form, TOKENS[:-20], now)
     saved = load(path, model, form, now)
     assert saved.tokens == TOKENS[:-20]
     assert [cache.nbytes for cache in saved.caches] == [cache.nbytes for cache in caches]
@@ -95,7 +95,7 @@ def test_a_rewound_cache_can_be_saved(
     caches = model.make_cache(form)
     prefill(model, TOKENS, caches, 64)
     assert [cache.trim(32) for cache in caches] == [32] * len(caches)
-    save_prompt_cache(tmp_path / "p", caches, TOKENS[:-32], now)
+    save_prompt_cache(tmp_path / "p", caches, form, TOKENS[:-32], now)
     saved = load(tmp_path / "p", model, form, now)
     expected = model(mx.array([TOKENS[-32:]]), caches)
     got = model(mx.array([TOKENS[-32:]]), saved.caches)
@@ -107,7 +107,7 @@ def saved(model: Model, now: Fingerprint, tmp_path: Path) -> Path:
     path = tmp_path / "prompt.safetensors"
     caches = model.make_cache(CacheConfig(4, 4))
     prefill(model, TOKENS, caches, 64)
-    save_prompt_cache(path, caches, TOKENS, now)
+    save_prompt_cache(path, caches, CacheConfig(4, 4), TOKENS, now)
     return path
 
 

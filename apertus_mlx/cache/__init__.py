@@ -18,6 +18,7 @@ __all__ = [
     "FullCache",
     "QuantizedCache",
     "Segments",
+    "expect",
     "make_layer_cache",
     "rewind",
 ]
@@ -35,8 +36,18 @@ def make_layer_cache(config: CacheConfig, head_dim: int) -> FullCache | Quantize
     return QuantizedCache(config, head_dim) if config.quantized else FullCache(config)
 
 
+def expect(caches: Sequence[Cache], more: int) -> None:
+    """Tell those caches that can prepare for it how many positions will come."""
+    for cache in caches:
+        if isinstance(cache, FullCache | QuantizedCache):
+            cache.expect(cache.offset + more)
+
+
 def rewind(caches: Sequence[Cache], positions: int) -> bool:
     """Forget the last `positions` in every layer, exactly; False, and no change, if impossible."""
+    # An interrupt in the middle of a step leaves layers of different lengths.
+    if len({cache.offset for cache in caches}) > 1:
+        return False
     if positions == 0:
         return True
     # All layers are in the same state, so the first one speaks for all.

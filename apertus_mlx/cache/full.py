@@ -63,6 +63,10 @@ class FullCache:
         """Whether the last position can be forgotten exactly."""
         return self.rows.can_shrink(max(self.offset - 1, 0))
 
+    def expect(self, positions: int) -> None:
+        """Prepare for so many positions in all, so that no growing is needed on the way."""
+        self.rows.expected = positions
+
     def export(self) -> dict[str, mx.array]:
         """What `restore` needs, by name."""
         (rows,) = self.rows.rows()

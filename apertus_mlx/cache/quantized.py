@@ -105,6 +105,10 @@ class QuantizedCache:
         """Whether the last position can be forgotten exactly."""
         return self._can_return_to(max(self.offset - 1, 0))
 
+    def expect(self, positions: int) -> None:
+        """Prepare for so many positions in all, so that no growing is needed on the way."""
+        self.older.expected = self.config.flushed(positions)
+
     def export(self) -> dict[str, mx.array]:
         """What `restore` needs, by name."""
         arrays = dict(zip(self._names(), self.older.rows(), strict=False))

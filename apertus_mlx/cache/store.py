@@ -1,8 +1,9 @@
 """Growing memory for rows along the positions' axis: without end, or as a ring.
 
 A store holds several arrays `[B, heads, S, width]` that grow together, each in one piece, because
-attention kernels read one piece. Room is added in steps of an eighth (at least 256 rows): at most
-that much is unused, and however long the cache gets, growing copies a row some ten times in all.
+attention kernels read one piece. What is expected gets room at once, and is never copied; beyond
+that, room is added in steps of an eighth (at least 256 rows): at most that much is unused, and
+however long the cache gets, growing copies a row some ten times in all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Store:
     def __init__(self) -> None:
         self.arrays: list[mx.array] = []
         self.length = 0
+        # Rows in all that are known to come; room for them is made with the first.
+        self.expected = 0
 
     @property
     def held(self) -> int:
@@ -70,7 +73,7 @@ class Store:
 
     def reserve(self, rows: int, like: Sequence[mx.array]) -> None:
         """Make room for `rows` in all, in the shapes and types of `like`."""
-        wanted = self.capacity(rows)
+        wanted = self.capacity(max(rows, self.expected))
         if wanted <= self.room:
             return
         blank = [

@@ -11,6 +11,7 @@ from apertus_mlx.cli.options import DType, JsonOption, OfflineOption, RevisionOp
 from apertus_mlx.cli.output import (
     byte_progress,
     format_bytes,
+    layer_progress,
     note,
     print_data,
     print_json,
@@ -20,9 +21,11 @@ from apertus_mlx.errors import UsageError
 from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from convert.job import Job
     from convert.plan import Plan
-    from convert.policy import Request
+    from convert.policy import Method, Request
 
 EMBEDDED_NAME = "apertus-demo"
 
@@ -60,6 +63,18 @@ def convert(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="TOML or JSON file with formats per module.")
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="rtn rounds, search finds the best scales, gptq calibrates on text."
+        ),
+    ] = "rtn",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration", help="Text, JSONL or chat file, or folder, for gptq; default: own."
+        ),
+    ] = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Turn quantized weights into plain ones.")
     ] = False,
@@ -93,9 +108,11 @@ def convert(
 
     request = _request(
         bits, group_size, mode, embed_bits, head_bits, rules or [], recipe,
-        dequantize=dequantize, requantize=requantize, dtype=dtype,
+        method=method, dequantize=dequantize, requantize=requantize, dtype=dtype,
         allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
+    if calibration and method != "gptq":
+        raise UsageError("--calibration: only --method gptq uses it")
     if plan:
         planned, name, commit = _plan_only(source, revision, offline, request)
         if json:
@@ -106,15 +123,18 @@ def convert(
             for line in lines:
                 print_data(line)
         return
-    job = _prepare(source, revision, offline, request)
+    job = _prepare(source, revision, offline, request, calibration or [])
     target = out or Path(default_name(job.source_name, request))
     for line in job.plan.notes:
         note(line)
     if job.asks_for_code:
         note(f"config.json asks for code ({', '.join(job.asks_for_code)}); never run, not copied")
     try:
-        with byte_progress("converting", job.plan.source_bytes) as update:
-            run(job, target, resume, update)
+        with (
+            layer_progress("calibrating") as on_layer,
+            byte_progress("converting", job.plan.source_bytes) as update,
+        ):
+            run(job, target, resume, update, on_layer)
     except KeyboardInterrupt:
         note(f"interrupted; --resume goes on where it stopped, {partial_path(target)} holds it")
         raise
@@ -137,6 +157,7 @@ def _request(
     rules: list[str],
     recipe: Path | None,
     *,
+    method: str,
     dequantize: bool,
     requantize: bool,
     dtype: DType | None,
@@ -171,12 +192,22 @@ def _request(
     return Request(
         default,
         tuple(found),
+        method=_method(method),
         dequantize=dequantize,
         requantize=requantize,
         dtype=CONFIG_DTYPES[dtype.value] if dtype else None,
         allow_untied_head=allow_untied_head,
         allow_nonfinite=allow_nonfinite,
     )
+
+
+def _method(text: str) -> Method:
+    from convert.policy import METHODS
+
+    for method in METHODS:
+        if text == method:
+            return method
+    raise UsageError(f"--method {text[:40]!r}: expected {', '.join(METHODS[:-1])} or {METHODS[-1]}")
 
 
 def _integer(value: str | None, option: str, allowed: tuple[int, ...]) -> int | None:
@@ -188,21 +219,30 @@ def _integer(value: str | None, option: str, allowed: tuple[int, ...]) -> int | 
     return int(value)
 
 
-def _prepare(source: str | None, revision: str | None, offline: bool, request: Request) -> Job:
+def _prepare(
+    source: str | None,
+    revision: str | None,
+    offline: bool,
+    request: Request,
+    calibration: Sequence[Path] = (),
+) -> Job:
     from convert.job import prepare
 
     if source is None:
         from apertus_mlx.embedded import model_dir
 
         note("using the small demonstration model in the package; SOURCE takes a real one")
-        return prepare(model_dir(), request, EMBEDDED_NAME)
+        return prepare(model_dir(), request, EMBEDDED_NAME, calibration_texts=calibration)
     from apertus_mlx.hub import is_repo_id, locate, resolve
 
     if not Path(source).expanduser().exists() and is_repo_id(source):
         snapshot = resolve(source, revision=revision, offline=offline)
-        return prepare(snapshot.directory, request, source, snapshot.commit)
+        return prepare(
+            snapshot.directory, request, source, snapshot.commit, calibration_texts=calibration
+        )
     folder = locate(source, revision=revision, offline=offline)
-    return prepare(folder, request, folder.resolve().name)
+    name = folder.resolve().name
+    return prepare(folder, request, name, calibration_texts=calibration)
 
 
 def _plan_only(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apertus_mlx.cli.options import JsonOption, OfflineOption
-from apertus_mlx.cli.output import note, print_data, print_json, print_table
+from apertus_mlx.cli.output import layer_progress, note, print_data, print_json, print_table
 
 if TYPE_CHECKING:
     from convert.receipt import Receipt
@@ -41,7 +41,8 @@ def evaluate(
     texts = read_texts(text or [])
     folder = locate(model, revision=None, offline=offline)
     origin = locate(reference, revision=None, offline=offline)
-    receipt = measure(folder, origin, texts, tokens)
+    with layer_progress("measuring") as update:
+        receipt = measure(folder, origin, texts, tokens, update)
     if json:
         print_json(receipt.as_json())
         return

@@ -21,6 +21,7 @@ from apertus_mlx.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from apertus_mlx.cache import Cache
     from apertus_mlx.generate import Generation, Result
     from apertus_mlx.inventory import Inventory
     from apertus_mlx.prompt_cache import PromptCache
@@ -63,7 +64,7 @@ def generate(
     """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
     from apertus_mlx.cli.model_source import locate_model, open_speaker
     from apertus_mlx.errors import UsageError
-    from apertus_mlx.generate import Generation
+    from apertus_mlx.generate import Generation, require_room
     from apertus_mlx.generation_config import GenerationConfig
     from apertus_mlx.sampling import SamplingParams, resolve_params
 
@@ -95,22 +96,25 @@ def generate(
     directory = locate_model(model, revision, offline)
     prompt_ids: list[int] = []
     saved: PromptCache | None = None
+    cache: list[Cache] | None = None
+    reused = 0
 
     def before_weights(
         inventory: Inventory, tokenizer: Tokenizer, template: ChatTemplate | None
     ) -> None:
-        nonlocal saved
+        nonlocal saved, cache, reused
         prompt_ids.extend(_prompt_ids(tokenizer, template, text, raw, system, think))
+        require_room(len(prompt_ids), inventory.config.max_position_embeddings)
         memory.choose(inventory, len(prompt_ids) + max_tokens)
         if prompt_cache is not None:
             saved = cache_options.open_prompt_cache(
                 prompt_cache, inventory, memory.fit.form, compute
             )
+            cache, reused = saved.resume(prompt_ids)
 
     with cache_options.MemoryGuard(request, compute) as memory:
         speaker = open_speaker(directory, compute, before_weights)
         loaded_s = time.perf_counter() - started
-        cache, reused = (None, 0) if saved is None else saved.resume(prompt_ids)
         run = Generation(
             speaker,
             prompt_ids,

@@ -60,7 +60,4 @@ StopOption = Annotated[
 DTypeOption = Annotated[
     DType | None, typer.Option("--dtype", help="Type to compute in; default: what suits.")
 ]
-PrefillStepOption = Annotated[
-    int, typer.Option("--prefill-step", min=1, max=2**20, help="Prompt tokens per step.")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

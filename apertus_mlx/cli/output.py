@@ -84,6 +84,11 @@ def byte_progress(label: str, total_bytes: int | None = None) -> _Progress:
     return _progress(label, total_bytes, format_bytes)
 
 
+def layer_progress(label: str) -> _Progress:
+    """Progress in layers of the model; see `_progress`."""
+    return _progress(label, None, lambda count: f"{count:,.1f} layers")
+
+
 def token_progress(label: str, total_tokens: int) -> _Progress:
     """Progress in tokens; see `_progress`."""
     return _progress(label, total_tokens, lambda count: f"{count:,.0f} tokens")

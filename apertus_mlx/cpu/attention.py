@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +13,13 @@ from apertus_mlx.cache import Cache
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.cpu.cache import HostCache
-from apertus_mlx.cpu.runtime import Session
+from apertus_mlx.cpu.runtime import Binding, Session
 from apertus_mlx.cpu.stage import IR_VERSION, MICROSOFT, OPSETS
 from apertus_mlx.cpu.weights import Floats
 from apertus_mlx.ops import segmented
+
+# Scores that are computed at a time, over all heads: bounds what a long prompt takes.
+MAX_SCORES = 2**21
 
 
 class Attention:
@@ -25,6 +30,9 @@ class Attention:
         self._kv_heads = config.num_key_value_heads
         self._width = config.head_dim
         self._session = Session(_graph(config), {})
+        # What is bound for each cache, and to which memory: that of a growing cache moves.
+        self._bindings: WeakKeyDictionary[HostCache, tuple[Floats | None, list[Binding]]]
+        self._bindings = WeakKeyDictionary()
 
     def __call__(
         self, queries: Floats, keys: Floats, values: Floats, batch: int, cache: Cache
@@ -42,25 +50,41 @@ class Attention:
 
     def _in_place(self, queries: Floats, keys: Floats, values: Floats, cache: HostCache) -> Floats:
         batch, length, _ = queries.shape
-        all_keys, all_values = cache.reserve(batch, self._kv_heads, length, self._width)
-        total = cache.offset + length
+        bindings = self._bound(cache, batch, length)
+        step = max(1, MAX_SCORES // (self._heads * (cache.offset + length)))
         outputs = []
         # The kernel continues several sequences at once only when each brings a single position.
+        for row, bound in enumerate(bindings):
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                total = cache.offset + stop
+                inputs = {
+                    "queries": queries[row : row + 1, start:stop],
+                    "keys": keys[row : row + 1, start:stop],
+                    "values": values[row : row + 1, start:stop],
+                    "last": np.array([total - 1], np.int32),
+                    "total": np.array([total], np.int32),
+                }
+                outputs.append(bound(inputs)[0])
+        cache.advance(length)
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+
+    def _bound(self, cache: HostCache, batch: int, length: int) -> list[Binding]:
+        """The kernel on the memory of each sequence in `cache`, with room for `length` more."""
+        all_keys, all_values = cache.reserve(batch, self._kv_heads, length, self._width)
+        memory, bindings = self._bindings.get(cache, (None, []))
+        if memory is not None and memory is cache.rows.buffer and length == 1:
+            return bindings
+        updated = {"all_keys": "new_keys", "all_values": "new_values"}
+        bindings = []
         for row in range(batch):
             one = slice(row, row + 1)
-            inputs = {
-                "queries": queries[one],
-                "keys": keys[one],
-                "values": values[one],
-                "all_keys": all_keys[one],
-                "all_values": all_values[one],
-                "last": np.array([total - 1], np.int32),
-                "total": np.array([total], np.int32),
-            }
-            updated = {"all_keys": "new_keys", "all_values": "new_values"}
-            outputs.append(self._session.run_in_place(inputs, updated)[0])
-        cache.advance(length)
-        return outputs[0] if batch == 1 else np.concatenate(outputs)
+            kept = {"all_keys": all_keys[one], "all_values": all_values[one]}
+            bindings.append(self._session.bind(kept, updated))
+        # A binding keeps its last inputs: those of a long chunk are not worth it.
+        if length == 1:
+            self._bindings[cache] = (cache.rows.buffer, bindings)
+        return bindings
 
     def _through_arrays(
         self, queries: Floats, keys: Floats, values: Floats, cache: Cache

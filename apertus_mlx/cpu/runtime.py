@@ -68,19 +68,9 @@ class Session:
         outputs: list[Array] = self._session.run(None, inputs)
         return outputs
 
-    def run_in_place(self, inputs: Mapping[str, Array], updated: Mapping[str, str]) -> Array:
-        """Run, with output `updated[name]` written over input `name`; the first output is new."""
-        self._require_process()
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        binding.bind_output(self._session.get_outputs()[0].name)
-        for name, output in updated.items():
-            array = inputs[name]
-            binding.bind_output(output, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        result: Array = binding.get_outputs()[0].numpy()
-        return result
+    def bind(self, kept: Mapping[str, Array], updated: Mapping[str, str]) -> Binding:
+        """Prepare runs in which output `updated[name]` is written over input `name` of `kept`."""
+        return Binding(self, kept, updated)
 
     def _require_process(self) -> None:
         # A forked child has the pool's locks, but none of its threads: it would wait for ever.
@@ -89,6 +79,34 @@ class Session:
                 "this model was loaded before the process forked; load it in the child, "
                 "or start children with the spawn method"
             )
+
+
+class Binding:
+    """A session with some of its inputs in place for good."""
+
+    def __init__(
+        self, session: Session, kept: Mapping[str, Array], updated: Mapping[str, str]
+    ) -> None:
+        self._owner = session
+        self._session = session._session
+        self._binding = self._session.io_binding()
+        self._result = self._session.get_outputs()[0].name
+        for name, array in kept.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            self._binding.bind_ortvalue_input(name, value)
+            if name in updated:
+                self._binding.bind_ortvalue_output(updated[name], value)
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Array:
+        """Run with the other inputs; returns the first output."""
+        self._owner._require_process()
+        for name, array in inputs.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_output(self._result)
+        self._session.run_with_iobinding(self._binding)
+        result: Array = self._binding.get_outputs()[-1].numpy()
+        return result
 
 
 def _start_pool() -> None:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.cpu.runtime import Array, Session
-from apertus_mlx.cpu.weights import Dense, Floats, Precision, Quantized, Weight, stack
+from apertus_mlx.cpu.weights import Dense, Floats, Quantized, Weight, stack
 
 MICROSOFT = "com.microsoft"
 OPSETS = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
@@ -30,9 +30,8 @@ TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": Tens
 class Stage:
     """A graph under construction: each method appends operations and returns their output."""
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.precision = precision
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
@@ -113,12 +112,10 @@ class Stage:
         """`x` `[rows, columns]` times the transposed matrix."""
         if isinstance(weight, Dense):
             return self._node("Gemm", x, self._weight(weight.values), transB=1)
-        total = self._node(
-            "Gemm",
-            self._group_sums(x, weight),
-            self._weight(weight.offsets),
-            self._plane(x, weight, 0),
-        )
+        total = self._plane(x, weight, 0)
+        if weight.offsets is not None:
+            sums = self._group_sums(x, weight)
+            total = self._node("Gemm", sums, self._weight(weight.offsets), total)
         for index in range(1, len(weight.planes)):
             total = self._node("Add", total, self._plane(x, weight, index))
         return total
@@ -143,10 +140,15 @@ class Stage:
 
     def _plane(self, x: str, weight: Quantized, index: int) -> str:
         plane = weight.planes[index]
+        arrays: list[Array] = [
+            plane.codes,
+            plane.scales,
+            *([] if plane.zeros is None else [plane.zeros]),
+        ]
         return self._node(
-            "MatMulNBits", x, self._weight(plane.codes), self._weight(plane.scales),
+            "MatMulNBits", x, *map(self._weight, arrays),
             domain=MICROSOFT, K=weight.columns, N=weight.rows, bits=plane.bits,
-            block_size=weight.group_size, accuracy_level=ACCURACY_LEVEL[self.precision],
+            block_size=weight.group_size, accuracy_level=ACCURACY_LEVEL[weight.activations],
         )  # fmt: skip
 
     def _group_sums(self, x: str, weight: Quantized) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +13,15 @@ import numpy.typing as npt
 
 from apertus_mlx import layout
 from apertus_mlx.cpu.runtime import Array
-from apertus_mlx.cpu.weights import Dense, Floats, Precision, Weight, pack
+from apertus_mlx.cpu.weights import Activations, Dense, Floats, Weight, pack, unpack
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import OUTPUT_DIVISOR, XIELU_DEFAULTS, Inventory
 
+# How activations are rounded in products with quantized weights.
+Precision = Literal["auto", "float32", "int8"]
+# Up to so many bits, rounding activations to 8 bits adds less than a tenth of the loss (measured as
+# divergence from the unquantized model: 1 % at 4 bits, 4 % at 5, but 15 % at 6 bits).
+MAX_INT8_BITS = 5
 STORED_TYPES: dict[str, type[np.generic]] = {
     "BF16": np.uint16,
     "F16": np.float16,
@@ -60,7 +67,13 @@ class Tensors:
             values: Floats = np.array(wide.astype(mx.float32))
             return Dense(values * self._factor(path))
         scales, biases = self.floats(f"{path}.scales"), self.floats(f"{path}.biases")
-        return pack(words, scales, biases, spec.bits, spec.group_size, self._precision)
+        activations = self._activations(spec.bits)
+        return pack(words, scales, biases, spec.bits, spec.group_size, activations)
+
+    def _activations(self, bits: int) -> Activations:
+        if self._precision == "auto":
+            return "int8" if bits <= MAX_INT8_BITS else "float32"
+        return self._precision
 
     def _factor(self, path: str) -> Floats:
         """What the product of module `path` is multiplied by, one entry per row or for all."""
@@ -88,22 +101,25 @@ class Tensors:
         """A function from token ids `[rows]` to their embeddings `[rows, D]`."""
         path = layout.EMBEDDING
         spec = self._inventory.specs.get(path)
-        weight = self._map(f"{path}.weight")
+        weight = self._rows(f"{path}.weight")
         if spec is None:
-            return lambda ids: _widened(weight[ids])
-        scales = self._map(f"{path}.scales")
-        biases = self._map(f"{path}.biases") if spec.has_biases else None
+            return lambda ids: _widened(weight(ids))
+        scales = self._rows(f"{path}.scales")
+        biases = self._rows(f"{path}.biases") if spec.has_biases else None
 
         def rows(ids: npt.NDArray[np.int64]) -> Floats:
-            words = mx.array(weight[ids])
+            words = weight(ids)
             if biases is None:
-                of_groups, least = mx.array(scales[ids]), None
-            else:
-                of_groups, least = (mx.array(_widened(part[ids])) for part in (scales, biases))
-            wide = mx.dequantize(
-                words, of_groups, least, spec.group_size, spec.bits, mode=spec.mode
-            )
-            return np.asarray(wide.astype(mx.float32))
+                wide = mx.dequantize(
+                    mx.array(words), mx.array(scales(ids)), None,
+                    spec.group_size, spec.bits, mode=spec.mode,
+                )  # fmt: skip
+                return np.asarray(wide.astype(mx.float32))
+            codes = unpack(words.view(np.uint8), spec.bits).astype(np.float32)
+            grouped = codes.reshape(len(ids), -1, spec.group_size)
+            grouped *= _widened(scales(ids))[..., None]
+            grouped += _widened(biases(ids))[..., None]
+            return codes
 
         return rows
 
@@ -117,10 +133,27 @@ class Tensors:
         flat: Array = np.fromfile(self._checkpoint.path(info), kind, count, offset=info.offset)
         return flat.reshape(info.shape)
 
-    def _map(self, name: str) -> Array:
+    def _rows(self, name: str) -> Callable[[npt.NDArray[np.int64]], Array]:
+        """A function that reads single rows of a matrix. Mapped, each would take 16 pages."""
         info = self._checkpoint.tensors[name]
-        path = self._checkpoint.path(info)
-        return np.memmap(path, STORED_TYPES[info.dtype], "r", info.offset, info.shape)
+        file = self._checkpoint.path(info).open("rb")
+        kind = np.dtype(STORED_TYPES[info.dtype])
+        count, columns = info.shape
+        size_bytes = columns * kind.itemsize
+
+        def read(ids: npt.NDArray[np.int64]) -> Array:
+            rows = np.empty((len(ids), columns), kind)
+            for row, index in zip(rows, ids.tolist(), strict=True):
+                if not 0 <= index < count:
+                    raise ValueError(f"token {index}: the vocabulary has {count}")
+                offset = info.offset + index * size_bytes
+                data = os.pread(file.fileno(), size_bytes, offset)
+                if len(data) != size_bytes:
+                    raise RejectedError(f"{file.name}: has been changed while the model is in use")
+                row[:] = np.frombuffer(data, kind)
+            return rows
+
+        return read
 
 
 def _widened(values: Array) -> Floats:

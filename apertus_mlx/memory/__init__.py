@@ -1,4 +1,4 @@
-"""Memory: what a model costs to run, what fits a device, and MLX's limits. Imports no MLX."""
+"""Memory: what a model costs to run, what fits a device, and MLX's limits."""
 
 from apertus_mlx.memory.devices import DEVICE_EXAMPLES, Device, parse_device, parse_size
 from apertus_mlx.memory.fit import Fit, fit, largest_context

@@ -25,9 +25,8 @@ from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
 from apertus_mlx.cache.store import capacity_for
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.memory.subject import Subject
+from apertus_mlx.ops.segmented import MAX_SCORES_BYTES
 
-# `ops.segmented.MAX_SCORES_BYTES`; that module imports MLX, a plan does not.
-SCORES_BLOCK_BYTES = 2**23
 SCALE_BYTES = 2
 
 
@@ -123,7 +122,7 @@ def prefill_bytes(
     scores = numbers * config.num_attention_heads * _positions_seen(form, context, length)
     if form.quantized:
         row = scores // length
-        attention = backend.scores_in_blocks * min(scores, max(SCORES_BLOCK_BYTES, row))
+        attention = backend.scores_in_blocks * min(scores, max(MAX_SCORES_BYTES, row))
         heads = 2 * config.num_key_value_heads * config.head_dim
         attention += backend.quantization * numbers * heads
     else:

@@ -2,7 +2,7 @@
 
     python cpu_peers.py ENGINE MODEL THREADS
 
-Engines: `ours-float32`, `ours-int8`, `mlx-lm` (as it comes), `mlx-lm-float32` and `llama.cpp`. Each
+Engines: `ours-auto`, `ours-float32`, `ours-int8`, `mlx-lm` (as it comes), `mlx-lm-float32` and `llama.cpp`. Each
 line on standard input is `prefill N` or `decode CONTEXT N`; each answer a JSON object on one line.
 `decode` keeps what it read before, so that only its first call at a context reads that many tokens.
 Run as a file, not as a module: llama-cpp-python may live in an environment without this package.
@@ -64,13 +64,16 @@ class Ours:
         from apertus_mlx.inventory import take_inventory
 
         self._model = HostModel(take_inventory(Path(model)), precision)
-        self._prefill, self._eval = prefill, mx.eval
+        self._prefill, self._eval, self._array = prefill, mx.eval, mx.array
 
     def clear(self) -> None:
         self._cache = self._model.make_cache()
 
     def feed(self, tokens: list[int]) -> None:
-        self._eval(self._prefill(self._model, tokens, self._cache, PREFILL_STEP))
+        if len(tokens) == 1:
+            self._eval(self._model(self._array([tokens]), self._cache))
+        else:
+            self._eval(self._prefill(self._model, tokens, self._cache, PREFILL_STEP))
 
 
 class MlxLm:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PEERS = Path(__file__).with_name("cpu_peers.py")
-OURS = ("ours-float32", "ours-int8")
+OURS = ("ours-auto", "ours-float32")
 # Tokens that a round times: mlx-lm takes a second for four.
 SHORT = {"prefill": "prefill 16", "decode": "decode 16 4"}
 
