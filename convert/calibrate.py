@@ -138,8 +138,8 @@ def fit(
     if correction:
         # Least squares of the original's outputs on the quantized model's inputs.
         mean = max(float(np.diag(moments.second).mean()), 1e-30)
-        shift = np.linalg.solve(second, moments.cross.T.astype(np.float64) / mean)
-        target = weight + correction * (weight @ shift.T.astype(np.float32))
+        missing = (weight @ moments.cross).astype(np.float64) / mean
+        target = weight + correction * np.linalg.solve(second, missing.T).T.astype(np.float32)
     start = gptq.fit(target, spec, second, scale_type, damping=0.0)
     return descent.improve(target, start, second, scale_type)
 

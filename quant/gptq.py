@@ -84,29 +84,33 @@ def damped(second_moments: Array | Float, damping: float = DAMPING) -> Float:
 def round_in_order(
     weight: Array, grid: AffineCodes, moments: Float, block_columns: int
 ) -> npt.NDArray[np.uint8]:
-    """Codes on the scales and biases of `grid`, columns of the largest diagonal first."""
-    order = np.argsort(-np.diag(moments), kind="stable")
-    inverse = np.linalg.inv(moments[np.ix_(order, order)])
-    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
-    columns = len(order)
+    """Codes on the scales and biases of `grid`, columns of the largest diagonal first.
+
+    With `moments = L L^T` the objective is a sum over columns k of squares of what the errors at
+    and behind k come to through L. From the last column on, each is moved by what those behind it
+    left over: what GPTQ does, without the inverse. So the columns to visit first stand last.
+    """
+    order = np.argsort(-np.diag(moments), kind="stable")[::-1]
+    factor = np.linalg.cholesky(moments[np.ix_(order, order)])
+    factor = (factor / np.diag(factor)).astype(np.float32)
     group = order // grid.spec.group_size
     # Columns are rows here: each step works on contiguous memory.
-    left = np.ascontiguousarray(weight.T[order], np.float32)
+    values = np.ascontiguousarray(weight.T[order], np.float32)
     scales = np.ascontiguousarray(grid.scales.T)
     biases = np.ascontiguousarray(grid.biases.T)
-    codes = np.empty(left.shape, np.uint8)
+    errors = np.empty_like(values)
+    codes = np.empty(values.shape, np.uint8)
     top = np.float32((1 << grid.spec.bits) - 1)
-    for first in range(0, columns, block_columns):
-        last = min(first + block_columns, columns)
-        errors = np.empty((last - first, left.shape[1]), np.float32)
-        for column in range(first, last):
+    for last in range(len(order), 0, -block_columns):
+        first = max(0, last - block_columns)
+        moved = values[first:last] + factor[last:, first:last].T @ errors[last:]
+        for column in range(last - 1, first - 1, -1):
             scale, bias = scales[group[column]], biases[group[column]]
-            code = np.clip(np.rint((left[column] - bias) / scale), 0, top)
+            code = np.clip(np.rint((moved[column - first] - bias) / scale), 0, top)
             codes[column] = code
-            error = (left[column] - (code * scale + bias)) / factor[column, column]
-            left[column + 1 : last] -= factor[column, column + 1 : last, None] * error
-            errors[column - first] = error
-        left[last:] -= factor[first:last, last:].T @ errors
+            error = values[column] - (code * scale + bias)
+            moved[: column - first] += factor[column, first:column, None] * error
+            errors[column] = error
     result = np.empty_like(codes)
     result[order] = codes
     return np.ascontiguousarray(result.T)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, helper
 
 from apertus_mlx.cache import Cache
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.config import ModelConfig
+from apertus_mlx.cpu import attention_graphs
 from apertus_mlx.cpu.cache import HostCache
-from apertus_mlx.cpu.runtime import Binding, Session
-from apertus_mlx.cpu.stage import IR_VERSION, MICROSOFT, OPSETS
+from apertus_mlx.cpu.runtime import Session
 from apertus_mlx.cpu.weights import Floats
 from apertus_mlx.ops import segmented
 
@@ -29,10 +26,7 @@ class Attention:
         self._heads = config.num_attention_heads
         self._kv_heads = config.num_key_value_heads
         self._width = config.head_dim
-        self._session = Session(_graph(config), {})
-        # What is bound for each cache, and to which memory: that of a growing cache moves.
-        self._bindings: WeakKeyDictionary[HostCache, tuple[Floats | None, list[Binding]]]
-        self._bindings = WeakKeyDictionary()
+        self._session = Session(attention_graphs.many_positions(config), {})
 
     def __call__(
         self, queries: Floats, keys: Floats, values: Floats, batch: int, cache: Cache
@@ -49,42 +43,30 @@ class Attention:
         return self._through_arrays(queries, keys, values, cache)
 
     def _in_place(self, queries: Floats, keys: Floats, values: Floats, cache: HostCache) -> Floats:
+        """The kernel writes keys and values itself, behind the others."""
         batch, length, _ = queries.shape
-        bindings = self._bound(cache, batch, length)
+        all_keys, all_values = cache.reserve(batch, self._kv_heads, length, self._width)
         step = max(1, MAX_SCORES // (self._heads * (cache.offset + length)))
-        outputs = []
-        # The kernel continues several sequences at once only when each brings a single position.
-        for row, bound in enumerate(bindings):
+        heads = np.empty_like(queries)
+        # It continues several sequences at once only when each brings a single position.
+        for row in range(batch):
+            one = slice(row, row + 1)
+            memory = {"all_keys": all_keys[one], "all_values": all_values[one]}
+            written = {"new_keys": all_keys[one], "new_values": all_values[one]}
+            bound = self._session.bind().place(memory, written)
             for start in range(0, length, step):
-                stop = min(start + step, length)
-                total = cache.offset + stop
+                part = slice(start, min(start + step, length))
+                total = cache.offset + part.stop
                 inputs = {
-                    "queries": queries[row : row + 1, start:stop],
-                    "keys": keys[row : row + 1, start:stop],
-                    "values": values[row : row + 1, start:stop],
+                    "queries": queries[one, part],
+                    "keys": keys[one, part],
+                    "values": values[one, part],
                     "last": np.array([total - 1], np.int32),
                     "total": np.array([total], np.int32),
                 }
-                outputs.append(bound(inputs)[0])
+                bound.place(inputs, {"heads": heads[one, part]}).run()
         cache.advance(length)
-        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
-
-    def _bound(self, cache: HostCache, batch: int, length: int) -> list[Binding]:
-        """The kernel on the memory of each sequence in `cache`, with room for `length` more."""
-        all_keys, all_values = cache.reserve(batch, self._kv_heads, length, self._width)
-        memory, bindings = self._bindings.get(cache, (None, []))
-        if memory is not None and memory is cache.rows.buffer and length == 1:
-            return bindings
-        updated = {"all_keys": "new_keys", "all_values": "new_values"}
-        bindings = []
-        for row in range(batch):
-            one = slice(row, row + 1)
-            kept = {"all_keys": all_keys[one], "all_values": all_values[one]}
-            bindings.append(self._session.bind(kept, updated))
-        # A binding keeps its last inputs: those of a long chunk are not worth it.
-        if length == 1:
-            self._bindings[cache] = (cache.rows.buffer, bindings)
-        return bindings
+        return heads.reshape(batch * length, -1)
 
     def _through_arrays(
         self, queries: Floats, keys: Floats, values: Floats, cache: Cache
@@ -130,38 +112,3 @@ def _visible(mask: mx.array | str, length: int, total: int) -> npt.NDArray[np.bo
     if isinstance(mask, mx.array):
         return np.asarray(mask)
     return np.tri(length, total, total - length, dtype=np.bool_)
-
-
-def _graph(config: ModelConfig) -> bytes:
-    kv_heads, width = config.num_key_value_heads, config.head_dim
-    floats, ints = TensorProto.FLOAT, TensorProto.INT32
-    describe = helper.make_tensor_value_info
-    buffer: list[str | int | None] = [1, kv_heads, "capacity", width]
-    query_shape: list[str | int | None] = [1, "length", config.num_attention_heads * width]
-    row_shape: list[str | int | None] = [1, "length", kv_heads * width]
-    inputs = [
-        describe("queries", floats, query_shape),
-        describe("keys", floats, row_shape),
-        describe("values", floats, row_shape),
-        describe("all_keys", floats, buffer),
-        describe("all_values", floats, buffer),
-        describe("last", ints, [1]),
-        describe("total", ints, [1]),
-    ]
-    outputs = [
-        describe("heads", floats, query_shape),
-        describe("new_keys", floats, buffer),
-        describe("new_values", floats, buffer),
-    ]
-    node = helper.make_node(
-        "GroupQueryAttention",
-        [value.name for value in inputs],
-        [value.name for value in outputs],
-        domain=MICROSOFT,
-        num_heads=config.num_attention_heads,
-        kv_num_heads=kv_heads,
-    )
-    graph = helper.make_graph([node], "attention", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
-    serialized: bytes = model.SerializeToString()
-    return serialized

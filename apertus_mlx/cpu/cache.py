@@ -11,6 +11,8 @@ from apertus_mlx.cache.full import FullCache
 from apertus_mlx.cache.store import Store
 from apertus_mlx.cpu.weights import Floats
 
+MIN_STEP = 64
+
 
 class HostStore(Store):
     """Keeps every row of one float32 buffer `[B, heads, capacity, width]`."""
@@ -28,6 +30,11 @@ class HostStore(Store):
     def room(self) -> int:
         """Number of rows allocated."""
         return 0 if self.buffer is None else self.buffer.shape[2]
+
+    def capacity(self, rows: int) -> int:
+        """See `Store.capacity`; in smaller steps, as `SingleStep` reads unused rows, too."""
+        step = max(MIN_STEP, 1 << max(0, rows.bit_length() - 6))
+        return -(-rows // step) * step
 
     def reserve_more(self, batch: int, heads: int, count: int, width: int) -> Floats:
         """The buffer, with room for `count` more rows. Who writes them then counts `length` up."""

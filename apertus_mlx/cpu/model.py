@@ -15,6 +15,7 @@ from apertus_mlx.config import ModelConfig
 from apertus_mlx.cpu.attention import Attention
 from apertus_mlx.cpu.cache import HostCache
 from apertus_mlx.cpu.runtime import Session
+from apertus_mlx.cpu.single import SingleStep
 from apertus_mlx.cpu.stage import MAX_EPS, Stage
 from apertus_mlx.cpu.tensors import Precision, Tensors
 from apertus_mlx.cpu.weights import Floats
@@ -53,6 +54,7 @@ class HostModel:
             _layer_stage(config, tensors, index) for index in range(config.num_hidden_layers + 1)
         ]
         self._attention = Attention(config)
+        self._single_step = SingleStep(config, self._stages)
         waves = np.array(rotary_wavelengths(config.head_dim, config.rope), np.float32)
         self._radians_per_position = np.float32(1) / waves
 
@@ -99,9 +101,14 @@ class HostModel:
         self, ids: Any, batch: int, caches: Sequence[Cache], rotations: dict[str, Any]
     ) -> Floats:
         residual = self._embed(ids.reshape(-1))
+        if ids.size == 1:
+            own = [layer for layer in caches if isinstance(layer, HostCache)]
+            if len(own) == len(caches):
+                return self._single_step(residual, rotations, own)
         given = {"residual": residual, **rotations}
         for stage, layer in zip(self._stages[:-1], caches, strict=True):
-            queries, keys, values, residual = stage(given)
+            queries, keys, values, *changed = stage(given)
+            (residual,) = changed or (residual,)
             heads = self._attention(queries, keys, values, batch, layer)
             given = {"heads": heads, "residual": residual, **rotations}
         (hidden,) = self._stages[-1]({"heads": heads, "residual": residual})
@@ -148,7 +155,7 @@ def _layer_stage(config: ModelConfig, tensors: Tensors, index: int) -> Session:
         tensors.floats(f"{layer}.self_attn.q_norm.weight"),
         tensors.floats(f"{layer}.self_attn.k_norm.weight"),
     )
-    for value in (*projections, residual):
+    for value in (*projections, residual) if index > 0 else projections:
         stage.output(value)
     return stage.session()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
@@ -68,9 +69,14 @@ class Session:
         outputs: list[Array] = self._session.run(None, inputs)
         return outputs
 
-    def bind(self, kept: Mapping[str, Array], updated: Mapping[str, str]) -> Binding:
-        """Prepare runs in which output `updated[name]` is written over input `name` of `kept`."""
-        return Binding(self, kept, updated)
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs."""
+        return [output.name for output in self._session.get_outputs()]
+
+    def bind(self) -> Binding:
+        """A way to run on arrays that stay in their places."""
+        return Binding(self)
 
     def _require_process(self) -> None:
         # A forked child has the pool's locks, but none of its threads: it would wait for ever.
@@ -82,31 +88,29 @@ class Session:
 
 
 class Binding:
-    """A session with some of its inputs in place for good."""
+    """Runs a session on arrays that are placed beforehand, and kept until others are."""
 
-    def __init__(
-        self, session: Session, kept: Mapping[str, Array], updated: Mapping[str, str]
-    ) -> None:
+    def __init__(self, session: Session) -> None:
         self._owner = session
         self._session = session._session
         self._binding = self._session.io_binding()
-        self._result = self._session.get_outputs()[0].name
-        for name, array in kept.items():
-            value = ort.OrtValue.ortvalue_from_numpy(array)
-            self._binding.bind_ortvalue_input(name, value)
-            if name in updated:
-                self._binding.bind_ortvalue_output(updated[name], value)
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Array:
-        """Run with the other inputs; returns the first output."""
-        self._owner._require_process()
+    def place(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array] = MappingProxyType({})
+    ) -> Binding:
+        """Read from and write to these C-contiguous arrays; an output may be an input, too."""
         for name, array in inputs.items():
             value = ort.OrtValue.ortvalue_from_numpy(array)
             self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_output(self._result)
+        for name, array in outputs.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            self._binding.bind_ortvalue_output(name, value)
+        return self
+
+    def run(self) -> None:
+        """Run on what is placed."""
+        self._owner._require_process()
         self._session.run_with_iobinding(self._binding)
-        result: Array = self._binding.get_outputs()[-1].numpy()
-        return result
 
 
 def _start_pool() -> None:
