@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 
 from apertus_mlx.cache import Cache, expect
+from apertus_mlx.compute import LanguageModel
 from apertus_mlx.errors import ApertusError
-from apertus_mlx.model import Model
 from apertus_mlx.sampling import Sampler
 
 DEFAULT_PREFILL_STEP = 512
@@ -17,7 +17,7 @@ CLEAR_INTERVAL = 256
 
 
 def prefill(
-    model: Model,
+    model: LanguageModel,
     prompt: Sequence[int],
     cache: list[Cache],
     step: int = DEFAULT_PREFILL_STEP,
@@ -47,7 +47,7 @@ def prefill(
 
 
 def decode(
-    model: Model, logits: mx.array, cache: list[Cache], sampler: Sampler, max_tokens: int
+    model: LanguageModel, logits: mx.array, cache: list[Cache], sampler: Sampler, max_tokens: int
 ) -> Iterator[int]:
     """Yield up to `max_tokens` token ids, the first drawn from `logits` `[vocabulary]`.
 

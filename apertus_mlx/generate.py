@@ -11,13 +11,12 @@ from typing import Literal
 import mlx.core as mx
 
 from apertus_mlx.cache import Cache
+from apertus_mlx.compute import Compute, LanguageModel, Precision, load_for
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.decode import DEFAULT_PREFILL_STEP, decode, prefill
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation_config import GenerationConfig, read_generation_config
 from apertus_mlx.inventory import Inventory, take_inventory
-from apertus_mlx.load import load_inventory
-from apertus_mlx.model import Model
 from apertus_mlx.sampling import Sampler, SamplingParams
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.text_stream import TextStream
@@ -34,7 +33,7 @@ class Speaker:
     directory: Path
     config: ModelConfig
     generation_config: GenerationConfig
-    model: Model
+    model: LanguageModel
     tokenizer: Tokenizer
     template: ChatTemplate | None
 
@@ -54,18 +53,21 @@ def load_speaker(
     directory: Path,
     dtype: str | None = None,
     *,
+    compute: Compute = "auto",
+    precision: Precision = "auto",
     on_inventory: Callable[[Inventory], None] | None = None,
     before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Speaker:
     """Load everything that generation needs from the model folder `directory`.
 
-    The small files are checked before any weight is read. `on_inventory` is told what was found,
+    The small files are checked before any weight is read. For `compute` and `precision` see
+    `load_for`. `on_inventory` is told what was found,
     `before_weights` may still refuse (what it raises ends the loading), `on_bytes` is told how many
     bytes of weights are loaded and how many there are.
 
     Raises:
-        NotFoundError, RejectedError: see `load_model`, `Tokenizer.load` and `ChatTemplate.load`.
+        NotFoundError, RejectedError: see `load_for`, `Tokenizer.load` and `ChatTemplate.load`.
     """
     inventory = take_inventory(directory)
     if on_inventory is not None:
@@ -78,7 +80,7 @@ def load_speaker(
     template = ChatTemplate.load(directory, tokenizer)
     if before_weights is not None:
         before_weights(inventory, tokenizer, template)
-    model = load_inventory(inventory, dtype, on_bytes)
+    model = load_for(inventory, compute, dtype, precision, on_bytes)
     return Speaker(directory, config, generation_config, model, tokenizer, template)
 
 

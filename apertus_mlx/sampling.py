@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation_config import GenerationConfig
@@ -125,17 +126,33 @@ def filter_logits(logits: mx.array, params: SamplingParams) -> mx.array:
         threshold = mx.min(mx.topk(logits, params.top_k))
         logits = mx.where(logits < threshold, -math.inf, logits)
     if params.top_p < 1:
-        probabilities = mx.softmax(logits)
-        order = mx.argsort(-probabilities)
-        ranked = probabilities[order]
-        # A token stays if those before it have not yet reached top_p; the first always does.
-        kept_ranks = mx.cumsum(ranked) - ranked < params.top_p
-        kept = mx.put_along_axis(mx.zeros((size,), mx.bool_), order, kept_ranks, axis=-1)
+        kept = nucleus(mx.softmax(logits), params.top_p)
         logits = mx.where(kept, logits, -math.inf)
     if params.min_p > 0:
         floor = mx.max(logits) + math.log(params.min_p)
         logits = mx.where(logits < floor, -math.inf, logits)
     return logits
+
+
+def nucleus(probabilities: mx.array, top_p: float) -> mx.array:
+    """Which tokens are the likeliest that reach `top_p` together, `[vocabulary]`.
+
+    A token stays if those before it have not yet reached top_p; the first always does.
+    """
+    size = probabilities.shape[-1]
+    if mx.default_device() == mx.cpu:
+        # Sorting is slow in MLX here. Tokens below this bound all fit into the tail together.
+        values = np.asarray(probabilities)
+        candidates = np.flatnonzero(values >= (1 - top_p) / size)
+        order = candidates[np.argsort(-values[candidates])]
+        ranked = values[order]
+        chosen = np.zeros(size, np.bool_)
+        chosen[order[np.cumsum(ranked) - ranked < top_p]] = True
+        return mx.array(chosen)
+    by_rank = mx.argsort(-probabilities)
+    likeliest = probabilities[by_rank]
+    kept_ranks = mx.cumsum(likeliest) - likeliest < top_p
+    return mx.put_along_axis(mx.zeros((size,), mx.bool_), by_rank, kept_ranks, axis=-1)
 
 
 def _require(holds: bool, name: str, value: float, expected: str) -> None:

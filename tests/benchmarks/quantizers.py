@@ -6,7 +6,8 @@ The embedded model, calibrated on conversations as it was trained on and judged 
 matrix has groups of 64 with bfloat16 scales and biases, whoever quantized it; every model is judged
 by the same float32 arithmetic on its dequantized weights, against the original. mlx-lm's GPTQ gets
 the same windows; it has 2, 4 and 8 bits and leaves the embedding to rounding. Its DWQ, slow without
-a GPU, sees them once (batches of 4, Adam at 1e-4).
+a GPU, sees them once (batches of 4, Adam at 1e-4); without `--dwq` the ratios leave it out, though
+it is mlx-lm's best at 2 and 3 bits.
 """
 
 from __future__ import annotations
