@@ -97,9 +97,7 @@ def _read_arrays(
     inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, mx.array]]:
     """Every parameter in the type that it is computed with, one evaluated at a time."""
-    wanted = {
-        key: shape for key, (_, shape) in expected_tensors(inventory.config, inventory.specs)
-    }
+    wanted = {key: shape for key, (_, shape) in expected_tensors(inventory.config, inventory.specs)}
     wanted.update({tensor.name: tensor.shape for tensor in inventory.factors.values()})
     checkpoint = inventory.checkpoint
     done = 0

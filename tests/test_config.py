@@ -17,15 +17,36 @@ from quant.spec import QuantSpec
 
 # Geometry of the released models and their published parameter counts.
 RELEASED = {
-    438_349_312: dict(hidden_size=1024, num_hidden_layers=20, num_attention_heads=16,
-                      num_key_value_heads=4, intermediate_size=6144, tie_word_embeddings=True),
-    1_510_019_072: dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
-                        num_key_value_heads=8, intermediate_size=12288),
-    8_053_338_112: dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-                        num_key_value_heads=8, intermediate_size=21504),
-    70_599_864_320: dict(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
-                         num_key_value_heads=8, intermediate_size=43008),
-}  # fmt: skip
+    438_349_312: {
+        "hidden_size": 1024,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 6144,
+        "tie_word_embeddings": True,
+    },
+    1_510_019_072: {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 12288,
+    },
+    8_053_338_112: {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 21504,
+    },
+    70_599_864_320: {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 43008,
+    },
+}
 
 
 @pytest.mark.parametrize("count", RELEASED)

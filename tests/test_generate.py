@@ -13,6 +13,7 @@ from apertus_mlx.chat import Conversation
 from apertus_mlx.embedded import model_dir
 from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.generate import Generation, Piece, Result, Speaker, load_speaker
+from apertus_mlx.model import Model
 from apertus_mlx.sampling import SamplingParams
 from apertus_mlx.template import Message
 
@@ -112,7 +113,8 @@ def test_cancelling_keeps_what_there_was(scripted: Speaker) -> None:
 
 def test_logits_that_are_not_finite(scripted: Speaker, tmp_path: Path) -> None:
     config = config_4x(num_hidden_layers=1)
-    speaker = load_speaker(write_checkpoint(tmp_path, config))
+    speaker = load_speaker(write_checkpoint(tmp_path, config), compute="mlx")
+    assert isinstance(speaker.model, Model)
     speaker.model.model.norm.weight = mx.full((64,), float("nan"))
     with pytest.raises(ApertusError, match="no finite logits"):
         list(Generation(speaker, [1, 100], GREEDY, 5))

@@ -2,9 +2,9 @@
 
     python cpu_peers.py ENGINE MODEL THREADS
 
-Engines: `ours-auto`, `ours-float32`, `ours-int8`, `mlx-lm` (as it comes), `mlx-lm-float32` and `llama.cpp`. Each
-line on standard input is `prefill N` or `decode CONTEXT N`; each answer a JSON object on one line.
-`decode` keeps what it read before, so that only its first call at a context reads that many tokens.
+Engines: `ours-auto`, `ours-float32`, `ours-int8`, `mlx-lm` (as it comes), `mlx-lm-float32` and
+`llama.cpp`. Each line on standard input is `prefill N` or `decode CONTEXT N`; each answer a JSON
+object on one line. `decode` goes on from where it was, if the context is the same as before.
 Run as a file, not as a module: llama-cpp-python may live in an environment without this package.
 """
 
