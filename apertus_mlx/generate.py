@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import mlx.core as mx
-
 from apertus_mlx.cache import Cache
 from apertus_mlx.compute import Compute, LanguageModel, Precision, load_for
 from apertus_mlx.config import ModelConfig
@@ -17,6 +15,7 @@ from apertus_mlx.decode import DEFAULT_PREFILL_STEP, decode, prefill
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation_config import GenerationConfig, read_generation_config
 from apertus_mlx.inventory import Inventory, take_inventory
+from apertus_mlx.memory.machine import peak_bytes
 from apertus_mlx.sampling import Sampler, SamplingParams
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.text_stream import TextStream
@@ -206,7 +205,7 @@ class Generation:
             prefill_tokens_per_s=_rate(len(self.prompt) - self.reused, prefill_s),
             decode_tokens_per_s=_rate(len(self.token_ids) - 1, decode_s),
             time_to_first_token_s=max(prefill_s, 0.0),
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=peak_bytes(),
             seed=self.params.seed,
         )
 

@@ -40,6 +40,8 @@ def chat(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DTypeOption = None,
+    compute: options.ComputeOption = options.Compute.AUTO,
+    precision: options.PrecisionOption = options.Precision.AUTO,
     kv_bits: cache_options.KvBitsOption = None,
     kv_bits_v: cache_options.KvBitsVOption = None,
     max_kv: cache_options.MaxKvOption = None,
@@ -68,11 +70,15 @@ def chat(
     choose(GenerationConfig())
     form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
     request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
-    compute = dtype.value if dtype else None
+    dtype_name = dtype.value if dtype else None
     directory = locate_model(model, revision, offline)
-    with cache_options.MemoryGuard(request, compute) as memory:
+    with cache_options.MemoryGuard(request, dtype_name) as memory:
         speaker = open_speaker(
-            directory, compute, lambda inventory, *_: memory.choose(inventory, CHAT_CONTEXT)
+            directory,
+            dtype_name,
+            compute,
+            precision,
+            lambda inventory, *_: memory.choose(inventory, CHAT_CONTEXT),
         )
         params = choose(speaker.generation_config)
         _converse(speaker, system, think, memory.fit, params, max_tokens, stop or ())

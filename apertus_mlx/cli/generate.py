@@ -50,6 +50,8 @@ def generate(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DTypeOption = None,
+    compute: options.ComputeOption = options.Compute.AUTO,
+    precision: options.PrecisionOption = options.Precision.AUTO,
     kv_bits: cache_options.KvBitsOption = None,
     kv_bits_v: cache_options.KvBitsVOption = None,
     max_kv: cache_options.MaxKvOption = None,
@@ -90,7 +92,7 @@ def generate(
 
     form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
     request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
-    compute = dtype.value if dtype else None
+    dtype_name = dtype.value if dtype else None
 
     started = time.perf_counter()
     directory = locate_model(model, revision, offline)
@@ -108,12 +110,12 @@ def generate(
         memory.choose(inventory, len(prompt_ids) + max_tokens)
         if prompt_cache is not None:
             saved = cache_options.open_prompt_cache(
-                prompt_cache, inventory, memory.fit.form, compute
+                prompt_cache, inventory, memory.fit.form, dtype_name
             )
             cache, reused = saved.resume(prompt_ids)
 
-    with cache_options.MemoryGuard(request, compute) as memory:
-        speaker = open_speaker(directory, compute, before_weights)
+    with cache_options.MemoryGuard(request, dtype_name) as memory:
+        speaker = open_speaker(directory, dtype_name, compute, precision, before_weights)
         loaded_s = time.perf_counter() - started
         run = Generation(
             speaker,

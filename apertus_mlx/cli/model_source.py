@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apertus_mlx.cli.options import Compute, Precision
 from apertus_mlx.cli.output import byte_progress, note
 
 if TYPE_CHECKING:
@@ -31,10 +32,13 @@ def locate_model(model: str | None, revision: str | None, offline: bool) -> Path
 def open_speaker(
     directory: Path,
     dtype: str | None,
-    before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None] | None = None,
+    compute: Compute,
+    precision: Precision,
+    before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None],
 ) -> Speaker:
     """Load the model in `directory`; tells what was ignored in it. See `load_speaker`."""
     from apertus_mlx.generate import load_speaker
+    from apertus_mlx.memory.machine import on_gpu
 
     def tell(inventory: Inventory) -> None:
         for name, reason in inventory.dropped.items():
@@ -45,8 +49,16 @@ def open_speaker(
 
     with byte_progress("loading") as update:
         speaker = load_speaker(
-            directory, dtype, on_inventory=tell, before_weights=before_weights, on_bytes=update
+            directory,
+            dtype,
+            compute=compute.value,
+            precision=precision.value,
+            on_inventory=tell,
+            before_weights=before_weights,
+            on_bytes=update,
         )
+    if not on_gpu():
+        note("MLX has no GPU on this machine: computing on the CPU")
     if speaker.generation_config.ignored_keys:
         note(
             "generation_config.json: not implemented, ignored: "

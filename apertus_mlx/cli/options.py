@@ -16,6 +16,22 @@ class DType(enum.StrEnum):
     FLOAT32 = "float32"
 
 
+class Compute(enum.StrEnum):
+    """What computes."""
+
+    AUTO = "auto"
+    MLX = "mlx"
+    CPU = "cpu"
+
+
+class Precision(enum.StrEnum):
+    """What activations are rounded to inside matrix products on the CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    INT8 = "int8"
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -59,5 +75,12 @@ StopOption = Annotated[
 ]
 DTypeOption = Annotated[
     DType | None, typer.Option("--dtype", help="Type to compute in; default: what suits.")
+]
+ComputeOption = Annotated[
+    Compute, typer.Option("--compute", help="mlx, or cpu where MLX has no GPU; auto chooses.")
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", help="Activations in products on the CPU; auto: per bit width."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,14 @@ def available_bytes() -> int:
         return int(WORKING_SET_SHARE * working_set)
     free = [_linux_available(), _control_group_left(), _physical_bytes()]
     return int(AVAILABLE_SHARE * min(size for size in free if size is not None))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held: MLX's on a GPU, else what was resident."""
+    if on_gpu():
+        return mx.get_peak_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager
