@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -128,6 +129,16 @@ def test_missing_and_damaged_models(tmp_path: Path) -> None:
     assert "--offline" in refused(4, "generate", "x", "--model", "a/b", "--offline") or True
     write_json(tmp_path / "config.json", config_4x(hidden_act="silu"))
     assert "hidden_act" in refused(3, "generate", "x", "--model", str(tmp_path))
+
+
+def test_what_computes_is_a_choice() -> None:
+    installed = importlib.util.find_spec("onnxruntime") is not None
+    for compute in ("mlx", "auto", *(["cpu"] if installed else [])):
+        done = run("generate", QUESTION, "--compute", compute)
+        assert done.stdout == b"The capital of France is Paris."
+    line = refused(2, "generate", QUESTION, "--compute", "cpu", "--dtype", "bfloat16")
+    assert "--dtype bfloat16" in line
+    refused(2, "generate", QUESTION, "--compute", "gpu")
 
 
 def test_prompt_beyond_the_context(tiny: Path) -> None:

@@ -102,21 +102,24 @@ def _progress(
 
     On a terminal one line that redraws itself, elsewhere a plain line every few seconds.
     """
-    started = last = time.monotonic()
+    entered = last = time.monotonic()
+    first: tuple[float, int] | None = None
     terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     drawn = False
 
     def update(done: int, of: int | None = total) -> None:
-        nonlocal last, drawn
+        nonlocal last, first, drawn
         now = time.monotonic()
-        if now - started < 1 or now - last < (0.1 if terminal else PLAIN_PROGRESS_INTERVAL_S):
+        # The rate counts from the first report: other work may have come before it.
+        first = first or (now, done)
+        if now - entered < 1 or now - last < (0.1 if terminal else PLAIN_PROGRESS_INTERVAL_S):
             return
         last, drawn = now, True
-        rate = done / (now - started)
-        line = f"{label}: {shown(done)}, {shown(rate)}/s"
-        if of:
-            line = f"{label}: {shown(done)} of {shown(of)}, {shown(rate)}/s"
-            line += f", {(of - done) / max(rate, 1e-9):.0f} s left"
+        line = f"{label}: {shown(done)}" + (f" of {shown(of)}" if of else "")
+        rate = (done - first[1]) / max(now - first[0], 1e-9)
+        if rate > 0:
+            line += f", {shown(rate)}/s"
+            line += f", {(of - done) / rate:.0f} s left" if of else ""
         if terminal:
             # A line that wraps could not be drawn over.
             line = line[: shutil.get_terminal_size().columns - 1]
