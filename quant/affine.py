@@ -42,7 +42,8 @@ def fit(weight: Array, spec: QuantSpec, scale_type: ScaleType = "F32") -> Affine
     """Round `weight` `[rows, columns]` to the nearest of evenly spaced values.
 
     Zero is one of them, and no value is off by more than half a step. With float32 scales both hold
-    exactly, and quantizing the result again changes nothing; 16-bit ones add their own rounding.
+    exactly, and quantizing the result again changes nothing (unless zero falls half-way between two
+    codes: then both ends may round inwards); 16-bit scales add their own rounding.
 
     Raises:
         ValueError: a weight is not finite, or the rows do not divide into groups.
