@@ -23,6 +23,7 @@ from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from apertus_mlx.memory import Device
     from convert.job import Job
     from convert.plan import Plan
     from convert.policy import Method, Request
@@ -88,6 +89,10 @@ def convert(
         bool, typer.Option("--plan", help="Show what would be done, and stop.")
     ] = False,
     json: JsonOption = False,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Refuse what would not fit it: iphone-15-pro, 6GB, ..."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted conversion.")
     ] = False,
@@ -113,8 +118,10 @@ def convert(
     )  # fmt: skip
     if calibration and method != "gptq":
         raise UsageError("--calibration: only --method gptq uses it")
+    target_device = _read_device(device)
     if plan:
         planned, name, commit = _plan_only(source, revision, offline, request)
+        _require_fit(planned, target_device)
         if json:
             print_json(plan_as_json(planned, name, commit))
         else:
@@ -124,6 +131,7 @@ def convert(
                 print_data(line)
         return
     job = _prepare(source, revision, offline, request, calibration or [])
+    _require_fit(job.plan, target_device)
     target = out or Path(default_name(job.source_name, request))
     for line in job.plan.notes:
         note(line)
@@ -146,6 +154,21 @@ def convert(
         print_json(summary(job, target))
     else:
         print_data(str(target))
+
+
+def _read_device(name: str | None) -> Device | None:
+    if name is None:
+        return None
+    from apertus_mlx.memory import parse_device
+
+    return parse_device(name)
+
+
+def _require_fit(plan: Plan, device: Device | None) -> None:
+    if device is not None:
+        from convert.budget import require_fit
+
+        require_fit(plan, device)
 
 
 def _request(

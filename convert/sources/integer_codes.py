@@ -115,7 +115,7 @@ class IntegerMatrix:
 
     def read_carried(self, reader: Reader) -> mx.array:
         """There is none."""
-        raise NotImplementedError
+        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
 
 def signed_to_unsigned(values: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:

@@ -71,7 +71,7 @@ class MlxMatrix:
 
     def read_carried(self, reader: Reader) -> mx.array:
         """There is none."""
-        raise NotImplementedError
+        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
 
 def source(config: ModelConfig, tensors: Mapping[str, TensorInfo], name: str) -> Source:

@@ -115,11 +115,11 @@ class PlainMatrix:
 
     def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
         """There are none."""
-        raise NotImplementedError
+        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
     def read_carried(self, reader: Reader) -> mx.array:
         """There is none."""
-        raise NotImplementedError
+        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
 
 @dataclass(frozen=True, slots=True)
