@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence, Sized
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import mlx.core as mx
@@ -43,6 +44,15 @@ class LanguageModel(Protocol):
 
     def make_cache(self, form: CacheConfig = FULL_PRECISION) -> list[Cache]:
         """An empty cache of this form for each layer."""
+
+
+def uses_host(compute: str, dtype: str | None) -> bool:
+    """Whether `load_for` will choose the host's own form, if its libraries work."""
+    if compute == "mlx" or dtype not in (None, "float32"):
+        return False
+    if compute == "auto" and mx.default_device() != mx.cpu:
+        return False
+    return find_spec("onnxruntime") is not None
 
 
 def load_for(

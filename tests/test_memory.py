@@ -13,6 +13,7 @@ from builders import config_4x, random_weights, write_checkpoint
 from hub_server import point_client_at, serving
 from typer.testing import CliRunner
 
+from apertus_mlx import layout
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig, make_layer_cache
 from apertus_mlx.cache.config import FULL_BITS
 from apertus_mlx.cli.app import app
@@ -307,7 +308,7 @@ def test_a_tight_limit_is_kept_and_told(tmp_path: Path) -> None:
     local = local_subject(folder)
     full = footprint(local, FULL_PRECISION, 400, 512, CPU).total_bytes
     result = run("generate", "a" * 300, "--raw", "--model", str(folder), "-n", "99",
-                 "--memory-limit", f"{int(full * 0.9)}B", "--json")  # fmt: skip
+                 "--compute", "mlx", "--memory-limit", f"{int(full * 0.9)}B", "--json")  # fmt: skip
     assert result.exit_code == 0
     assert "memory: about" in result.stderr
     chosen = json.loads(result.stdout)["memory"]
@@ -366,3 +367,18 @@ def test_a_hub_id_is_planned_without_its_weights(
 
 def test_this_machine_gives_something() -> None:
     assert 10**8 < available_bytes() < 2**50
+
+
+def test_weights_of_the_cpu_path_by_hand(tmp_path: Path) -> None:
+    """4 bits stay 4, 6 become two planes; each group has a scale a plane and an offset."""
+    columns, group = 64, 64
+    for bits, stored_bits, numbers in ((2, 2, 2), (3, 4, 2), (4, 4, 2), (6, 8, 3)):
+        config = config_4x(num_hidden_layers=1, tie_word_embeddings=True)
+        parsed = parse_config(config)
+        spec = QuantSpec(bits, group)
+        specs = {matrix.path: spec for matrix in layout.matrices(parsed)}
+        subject = Subject("x", parsed, specs, 0, frozenset({"BF16"}))
+        rows = [m.rows * m.columns // columns for m in layout.matrices(parsed)]
+        row_bytes = columns * stored_bits // 8 + 4 * numbers * columns // group
+        expected = 1.1 * row_bytes * (sum(rows) + max(rows))
+        assert subject.host_weights_bytes() == pytest.approx(expected, abs=1)

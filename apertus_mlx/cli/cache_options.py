@@ -67,9 +67,10 @@ class MemoryGuard:
     `fit` is there once `choose` has been called.
     """
 
-    def __init__(self, request: MemoryRequest, dtype: str | None) -> None:
+    def __init__(self, request: MemoryRequest, dtype: str | None, compute: str) -> None:
         self._request = request
         self._dtype = dtype
+        self._compute = compute
         self._limits = contextlib.ExitStack()
         self.fit: Fit
 
@@ -83,7 +84,7 @@ class MemoryGuard:
         """See `choose_settings`."""
         from apertus_mlx.memory.machine import mlx_limits
 
-        self.fit = choose_settings(self._request, inventory, context, self._dtype)
+        self.fit = choose_settings(self._request, inventory, context, self._dtype, self._compute)
         total_bytes = self.fit.footprint.total_bytes
         self._limits.enter_context(mlx_limits(self.fit.buffer_cache_bytes, total_bytes))
 
@@ -139,7 +140,7 @@ def read_memory_request(
 
 
 def choose_settings(
-    request: MemoryRequest, inventory: Inventory, context: int, dtype: str | None
+    request: MemoryRequest, inventory: Inventory, context: int, dtype: str | None, compute: str
 ) -> Fit:
     """Settings with which `context` positions fit the limit or this machine; says what it chose.
 
@@ -148,6 +149,7 @@ def choose_settings(
         UsageError: this model's heads cannot be cached as asked.
     """
     from apertus_mlx.cache import FULL_PRECISION
+    from apertus_mlx.compute import uses_host
     from apertus_mlx.memory import Fit, fit, footprint
     from apertus_mlx.memory.fit import PREFILL_STEPS
     from apertus_mlx.memory.footprint import choose_backend
@@ -158,7 +160,7 @@ def choose_settings(
     if request.form is not None:
         request.form.require_fit(config.head_dim)
     subject = inventory_subject(inventory, str(inventory.checkpoint.directory))
-    backend = choose_backend(subject, on_gpu(), dtype)
+    backend = choose_backend(subject, on_gpu(), dtype, uses_host(compute, dtype))
     context = min(context, config.max_position_embeddings)
     limit = available_bytes() if request.limit_bytes is None else request.limit_bytes
     if request.force:

@@ -114,7 +114,7 @@ def generate(
             )
             cache, reused = saved.resume(prompt_ids)
 
-    with cache_options.MemoryGuard(request, dtype_name) as memory:
+    with cache_options.MemoryGuard(request, dtype_name, compute.value) as memory:
         speaker = open_speaker(directory, dtype_name, compute, precision, before_weights)
         loaded_s = time.perf_counter() - started
         run = Generation(

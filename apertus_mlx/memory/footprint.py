@@ -41,10 +41,15 @@ class Backend:
     scores_in_blocks: float
     quantization: float
     fixed_bytes: int
+    # Whether it is the CPU path (`apertus_mlx.cpu`), which keeps weights in a form of its own.
+    host: bool = False
 
 
 CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=3.0,
               fixed_bytes=1_500_000)  # fmt: skip
+# Python and the libraries are counted here: what is limited is then the whole process.
+HOST = Backend(4, mlp=4.0, residual=8.0, scores=0.0, scores_in_blocks=2.6, quantization=3.0,
+               fixed_bytes=110_000_000, host=True)  # fmt: skip
 GPU_16_BIT = Backend(2, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=12.0,
                      fixed_bytes=8_000_000)  # fmt: skip
 GPU_32_BIT = Backend(4, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=6.0,
@@ -76,10 +81,12 @@ class Footprint:
         }
 
 
-def choose_backend(subject: Subject, on_gpu: bool, dtype: str | None = None) -> Backend:
+def choose_backend(
+    subject: Subject, on_gpu: bool, dtype: str | None = None, host: bool = False
+) -> Backend:
     """How this checkpoint is computed: as the loader decides, unless `dtype` is asked for."""
     if not on_gpu:
-        return CPU
+        return HOST if host else CPU
     wide = dtype == "float32" if dtype else not subject.stored_16_bit
     return GPU_32_BIT if wide else GPU_16_BIT
 
@@ -90,7 +97,11 @@ def footprint(
     """The peak of a run that ends with `context` positions, nearly all of them prompt."""
     config = subject.config
     return Footprint(
-        weights_bytes=subject.weights_bytes(backend.compute_bytes),
+        weights_bytes=(
+            subject.host_weights_bytes()
+            if backend.host
+            else subject.weights_bytes(backend.compute_bytes)
+        ),
         kv_bytes=kv_bytes(config, form, context, backend.compute_bytes),
         prefill_bytes=prefill_bytes(config, form, context, prefill_step, backend),
         logits_bytes=logits_bytes(config, form, context, backend),

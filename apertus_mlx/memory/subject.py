@@ -49,6 +49,29 @@ class Subject:
             for _, (dtypes, shape) in expected_tensors(self.config, dict(self.specs))
         )
 
+    def host_weights_bytes(self) -> int:
+        """Bytes of all weights in the CPU path: repacked codes, float32 scales and offsets.
+
+        Codes take 2, 4 or 8 bits there, above 5 bits in two planes with a scale each; what is not
+        affine is float32; rows of an untied embedding stay in the file. The largest matrix is there
+        twice while it is repacked, and a tenth is lost to padding and fragments (measured with
+        tests/benchmarks/generation.py at 0.5B and 1.5B, 2 to 6 bits).
+        """
+        sizes = []
+        for matrix in layout.matrices(self.config):
+            if matrix.path == layout.EMBEDDING and not self.config.tie_word_embeddings:
+                continue
+            spec = self.specs.get(matrix.path)
+            weights = matrix.rows * matrix.columns
+            if spec is None or not spec.has_biases:
+                sizes.append(4 * weights)
+                continue
+            stored_bits = next(bits for bits in (2, 4, 8) if spec.bits <= bits)
+            planes = 2 if spec.bits > 5 else 1
+            per_group = 4 * (planes + 1)
+            sizes.append(weights * stored_bits // 8 + weights // spec.group_size * per_group)
+        return int(1.1 * (sum(sizes) + max(sizes)))
+
     def read_per_token_bytes(self, compute_bytes: int) -> int:
         """Bytes of weights that one decoding step reads: all but an untied embedding."""
         read = self.weights_bytes(compute_bytes)
