@@ -14,6 +14,7 @@ from apertus_mlx.config import ModelConfig
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.inventory import Inventory
 from apertus_mlx.load import load_inventory
+from apertus_mlx.scores import Scores
 
 Compute = Literal["auto", "mlx", "cpu"]
 Precision = Literal["auto", "float32", "int8"]
@@ -41,6 +42,9 @@ class LanguageModel(Protocol):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits `[B, L, vocabulary]` of final hidden states `[B, L, D]`."""
+
+    def scores(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Scores:
+        """Scores of the token after the last of `inputs` `[1, L]`."""
 
     def make_cache(self, form: CacheConfig = FULL_PRECISION) -> list[Cache]:
         """An empty cache of this form for each layer."""

@@ -10,8 +10,12 @@ from apertus_mlx.cache import Cache, expect
 from apertus_mlx.compute import LanguageModel
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.sampling import Sampler
+from apertus_mlx.scores import Scores
 
 DEFAULT_PREFILL_STEP = 512
+# MLX's matrix kernels work on tiles of 32 or 64 rows, and with fewer are slower than their share
+# (ml-explore/mlx#3863, #4198).
+MIN_CHUNK = 64
 # Positions after which MLX's pool of free buffers is emptied, so that it does not grow for ever.
 CLEAR_INTERVAL = 256
 
@@ -23,7 +27,7 @@ def prefill(
     step: int = DEFAULT_PREFILL_STEP,
     on_chunk: Callable[[int], None] | None = None,
 ) -> mx.array:
-    """Run `prompt` through the model in chunks of `step` tokens.
+    """Run `prompt` through the model in chunks of up to `step` tokens.
 
     Returns the logits `[vocabulary]` after the last token; no others are computed (for Apertus'
     vocabulary all of them would take 0.5 GB per 1,000 tokens). `on_chunk` is told the number of
@@ -33,17 +37,31 @@ def prefill(
         raise ValueError("the prompt is empty")
     ids = mx.array(list(prompt))[None]
     expect(cache, len(prompt))
-    for start in range(0, len(prompt), step):
-        hidden = model.model(ids[:, start : start + step], cache)
-        last = start + step >= len(prompt)
+    done = 0
+    for size in chunk_sizes(len(prompt), step):
+        hidden = model.model(ids[:, done : done + size], cache)
+        done += size
+        last = done == len(prompt)
         logits = model.logits(hidden[:, -1:])[0, 0] if last else None
         # Only the caches and the last logits are wanted; hidden states of a chunk are not.
         mx.eval([layer.state for layer in cache], [] if logits is None else logits)
         mx.clear_cache()
         if on_chunk is not None:
-            on_chunk(min(start + step, len(prompt)))
+            on_chunk(done)
     assert logits is not None
     return logits
+
+
+def chunk_sizes(length: int, step: int) -> list[int]:
+    """How a prompt of `length` tokens is cut into chunks of up to `step`.
+
+    The last one gets at least `MIN_CHUNK` tokens from the one before, if there is one.
+    """
+    full, rest = divmod(length, step)
+    sizes = [step] * full + [rest] * (rest > 0)
+    if full and 0 < rest < MIN_CHUNK <= step // 2:
+        sizes[-2:] = [step + rest - MIN_CHUNK, MIN_CHUNK]
+    return sizes
 
 
 def decode(
@@ -55,28 +73,28 @@ def decode(
     the caller stops early, the cache may therefore hold the last token yielded, too.
 
     Raises:
-        ApertusError: the model computed no finite logit for the token drawn.
+        ApertusError: the model computed no finite logits.
     """
 
-    def draw(logits: mx.array) -> tuple[mx.array, mx.array]:
-        token = sampler(logits)
-        drawn = (token, logits[token])
-        mx.async_eval(*drawn)
-        return drawn
+    def draw(scores: Scores) -> tuple[mx.array, Scores]:
+        token = sampler(scores)
+        mx.async_eval(token)
+        return token, scores
 
-    token, logit = draw(logits)
+    token, scores = draw(Scores(logits))
     for index in range(max_tokens):
         following = None
         if index + 1 < max_tokens:
-            following = draw(model(token.reshape(1, 1), cache)[0, 0])
+            following = draw(model.scores(token.reshape(1, 1), cache))
         value = int(token)
-        if not mx.isfinite(logit).item():
+        # Where no logit is a number the first token is drawn: only then is a look worth its while.
+        if value == 0 and not mx.isfinite(scores.logits[0]).item():
             raise ApertusError(
                 f"the model computed no finite logits at token {index + 1}: its weights are "
                 "damaged or overflow in this type; try --dtype float32"
             )
         yield value
         if following is not None:
-            token, logit = following
+            token, scores = following
         if index % CLEAR_INTERVAL == CLEAR_INTERVAL - 1:
             mx.clear_cache()

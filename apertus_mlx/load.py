@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from apertus_mlx import command_buffers
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import (
     FLOAT_DTYPES,
@@ -51,6 +52,7 @@ def load_inventory(
 
     `on_bytes` is told the bytes read so far and in all.
     """
+    command_buffers.widen()
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
     model = Model(inventory.config)
     nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
@@ -58,8 +60,7 @@ def load_inventory(
     factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
-    for layer in model.layers:
-        layer.mlp.act_fn.fold()
+    model.fold()
     model.eval()
     return model
 

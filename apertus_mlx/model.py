@@ -20,7 +20,9 @@ import mlx.nn as nn
 from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, make_layer_cache
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.config import ModelConfig, Rope
-from apertus_mlx.ops import Operations, plain
+from apertus_mlx.joined_linear import join
+from apertus_mlx.ops import Operations, Stream, plain
+from apertus_mlx.scores import Scores
 
 
 class XIELU(nn.Module):
@@ -119,6 +121,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
         self.ops = ops
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -130,13 +133,21 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rope = RotaryEmbedding(config.head_dim, config.rope)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
-        """Attend from `x` `[B, L, D]` to all positions in `cache` and itself."""
-        queries, keys, values = self.ops.project_qkv(self, x)
-        queries, all_keys, all_values = self.ops.rotate_and_store(
-            self, queries, keys, values, cache
-        )
-        return self.ops.attend(self, queries, all_keys, all_values, mask)
+    @property
+    def is_joined(self) -> bool:
+        """Whether `qkv_proj` has taken the place of `q_proj`, `k_proj` and `v_proj`."""
+        return "qkv_proj" in self
+
+    def fold(self) -> None:
+        """Join the three projections of the input, where that changes no number."""
+        joined = join((self.q_proj, self.k_proj, self.v_proj))
+        if joined is not None:
+            del self.q_proj, self.k_proj, self.v_proj
+            self.qkv_proj = joined
+
+    def __call__(self, norm: nn.RMSNorm, stream: Stream, mask: Mask, cache: Cache | None) -> Stream:
+        """Attend from the normalized `stream` to all positions in `cache` and itself."""
+        return self.ops.attend(self, norm, stream, mask, cache)
 
 
 class MLP(nn.Module):
@@ -149,30 +160,25 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = XIELU()
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Transform each position of `x` `[B, L, D]` by itself."""
-        return self.ops.feed_forward(self, x)
+    def __call__(self, norm: nn.RMSNorm, stream: Stream) -> Stream:
+        """Transform each position of the normalized `stream` by itself."""
+        return self.ops.feed_forward(self, norm, stream)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward; the last addition is left to whoever comes next."""
+    """Pre-norm attention and feed-forward."""
 
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
-        self.ops = ops
         self.self_attn = Attention(config, ops)
         self.mlp = MLP(config, ops)
         self.attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(
-        self, residual: mx.array, update: mx.array | None, mask: Mask, cache: Cache | None
-    ) -> tuple[mx.array, mx.array]:
-        """Take the residual stream `[B, L, D]` and its pending update; return both anew."""
-        residual, x = self.ops.add_norm(residual, update, self.attention_layernorm)
-        update = self.self_attn(x, mask, cache)
-        residual, x = self.ops.add_norm(residual, update, self.feedforward_layernorm)
-        return residual, self.mlp(x)
+    def __call__(self, stream: Stream, mask: Mask, cache: Cache | None) -> Stream:
+        """The residual stream after this layer."""
+        stream = self.self_attn(self.attention_layernorm, stream, mask, cache)
+        return self.mlp(self.feedforward_layernorm, stream)
 
 
 class Decoder(nn.Module):
@@ -187,13 +193,16 @@ class Decoder(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> mx.array:
         """Final hidden states `[B, L, D]` of the token ids `inputs` `[B, L]`."""
+        return self.ops.normalize(self.norm, self.stream(inputs, cache))
+
+    def stream(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Stream:
+        """The residual stream behind the last layer."""
         caches = cache if cache is not None else [None] * len(self.layers)
-        residual: mx.array = self.embed_tokens(inputs)
-        update: mx.array | None = None
+        stream = Stream(self.ops.embed(self.embed_tokens, inputs))
         mask = _mask(inputs.shape[1], caches[0])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            residual, update = layer(residual, update, mask, layer_cache)
-        return self.ops.add_norm(residual, update, self.norm)[1]
+            stream = layer(stream, mask, layer_cache)
+        return stream
 
 
 class Model(nn.Module):
@@ -214,8 +223,22 @@ class Model(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits `[B, L, vocabulary]` of final hidden states `[B, L, D]`."""
-        tied = self.config.tie_word_embeddings
-        return self.ops.head(self.model.embed_tokens if tied else self.lm_head, hidden)
+        return plain.logits(self.head, hidden)
+
+    def scores(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Scores:
+        """Scores of the token after the last of `inputs` `[1, L]`."""
+        return self.ops.scores(self.head, self.model.norm, self.model.stream(inputs, cache))
+
+    def fold(self) -> None:
+        """Bring the weights, now final, into the form that is the quickest to compute with."""
+        for layer in self.layers:
+            layer.self_attn.fold()
+            layer.mlp.act_fn.fold()
+
+    @property
+    def head(self) -> nn.Module:
+        """What turns hidden states into logits: the tied embedding or the head's own weights."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -228,7 +251,9 @@ class Model(nn.Module):
         Raises:
             UsageError: heads of this model cannot be quantized or rotated as `form` asks.
         """
-        return [make_layer_cache(form, self.config.head_dim) for _ in self.layers]
+        return [
+            make_layer_cache(form, self.config.head_dim, self.ops.joined_rows) for _ in self.layers
+        ]
 
 
 def _mask(length: int, cache: Cache | None) -> Mask:

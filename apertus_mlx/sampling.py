@@ -16,6 +16,7 @@ import numpy as np
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation_config import GenerationConfig
+from apertus_mlx.scores import Scores
 
 MAX_SEED = 2**63
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.8, 0.9
@@ -99,15 +100,16 @@ class Sampler:
             if inside:
                 self._seen[mx.array(inside)] = True
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Draw a token id (shape `[]`) from `logits` `[vocabulary]`."""
+    def __call__(self, scores: Scores) -> mx.array:
+        """Draw a token id (shape `[]`)."""
         if self._seen is not None:
-            logits = penalize(logits, self._seen, self._params.repetition_penalty)
+            # What the model found out about its own logits does not hold for these.
+            scores = Scores(penalize(scores.logits, self._seen, self._params.repetition_penalty))
         if self._params.greedy:
-            token = mx.argmax(logits)
+            token = mx.argmax(scores.logits) if scores.best is None else scores.best
         else:
             self._key, key = mx.random.split(self._key)
-            token = mx.random.categorical(filter_logits(logits, self._params), key=key)
+            token = mx.random.categorical(filter_logits(scores, self._params), key=key)
         if self._seen is not None:
             self._seen[token] = True
         return token
@@ -118,12 +120,12 @@ def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def filter_logits(logits: mx.array, params: SamplingParams) -> mx.array:
+def filter_logits(scores: Scores, params: SamplingParams) -> mx.array:
     """Scale by temperature and set all but the likely tokens to minus infinity, in float32."""
-    logits = logits.astype(mx.float32) / params.temperature
+    logits = scores.logits.astype(mx.float32) / params.temperature
     size = logits.shape[-1]
     if 0 < params.top_k < size:
-        threshold = mx.min(mx.topk(logits, params.top_k))
+        threshold = kth_largest(scores, params.top_k).astype(mx.float32) / params.temperature
         logits = mx.where(logits < threshold, -math.inf, logits)
     if params.top_p < 1:
         kept = nucleus(mx.softmax(logits), params.top_p)
@@ -132,6 +134,19 @@ def filter_logits(logits: mx.array, params: SamplingParams) -> mx.array:
         floor = mx.max(logits) + math.log(params.min_p)
         logits = mx.where(logits < floor, -math.inf, logits)
     return logits
+
+
+def kth_largest(scores: Scores, k: int) -> mx.array:
+    """The `k`-th largest logit, shape `[]`.
+
+    It lies in one of the `k` runs with the largest peaks: another run with a logit above it would
+    have a peak above it, and fewer than `k` logits are.
+    """
+    candidates = scores.logits
+    if scores.peaks is not None and k < scores.peaks.size:
+        runs = mx.argpartition(-scores.peaks, k - 1)[:k]
+        candidates = candidates.reshape(scores.peaks.size, -1)[runs].reshape(-1)
+    return mx.min(mx.topk(candidates, k))
 
 
 def nucleus(probabilities: mx.array, top_p: float) -> mx.array:

@@ -134,14 +134,10 @@ class Layer:
             for stage in self.STAGES
             for name in stage
         }
+        owner: Any
         for name, projection in self.projections.items():
             part, attribute = name.split(".")
-            if name == "self_attn.o_proj":
-                continue
             setattr(getattr(module, part), attribute, projection)
-        # `attend` then returns what o_proj would be given.
-        owner: Any = module.self_attn
-        owner.o_proj = nn.Identity()
         for name, _ in layout.vectors(weights.config):
             if name.startswith(f"{self.path}."):
                 *parts, attribute = name.removeprefix(f"{self.path}.").split(".")
@@ -158,7 +154,7 @@ class Layer:
 
     def mixed_values(self, x: mx.array) -> mx.array:
         """What o is given, for what q, k and v are given."""
-        return self._module.self_attn(x, "causal" if x.shape[1] > 1 else None, None)
+        return plain.mix(self._module.self_attn, x, "causal" if x.shape[1] > 1 else None, None)
 
     def up_input(self, residual: mx.array) -> mx.array:
         """What up is given, for the residual stream after attention."""

@@ -13,6 +13,7 @@ import pytest
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation_config import GenerationConfig
 from apertus_mlx.sampling import Sampler, SamplingParams, filter_logits, penalize, resolve_params
+from apertus_mlx.scores import Scores
 
 LOGITS = np.random.default_rng(0).normal(0, 3, 500)
 
@@ -53,7 +54,7 @@ def reference(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
 )
 def test_filters(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
-    probabilities = mx.softmax(filter_logits(mx.array(LOGITS), params))
+    probabilities = mx.softmax(filter_logits(Scores(mx.array(LOGITS)), params))
     np.testing.assert_allclose(np.array(probabilities), reference(LOGITS, params), atol=1e-6)
 
 
@@ -62,7 +63,7 @@ def test_draws_follow_the_probabilities() -> None:
     sampler = Sampler(params, [], len(LOGITS))
     logits = mx.array(LOGITS)
     draws = 4000
-    counts = Counter(int(sampler(logits)) for _ in range(draws))
+    counts = Counter(int(sampler(Scores(logits))) for _ in range(draws))
     expected = reference(LOGITS, params)
     assert set(counts) <= set(np.flatnonzero(expected).tolist())
     for token, count in counts.items():
@@ -73,7 +74,7 @@ def test_draws_follow_the_probabilities() -> None:
 def test_same_seed_same_draws() -> None:
     def draws(seed: int) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=2.0, seed=seed), [], len(LOGITS))
-        return [int(sampler(mx.array(LOGITS))) for _ in range(20)]
+        return [int(sampler(Scores(mx.array(LOGITS)))) for _ in range(20)]
 
     assert draws(5) == draws(5)
     assert draws(5) != draws(6)
@@ -85,7 +86,7 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
     assert penalize(logits, seen, 2.0).tolist() == pytest.approx([1.5, 2.0, -2.0, 1.9])
     sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), [0], 4)
     # 0 is in the prompt, so 1 wins; then 1 is halved as well, so 3 wins; then 0 again.
-    assert [int(sampler(logits)) for _ in range(3)] == [1, 3, 0]
+    assert [int(sampler(Scores(logits))) for _ in range(3)] == [1, 3, 0]
 
 
 @pytest.mark.parametrize(

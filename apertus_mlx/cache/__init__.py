@@ -26,14 +26,20 @@ __all__ = [
 FULL_PRECISION = CacheConfig()
 
 
-def make_layer_cache(config: CacheConfig, head_dim: int) -> FullCache | QuantizedCache:
+def make_layer_cache(
+    config: CacheConfig, head_dim: int, joined: bool = False
+) -> FullCache | QuantizedCache:
     """An empty cache for one layer whose heads have `head_dim` numbers.
+
+    `joined`: for an owner that writes keys and values together; see `FullCache`.
 
     Raises:
         UsageError: heads of this width cannot be quantized or rotated as asked.
     """
     config.require_fit(head_dim)
-    return QuantizedCache(config, head_dim) if config.quantized else FullCache(config)
+    if config.quantized:
+        return QuantizedCache(config, head_dim)
+    return FullCache(config, joined)
 
 
 def expect(caches: Sequence[Cache], more: int) -> None:

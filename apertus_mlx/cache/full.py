@@ -10,15 +10,20 @@ from apertus_mlx.cache.store import Ring, Store
 
 
 class FullCache:
-    """Keys and values in one buffer, `[B, 2 * kv_heads, S, head_dim]`: keys first.
+    """Keys and values as they come, `[B, kv_heads, S, head_dim]` each.
 
-    One buffer, so that a kernel that makes both writes them with one update (`append`). With a
-    bound, the sinks and the latest positions of the ring behind them; a query then sees, beside
-    the sinks, itself and the `ring - 1` positions before it.
+    With a bound, the sinks and the latest positions of the ring behind them; a query then sees,
+    beside the sinks, itself and the `ring - 1` positions before it.
+
+    Args:
+        config: the bound.
+        joined: keep both in one buffer `[B, 2 * kv_heads, S, head_dim]`, keys first, so that a
+            kernel that makes both can write them at once (`append`).
     """
 
-    def __init__(self, config: CacheConfig | None = None) -> None:
+    def __init__(self, config: CacheConfig | None = None, joined: bool = False) -> None:
         self.config = config or CacheConfig()
+        self.joined = joined
         bound = self.config.bound
         self.rows = Store() if bound is None else Ring(bound, self.config.sinks)
 
@@ -29,13 +34,17 @@ class FullCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `keys` and `values` `[B, kv_heads, L, head_dim]`; return all to attend to."""
-        return self.append(mx.concatenate([keys, values], axis=1))
+        if self.joined:
+            return self.append(mx.concatenate([keys, values], axis=1))
+        keys, values = self.rows.append([keys, values], keep_evicted=keys.shape[2] > 1)
+        return keys, values
 
     def append(self, rows: mx.array) -> tuple[mx.array, mx.array]:
         """Append `[B, 2 * kv_heads, L, head_dim]`, keys before values; return both to attend to."""
-        heads = rows.shape[1] // 2
+        if not self.joined:
+            return self.update_and_fetch(*_halves(rows))
         (seen,) = self.rows.append([rows], keep_evicted=rows.shape[2] > 1)
-        return seen[:, :heads], seen[:, heads:]
+        return _halves(seen)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """Causal for several queries, none for one; an array where a ring drops positions."""
@@ -69,12 +78,13 @@ class FullCache:
 
     def export(self) -> dict[str, mx.array]:
         """What `restore` needs, by name."""
-        (rows,) = self.rows.rows()
-        return {"rows": rows}
+        rows = self.rows.rows()
+        return {"rows": rows[0] if self.joined else mx.concatenate(rows, axis=1)}
 
     def restore(self, arrays: dict[str, mx.array], positions: int) -> None:
         """Take over what a cache of the same form exported after so many positions."""
-        self.rows.restore([arrays["rows"]], positions)
+        rows = arrays["rows"]
+        self.rows.restore([rows] if self.joined else _halves(rows), positions)
 
     def size(self) -> int:
         """Number of positions held."""
@@ -93,6 +103,12 @@ class FullCache:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self.rows.nbytes
+
+
+def _halves(rows: mx.array) -> tuple[mx.array, mx.array]:
+    """Keys and values of rows that hold both."""
+    heads = rows.shape[1] // 2
+    return rows[:, :heads], rows[:, heads:]
 
 
 def causal_mask(length: int, offset: int) -> mx.array:

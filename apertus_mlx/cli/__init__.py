@@ -11,12 +11,14 @@ def main() -> None:
     """Entry point of `apertus-mlx`: run a command, turn failures into one line and an exit code."""
     import typer
 
+    from apertus_mlx import command_buffers
     from apertus_mlx.cli.app import app
     from apertus_mlx.errors import ApertusError
 
     # typer's own class for wrong arguments; which package it lives in changes with its version.
     wrong_usage = typer.BadParameter.__mro__[1]
     debug = os.environ.get("APERTUS_MLX_DEBUG") == "1"
+    command_buffers.widen()
     try:
         # Outside its standalone mode typer returns the code of an Exit, an interrupt's among them.
         sys.exit(app(standalone_mode=False, prog_name="apertus-mlx"))

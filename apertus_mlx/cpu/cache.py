@@ -71,7 +71,7 @@ class HostCache(FullCache):
     """A `FullCache` in full precision whose memory numpy and onnxruntime share."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(joined=True)
         self.rows: HostStore = HostStore()
 
     def reserve(self, batch: int, kv_heads: int, count: int, width: int) -> tuple[Floats, Floats]:

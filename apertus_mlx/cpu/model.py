@@ -22,6 +22,7 @@ from apertus_mlx.cpu.weights import Floats
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import Inventory
 from apertus_mlx.model import rotary_wavelengths
+from apertus_mlx.scores import Scores
 
 
 class HostModel:
@@ -70,6 +71,11 @@ class HostModel:
         """Logits `[B, L, vocabulary]` of final hidden states `[B, L, D]`."""
         rows = np.asarray(hidden.astype(mx.float32)).reshape(-1, hidden.shape[-1])
         return self._logits(np.ascontiguousarray(rows), hidden.shape[:-1])
+
+    def scores(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Scores:
+        """Scores of the token after the last of `inputs` `[1, L]`."""
+        hidden = self._hidden(inputs, cache)[-1:]
+        return Scores(self._logits(hidden, (1,))[0])
 
     @property
     def layers(self) -> range:

@@ -58,7 +58,7 @@ class Stage:
         self._outputs.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
 
     def add_norm(self, residual: str, update: str | None, weight: Floats) -> tuple[str, str]:
-        """See `Operations.add_norm`."""
+        """The residual stream with its update, and its RMS norm."""
         eps = self.config.rms_norm_eps
         if update is None:
             return residual, self._rms_norm(residual, weight)

@@ -6,54 +6,53 @@ with it and implements the same protocol.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
     from apertus_mlx.cache import Cache
-    from apertus_mlx.cache.protocol import Mask, Stored
+    from apertus_mlx.cache.protocol import Mask
     from apertus_mlx.model import MLP, Attention
+    from apertus_mlx.scores import Scores
+
+
+class Stream(NamedTuple):
+    """The residual stream `[B, L, D]`, and what is still to be added to it by whoever comes next.
+
+    The addition is left open because hardware can do it together with what follows or precedes.
+    """
+
+    residual: mx.array
+    update: mx.array | None = None
 
 
 class Operations(Protocol):
-    """B: batch, L: new positions, S: all positions, D: hidden size."""
+    """B: batch, L: new positions, D: hidden size."""
 
-    def add_norm(
-        self, residual: mx.array, update: mx.array | None, norm: nn.RMSNorm
-    ) -> tuple[mx.array, mx.array]:
-        """The new residual `residual + update` and its RMS norm, both `[B, L, D]`."""
+    @property
+    def joined_rows(self) -> bool:
+        """Whether keys and values of a position are best written to the cache together."""
 
-    def project_qkv(self, attention: Attention, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries `[B, L, heads, head_dim]`, keys and values `[B, L, kv_heads, head_dim]`."""
-
-    def rotate_and_store(
-        self,
-        attention: Attention,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: Cache | None,
-    ) -> tuple[mx.array, Stored, Stored]:
-        """QK-norm, rotary embedding and cache write.
-
-        Returns queries `[B, heads, L, head_dim]` and all keys and values as the cache has them:
-        arrays `[B, kv_heads, S, head_dim]` or `Segments`.
-        """
+    def embed(self, embedding: nn.Module, ids: mx.array) -> mx.array:
+        """Rows `[B, L, D]` of the token ids `[B, L]`."""
 
     def attend(
         self,
         attention: Attention,
-        queries: mx.array,
-        keys: Stored,
-        values: Stored,
+        norm: nn.RMSNorm,
+        stream: Stream,
         mask: Mask,
-    ) -> mx.array:
-        """Scaled dot-product attention and output projection, `[B, L, D]`."""
+        cache: Cache | None,
+    ) -> Stream:
+        """Norm, projections, rotary embedding, cache write, attention and output projection."""
 
-    def feed_forward(self, mlp: MLP, x: mx.array) -> mx.array:
-        """Up projection, xIELU and down projection, `[B, L, D]`."""
+    def feed_forward(self, mlp: MLP, norm: nn.RMSNorm, stream: Stream) -> Stream:
+        """Norm, up projection, xIELU and down projection."""
 
-    def head(self, head: nn.Linear | nn.Embedding, x: mx.array) -> mx.array:
-        """Logits `[B, L, vocabulary]`, from the tied embedding or the head's own weights."""
+    def normalize(self, norm: nn.RMSNorm, stream: Stream) -> mx.array:
+        """The final hidden states `[B, L, D]`."""
+
+    def scores(self, head: nn.Module, norm: nn.RMSNorm, stream: Stream) -> Scores:
+        """Scores of the token after the last position of the first sequence."""

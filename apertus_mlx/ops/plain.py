@@ -2,32 +2,102 @@
 
 from __future__ import annotations
 
+from functools import cache as memoize
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from apertus_mlx.cache.segments import Segments
-from apertus_mlx.ops import segmented
+from apertus_mlx.ops import Stream, segmented
+from apertus_mlx.scores import Scores
 
 if TYPE_CHECKING:
     from apertus_mlx.cache import Cache
     from apertus_mlx.cache.protocol import Mask, Stored
     from apertus_mlx.model import MLP, Attention
 
+# Keys and values are written apart: joining them first would cost two copies.
+joined_rows = False
 
-def add_norm(
-    residual: mx.array, update: mx.array | None, norm: nn.RMSNorm
-) -> tuple[mx.array, mx.array]:
-    """See `Operations.add_norm`."""
-    if update is not None:
-        residual = residual + update
+
+def embed(embedding: nn.Module, ids: mx.array) -> mx.array:
+    """See `Operations.embed`."""
+    quantized = isinstance(embedding, nn.QuantizedEmbedding) and embedding.mode == "affine"
+    if not quantized or ids.size > 1:
+        rows: mx.array = embedding(ids)
+        return rows
+    # A product of 1 with the row, as a matrix of one row: one kernel where gathering codes, scales
+    # and biases and putting them together takes four.
+    codes, scales, biases = (
+        embedding[name].reshape(-1, 1, embedding[name].shape[1])
+        for name in ("weight", "scales", "biases")
+    )
+    one, zero = _unit(scales.dtype)
+    row = mx.gather_qmm(
+        one, codes, scales, biases, lhs_indices=zero, rhs_indices=ids.reshape(1), transpose=False,
+        group_size=embedding.group_size, bits=embedding.bits,
+    )  # fmt: skip
+    return row.reshape(1, 1, -1)
+
+
+def attend(
+    attention: Attention, norm: nn.RMSNorm, stream: Stream, mask: Mask, cache: Cache | None
+) -> Stream:
+    """See `Operations.attend`."""
+    residual, x = settle(norm, stream)
+    return Stream(residual, attention.o_proj(mix(attention, x, mask, cache)))
+
+
+def feed_forward(mlp: MLP, norm: nn.RMSNorm, stream: Stream) -> Stream:
+    """See `Operations.feed_forward`."""
+    residual, x = settle(norm, stream)
+    return Stream(residual, mlp.down_proj(mlp.act_fn(mlp.up_proj(x))))
+
+
+def normalize(norm: nn.RMSNorm, stream: Stream) -> mx.array:
+    """See `Operations.normalize`."""
+    return settle(norm, stream)[1]
+
+
+def scores(head: nn.Module, norm: nn.RMSNorm, stream: Stream) -> Scores:
+    """See `Operations.scores`."""
+    residual, update = stream
+    last = Stream(residual[:, -1:], None if update is None else update[:, -1:])
+    return Scores(logits(head, normalize(norm, last))[0, 0])
+
+
+def settle(norm: nn.RMSNorm, stream: Stream) -> tuple[mx.array, mx.array]:
+    """The residual stream with its update, and its RMS norm, both `[B, L, D]`."""
+    residual = stream.residual
+    if stream.update is not None:
+        residual = residual + stream.update
     return residual, norm(residual)
 
 
-def project_qkv(attention: Attention, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """See `Operations.project_qkv`."""
+def mix(attention: Attention, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    """Everything of attention but the norm before and the projection after it.
+
+    From `x` `[B, L, D]` to `[B, L, heads * head_dim]`.
+    """
+    queries, keys, values = project(attention, x)
+    offset = 0 if cache is None else cache.offset
+    queries = attention.rope(attention.q_norm(queries).transpose(0, 2, 1, 3), offset)
+    keys = attention.rope(attention.k_norm(keys).transpose(0, 2, 1, 3), offset)
+    values = values.transpose(0, 2, 1, 3)
+    if cache is None:
+        return weigh(attention, queries, keys, values, mask)
+    return weigh(attention, queries, *cache.update_and_fetch(keys, values), mask)
+
+
+def project(attention: Attention, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries `[B, L, heads, head_dim]`, keys and values `[B, L, kv_heads, head_dim]`."""
     batch, length, _ = x.shape
+    if attention.is_joined:
+        heads, kv_heads = attention.heads, attention.kv_heads
+        rows = attention.qkv_proj(x).reshape(batch, length, -1, attention.head_dim)
+        queries, keys, values = mx.split(rows, [heads, heads + kv_heads], axis=2)
+        return queries, keys, values
     queries, keys, values = (
         projection(x).reshape(batch, length, -1, attention.head_dim)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -35,27 +105,10 @@ def project_qkv(attention: Attention, x: mx.array) -> tuple[mx.array, mx.array, 
     return queries, keys, values
 
 
-def rotate_and_store(
-    attention: Attention,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Cache | None,
-) -> tuple[mx.array, Stored, Stored]:
-    """See `Operations.rotate_and_store`."""
-    offset = 0 if cache is None else cache.offset
-    queries = attention.rope(attention.q_norm(queries).transpose(0, 2, 1, 3), offset)
-    keys = attention.rope(attention.k_norm(keys).transpose(0, 2, 1, 3), offset)
-    values = values.transpose(0, 2, 1, 3)
-    if cache is None:
-        return queries, keys, values
-    return queries, *cache.update_and_fetch(keys, values)
-
-
-def attend(
+def weigh(
     attention: Attention, queries: mx.array, keys: Stored, values: Stored, mask: Mask
 ) -> mx.array:
-    """See `Operations.attend`."""
+    """Scaled dot-product attention: from `[B, heads, L, head_dim]` to one row per position."""
     batch, _, length, _ = queries.shape
     scale = attention.head_dim**-0.5
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
@@ -63,15 +116,19 @@ def attend(
     else:
         assert isinstance(keys, Segments) and isinstance(values, Segments)
         output = segmented.attend(queries, keys, values, scale, mask)
-    return attention.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+    return output.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
 
-def feed_forward(mlp: MLP, x: mx.array) -> mx.array:
-    """See `Operations.feed_forward`."""
-    return mlp.down_proj(mlp.act_fn(mlp.up_proj(x)))
-
-
-def head(head: nn.Linear | nn.Embedding, x: mx.array) -> mx.array:
-    """See `Operations.head`."""
+def logits(head: nn.Module, hidden: mx.array) -> mx.array:
+    """Logits `[B, L, vocabulary]`, from the tied embedding or the head's own weights."""
     tied = isinstance(head, nn.Embedding | nn.QuantizedEmbedding)
-    return head.as_linear(x) if tied else head(x)
+    found: mx.array = head.as_linear(hidden) if tied else head(hidden)
+    return found
+
+
+@memoize
+def _unit(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """A matrix of a single 1, and an index of 0."""
+    unit = mx.ones((1, 1), dtype), mx.zeros((1,), mx.uint32)
+    mx.eval(unit)
+    return unit

@@ -1,0 +1,31 @@
+"""Several projections of one input as a single one: one product instead of three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def join(projections: Sequence[nn.Module]) -> nn.Module | None:
+    """One projection whose outputs are those of `projections` one after the other.
+
+    Each output has its own row of weights, so the numbers stay the same. None where the formats
+    differ, or where a projection is more than a product.
+    """
+    first = projections[0]
+    plain = all(type(projection) is nn.Linear for projection in projections)
+    quantized = all(type(projection) is nn.QuantizedLinear for projection in projections)
+    if not plain and not quantized:
+        return None
+    if quantized and len({(p.bits, p.group_size, p.mode) for p in projections}) > 1:
+        return None
+    # Of the same class, with the same settings, and with other arrays.
+    joined = copy(first)
+    names = [name for name in ("weight", "scales", "biases") if first.get(name) is not None]
+    for name in names:
+        joined[name] = mx.concatenate([projection[name] for projection in projections])
+        mx.eval(joined[name])
+    return joined
