@@ -17,8 +17,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx import embedding_row
 from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, make_layer_cache
 from apertus_mlx.cache.protocol import Mask
+from apertus_mlx.compiled_step import CompiledStep
 from apertus_mlx.config import ModelConfig, Rope
 from apertus_mlx.joined_linear import join
 from apertus_mlx.ops import Operations, Stream, plain
@@ -43,14 +45,15 @@ class XIELU(nn.Module):
 
     def fold(self) -> None:
         """Compute the slopes once; call after the weights are final."""
-        self._folded = self._constants()
+        self._folded = self.slopes()
         mx.eval(self._folded)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply to `x` of any shape."""
-        return _xielu(x, *(self._folded or self._constants()))
+        return _xielu(x, *(self._folded or self.slopes()))
 
-    def _constants(self) -> tuple[mx.array, ...]:
+    def slopes(self) -> tuple[mx.array, ...]:
+        """`alpha_p`, `alpha_n`, `beta` and `eps` as they stand in the equation, in float32."""
         beta, eps = self.beta.astype(mx.float32), self.eps.astype(mx.float32)
         alpha_p = _softplus(self.alpha_p.astype(mx.float32))
         alpha_n = beta + _softplus(self.alpha_n.astype(mx.float32))
@@ -71,8 +74,9 @@ def xielu(
     return (mx.where(y > 0, positive, negative) + beta * y).astype(x.dtype)
 
 
-# On a GPU one kernel instead of ten; on the CPU MLX would call a C++ compiler first.
-_xielu = xielu if mx.default_device() == mx.cpu else mx.compile(xielu, shapeless=True)
+# On a GPU one kernel instead of ten; on the CPU MLX would call a C++ compiler first. Compiled for
+# each shape anew, since without known shapes MLX leaves the first cast out of the kernel.
+_xielu = xielu if mx.default_device() == mx.cpu else mx.compile(xielu)
 
 
 class RotaryEmbedding(nn.Module):
@@ -82,6 +86,11 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self._wavelengths = mx.array(rotary_wavelengths(head_dim, rope), mx.float32)
+
+    @property
+    def wavelengths(self) -> mx.array:
+        """Positions per radian, `[head_dim / 2]`."""
+        return self._wavelengths
 
     def __call__(self, x: mx.array, offset: Any) -> mx.array:
         """Rotate `x` `[B, heads, L, head_dim]`, whose first position is `offset`."""
@@ -213,6 +222,7 @@ class Model(nn.Module):
         self.config = config
         self.ops = ops
         self.model_type = config.family
+        self._compiled_step: CompiledStep | None = None
         self.model = Decoder(config, ops)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.output_vocab_size, bias=False)
@@ -227,10 +237,23 @@ class Model(nn.Module):
 
     def scores(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Scores:
         """Scores of the token after the last of `inputs` `[1, L]`."""
+        if self._compiled_step is not None and inputs.size == 1:
+            scores = self._compiled_step(inputs, cache)
+            if scores is not None:
+                return scores
+        return self.eager_scores(inputs, cache)
+
+    def eager_scores(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> Scores:
+        """See `scores`; described to MLX anew, and so for any cache."""
         return self.ops.scores(self.head, self.model.norm, self.model.stream(inputs, cache))
+
+    def compile_step(self) -> None:
+        """From now on describe the step of decoding to MLX only once; see `CompiledStep`."""
+        self._compiled_step = CompiledStep(self)
 
     def fold(self) -> None:
         """Bring the weights, now final, into the form that is the quickest to compute with."""
+        self.model.embed_tokens.by_product = embedding_row.works(self.model.embed_tokens)
         for layer in self.layers:
             layer.self_attn.fold()
             layer.mlp.act_fn.fold()

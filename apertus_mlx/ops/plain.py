@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache as memoize
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx import embedding_row
 from apertus_mlx.cache.segments import Segments
 from apertus_mlx.ops import Stream, segmented
 from apertus_mlx.scores import Scores
@@ -23,22 +23,10 @@ joined_rows = False
 
 def embed(embedding: nn.Module, ids: mx.array) -> mx.array:
     """See `Operations.embed`."""
-    quantized = isinstance(embedding, nn.QuantizedEmbedding) and embedding.mode == "affine"
-    if not quantized or ids.size > 1:
-        rows: mx.array = embedding(ids)
-        return rows
-    # A product of 1 with the row, as a matrix of one row: one kernel where gathering codes, scales
-    # and biases and putting them together takes four.
-    codes, scales, biases = (
-        embedding[name].reshape(-1, 1, embedding[name].shape[1])
-        for name in ("weight", "scales", "biases")
-    )
-    one, zero = _unit(scales.dtype)
-    row = mx.gather_qmm(
-        one, codes, scales, biases, lhs_indices=zero, rhs_indices=ids.reshape(1), transpose=False,
-        group_size=embedding.group_size, bits=embedding.bits,
-    )  # fmt: skip
-    return row.reshape(1, 1, -1)
+    if ids.size == 1 and getattr(embedding, "by_product", False):
+        return embedding_row.row(embedding, ids)
+    rows: mx.array = embedding(ids)
+    return rows
 
 
 def attend(
@@ -80,29 +68,46 @@ def mix(attention: Attention, x: mx.array, mask: Mask, cache: Cache | None) -> m
 
     From `x` `[B, L, D]` to `[B, L, heads * head_dim]`.
     """
-    queries, keys, values = project(attention, x)
+    return weigh(attention, *rotate_and_store(attention, *project(attention, x), cache), mask)
+
+
+def project(attention: Attention, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries `[B, L, heads, head_dim]`, keys and values `[B, L, kv_heads, head_dim]`."""
+    if attention.is_joined:
+        return split(attention, attention.qkv_proj(x))
+    queries, keys, values = (
+        projection(x).reshape(*x.shape[:2], -1, attention.head_dim)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return queries, keys, values
+
+
+def split(attention: Attention, qkv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """See `project`, from what `qkv_proj` gives."""
+    heads, kv_heads = attention.heads, attention.kv_heads
+    rows = qkv.reshape(*qkv.shape[:2], -1, attention.head_dim)
+    queries, keys, values = mx.split(rows, [heads, heads + kv_heads], axis=2)
+    return queries, keys, values
+
+
+def rotate_and_store(
+    attention: Attention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Cache | None,
+) -> tuple[mx.array, Stored, Stored]:
+    """QK-norm, rotary embedding and cache write.
+
+    Returns queries `[B, heads, L, head_dim]` and all keys and values as the cache has them.
+    """
     offset = 0 if cache is None else cache.offset
     queries = attention.rope(attention.q_norm(queries).transpose(0, 2, 1, 3), offset)
     keys = attention.rope(attention.k_norm(keys).transpose(0, 2, 1, 3), offset)
     values = values.transpose(0, 2, 1, 3)
     if cache is None:
-        return weigh(attention, queries, keys, values, mask)
-    return weigh(attention, queries, *cache.update_and_fetch(keys, values), mask)
-
-
-def project(attention: Attention, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries `[B, L, heads, head_dim]`, keys and values `[B, L, kv_heads, head_dim]`."""
-    batch, length, _ = x.shape
-    if attention.is_joined:
-        heads, kv_heads = attention.heads, attention.kv_heads
-        rows = attention.qkv_proj(x).reshape(batch, length, -1, attention.head_dim)
-        queries, keys, values = mx.split(rows, [heads, heads + kv_heads], axis=2)
         return queries, keys, values
-    queries, keys, values = (
-        projection(x).reshape(batch, length, -1, attention.head_dim)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    return queries, keys, values
+    return queries, *cache.update_and_fetch(keys, values)
 
 
 def weigh(
@@ -124,11 +129,3 @@ def logits(head: nn.Module, hidden: mx.array) -> mx.array:
     tied = isinstance(head, nn.Embedding | nn.QuantizedEmbedding)
     found: mx.array = head.as_linear(hidden) if tied else head(hidden)
     return found
-
-
-@memoize
-def _unit(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """A matrix of a single 1, and an index of 0."""
-    unit = mx.ones((1, 1), dtype), mx.zeros((1,), mx.uint32)
-    mx.eval(unit)
-    return unit
