@@ -1,0 +1,166 @@
+"""Estimates of decode speed per chip and model: what bandwidth allows, and what kernels add.
+
+    python -m tests.benchmarks.decode_estimates
+
+Prints the tables of docs/decode-speed.md. Counts are counted, from the graph of each model; bytes
+are exact; times are a model of two terms, and wrong by a quarter or so until a Mac has measured:
+
+    seconds per token = bytes read / (0.85 x bandwidth) + dispatches x cost of one
+
+The 0.85 is what MLX's matrix-vector product reaches on large matrices (0.90 to 0.96 measured by
+others on an M5 Pro), less the time in which small ones leave the memory idle. The cost of a small
+kernel that waits for another, in microseconds, is what is left of published speeds of a 0.5B model
+at 4 bits (ml-explore/mlx#1864, lablup/mlxcel#341 and #1713), and 2.4 where chains of such kernels
+were timed (ml-explore/mlx#4521, M3 Ultra).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from apertus_mlx import layout
+from apertus_mlx import model as model_module
+from apertus_mlx.config import ModelConfig, parse_config
+from apertus_mlx.memory.devices import CHIPS, GB, PHONES
+from apertus_mlx.metal.needed import kernels_for
+from apertus_mlx.model import Model
+from apertus_mlx.ops.fused import FusedOperations
+from apertus_mlx.sampling import Sampler, SamplingParams
+from quant.spec import QuantSpec
+from tests.builders import config_4x
+from tests.dispatch_count import Dispatches, count_dispatches
+
+GROUP_SIZE = 64
+EFFICIENCY = 0.85
+# Bandwidth in bytes per second, and microseconds of a dependent kernel.
+DEVICES = {
+    "iPhone 15 Pro": ((PHONES["iphone-15-pro"][1] or 0) * GB, 3.0),
+    "M1": (CHIPS["m1"] * GB, 5.0),
+    "M2": (CHIPS["m2"] * GB, 3.5),
+    "M4": (CHIPS["m4"] * GB, 3.0),
+    "M4 Pro": (CHIPS["m4-pro"] * GB, 3.0),
+    "M4 Max": (CHIPS["m4-max"] * GB, 2.6),
+}
+# layers, hidden, MLP, heads, key heads, tied
+SHAPES = {
+    "0.5B": (20, 1024, 6144, 16, 4, True),
+    "1.5B": (16, 2048, 12288, 32, 8, True),
+    "8B": (32, 4096, 21504, 32, 8, False),
+}
+FORMS = ("mlx-lm", "graph", "around products", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A released model, whole for bytes, and with small matrices for counting."""
+
+    config: ModelConfig
+    small: dict[str, Any]
+
+    def bytes_per_token(self, bits: int) -> int:
+        """Weights read for one token: every matrix, the embedding only where it is the head."""
+        spec = QuantSpec(bits, GROUP_SIZE)
+        return sum(
+            spec.weight_bytes(matrix.rows, matrix.columns, 2)
+            for matrix in layout.matrices(self.config)
+            if self.config.tie_word_embeddings or matrix.path != layout.EMBEDDING
+        )
+
+
+def shape(name: str) -> Shape:
+    layers, hidden, inner, heads, kv_heads, tied = SHAPES[name]
+    values = config_4x(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, vocab_size=131_072,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+    )  # fmt: skip
+    small = config_4x(
+        num_hidden_layers=layers, hidden_size=128, intermediate_size=256, tie_word_embeddings=tied
+    )
+    return Shape(parse_config(values), small)
+
+
+def ours(small: dict[str, Any], form: str) -> Dispatches:
+    """Of one greedy step."""
+    config = parse_config(small)
+    bare = Model(config)
+    nn.quantize(bare, 32, 4)
+    specs = {path: QuantSpec(4, 32) for path, part in bare.named_modules() if "scales" in part}
+    kernels = {}
+    for kernel in kernels_for(config, specs, mx.bfloat16):
+        if form == "all" or kernel.place.startswith(("qk_norm_rope", "add_rms_norm")):
+            kernels.setdefault(kernel.place, kernel)
+    model = Model(config) if form == "graph" else Model(config, FusedOperations(kernels))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 32, 4)
+    mx.eval(model.parameters())
+    model.fold()
+    model.model.embed_tokens.by_product = True
+    caches = model.make_cache()
+    mx.eval(model(mx.array([[1, 2, 3]]), caches))
+    sampler = Sampler(SamplingParams(temperature=0), [], config.vocab_size)
+    return count_dispatches(lambda: [sampler(model.scores(mx.array([[5]], mx.uint32), caches))])
+
+
+def theirs(small: dict[str, Any]) -> Dispatches:
+    """Of one step of mlx-lm, which computes the logarithms of probabilities, too."""
+    from mlx_lm.models import apertus
+    from mlx_lm.models.cache import KVCache
+
+    model = apertus.Model(apertus.ModelArgs.from_dict(small))
+    model.set_dtype(mx.bfloat16)
+    for layer in model.layers:
+        for name in ("beta", "eps"):
+            setattr(layer.mlp.act_fn, name, getattr(layer.mlp.act_fn, name).astype(mx.bfloat16))
+    nn.quantize(model, 32, 4)
+    mx.eval(model.parameters())
+    caches = [KVCache() for _ in model.layers]
+    mx.eval(model(mx.array([[1, 2, 3]]), caches))
+
+    def step() -> list[mx.array]:
+        logits = model(mx.array([[5]]), caches)[:, -1, :]
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        return [mx.argmax(logprobs, axis=-1), logprobs]
+
+    return count_dispatches(step)
+
+
+def main() -> None:
+    # As on a GPU, where the activation is one kernel.
+    model_module._xielu = mx.compile(model_module.xielu)
+    shapes = {name: shape(name) for name in SHAPES}
+    counts = {
+        name: {
+            form: theirs(found.small) if form == "mlx-lm" else ours(found.small, form)
+            for form in FORMS
+        }
+        for name, found in shapes.items()
+    }
+    print("| model | form | dispatches | that wait | command buffers |\n|---|---|---|---|---|")
+    for name, by_form in counts.items():
+        for form, found in by_form.items():
+            row = (name, form, found.total, found.epochs, found.command_buffers)
+            print("|", " | ".join(map(str, row)), "|")
+    print("\n| model | 2 bits | 3 bits | 4 bits | 6 bits |\n|---|---|---|---|---|")
+    for name, found in shapes.items():
+        sizes = [f"{found.bytes_per_token(bits) / 1e6:,.0f} MB" for bits in (2, 3, 4, 6)]
+        print("|", " | ".join([name, *sizes]), "|")
+    print("\n| device | model | bits | roofline |", " | ".join(FORMS), "| all / mlx-lm |")
+    print("|---|---|---|---|" + "---|" * (len(FORMS) + 1))
+    for device, (bandwidth, cost_us) in DEVICES.items():
+        for name, found in shapes.items():
+            for bits in (2, 4):
+                floor = found.bytes_per_token(bits) / bandwidth
+                times = [
+                    floor / EFFICIENCY + counts[name][form].total * cost_us * 1e-6 for form in FORMS
+                ]
+                speeds = " | ".join(f"{1 / time:.0f}" for time in times)
+                gain = f"{times[0] / times[-1]:.2f}"
+                print(f"| {device} | {name} | {bits} | {1 / floor:.0f} | {speeds} | {gain} |")
+
+
+if __name__ == "__main__":
+    main()
