@@ -61,8 +61,21 @@ def load_inventory(
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
     model.fold()
+    _use_kernels(model, inventory, compute)
     model.eval()
     return model
+
+
+def _use_kernels(model: Model, inventory: Inventory, dtype: mx.Dtype) -> None:
+    """Use the fused kernels that have been proved on this machine; elsewhere there are none."""
+    if not mx.metal.is_available():
+        return
+    from apertus_mlx.metal.enabled import enabled
+    from apertus_mlx.ops.fused import FusedOperations
+
+    found = enabled(inventory.config, inventory.specs, dtype)
+    if found.kernels:
+        model.use(FusedOperations(found.kernels), found.compiled_step)
 
 
 def _as_arguments(spec: QuantSpec | None) -> dict[str, Any] | bool:

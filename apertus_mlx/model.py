@@ -247,9 +247,15 @@ class Model(nn.Module):
         """See `scores`; described to MLX anew, and so for any cache."""
         return self.ops.scores(self.head, self.model.norm, self.model.stream(inputs, cache))
 
-    def compile_step(self) -> None:
-        """From now on describe the step of decoding to MLX only once; see `CompiledStep`."""
-        self._compiled_step = CompiledStep(self)
+    def use(self, ops: Operations, compiled_step: bool = False) -> None:
+        """Compute with other operations from now on; caches made before are not for them.
+
+        `compiled_step`: describe the step of decoding to MLX only once; see `CompiledStep`.
+        """
+        for _, module in self.named_modules():
+            if isinstance(module, Model | Decoder | Attention | MLP):
+                module.ops = ops
+        self._compiled_step = CompiledStep(self) if compiled_step else None
 
     def fold(self) -> None:
         """Bring the weights, now final, into the form that is the quickest to compute with."""

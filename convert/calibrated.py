@@ -13,15 +13,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from safetensors.numpy import save_file
 
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
 from convert.calibrate import passes, quantize_model
 from convert.calibration_text import Sample, TextSet, hold_out, read_texts, sample_windows
-from convert.layerwise import SourceWeights
 from convert.plan import CALIBRATION_TOKENS, Plan, Step
 from convert.reading import MLX_TYPES, Reader
+from convert.smoothing import rounding_of, smoothing_scales
+from convert.transformed import SCALES, transformed_weights, unscaled_weights
 from quant.affine import ScaleType
 
 FOLDER = ".calibrated"
@@ -63,7 +65,7 @@ def make_codes(
     workspace: Path,
     progress: Callable[[int, int], None],
 ) -> Path:
-    """Quantize the calibrated matrices of `plan`; returns the folder that holds their codes.
+    """Find what `plan` needs texts for: scales and codes; returns the folder that holds them.
 
     What an interrupted run has finished is used again.
 
@@ -80,14 +82,25 @@ def make_codes(
     scale_type: ScaleType = "BF16" if plan.dtype == "BF16" else "F32"
     if plan.dtype == "F16":
         scale_type = "F16"
+    windows = calibration.sample.windows
     with Reader(source) as reader:
-        weights = SourceWeights(plan.source, reader)
-        total = passes(weights)
-        for path, codes in quantize_model(
-            weights, specs, calibration.sample.windows, scale_type, lambda n: progress(n, total)
-        ):
-            for part, array in zip(PARTS, (codes.packed, codes.scales, codes.biases), strict=True):
-                np.save(folder / f"{path}.{part}.npy", array)
+        before = plan.source.config.num_hidden_layers if plan.request.smooth else 0
+        total = before + (passes(unscaled_weights(plan, reader)) if specs else 0)
+        if plan.request.smooth:
+            scales = smoothing_scales(
+                unscaled_weights(plan, reader),
+                {step.path: rounding_of(step, scale_type) for step in plan.steps if step.spec},
+                windows, scale_type, lambda n: progress(n, total),
+            )  # fmt: skip
+            save_file(scales, folder / SCALES)
+        if specs:
+            weights = transformed_weights(plan, reader, folder)
+            for path, codes in quantize_model(
+                weights, specs, windows, scale_type, lambda n: progress(before + n, total)
+            ):
+                arrays = (codes.packed, codes.scales, codes.biases)
+                for part, array in zip(PARTS, arrays, strict=True):
+                    np.save(folder / f"{path}.{part}.npy", array)
     (folder / DONE).touch()
     return folder
 

@@ -48,6 +48,10 @@ def make_card(
     ]
     if any(step.method != "rtn" for step in plan.steps):
         lines.insert(-1, f"| Method | {plan.request.method} |")
+    if plan.request.rotate or plan.request.smooth:
+        names = ("rotated", "smoothed")
+        chosen = zip(names, (plan.request.rotate, plan.request.smooth), strict=True)
+        lines.insert(-1, f"| Change of basis | {', '.join(name for name, on in chosen if on)} |")
     if quality is not None:
         lines += damage_table(quality)
     if plan.notes:

@@ -22,8 +22,10 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import XIELU_DEFAULTS
 from convert.calibrated import read_codes
 from convert.grids import grid_codes
+from convert.layerwise import Array, Weights
 from convert.plan import OutputFile, OutputTensor, Plan, Step
 from convert.reading import MLX_TYPES, Reader
+from convert.transformed import transformed_weights
 from convert.workspace import Workspace
 from quant import search
 from quant.affine import ScaleType
@@ -55,11 +57,12 @@ def execute(
     """
     done_bytes = 0
     with Reader(source) as reader, _Shards(workspace.path, plan.files) as shards:
+        weights = transformed_weights(plan, reader, calibrated)
         for number, step in enumerate(plan.steps):
             recorded = workspace.done.get(number)
             if recorded is None or shards.checksum(step) != recorded:
                 for block_bytes in _run(
-                    step, reader, shards, plan.request.allow_nonfinite, calibrated
+                    step, reader, shards, plan.request.allow_nonfinite, calibrated, weights
                 ):
                     progress(done_bytes + block_bytes)
                 workspace.record(number, shards.finish(step))
@@ -73,20 +76,24 @@ def _run(
     shards: _Shards,
     allow_nonfinite: bool,
     calibrated: Path | None,
+    weights: Weights,
 ) -> Iterator[int]:
     """Produce one step's tensors; yields the source bytes dealt with after each block."""
     if step.matrix is None:
-        shards.append(step.outputs[0], _vector(step, reader, allow_nonfinite))
+        vector = _vector(step, reader, allow_nonfinite, weights)
+        shards.append(step.outputs[0], vector)
         yield step.source_bytes
         return
     rows = step.outputs[0].shape[0]
     size = step.block_rows
     streams = itertools.cycle(_streams())
+    # Rows in another basis depend on all rows.
+    whole = weights.matrix(step.path) if step.transformed and step.method != "gptq" else None
     pending: deque[tuple[int, tuple[mx.array, ...]]] = deque()
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         with mx.stream(next(streams)):
-            arrays = _matrix_block(step, reader, start, stop, allow_nonfinite, calibrated)
+            arrays = _matrix_block(step, reader, start, stop, allow_nonfinite, calibrated, whole)
         # Computed on another thread while the next block is read.
         mx.async_eval(*arrays)
         pending.append((stop, arrays))
@@ -121,7 +128,11 @@ def _matrix_block(
     stop: int,
     allow_nonfinite: bool,
     calibrated: Path | None,
+    whole: Array | None,
 ) -> tuple[mx.array, ...]:
+    if step.method == "gptq":
+        assert calibrated is not None
+        return read_codes(calibrated, step, start, stop)
     matrix = step.matrix
     assert matrix is not None
     if step.transform == "keep":
@@ -130,7 +141,11 @@ def _matrix_block(
             return codes.weight, codes.scales
         target = MLX_TYPES[step.outputs[1].dtype]
         return codes.weight, *(_in_type(a, target, step) for a in (codes.scales, codes.biases))
-    values = _cast(matrix.read(reader, start, stop, allow_nonfinite), step, allow_nonfinite)
+    if whole is not None:
+        values = mx.array(whole[start:stop])
+    else:
+        values = matrix.read(reader, start, stop, allow_nonfinite)
+    values = _cast(values, step, allow_nonfinite)
     if step.spec is None:
         return (values,)
     spec = step.spec
@@ -139,9 +154,6 @@ def _matrix_block(
         if found is None or found.biases is None:
             raise RejectedError(f"{step.path}: changed since its grid was found; start again")
         return found.weight, found.scales, found.biases
-    if step.method == "gptq":
-        assert calibrated is not None
-        return read_codes(calibrated, step, start, stop)
     if step.method == "search":
         return _searched(values, spec, step)
     return tuple(mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
@@ -158,7 +170,9 @@ def _searched(values: mx.array, spec: QuantSpec, step: Step) -> tuple[mx.array, 
     return mx.array(found.packed), scales, biases
 
 
-def _vector(step: Step, reader: Reader, allow_nonfinite: bool) -> mx.array:
+def _vector(step: Step, reader: Reader, allow_nonfinite: bool, weights: Weights) -> mx.array:
+    if step.transformed:
+        return _cast(mx.array(weights.vector(step.path)), step)
     if step.vector is None:
         return mx.array(XIELU_DEFAULTS[step.path.rsplit(".", 1)[-1]], MLX_TYPES[step.dtype])
     rows = step.vector.shape[0] if step.vector.shape else 1
@@ -166,7 +180,7 @@ def _vector(step: Step, reader: Reader, allow_nonfinite: bool) -> mx.array:
     return _cast(values.reshape(step.outputs[0].shape), step, allow_nonfinite)
 
 
-def _cast(values: mx.array, step: Step, allow_nonfinite: bool) -> mx.array:
+def _cast(values: mx.array, step: Step, allow_nonfinite: bool = False) -> mx.array:
     return _in_type(values, MLX_TYPES[step.dtype], step, allow_nonfinite)
 
 

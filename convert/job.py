@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from apertus_mlx.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from apertus_mlx.config import CONFIG_FILE, read_config
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.strict_json import read_object
+from convert import basis
+from convert.allocation import Allocation, allocate_bits
 from convert.calibrated import Calibration, discard_codes, make_codes, prepare_calibration
 from convert.card import license_of, make_card
 from convert.companions import (
@@ -22,6 +24,7 @@ from convert.companions import (
     copy_companions,
 )
 from convert.execute import execute
+from convert.golden import GOLDEN, golden_prompts
 from convert.grids import find_grids
 from convert.manifest import MANIFEST, make_manifest, sha256
 from convert.output_config import output_config, quantization_block
@@ -58,6 +61,8 @@ class Job:
     asks_for_code: tuple[str, ...]
     # What to calibrate on, where the method needs it.
     calibration: Calibration | None = None
+    # How the formats were chosen, where only a size was asked for.
+    allocation: Allocation | None = None
 
     @property
     def companion_bytes(self) -> int:
@@ -68,7 +73,7 @@ class Job:
     def output_bytes(self) -> int:
         """What the output folder will take on disk, nearly: weights, tokenizer, small files."""
         weights = sum(file.size_bytes for file in self.plan.files)
-        if self.calibration is not None:
+        if self.plan.calibrates:
             weights *= 2  # calibrated codes lie beside the output until they are written
         return weights + self.companion_bytes + 2**20
 
@@ -80,10 +85,13 @@ def prepare(
     commit: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     calibration_texts: Sequence[Path] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Job:
     """Recognise the checkpoint in `directory` and plan its conversion; writes nothing.
 
-    `calibration_texts` are files and folders for the method gptq; without any it takes its own.
+    `calibration_texts` are files and folders for the method gptq, for `smooth` and for a target;
+    without any they take the project's own. `progress` is told layers done and how many there
+    are, where a target has to be measured.
 
     Raises:
         ApertusError: the checkpoint is damaged or not supported, or the request does not fit it.
@@ -105,12 +113,18 @@ def prepare(
         for matrix in source.matrices.values():
             matrix.check(reader)
         size = files[TOKENIZER].size_bytes
+        calibration = allocation = None
+        if request.target is not None:
+            calibration = prepare_calibration(directory, config, calibration_texts)
+            allocation = allocate_bits(source, request, directory, calibration, progress)
+            request = allocation.request
         plan = make_plan(source, request, max_shard_bytes, tokenizer_bytes=size)
         grids = find_grids(plan, reader)
         if grids:
             plan = make_plan(source, request, max_shard_bytes, grids, size)
-    calibration = None
-    if any(step.method == "gptq" for step in plan.steps):
+    if allocation is not None:
+        plan = replace(plan, notes=(*plan.notes, allocation.note))
+    if plan.calibrates and calibration is None:
         calibration = prepare_calibration(directory, config, calibration_texts)
     return Job(
         directory,
@@ -121,6 +135,7 @@ def prepare(
         files,
         config.asks_for_code,
         calibration,
+        allocation,
     )
 
 
@@ -175,6 +190,7 @@ def _write_companions(
     for original in companion_files(job.directory):
         if sha256(original) != sha256(path / original.name):
             raise ApertusError(f"{original.name}: the copy differs from the original; start again")
+    _write_json(path / GOLDEN, golden_prompts(path, plan.source.config))
     license_id = license_of(job.directory)
     quality = None
     if job.calibration is not None:
@@ -194,6 +210,8 @@ def _write_companions(
         "dtype": plan.dtype,
         "quantization": quantization_block(plan.source.config, plan.specs) if plan.specs else None,
         "method": plan.request.method if plan.request.quantizes else None,
+        "transforms": basis.record(plan.request, plan.source.config),
+        "allocation": job.allocation.record if job.allocation else None,
         "calibration": job.calibration.sample.record() if job.calibration else None,
         "losses": {step.path: step.loss for step in plan.steps if step.loss},
         "notes": list(plan.notes),

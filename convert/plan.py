@@ -13,6 +13,7 @@ from typing import Any, Literal
 from apertus_mlx import layout
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.safetensors_header import TensorInfo
+from convert import basis
 from convert.policy import Method, Request
 from convert.reading import BLOCK_BYTES, block_rows
 from convert.sources.source import Carried, MatrixSource, Source
@@ -74,6 +75,8 @@ class Step:
     loss: str | None = None
     # How new codes are found.
     method: Method = "rtn"
+    # Whether its values are those of the model in another basis (`basis`) and not the source's.
+    transformed: bool = False
 
     @property
     def source_tensors(self) -> tuple[TensorInfo, ...]:
@@ -116,6 +119,8 @@ class Step:
         """Estimate of what its blocks take."""
         if self.matrix is None:
             return 4 * self.source_bytes
+        if self.transformed:
+            return 3 * 4 * self.outputs[0].shape[0] * self.columns
         return BLOCK_COPIES * min(BLOCK_BYTES, self.source_bytes)
 
     @property
@@ -188,6 +193,11 @@ class Plan:
         return {step.path: step.spec for step in self.steps if step.spec is not None}
 
     @property
+    def calibrates(self) -> bool:
+        """Whether it needs texts."""
+        return self.request.smooth or any(step.method == "gptq" for step in self.steps)
+
+    @property
     def carries_factors(self) -> bool:
         """Whether some modules need a factor that only this package reads."""
         return any(step.carried is not None for step in self.steps)
@@ -196,7 +206,7 @@ class Plan:
     def peak_memory_bytes(self) -> int:
         """Estimate of the most memory that execution will hold."""
         widest = max((step.memory_bytes for step in self.steps), default=0)
-        if any(step.method == "gptq" for step in self.steps):
+        if self.calibrates:
             widest = max(widest, calibration_memory_bytes(self.source.config))
         return BASE_MEMORY_BYTES + TOKENIZER_COPIES * self.tokenizer_bytes + widest
 
@@ -207,4 +217,5 @@ class Plan:
             for step in self.steps
         ]
         parts += [[file.name, file.header.hex()] for file in self.files]
+        parts.append(basis.record(self.request, self.source.config))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from apertus_mlx import layout
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.safetensors_header import TensorInfo
+from convert import basis
 from convert.plan import (
     CONFIG_DTYPES,
     TYPICAL_TOKENIZER_BYTES,
@@ -22,6 +23,7 @@ from convert.sources.source import MatrixSource, Source
 from quant.grid import Kind
 from quant.spec import QuantSpec
 
+ONLY_VALUES = "the head is the embedding: of --rotate only attention's values are left"
 ROUNDING_ERRORS = {"BF16": "relative error up to 0.4 %", "F16": "relative error up to 0.05 %"}
 
 
@@ -64,12 +66,24 @@ def make_plan(
     ]
     for key, shape in layout.vectors(source.config):
         steps.append(_vector_step(key, shape, source.vectors[key], dtype))
+    changed = basis.changed(request, source.config)
+    steps = [
+        _transformed_step(step, changed[step.path]) if step.path in changed else step
+        for step in steps
+    ]
     placed, files = place(_in_model_order(steps), max_shard_bytes)
     notes = _notes(source, placed, dtype)
+    if request.rotate and source.config.tie_word_embeddings:
+        notes += (ONLY_VALUES,)
     return Plan(source, request, dtype, placed, files, notes, tokenizer_bytes)
 
 
 def _check_request(source: Source, request: Request) -> None:
+    if request.target is not None:
+        raise UsageError(
+            f"{request.target}: what bits do is measured on the weights, which are not here; "
+            "download the model first, or plan with --bits"
+        )
     if request.requantize and not request.quantizes:
         raise UsageError("--requantize: give the bits to quantize to with --bits")
     if source.is_quantized and request.quantizes and not (request.requantize or request.dequantize):
@@ -81,8 +95,11 @@ def _check_request(source: Source, request: Request) -> None:
         raise UsageError(f"--method {request.method}: give the bits to quantize to with --bits")
     if not source.is_quantized and request.dequantize:
         raise UsageError(f"--dequantize: {source.name} is not quantized")
-    if request.allow_nonfinite and request.quantizes:
-        raise UsageError("--allow-nonfinite: quantization has no place for NaN or infinity")
+    if request.allow_nonfinite and (request.quantizes or request.rotate):
+        what = "quantization" if request.quantizes else "a rotation"
+        raise UsageError(f"--allow-nonfinite: {what} has no place for NaN or infinity")
+    if request.smooth and not request.quantizes:
+        raise UsageError("--smooth: scales fit a format; give the bits to quantize to with --bits")
 
 
 def _output_dtype(source: Source, request: Request) -> str:
@@ -156,6 +173,23 @@ def _grid_step(step: Step, kind: Kind) -> Step:
     if kind == "exact32":
         others = [replace(tensor, dtype="F32") for tensor in others]
     return replace(step, transform="grid", grid=kind, method="rtn", outputs=(weight, *others))
+
+
+def _transformed_step(step: Step, option: str) -> Step:
+    """The same tensors from weights in another basis, which are computed in float32."""
+    if step.transform == "keep":
+        raise UsageError(
+            f"{option}: {step.path} keeps its codes, and codes cannot change basis; --dequantize "
+            "gives weights that can"
+        )
+    if step.transform == "grid":
+        raise UsageError(
+            f"{option}: {step.path} lies on a grid of {step.spec}, which would be lost; leave "
+            f"{option} out or choose another format"
+        )
+    transform: Transform = "cast" if step.transform == "copy" else step.transform
+    loss = _cast_loss("F32", step.dtype) if step.matrix and not step.spec else step.loss
+    return replace(step, transform=transform, loss=loss, transformed=True)
 
 
 def _keep_step(matrix: layout.Matrix, source: MatrixSource, dtype: str, request: Request) -> Step:

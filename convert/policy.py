@@ -6,6 +6,7 @@ different formats are a mistake, and so is a rule that matches nothing.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from apertus_mlx import layout
 from apertus_mlx.errors import UsageError
+from apertus_mlx.memory.devices import parse_size
 from apertus_mlx.strict_json import parse_object
 from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, QuantSpec
 
@@ -36,6 +38,34 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What the weights shall come to, by bits per weight or by bytes; either is given."""
+
+    bits_per_weight: float | None = None
+    size_bytes: int | None = None
+    # Of all formats that are chosen; None leaves it open.
+    group_size: int | None = None
+
+    def total_bytes(self, parameters: int) -> int:
+        """Bytes of all tensors of a model."""
+        if self.size_bytes is not None:
+            return self.size_bytes
+        return int((self.bits_per_weight or 0) * parameters / 8)
+
+    @property
+    def name(self) -> str:
+        """As part of an output's name."""
+        if self.size_bytes is not None:
+            return f"{self.size_bytes / 1e6:.9g}MB"
+        return f"{self.bits_per_weight:g}bpw"
+
+    def __str__(self) -> str:
+        if self.size_bytes is not None:
+            return f"--target-size {self.name}"
+        return f"--target-bpw {self.bits_per_weight:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What the user asks of a conversion.
 
@@ -44,8 +74,13 @@ class Request:
 
     default: QuantSpec | None = None
     rules: tuple[Rule, ...] = ()
+    # What matrices without a rule shall come to, in formats that are yet to be chosen.
+    target: Target | None = None
     # How the codes of affine formats are found.
     method: Method = "rtn"
+    # Changes of basis before that: scales from norm to matrix, and rotations.
+    smooth: bool = False
+    rotate: bool = False
     dequantize: bool = False
     requantize: bool = False
     # safetensors type of everything that is not codes; None lets the source decide.
@@ -56,7 +91,8 @@ class Request:
     @property
     def quantizes(self) -> bool:
         """Whether any new quantization is asked for."""
-        return self.default is not None or any(rule.spec is not None for rule in self.rules)
+        asked = self.default is not None or self.target is not None
+        return asked or any(rule.spec is not None for rule in self.rules)
 
 
 def resolve(request: Request, paths: Iterable[str]) -> dict[str, QuantSpec | None]:
@@ -129,6 +165,25 @@ def parse_rule(text: str, group_size: int | None, origin: str = "--set") -> Rule
         )
     group_value = _integer(group, name) if group else group_size
     return Rule(pattern, make_spec(_integer(bits, name), group_value, None, name), name)
+
+
+def parse_target(
+    bits_per_weight: str | None, size: str | None, group_size: int | None
+) -> Target | None:
+    """A target from `--target-bpw` or `--target-size`; None where neither is given.
+
+    Raises:
+        UsageError: both are given, or one is not a number or a size.
+    """
+    if size is not None:
+        if bits_per_weight is not None:
+            raise UsageError("--target-size: leave out --target-bpw; one decides the other")
+        return Target(size_bytes=parse_size(size, "--target-size"), group_size=group_size)
+    if bits_per_weight is None:
+        return None
+    if not re.fullmatch(r"\d{1,2}(\.\d{1,6})?", bits_per_weight, re.ASCII):
+        raise UsageError(f"--target-bpw {bits_per_weight[:40]!r}: expected a number such as 3.2")
+    return Target(float(bits_per_weight), group_size=group_size)
 
 
 def module_rule(path: str, bits: int, group_size: int | None, origin: str) -> Rule:

@@ -3,11 +3,15 @@
 Both are computed in float32 from the weights as stored, layer by layer, on the same tokens. The
 noise floor is what the reference shows against itself when every product with a weight and the
 residual stream are rounded to bfloat16: differences below it mean nothing.
+
+Several models are judged one after the other against final hidden states of the reference, which
+goes through its layers once. Memory holds one layer at a time, two heads and two sets of states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from convert.layerwise import (
     to_bfloat16,
 )
 from convert.reading import Reader
+from convert.sources.source import Source
 from quant.metrics import Damage, TokenErrors, compare, join, summarise
 
 WINDOW_TOKENS = 512
@@ -47,6 +52,8 @@ class Receipt:
     languages: Mapping[str, tuple[Damage, Damage]]
     text_name: str
     text_sha256: str
+    # What the tensors of the model take that its predictions depend on.
+    weight_bytes: int
 
     def as_json(self) -> dict[str, Any]:
         """For manifests and `--json`; divergences in nats."""
@@ -68,10 +75,21 @@ def measure(
     tokens_per_language: int = TOKENS_PER_LANGUAGE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Receipt:
-    """Compare the model in `directory` with the one in `reference` on `texts`.
+    """Compare the model in `directory` with the one in `reference`; see `measure_all`."""
+    return measure_all([directory], reference, texts, tokens_per_language, progress)[0]
+
+
+def measure_all(
+    directories: Sequence[Path],
+    reference: Path,
+    texts: TextSet,
+    tokens_per_language: int = TOKENS_PER_LANGUAGE,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Receipt]:
+    """Compare the models in `directories` with the one in `reference` on `texts`.
 
     Args:
-        directory: any form that `convert` reads.
+        directories: models in any form that `convert` reads.
         reference: likewise; its tokenizer and chat template are used.
         texts: what to predict.
         tokens_per_language: most tokens of each language.
@@ -85,41 +103,62 @@ def measure(
     tokenizer = Tokenizer.load(
         reference, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
     )
-    _check_tokenizer(directory, reference, tokenizer)
+    for directory in directories:
+        _check_tokenizer(directory, reference, tokenizer)
     template = ChatTemplate.load(reference, tokenizer)
     by_language = language_windows(texts, tokenizer, template, WINDOW_TOKENS, tokens_per_language)
     if not by_language:
         raise UsageError(f"{texts.name}: too little text to judge with")
     labels = [label for label, groups in by_language.items() for _ in groups]
     windows = [group for groups in by_language.values() for group in groups]
-    with Reader(reference) as reference_reader, Reader(directory) as reader:
-        expected = open_weights(reference, reference_reader)
-        found = open_weights(directory, reader)
-        if found.config.vocab_size != expected.config.vocab_size:
-            raise UsageError(
-                f"{directory}: {found.config.vocab_size} tokens in the vocabulary, {reference} has "
-                f"{expected.config.vocab_size}"
-            )
-        total = 2 * expected.config.num_hidden_layers + found.config.num_hidden_layers
-        counter = _Counter(progress, total)
+    with ExitStack() as stack:
+
+        def opened(directory: Path) -> SourceWeights:
+            return open_weights(directory, stack.enter_context(Reader(directory)))
+
+        expected = opened(reference)
+        # All of them before the first is measured: a mistake shall not cost an hour.
+        models = [opened(directory) for directory in directories]
+        for directory, found in zip(directories, models, strict=True):
+            if found.config.vocab_size != expected.config.vocab_size:
+                raise UsageError(
+                    f"{directory}: {found.config.vocab_size} tokens in the vocabulary, {reference} "
+                    f"has {expected.config.vocab_size}"
+                )
+        layers = [weights.config.num_hidden_layers for weights in (expected, expected, *models)]
+        counter = _Counter(progress, sum(layers))
         hidden = hidden_states(expected, windows, None, counter.next)
-        errors = _errors(
-            expected, hidden, found, hidden_states(found, windows, None, counter.next), windows
-        )
-        floors = _errors(
-            expected, hidden, expected,
-            hidden_states(expected, windows, to_bfloat16, counter.next), windows,
-        )  # fmt: skip
-    languages = {
-        label: (
-            summarise(join([e for e, own in zip(errors, labels, strict=True) if own == label])),
-            summarise(join([e for e, own in zip(floors, labels, strict=True) if own == label])),
-        )
-        for label in by_language
+        rounded = hidden_states(expected, windows, to_bfloat16, counter.next)
+        floors = _damages(_errors(expected, hidden, expected, rounded, windows), labels)
+        del rounded
+        receipts = []
+        for found in models:
+            states = hidden_states(found, windows, None, counter.next)
+            damages = _damages(_errors(expected, hidden, found, states, windows), labels)
+            del states
+            languages = {label: (damages[label], floors[label]) for label in by_language}
+            receipts.append(
+                Receipt(
+                    damages[None], floors[None], languages, texts.name, texts.sha256,
+                    _weight_bytes(found.source),
+                )
+            )  # fmt: skip
+    return receipts
+
+
+def _damages(errors: list[TokenErrors], labels: list[str]) -> dict[str | None, Damage]:
+    """What the errors of each language come to, and under None those of all."""
+    found: dict[str | None, Damage] = {
+        label: summarise(join([e for e, own in zip(errors, labels, strict=True) if own == label]))
+        for label in dict.fromkeys(labels)
     }
-    return Receipt(
-        summarise(join(errors)), summarise(join(floors)), languages, texts.name, texts.sha256
-    )
+    return {**found, None: summarise(join(errors))}
+
+
+def _weight_bytes(source: Source) -> int:
+    tensors = [tensor for matrix in source.matrices.values() for tensor in matrix.tensors]
+    tensors += [tensor for tensor in source.vectors.values() if tensor is not None]
+    return sum({tensor.name: tensor.size_bytes for tensor in tensors}.values())
 
 
 class _Counter:

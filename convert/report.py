@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from convert import basis
 from convert.job import Job
 from convert.manifest import MANIFEST
 from convert.plan import DTYPE_NAMES, Plan, Step
@@ -19,7 +20,9 @@ def default_name(source_name: str, request: Request) -> str:
     """The output folder's name where the user gives none: `<source>-MLX[-4bit]`."""
     base = _UNSAFE.sub("-", source_name.rsplit("/", 1)[-1]).strip(".-") or "model"
     suffix = ""
-    if request.default is not None:
+    if request.target is not None:
+        suffix = f"-{request.target.name}"
+    elif request.default is not None:
         spec = request.default
         suffix = f"-{spec.bits}bit" if spec.mode == "affine" else f"-{spec.mode}"
     elif request.rules:
@@ -39,7 +42,7 @@ def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
         key = (
             _LAYER.sub(".layers.*.", step.path),
             "x".join(map(str, shape)) or "scalar",
-            step.transform if step.method == "rtn" else f"{step.transform}, {step.method}",
+            _verbs(step),
             str(step.spec) if step.spec else DTYPE_NAMES[step.dtype],
         )
         groups.setdefault(key, []).append(step)
@@ -72,6 +75,7 @@ def plan_as_json(plan: Plan, source: str, commit: str | None) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory_bytes": plan.peak_memory_bytes,
         "dtype": DTYPE_NAMES[plan.dtype],
+        "transforms": basis.record(plan.request, plan.source.config),
         "files": [{"name": file.name, "size_bytes": file.size_bytes} for file in plan.files],
         "notes": list(plan.notes),
         "dropped": dict(plan.source.dropped),
@@ -93,11 +97,19 @@ def summary(job: Job, target: Path) -> dict[str, Any]:
     }
 
 
+def _verbs(step: Step) -> str:
+    """What is done to a tensor."""
+    basis_changes = "change basis, " if step.transformed else ""
+    method = f", {step.method}" if step.method != "rtn" else ""
+    return f"{basis_changes}{step.transform}{method}"
+
+
 def _step_as_json(step: Step) -> dict[str, Any]:
     spec = step.spec
     return {
         "module": step.path,
         "transform": step.transform,
+        "changes_basis": step.transformed,
         "method": step.method if step.transform in ("quantize", "requantize") else None,
         "sources": [tensor.name for tensor in step.source_tensors],
         "bits": spec.bits if spec else None,

@@ -13,6 +13,7 @@ from apertus_mlx.errors import NotFoundError, RejectedError
 from apertus_mlx.inventory import take_inventory
 from apertus_mlx.strict_json import read_object
 from convert import swift_contract as swift
+from convert.golden import GOLDEN, differing
 from convert.manifest import MANIFEST, read_manifest, sha256
 from convert.shards import MAX_SHARD_BYTES
 from convert.swift_contract import Finding
@@ -79,7 +80,9 @@ def _check_model(directory: Path) -> list[Finding]:
         checkpoint = open_checkpoint(directory)
         values = read_object(directory / CONFIG_FILE)
         carried = [tensor.name for tensor in take_inventory(directory).factors.values()]
-        findings = []
+        findings: list[Finding] = []
+        for prompt in differing(directory, config):
+            findings.append(Finding("error", GOLDEN, f"{prompt!r} has other token ids today"))
         if not (directory / INDEX_FILE).is_file():
             findings.append(Finding("warning", INDEX_FILE, "absent"))
     except RejectedError as error:

@@ -224,7 +224,7 @@ def test_a_compiled_step_gives_the_same_tokens_and_logits() -> None:
     runs = []
     for compiled in (False, True):
         if compiled:
-            model.compile_step()
+            model.use(model.ops, compiled_step=True)
         caches = model.make_cache()
         logits = prefill(model, PROMPT, caches)
         sampler = Sampler(GREEDY, PROMPT, model.config.vocab_size)
@@ -243,7 +243,7 @@ def test_other_caches_do_without_a_compiled_step(form: CacheConfig) -> None:
     for cache in (expected, caches):
         prefill(model, PROMPT, cache)
     eager = model.scores(mx.array([[7]]), expected).logits
-    model.compile_step()
+    model.use(model.ops, compiled_step=True)
     assert mx.array_equal(model.scores(mx.array([[7]]), caches).logits, eager)
 
 

@@ -18,7 +18,7 @@ RECIPE = "apertus_mlx.embedded.recipe"
 OUTSIDERS = {
     "transformers": (RECIPE,),
     "torch": (RECIPE,),
-    "mlx_lm": (),
+    "mlx_lm": ("apertus_mlx.bench.peer",),
     "compressed_tensors": (),
 }
 

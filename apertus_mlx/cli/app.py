@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from apertus_mlx import __version__
+from apertus_mlx.cli.bench import bench
 from apertus_mlx.cli.chat import chat
 from apertus_mlx.cli.convert import convert
+from apertus_mlx.cli.distill import distill
+from apertus_mlx.cli.doctor import doctor
 from apertus_mlx.cli.eval import evaluate
 from apertus_mlx.cli.generate import generate
 from apertus_mlx.cli.inspect import inspect
@@ -22,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, inspect, plan, convert, verify):
+for command in (generate, chat, inspect, plan, convert, distill, verify, bench, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -53,6 +53,14 @@ def convert(
     head_bits: Annotated[
         str | None, typer.Option("--head-bits", help="Bits of the head, where it is its own.")
     ] = None,
+    target_bpw: Annotated[
+        str | None,
+        typer.Option("--target-bpw", help="Bits per weight in all; spent where they matter most."),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option("--target-size", help="The same by the size of all weights: 300MB, 1.2GB."),
+    ] = None,
     rules: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,10 +78,21 @@ def convert(
             "--method", help="rtn rounds, search finds the best scales, gptq calibrates on text."
         ),
     ] = "rtn",
+    smooth: Annotated[
+        bool,
+        typer.Option(
+            "--smooth", help="Scale columns where calibration shows that it spares errors."
+        ),
+    ] = False,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Spread outliers: another basis for residual and values."),
+    ] = False,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
-            "--calibration", help="Text, JSONL or chat file, or folder, for gptq; default: own."
+            "--calibration",
+            help="Text, JSONL or chat file, or folder, for gptq, --smooth, --target-*.",
         ),
     ] = None,
     dequantize: Annotated[
@@ -109,18 +128,19 @@ def convert(
     """Convert SOURCE to MLX weights in the folder OUT, quantized where --bits is given."""
     from convert.job import convert as run
     from convert.report import default_name, plan_as_json, plan_rows, summary
-    from convert.workspace import partial_path
+    from convert.workspace import check_target, partial_path
 
     request = _request(
         bits, group_size, mode, embed_bits, head_bits, rules or [], recipe,
-        method=method, dequantize=dequantize, requantize=requantize, dtype=dtype,
+        target_bpw=target_bpw, target_size=target_size, method=method, smooth=smooth,
+        rotate=rotate, dequantize=dequantize, requantize=requantize, dtype=dtype,
         allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    if calibration and method != "gptq":
-        raise UsageError("--calibration: only --method gptq uses it")
+    if calibration and method != "gptq" and not smooth and request.target is None:
+        raise UsageError("--calibration: only --method gptq, --smooth and targets use it")
     target_device = _read_device(device)
     if plan:
-        planned, name, commit = _plan_only(source, revision, offline, request)
+        planned, name, commit = _plan_only(source, revision, offline, request, calibration or [])
         _require_fit(planned, target_device)
         if json:
             print_json(plan_as_json(planned, name, commit))
@@ -130,6 +150,8 @@ def convert(
             for line in lines:
                 print_data(line)
         return
+    if out is not None:
+        check_target(out, None)
     job = _prepare(source, revision, offline, request, calibration or [])
     _require_fit(job.plan, target_device)
     target = out or Path(default_name(job.source_name, request))
@@ -180,7 +202,11 @@ def _request(
     rules: list[str],
     recipe: Path | None,
     *,
+    target_bpw: str | None,
+    target_size: str | None,
     method: str,
+    smooth: bool,
+    rotate: bool,
     dequantize: bool,
     requantize: bool,
     dtype: DType | None,
@@ -189,10 +215,21 @@ def _request(
 ) -> Request:
     from apertus_mlx import layout
     from convert.plan import CONFIG_DTYPES
-    from convert.policy import Request, Rule, make_spec, module_rule, parse_rule, read_recipe
+    from convert.policy import (
+        Request,
+        Rule,
+        make_spec,
+        module_rule,
+        parse_rule,
+        parse_target,
+        read_recipe,
+    )
 
     bits_value = _integer(bits, "--bits", AFFINE_BITS)
     group = _integer(group_size, "--group-size", AFFINE_GROUP_SIZES)
+    target = parse_target(target_bpw, target_size, group)
+    if target is not None and (bits_value is not None or mode is not None or recipe is not None):
+        raise UsageError(f"{target}: chooses formats itself; leave out --bits, --mode and --recipe")
     default = None
     found: list[Rule] = []
     if recipe is not None:
@@ -202,7 +239,7 @@ def _request(
         found += recipe_rules
     elif bits_value is not None or mode is not None:
         default = make_spec(bits_value, group, mode, "--bits" if mode is None else "--mode")
-    elif group is not None and not (embed_bits or head_bits or rules):
+    elif group is not None and not (embed_bits or head_bits or rules or target):
         raise UsageError("--group-size: give --bits as well")
     for option, value, path in (
         ("--embed-bits", embed_bits, layout.EMBEDDING),
@@ -215,7 +252,10 @@ def _request(
     return Request(
         default,
         tuple(found),
+        target,
         method=_method(method),
+        smooth=smooth,
+        rotate=rotate,
         dequantize=dequantize,
         requantize=requantize,
         dtype=CONFIG_DTYPES[dtype.value] if dtype else None,
@@ -251,32 +291,40 @@ def _prepare(
 ) -> Job:
     from convert.job import prepare
 
+    commit = None
     if source is None:
         from apertus_mlx.embedded import model_dir
 
         note("using the small demonstration model in the package; SOURCE takes a real one")
-        return prepare(model_dir(), request, EMBEDDED_NAME, calibration_texts=calibration)
-    from apertus_mlx.hub import is_repo_id, locate, resolve
+        folder, name = model_dir(), EMBEDDED_NAME
+    else:
+        from apertus_mlx.hub import is_repo_id, locate, resolve
 
-    if not Path(source).expanduser().exists() and is_repo_id(source):
-        snapshot = resolve(source, revision=revision, offline=offline)
+        if not Path(source).expanduser().exists() and is_repo_id(source):
+            snapshot = resolve(source, revision=revision, offline=offline)
+            folder, name, commit = snapshot.directory, source, snapshot.commit
+        else:
+            folder = locate(source, revision=revision, offline=offline)
+            name = folder.resolve().name
+    with layer_progress("measuring") as on_layer:
         return prepare(
-            snapshot.directory, request, source, snapshot.commit, calibration_texts=calibration
+            folder, request, name, commit, calibration_texts=calibration, progress=on_layer
         )
-    folder = locate(source, revision=revision, offline=offline)
-    name = folder.resolve().name
-    return prepare(folder, request, name, calibration_texts=calibration)
 
 
 def _plan_only(
-    source: str | None, revision: str | None, offline: bool, request: Request
+    source: str | None,
+    revision: str | None,
+    offline: bool,
+    request: Request,
+    calibration: Sequence[Path],
 ) -> tuple[Plan, str, str | None]:
     """The plan alone; for a Hub id from its headers, before anything is downloaded."""
     from apertus_mlx.hub import is_repo_id
 
     remote = source is not None and not Path(source).expanduser().exists() and is_repo_id(source)
     if not remote or offline or source is None:
-        job = _prepare(source, revision, offline, request)
+        job = _prepare(source, revision, offline, request, calibration)
         return job.plan, job.source_name, job.commit
     from apertus_mlx.hub import fetch_headers
     from convert.remote import plan_remote

@@ -1,25 +1,29 @@
-"""`apertus-mlx eval`: what a quantized model lost, against the model that it was made from."""
+"""`apertus-mlx eval`: what quantized models lost, against the model that they were made from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apertus_mlx.cli.options import JsonOption, OfflineOption
-from apertus_mlx.cli.output import layer_progress, note, print_data, print_json, print_table
+from apertus_mlx.cli.options import JsonOption, OfflineOption, RevisionOption
+from apertus_mlx.cli.output import format_bytes, layer_progress, note, print_json, print_table
+from apertus_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from convert.receipt import Receipt
     from quant.metrics import Damage
 
+HEADER = ("tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "ppl", "+")
+
 
 # The name of the command; `eval` itself is Python's.
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub id.")],
+    models: Annotated[list[str], typer.Argument(help="Model folders or Hub ids.", metavar="MODEL")],
     reference: Annotated[
-        str, typer.Option("--reference", help="Model folder or Hub id that it should equal.")
+        str, typer.Option("--reference", help="Model folder or Hub id that they should equal.")
     ],
     text: Annotated[
         list[Path] | None,
@@ -30,35 +34,106 @@ def evaluate(
     tokens: Annotated[
         int, typer.Option("--tokens", min=2, max=2**24, help="Most tokens per language.")
     ] = 2048,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", help="Draw divergence against bytes into this SVG, PNG or PDF file."
+        ),
+    ] = None,
     json: JsonOption = False,
+    revision: RevisionOption = None,
+    reference_revision: Annotated[
+        str | None,
+        typer.Option("--reference-revision", help="Branch, tag or commit of the reference."),
+    ] = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Measure how far MODEL's predictions are from those of its reference."""
+    """Measure how far each MODEL's predictions are from those of the reference."""
+    from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.hub import locate
     from convert.calibration_text import read_texts
-    from convert.receipt import FLOOR, measure
+    from convert.receipt import FLOOR, measure_all
 
+    if plot is not None:
+        check_plot(plot)
+    labels = _labels(models)
     texts = read_texts(text or [])
-    folder = locate(model, revision=None, offline=offline)
-    origin = locate(reference, revision=None, offline=offline)
+    folders = _locate_all(models, revision, offline)
+    origin = locate(reference, revision=reference_revision, offline=offline)
     with layer_progress("measuring") as update:
-        receipt = measure(folder, origin, texts, tokens, update)
+        found = measure_all(folders, origin, texts, tokens, update)
+    receipts = dict(zip(labels, found, strict=True))
+    if plot is not None:
+        _draw(receipts, plot)
     if json:
-        print_json(receipt.as_json())
+        print_json(_as_json(receipts))
         return
+    one = len(receipts) == 1
+    header = ["text", *HEADER] if one else ["model", "size", "text", *HEADER]
     print_table(
-        ["text", "tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "ppl", "+"],
-        _rows(receipt),
+        header,
+        [
+            row if one else [label, format_bytes(receipt.weight_bytes), *row]
+            for label, receipt in receipts.items()
+            for row in _rows(receipt)
+        ],
     )
-    print_data("")
     note(f"KL divergence in nats; floor: {FLOOR}")
 
 
-def _rows(receipt: Receipt) -> list[list[str]]:
-    rows = [
-        _row(language, damage, floor) for language, (damage, floor) in receipt.languages.items()
+def _labels(models: Sequence[str]) -> list[str]:
+    """A short name for each model: the folder's, or all that was given where two share one."""
+    names = [
+        model if not Path(model).expanduser().is_dir() else Path(model).expanduser().resolve().name
+        for model in models
     ]
-    return [*rows, _row("all", receipt.overall, receipt.overall_floor)]
+    labels = [
+        name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)
+    ]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"{label}: is given twice")
+    return labels
+
+
+def _locate_all(models: Sequence[str], revision: str | None, offline: bool) -> list[Path]:
+    """The folders of all; `revision` is that of those from the Hub, of which there must be one."""
+    from apertus_mlx.hub import locate
+
+    local = [Path(model).expanduser().exists() for model in models]
+    mixed = not all(local)
+    return [
+        locate(model, revision=None if mixed and here else revision, offline=offline)
+        for model, here in zip(models, local, strict=True)
+    ]
+
+
+def _as_json(receipts: Mapping[str, Receipt]) -> dict[str, Any]:
+    """Of one model its receipt; of several the same for each, by its label under `models`."""
+    found = {
+        label: {"weight_bytes": receipt.weight_bytes, **receipt.as_json()}
+        for label, receipt in receipts.items()
+    }
+    return next(iter(found.values())) if len(found) == 1 else {"models": found}
+
+
+def _draw(receipts: Mapping[str, Receipt], path: Path) -> None:
+    from apertus_mlx.cli.plot import Series, save_plot
+
+    series = [
+        Series(label, [receipt.weight_bytes / 1e6], [receipt.overall.kl_mean])
+        for label, receipt in receipts.items()
+    ]
+    floor = next(iter(receipts.values())).overall_floor.kl_mean
+    sizes = [line.x[0] for line in series]
+    series.append(Series("noise floor", [min(sizes), max(sizes)], [floor, floor]))
+    save_plot(path, series, "weights, MB", "mean KL divergence, nats", "Damage by size", log_y=True)
+
+
+def _rows(receipt: Receipt) -> Iterator[list[str]]:
+    for language, (damage, floor) in receipt.languages.items():
+        yield _row(language, damage, floor)
+    yield _row("all", receipt.overall, receipt.overall_floor)
 
 
 def _row(label: str, damage: Damage, floor: Damage) -> list[str]:

@@ -31,16 +31,24 @@ PHONES: dict[str, tuple[float, float | None]] = {
     "iphone-air": (8.0, 75.8),
     "iphone-17-pro": (8.0, 75.8),
 }
-# Chip -> GB/s; a Mac is named by chip and RAM: m1-8gb, m4-pro-24gb.
+# Chip -> GB/s; a Mac is named by chip and RAM: m1-8gb, m4-pro-24gb. M4 Max with 40 GPU cores; the
+# one with 32 has 410. M3 Max is left out: its two kinds have 300 and 400.
 CHIPS: dict[str, float] = {
     "m1": 68.0,
+    "m1-pro": 200.0,
+    "m1-max": 400.0,
+    "m1-ultra": 800.0,
     "m2": 100.0,
+    "m2-pro": 200.0,
+    "m2-max": 400.0,
+    "m2-ultra": 800.0,
     "m3": 100.0,
+    "m3-pro": 150.0,
+    "m3-ultra": 819.0,
     "m4": 120.0,
-    "m5": 153.0,
     "m4-pro": 273.0,
     "m4-max": 546.0,
-    "m3-ultra": 819.0,
+    "m5": 153.0,
 }
 DEVICE_EXAMPLES = "iphone-15-pro, iphone-17-pro, m1-8gb, m4-pro-24gb or a size as 6GB"
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12,

@@ -1,0 +1,265 @@
+"""`apertus-mlx bench`: speed and memory of a model on this machine, alone or beside mlx-lm."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apertus_mlx.cli import cache_options, options
+from apertus_mlx.cli.output import (
+    format_bytes,
+    note,
+    print_data,
+    print_json,
+    print_table,
+    token_progress,
+)
+
+if TYPE_CHECKING:
+    from apertus_mlx.bench.report import Report, SideReport
+    from apertus_mlx.bench.sides import Settings
+    from apertus_mlx.bench.workload import Workload
+    from apertus_mlx.cache import CacheConfig
+    from apertus_mlx.inventory import Inventory
+
+MAX_COUNT = 2**20
+SIDES = (("apertus-mlx", "apertus_mlx.bench.ours"), ("mlx-lm", "apertus_mlx.bench.peer"))
+
+
+class Peer(enum.StrEnum):
+    """What to compare with."""
+
+    MLX_LM = "mlx-lm"
+
+
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
+    ] = None,
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-tokens", help="Lengths of prompts; default: 128,512,2048, '' for none."
+        ),
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            "--depths", help="Tokens before those decoded; default: 0,1024,4096, '' for none."
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, max=MAX_COUNT, help="Tokens decoded at a depth.")
+    ] = 64,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=MAX_COUNT, help="How often all is measured.")
+    ] = 5,
+    against: Annotated[
+        Peer | None,
+        typer.Option("--against", help="Measure this in turn, in a process of its own: mlx-lm."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**32, help="Same seed, same random prompts.")
+    ] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw speed against depth into this SVG, PNG or PDF file."),
+    ] = None,
+    dtype: options.DTypeOption = None,
+    compute: options.ComputeOption = options.Compute.AUTO,
+    precision: options.PrecisionOption = options.Precision.AUTO,
+    kv_bits: cache_options.KvBitsOption = None,
+    kv_bits_v: cache_options.KvBitsVOption = None,
+    max_kv: cache_options.MaxKvOption = None,
+    kv_sink: cache_options.KvSinkOption = None,
+    kv_rotate: cache_options.KvRotateOption = None,
+    prefill_step: cache_options.PrefillStepOption = None,
+    memory_limit: cache_options.MemoryLimitOption = None,
+    force: cache_options.ForceOption = False,
+    revision: options.RevisionOption = None,
+    offline: options.OfflineOption = False,
+    json: options.JsonOption = False,
+) -> None:
+    """Measure how fast MODEL reads and writes here, and what it takes in memory.
+
+    Tokens are random, drawing them and reading them back is included, a first go does not count.
+    ± is half of what lies between the slowest and the fastest turn.
+    """
+    from apertus_mlx.bench.sides import Settings
+    from apertus_mlx.bench.workload import make_workload
+    from apertus_mlx.cache import FULL_PRECISION
+    from apertus_mlx.cli.model_source import locate_model
+    from apertus_mlx.cli.plot import check_plot
+    from apertus_mlx.errors import RejectedError, UsageError
+    from apertus_mlx.inventory import take_inventory
+    from apertus_mlx.memory.machine import available_bytes
+
+    if plot is not None:
+        check_plot(plot)
+        if depths is not None and not depths.strip():
+            raise UsageError("--plot draws speed against depth: --depths must not be empty")
+    if against is not None and find_spec("mlx_lm") is None:
+        raise UsageError("--against mlx-lm: install it: pip install mlx-lm")
+    form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
+    request = cache_options.read_memory_request(
+        form or FULL_PRECISION, prefill_step, memory_limit, force
+    )
+    directory = locate_model(model, revision, offline)
+    inventory = take_inventory(directory)
+    if against is not None and "model_file" in inventory.config.asks_for_code:
+        raise RejectedError(f"{directory}: config.json: model_file: mlx-lm would run that code")
+    workload = make_workload(
+        prompt_tokens,
+        depths,
+        new_tokens,
+        rounds,
+        seed,
+        inventory.config.max_position_embeddings,
+    )
+    sides = 1 if against is None else 2
+    if sides > 1:
+        # Both models are in memory at once, so each side gets its share of it.
+        limit = request.limit_bytes or available_bytes()
+        request = replace(request, limit_bytes=limit // sides)
+    dtype_name = dtype.value if dtype else None
+    fit = cache_options.choose_settings(
+        request, inventory, workload.context, dtype_name, compute.value
+    )
+    settings = Settings(
+        directory=str(directory),
+        vocab_size=inventory.config.vocab_size,
+        new_tokens=workload.new_tokens,
+        seed=workload.seed,
+        dtype=dtype_name,
+        compute=compute.value,
+        precision=precision.value,
+        form=asdict(fit.form),
+        prefill_step=fit.prefill_step,
+        buffer_cache_bytes=fit.buffer_cache_bytes,
+        wired_bytes=fit.footprint.total_bytes,
+    )
+    report = _measure(inventory, model or "embedded", workload, fit.form, settings, sides)
+    if json:
+        print_json(asdict(report))
+    else:
+        _print_report(report)
+    if plot is not None:
+        _draw(report, plot)
+
+
+def _measure(
+    inventory: Inventory,
+    name: str,
+    workload: Workload,
+    form: CacheConfig,
+    settings: Settings,
+    count: int,
+) -> Report:
+    """Start `count` sides, let them take turns, and put together what they found."""
+    from apertus_mlx.bench.bandwidth import find_bandwidth
+    from apertus_mlx.bench.report import SideReport, make_report, measurements
+    from apertus_mlx.bench.sides import Side
+    from apertus_mlx.bench.turns import time_task, total_tokens
+    from apertus_mlx.cache import FULL_PRECISION
+    from apertus_mlx.doctor.facts import gather_facts
+
+    started = datetime.now().astimezone()
+    for file in inventory.checkpoint.files:
+        _read_ahead(inventory.checkpoint.directory / file)
+    with ExitStack() as stack:
+        sides = []
+        for side_name, module in SIDES[:count]:
+            note(f"{side_name}: loading")
+            command = [sys.executable, "-m", module]
+            sides.append(stack.enter_context(closing(Side(side_name, command, settings))))
+        taken = {}
+        for task in workload.tasks:
+            note(f"{task}: {workload.rounds} rounds")
+            with token_progress(str(task), total_tokens(count, task, workload)) as update:
+                taken[task] = time_task(sides, task, workload, update)
+    # Only now: on Linux a process's peak begins with that of the one that started it.
+    machine = gather_facts()
+    bandwidth = find_bandwidth(machine.identity.chip)
+    reports = []
+    for index, side in enumerate(sides):
+        # The options about caches are for our side; mlx-lm's stays as it comes.
+        kept = FULL_PRECISION if index else form
+        own = {task: rounds[index] for task, rounds in taken.items()}
+        found = measurements(inventory, bandwidth, workload, side.ready, kept, own)
+        reports.append(
+            SideReport(side.name, side.ready, side.start_s, side.peak_memory_bytes, found)
+        )
+    return make_report(inventory, name, machine, bandwidth, workload, reports, started)
+
+
+def _read_ahead(path: Path) -> None:
+    """Have the system hold a file, so that no side loads it sooner than another."""
+    with path.open("rb") as file:
+        while file.read(2**24):
+            pass
+
+
+def _draw(report: Report, path: Path) -> None:
+    from apertus_mlx.cli.plot import Series, save_plot
+
+    def series(side: SideReport) -> Series:
+        found = [one for one in side.measurements if one.task.kind == "decode"]
+        return Series(
+            f"{side.name} {side.ready.version}",
+            [one.task.tokens for one in found],
+            [one.tokens_per_s.median for one in found],
+            [one.tokens_per_s.spread for one in found],
+        )
+
+    title = f"{Path(report.model.name).name} on {report.machine.identity.chip}, {report.date[:10]}"
+    save_plot(path, [series(side) for side in report.sides], "depth", "tokens/s", title)
+
+
+def _print_report(report: Report) -> None:
+    machine, model, bandwidth = report.machine, report.model, report.bandwidth_bytes_per_s
+    print_data(
+        f"{model.name}: {model.parameters / 1e6:.0f} M parameters, {model.bits_per_weight:.2f} "
+        f"bits per weight; a token reads {format_bytes(model.weights_read_bytes)} of weights"
+    )
+    print_data(f"{machine.identity}; {machine.memory_bytes / 2**30:.0f} GiB; {report.date}")
+    stated = f"{format_bytes(bandwidth.published)}/s published, " if bandwidth.published else ""
+    print_data(f"bandwidth: {stated}{format_bytes(bandwidth.measured)}/s measured")
+    for side in report.sides:
+        ready = side.ready
+        kernels = f", kernels {' + '.join(ready.kernels)}" if ready.kernels else ""
+        print_data(
+            f"{side.name} {ready.version}: {ready.backend}{kernels}, {ready.dtype}, cache in "
+            f"{ready.cache}; loads in {ready.load_s:.2f} s, ready {side.start_s:.2f} s after its "
+            f"start; peak memory {format_bytes(side.peak_memory_bytes)}"
+        )
+    for line in report.notes:
+        print_data(line)
+    print_data("")
+    _print_table(report)
+
+
+def _print_table(report: Report) -> None:
+    """A row for each task, columns for each side."""
+    header = ["tokens/s"]
+    for side in report.sides:
+        header += [side.name, "KV read", "roofline"]
+    rows = []
+    for index, task in enumerate(report.workload.tasks):
+        row = [str(task)]
+        for side in report.sides:
+            found = side.measurements[index]
+            row += [str(found.tokens_per_s), "-", "-"]
+            if found.kv_read_bytes is not None:
+                row[-2:] = [format_bytes(found.kv_read_bytes), f"{found.roofline_share:.0%}"]
+        row += [str(report.ratios[index].ratio)] if report.ratios else []
+        rows.append(row)
+    header += [f"x {side.name}" for side in report.sides[1:]]
+    print_table(header, rows)

@@ -1,0 +1,172 @@
+"""`apertus-mlx doctor`: what this machine is, and which kernels it can be trusted with."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apertus_mlx.cli import options
+from apertus_mlx.cli.output import format_bytes, note, print_data, print_json, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apertus_mlx.doctor.consult import KernelResult
+    from apertus_mlx.doctor.facts import Facts
+    from apertus_mlx.doctor.report import Report
+    from apertus_mlx.inventory import Inventory
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Time the kernels too, and turn on those that are faster."),
+    ] = False,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Forget what was found out; all kernels are off then.")
+    ] = False,
+    dtype: options.DTypeOption = None,
+    revision: options.RevisionOption = None,
+    offline: options.OfflineOption = False,
+    json: options.JsonOption = False,
+) -> None:
+    """Show what this machine is, and prove the Metal kernels that MODEL can use.
+
+    Kernels are off until `--tune` has found them right and faster here. What is found out is kept
+    for this chip, macOS and MLX. APERTUS_MLX_KERNELS=0 turns all of them off.
+    """
+    from apertus_mlx.errors import ApertusError, UsageError
+
+    if reset:
+        if tune or model is not None:
+            raise UsageError("--reset forgets everything; use it alone")
+        _reset(json)
+        return
+    import mlx.core as mx
+
+    from apertus_mlx.cli.model_source import locate_model
+    from apertus_mlx.doctor.report import as_json
+    from apertus_mlx.doctor.visit import visit
+    from apertus_mlx.inventory import take_inventory
+    from apertus_mlx.load import compute_dtype
+    from apertus_mlx.metal.text import type_key
+
+    directory = locate_model(model, revision, offline)
+    inventory = take_inventory(directory)
+    name = (
+        "embedded" if model is None else directory.resolve().name if Path(model).is_dir() else model
+    )
+    dtype_name = dtype.value if dtype else type_key(compute_dtype(inventory))
+    if mx.metal.is_available():
+        _require_memory(inventory, dtype_name)
+    chosen = [*([model] if model else []), *(["--dtype", dtype_name] if dtype else [])]
+    again = shlex.join(["apertus-mlx", "doctor", *chosen])
+    report = visit(inventory, name, dtype_name, tune, again, on_stage=note)
+    if json:
+        print_json(as_json(report))
+    else:
+        _print_report(report)
+    if not report.products_right:
+        raise ApertusError("MLX computes wrongly on this machine: reinstall it (pip install mlx)")
+
+
+def _reset(json: bool) -> None:
+    from apertus_mlx.metal.verdict import forget_verdicts, only_doctor
+
+    with only_doctor():
+        path = forget_verdicts()
+    if json:
+        print_json({"forgotten": str(path)})
+    else:
+        print_data(f"{path}: forgotten; kernels are off")
+
+
+def _require_memory(inventory: Inventory, dtype: str) -> None:
+    """Refuse a model that does not fit before anything is loaded."""
+    from apertus_mlx.cache import FULL_PRECISION
+    from apertus_mlx.cli.cache_options import choose_settings, read_memory_request
+    from apertus_mlx.doctor.mlx_device import CONTEXT
+
+    request = read_memory_request(FULL_PRECISION, None, None, force=False)
+    choose_settings(request, inventory, CONTEXT, dtype, "mlx")
+
+
+def _print_report(report: Report) -> None:
+    from apertus_mlx.doctor.facts import PRODUCT_BOUND
+
+    for line in _machine_lines(report.machine):
+        print_data(line)
+    for product, error in report.products.items():
+        mark = "right" if error <= PRODUCT_BOUND else "WRONG"
+        print_data(f"{product}: {mark}, error {error:.1e}, at most {PRODUCT_BOUND:.0e}")
+    print_data("")
+    if report.kernels:
+        places = _one_of_each_place(report.kernels)
+        print_data(
+            f"{report.model} in {report.dtype} has {len(places)} places for kernels, and "
+            f"{len(report.kernels)} kernels for them:"
+        )
+        shown = report.kernels if report.examined else places
+        header = ["kernel", "result", "error", "bound", "time/plain"]
+        print_table(header, [_row(result) for result in shown])
+        for result in report.kernels:
+            if result.reason is not None:
+                print_data(f"{result.key}: {result.reason}")
+        print_data("")
+    if report.agreement is not None:
+        found = report.agreement
+        print_data(
+            f"whole model: {found.same} of {found.tokens} greedy tokens the same, logits differ by "
+            f"{found.error:.1e}, at most {found.bound:.0e}"
+        )
+    if report.kernels and not report.examined:
+        print_data(
+            "not checked: whether the kernels compile, what they compute, how fast they are; that "
+            "takes a Mac. Checked: that their texts can be made, and MLX takes them."
+        )
+    if report.stored is not None:
+        print_data(f"stored in {report.stored}")
+    if report.switched_off:
+        print_data("APERTUS_MLX_KERNELS=0 is set: whatever follows, none runs")
+    print_data(report.conclusion)
+
+
+def _machine_lines(facts: Facts) -> list[str]:
+    identity = facts.identity
+    memory = f"memory {format_bytes(facts.memory_bytes)}"
+    memory += f", {format_bytes(facts.available_bytes)} for a run"
+    if facts.recommended_working_set_bytes is not None:
+        memory += f"; Metal recommends up to {format_bytes(facts.recommended_working_set_bytes)}"
+    if facts.largest_buffer_bytes is not None:
+        memory += f", {format_bytes(facts.largest_buffer_bytes)} in one buffer"
+    gpu = "Metal" if facts.metal else "a GPU without Metal" if facts.gpu else "no GPU"
+    lines = [
+        f"{identity.chip} ({facts.architecture}), {identity.system}, {gpu}",
+        memory,
+        f"apertus-mlx {identity.package}, MLX {identity.mlx}, Python {facts.python}",
+        ", ".join(f"{name} {number or '-'}" for name, number in facts.packages.items()),
+    ]
+    if facts.mlx_variables:
+        lines.append(" ".join(f"{name}={value}" for name, value in facts.mlx_variables.items()))
+    return lines
+
+
+def _one_of_each_place(results: Sequence[KernelResult]) -> list[KernelResult]:
+    """Variants that differ in their constants alone have nothing to tell before they are run."""
+    found: dict[str, KernelResult] = {}
+    for result in results:
+        found.setdefault(result.place, result)
+    return list(found.values())
+
+
+def _row(result: KernelResult) -> list[str]:
+    error = "-" if result.attempt is None else f"{result.attempt.error:.1e}"
+    ratios = sorted(result.ratios)
+    time = f"{ratios[len(ratios) // 2]:.2f}" if ratios else "-"
+    return [result.key, result.state, error, f"{result.tolerance:.1e}", time]

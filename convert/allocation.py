@@ -1,0 +1,281 @@
+"""Bits where they matter: formats for all matrices of a model that come to a given size.
+
+Each matrix is measured in each format (`sensitivity`), the best combination is found
+(`quant.allocate`), and it is kept only if it is at least as good, on texts held out, as the best
+uniform width of that size. q, k and v of a layer share a format, since they are multiplied as one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from apertus_mlx.errors import RejectedError, UsageError
+from convert.calibrated import Calibration
+from convert.grids import find_grids
+from convert.judging import Judge, scale_type_of
+from convert.layerwise import Array, SourceWeights
+from convert.plan import Plan, Step
+from convert.planning import make_plan
+from convert.policy import DEFAULT_GROUP_SIZE, Request, Rule, Target
+from convert.reading import Reader
+from convert.sensitivity import Damages, predict_damages
+from convert.smoothing import Rounding, rounding_of
+from convert.sources.source import Source
+from convert.transformed import unscaled_weights
+from quant.affine import ScaleType
+from quant.allocate import Choice, allocate
+from quant.spec import AFFINE_BITS, QuantSpec
+
+# Groups that are tried where the user names none: the larger ones often buy a bit elsewhere.
+GROUP_SIZES = (DEFAULT_GROUP_SIZE, 128)
+# Windows to measure on.
+WINDOWS = 16
+# How far from the target a size may be.
+TOLERANCE = 0.01
+_JOINED = re.compile(r"\.[qkv]_proj$")
+
+Progress = Callable[[int, int], None]
+# The plans of all uniform widths; their steps come in one order.
+Plans = Mapping[QuantSpec, Plan]
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """A request that names every format, and how it came about."""
+
+    request: Request
+    record: Mapping[str, Any]
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Matrices that share a format, and what they take in each that they can have."""
+
+    paths: tuple[str, ...]
+    sizes_bytes: Mapping[QuantSpec, int]
+
+
+def allocate_bits(
+    source: Source,
+    request: Request,
+    directory: Path,
+    calibration: Calibration,
+    progress: Progress | None = None,
+) -> Allocation:
+    """Choose formats so that the weights come to the target of `request`.
+
+    Rules of the request hold; what they leave open is chosen.
+
+    Args:
+        source: the checkpoint in `directory`.
+        request: with a target.
+        directory: of the source.
+        calibration: texts to measure on, and others to judge by.
+        progress: told layers done and how many there are, in each part of the work.
+
+    Raises:
+        UsageError: the target is out of reach.
+        RejectedError: no matrix divides into groups.
+    """
+    target = request.target
+    assert target is not None
+    report = progress or (lambda done, total: None)
+    with Reader(directory) as reader:
+        plans = _uniform_plans(source, request, target, reader)
+        base = next(iter(plans.values()))
+        units = find_units(plans)
+        chosen_paths = {path for unit in units for path in unit.paths}
+        fixed_bytes = sum(step.size_bytes for step in base.steps if step.path not in chosen_paths)
+        target_bytes = target.total_bytes(base.parameters)
+        _check_reach(target, units, fixed_bytes, base.parameters)
+        damages = _measure(plans, units, reader, calibration, report)
+        formats = choose_formats(units, damages, target_bytes - fixed_bytes)
+        plan = _combined(plans, formats)
+        rival = _uniform_rival(plans, units, damages, target_bytes)
+        judged: dict[str, float] = {}
+        if rival is not None and any(spec != rival for spec in formats.values()):
+            judge = Judge(SourceWeights(source, reader), directory, calibration, report)
+            judged = {
+                "allocated": judge.divergence(plan),
+                "uniform": judge.divergence(plans[rival]),
+            }
+            if judged["uniform"] < judged["allocated"]:
+                plan, formats = plans[rival], dict.fromkeys(formats, rival)
+    rules = tuple(Rule(path, spec, str(target)) for path, spec in formats.items())
+    record = {
+        "target": str(target),
+        "target_bytes": target_bytes,
+        "reached_bytes": plan.weight_bytes,
+        "reached_bits_per_weight": round(plan.bits_per_weight, 6),
+        "uniform": str(rival) if rival else None,
+        "held_out_kl": judged or None,
+        "modules": {
+            path: {
+                "bits": spec.bits,
+                "group_size": spec.group_size,
+                "predicted_kl": float(f"{damages[path][spec]:.4g}"),
+                "predicted_kl_by_bits": {
+                    str(other.bits): float(f"{damages[path][other]:.4g}")
+                    for other in damages[path]
+                    if other.group_size == spec.group_size
+                },
+            }
+            for path, spec in formats.items()
+        },
+    }
+    return Allocation(
+        replace(request, target=None, rules=request.rules + rules),
+        record,
+        _note(target, plan, rival, judged),
+    )
+
+
+def find_units(plans: Plans) -> list[Unit]:
+    """The matrices whose format is open, q, k and v of a layer together."""
+    sizes: dict[str, dict[QuantSpec, int]] = {}
+    for spec, plan in plans.items():
+        for step in plan.steps:
+            if step.spec == spec:
+                sizes.setdefault(step.path, {})[spec] = step.size_bytes
+    members: dict[str, list[str]] = {}
+    for path, found in sizes.items():
+        # One format in all plans is a rule of the user's.
+        if len(found) > 1:
+            members.setdefault(_JOINED.sub(".qkv", path), []).append(path)
+    units = []
+    for paths in members.values():
+        shared = [spec for spec in plans if all(spec in sizes[path] for path in paths)]
+        units.append(
+            Unit(tuple(paths), {s: sum(sizes[path][s] for path in paths) for s in shared})
+        )
+    return units
+
+
+def choose_formats(
+    units: Sequence[Unit], damages: Damages, most_bytes: int
+) -> dict[str, QuantSpec]:
+    """The format of each matrix, for the least damage in `most_bytes` or 1 % less."""
+    formats = [list(unit.sizes_bytes) for unit in units]
+    choices = [
+        [
+            Choice(unit.sizes_bytes[spec], sum(damages[path][spec] for path in unit.paths))
+            for spec in unit.sizes_bytes
+        ]
+        for unit in units
+    ]
+    smallest = sum(min(unit.sizes_bytes.values()) for unit in units)
+    most_bytes = max(most_bytes, smallest)
+    chosen = allocate(choices, most_bytes, int(most_bytes * (1 - TOLERANCE)))
+    return {
+        path: formats[number][index]
+        for number, index in enumerate(chosen)
+        for path in units[number].paths
+    }
+
+
+def _uniform_plans(source: Source, request: Request, target: Target, reader: Reader) -> Plans:
+    plans = {}
+    groups = (target.group_size,) if target.group_size is not None else GROUP_SIZES
+    for spec in (QuantSpec(bits, group) for group in groups for bits in AFFINE_BITS):
+        uniform = replace(request, target=None, default=spec)
+        try:
+            plan = make_plan(source, uniform)
+        except RejectedError:
+            if spec == QuantSpec(AFFINE_BITS[-1], groups[-1]) and not plans:
+                raise
+            continue
+        grids = find_grids(plan, reader)
+        plans[spec] = make_plan(source, uniform, grids=grids) if grids else plan
+    return plans
+
+
+def _check_reach(
+    target: Target, units: Sequence[Unit], fixed_bytes: int, parameters: int
+) -> None:
+    wanted = target.total_bytes(parameters)
+    ends = [
+        fixed_bytes + sum(end(unit.sizes_bytes.values()) for unit in units) for end in (min, max)
+    ]
+    if not ends[0] <= wanted * (1 + TOLERANCE) or wanted > ends[1] * (1 + TOLERANCE):
+        low, high = (8 * size / parameters for size in ends)
+        raise UsageError(
+            f"{target}: out of reach; this model takes from {low:.2f} to {high:.2f} bits per "
+            f"weight, {ends[0] / 1e6:,.1f} to {ends[1] / 1e6:,.1f} MB"
+        )
+
+
+def _measure(
+    plans: Plans, units: Sequence[Unit], reader: Reader, calibration: Calibration, report: Progress
+) -> Damages:
+    base = next(iter(plans.values()))
+    scale_type: ScaleType = scale_type_of(base)
+    depth = base.source.config.num_hidden_layers
+    specs = {path: tuple(unit.sizes_bytes) for unit in units for path in unit.paths}
+    roundings: dict[str, dict[QuantSpec, Rounding]] = {path: {} for path in specs}
+    with_gptq = set()
+    for spec, plan in plans.items():
+        for step in plan.steps:
+            if spec in specs.get(step.path, ()):
+                roundings[step.path][spec] = _rounding(step, scale_type)
+                if step.method == "gptq":
+                    with_gptq.add(step.path)
+    return predict_damages(
+        unscaled_weights(base, reader), roundings, calibration.sample.windows[:WINDOWS],
+        with_gptq, scale_type, lambda done: report(done, 2 * depth),
+    )  # fmt: skip
+
+
+def _rounding(step: Step, scale_type: ScaleType) -> Rounding:
+    if step.transform == "grid":
+        return _kept
+    return rounding_of(step, scale_type)
+
+
+def _kept(weight: Array, squares: Any) -> Array:
+    return weight
+
+
+def _combined(plans: Plans, formats: Mapping[str, QuantSpec]) -> Plan:
+    """The uniform plans' steps for the formats of an allocation; its files are not its own."""
+    base = next(iter(plans.values()))
+    steps = {
+        step.path: step
+        for spec, plan in plans.items()
+        for step in plan.steps
+        if formats.get(step.path) == spec
+    }
+    return replace(base, steps=tuple(steps.get(step.path, step) for step in base.steps))
+
+
+def _uniform_rival(
+    plans: Plans, units: Sequence[Unit], damages: Damages, target_bytes: int
+) -> QuantSpec | None:
+    """The uniform format that fits the target and promises most."""
+
+    def damage(spec: QuantSpec) -> float:
+        return sum(damages[path][spec] for unit in units for path in unit.paths)
+
+    fitting = [
+        spec
+        for spec, plan in plans.items()
+        if plan.weight_bytes <= target_bytes * (1 + TOLERANCE)
+        and all(spec in unit.sizes_bytes for unit in units)
+    ]
+    return min(fitting, key=damage, default=None)
+
+
+def _note(target: Target, plan: Plan, rival: QuantSpec | None, judged: Mapping[str, float]) -> str:
+    text = f"{target}: {plan.bits_per_weight:.3f} bits per weight, {plan.weight_bytes:,} bytes"
+    if not judged:
+        return text
+    kept = "the allocation" if judged["allocated"] <= judged["uniform"] else "that uniform width"
+    return (
+        f"{text}; on texts held out the allocation's mean divergence is "
+        f"{judged['allocated']:.4g}, that of {rival} everywhere {judged['uniform']:.4g}: "
+        f"{kept} is taken"
+    )

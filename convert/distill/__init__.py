@@ -1,0 +1,1 @@
+"""Distillation: a quantized model learns from the one that it was made from, in the same format."""

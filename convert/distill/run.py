@@ -1,0 +1,340 @@
+"""One distillation, from folders to a folder: check, ask the teacher, train, describe, publish.
+
+Whatever a run has reached lies in the folder in which the output is built, so that it can go on
+after an interruption: the teacher's answers, the last saved state and the best weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.checkpoint import INDEX_FILE, open_checkpoint
+from apertus_mlx.config import CONFIG_FILE, ModelConfig, read_config
+from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.layout import parameter_count
+from apertus_mlx.model import Model
+from apertus_mlx.strict_json import read_object
+from apertus_mlx.template import ChatTemplate
+from apertus_mlx.tokenizer import Tokenizer
+from convert.calibration_text import Sample, TextSet, Tokens, hold_out, read_texts, sample_windows
+from convert.companions import TOKENIZER, copy_companions
+from convert.distill.card import make_card
+from convert.distill.student import (
+    Trained,
+    make_student,
+    recompute_layers,
+    stored_tensors,
+)
+from convert.distill.teacher_cache import TeacherCache, answer_bytes
+from convert.distill.training import Judgement, Schedule, Training, best
+from convert.job import CARD
+from convert.layerwise import open_weights
+from convert.manifest import MANIFEST, make_manifest, read_manifest
+from convert.reading import FileState, Reader, file_states
+from convert.receipt import Receipt, measure
+from convert.workspace import check_space, check_target, open_workspace, partial_path
+
+FOLDER = ".distillation"
+# Least and most windows that decide which weights are best, and their share between.
+HELD_OUT_WINDOWS = (1, 32)
+HELD_OUT_SHARE = 1 / 20
+# Tokens and logits of a batch.
+BATCH_TOKENS = 2048
+BATCH_LOGITS = 1 << 26
+# Activations of a batch that are kept for the gradient; above that, layers are run again.
+KEPT_BYTES = 1 << 30
+# What a manifest says about the student and that stays true.
+CARRIED = (
+    "bits_per_weight", "parameters", "weight_bytes", "dtype", "quantization", "method",
+    "calibration", "losses", "notes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to distill."""
+
+    trained: Trained = "weights"
+    epochs: int = 1
+    learning_rate: float = 0.02
+    # Tokens that the teacher names at each position; all others count as one.
+    top_k: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A distillation that has been checked and not yet begun."""
+
+    teacher: Path
+    teacher_name: str
+    student: Path
+    options: Options
+    # What to learn from, and windows that decide which weights are best.
+    sample: Sample
+    held_out: Tokens
+    # What the result is judged by in the end.
+    judged: TextSet
+    # Files of teacher and student as they were.
+    teacher_files: dict[str, FileState]
+    student_files: dict[str, FileState]
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """Who is told how far things are."""
+
+    # Tokens answered by the teacher, and of how many.
+    teacher: Callable[[int, int], None]
+    # Tokens trained on, of how many, the last loss, and the judgements so far.
+    training: Callable[[int, int, float, Sequence[Judgement]], None]
+    # Layers of the last measurement, and of how many.
+    measuring: Callable[[int, int], None]
+
+
+SILENT = Observer(lambda *_: None, lambda *_: None, lambda *_: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a distillation."""
+
+    record: dict[str, Any]
+    history: tuple[Judgement, ...]
+    quality: Receipt
+
+    def as_json(self, target: Path) -> dict[str, Any]:
+        """For `--json`."""
+        return {"output": str(target), **self.record, "quality": self.quality.as_json()}
+
+
+def prepare(
+    teacher: Path,
+    student: Path,
+    teacher_name: str,
+    options: Options,
+    texts: Sequence[Path] = (),
+    tokens: int = 1 << 20,
+    window_tokens: int = 256,
+) -> Job:
+    """Check that `student` can learn from `teacher`, and cut the texts into windows.
+
+    Args:
+        teacher: any form that `convert` reads.
+        student: a folder that `convert` made, quantized.
+        teacher_name: what the user calls the teacher.
+        options: how to distill.
+        texts: files and folders; without any, the project's own.
+        tokens: most tokens to learn from.
+        window_tokens: length of a window.
+
+    Raises:
+        ApertusError: a folder is damaged or not supported, the two do not fit each other, or there
+            is too little text.
+    """
+    config = read_config(student)
+    read_manifest(student)
+    tokenizer = _common_tokenizer(teacher, student, config)
+    template = ChatTemplate.load(student, tokenizer)
+    seen, judged = hold_out(read_texts(texts))
+    most = tokens // window_tokens + HELD_OUT_WINDOWS[1]
+    sample = sample_windows(seen, tokenizer, template, window_tokens, most, options.seed)
+    if len(sample.windows) < 2:
+        raise UsageError(
+            f"{seen.name}: too little text to learn from; at least two windows of {window_tokens} "
+            "tokens are needed (--window)"
+        )
+    least, highest = HELD_OUT_WINDOWS
+    count = min(max(round(len(sample.windows) * HELD_OUT_SHARE), least), highest)
+    chosen = np.linspace(0, len(sample.windows) - 1, count).round().astype(int)
+    rest = np.delete(sample.windows, chosen, axis=0)[: max(1, tokens // window_tokens)]
+    return make_job(
+        teacher, student, teacher_name, options,
+        Sample(rest, sample.name, sample.sha256, sample.seed), sample.windows[chosen], judged,
+    )  # fmt: skip
+
+
+def make_job(
+    teacher: Path,
+    student: Path,
+    teacher_name: str,
+    options: Options,
+    sample: Sample,
+    held_out: Tokens,
+    judged: TextSet,
+) -> Job:
+    """A job on windows that are there already; see `prepare`."""
+    with Reader(student) as reader:
+        make_student(open_weights(student, reader), options.trained)
+    files = {
+        directory: file_states(
+            directory, [*open_checkpoint(directory).files, CONFIG_FILE, TOKENIZER]
+        )
+        for directory in (teacher, student)
+    }
+    return Job(
+        teacher, teacher_name, student, options, sample, held_out, judged,
+        files[teacher], files[student],
+    )  # fmt: skip
+
+
+def distill(job: Job, target: Path, resume: bool = False, observer: Observer = SILENT) -> Outcome:
+    """Do what `job` says; `target` appears complete or not at all.
+
+    Raises:
+        UsageError: the target is taken, another run to it goes on or was interrupted, or a loss is
+            not finite.
+        ResourceError: the disk is full or cannot be written.
+        RejectedError: a folder is damaged, or changed meanwhile.
+    """
+    for source in (job.teacher, job.student):
+        check_target(target, source)
+    if not partial_path(target).exists():
+        check_space(target.resolve().parent, _needed_bytes(job))
+    with open_workspace(target, _fingerprint(job), resume) as workspace:
+        path = workspace.path
+        student, history = _train(job, path / FOLDER, observer)
+        _write_model(job.student, path, dict(stored_tensors(student)))
+        quality = measure(path, job.teacher, job.judged, progress=observer.measuring)
+        record = _record(job, history)
+        _describe(job.student, path, target.name, record, quality)
+        for source, states in (
+            (job.teacher, job.teacher_files), (job.student, job.student_files)
+        ):  # fmt: skip
+            if file_states(source, states) != states:
+                raise RejectedError(f"{source}: changed meanwhile; start again")
+        shutil.rmtree(path / FOLDER)
+        workspace.publish()
+    return Outcome(record, tuple(history), quality)
+
+
+def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judgement]]:
+    """Ask the teacher and train; the student with its best weights, and how it got there."""
+    folder.mkdir(exist_ok=True)
+    size = _batch_windows(job)
+    lessons = TeacherCache(folder / "lessons", _batches(job.sample.windows, size))
+    held_out = TeacherCache(folder / "held-out", _batches(job.held_out, size))
+    total = lessons.tokens + held_out.tokens
+    with Reader(job.teacher) as reader:
+        teacher = open_weights(job.teacher, reader)
+        k = min(job.options.top_k, teacher.config.output_vocab_size - 1)
+        held_out.fill(teacher, k, lambda done: observer.teacher(done, total))
+        lessons.fill(teacher, k, lambda done: observer.teacher(held_out.tokens + done, total))
+    with Reader(job.student) as reader:
+        student = make_student(open_weights(job.student, reader), job.options.trained)
+    if _kept_bytes(job, size) > KEPT_BYTES:
+        recompute_layers(student)
+    schedule = Schedule(job.options.epochs, job.options.learning_rate, job.options.seed)
+    training = Training(student, lessons, held_out, schedule, folder)
+    history = training.run(
+        lambda done, loss, judged: observer.training(done, training.tokens, loss, judged)
+    )
+    return student, history
+
+
+def _write_model(source: Path, output: Path, tensors: dict[str, mx.array]) -> None:
+    """Copy the model in `source` with the bytes of some tensors exchanged."""
+    checkpoint = open_checkpoint(source)
+    others = [file for file in (CONFIG_FILE, INDEX_FILE) if (source / file).exists()]
+    for file in (*checkpoint.files, *others):
+        shutil.copyfile(source / file, output / file)
+    copy_companions(source, output)
+    for name, array in tensors.items():
+        tensor = checkpoint.tensors[name]
+        data = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).tobytes()
+        if len(data) != tensor.size_bytes:
+            raise AssertionError(f"{name}: {len(data)} bytes where {tensor.size_bytes} were")
+        with (output / tensor.file).open("r+b") as weights:
+            weights.seek(tensor.offset)
+            weights.write(data)
+
+
+def _describe(
+    student: Path, path: Path, name: str, record: dict[str, Any], quality: Receipt
+) -> None:
+    """Write the card and the manifest."""
+    old = read_object(student / MANIFEST)
+    (path / CARD).write_text(make_card(student, name, old, record, quality), encoding="utf-8")
+    figures = {key: old[key] for key in CARRIED if key in old}
+    manifest = make_manifest(
+        path, old["source"], {**figures, "distillation": record}, quality.as_json()
+    )
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (path / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _record(job: Job, history: Sequence[Judgement]) -> dict[str, Any]:
+    """What a manifest says about a distillation; losses in nats."""
+    return {
+        "teacher": job.teacher_name,
+        "teacher_files": {name: s.size_bytes for name, s in sorted(job.teacher_files.items())},
+        "student": job.student.resolve().name,
+        "texts": job.sample.record(),
+        "held_out_windows": len(job.held_out),
+        **asdict(job.options),
+        "tokens_seen": history[-1].tokens,
+        "best_step": best(history).step,
+        "history": [asdict(judgement) for judgement in history],
+    }
+
+
+def _common_tokenizer(teacher: Path, student: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of the two; what one says has to mean the same to the other."""
+    other = read_config(teacher)
+    tokenizers = [
+        Tokenizer.load(folder, vocab_size=c.vocab_size, bos_token_id=c.bos_token_id)
+        for folder, c in ((student, config), (teacher, other))
+    ]
+    names = [[t.id_to_token(i) for i in range(c.vocab_size)]
+             for t, c in zip(tokenizers, (config, other), strict=True)]  # fmt: skip
+    if config.output_vocab_size != other.output_vocab_size or names[0] != names[1]:
+        raise UsageError(
+            f"{teacher}: has other tokens than {student}; teacher and student need one vocabulary"
+        )
+    return tokenizers[0]
+
+
+def _batch_windows(job: Job) -> int:
+    tokens: int = min(BATCH_TOKENS, BATCH_LOGITS // read_config(job.student).output_vocab_size)
+    return max(1, tokens // len(job.sample.windows[0]))
+
+
+def _batches(windows: Tokens, size: int) -> list[Tokens]:
+    return [windows[start : start + size] for start in range(0, len(windows), size)]
+
+
+def _kept_bytes(job: Job, batch_windows: int) -> int:
+    """About what the layers keep for their gradient: some ten activations of each kind."""
+    config = read_config(job.student)
+    length = job.sample.windows.shape[1]
+    each = 10 * config.hidden_size + 6 * config.intermediate_size
+    each += 4 * config.num_attention_heads * length
+    return int(4 * batch_windows * length * config.num_hidden_layers * each)
+
+
+def _needed_bytes(job: Job) -> int:
+    """Room for the output, the teacher's answers, and parameters with their moments twice."""
+    weights = sum(state.size_bytes for state in job.student_files.values())
+    answers = (job.sample.windows.size + job.held_out.size) * answer_bytes(job.options.top_k)
+    # Where weights learn: each with two moments in the state, and once more in the best so far.
+    kept = 4 * 4 * parameter_count(read_config(job.student))
+    return weights + answers + (kept if job.options.trained == "weights" else 0)
+
+
+def _fingerprint(job: Job) -> str:
+    text = json.dumps(asdict(job.options), sort_keys=True)
+    for states in (job.teacher_files, job.student_files):
+        text += repr(sorted((n, s.size_bytes, s.modified_ns) for n, s in states.items()))
+    digest = hashlib.sha256(text.encode())
+    for windows in (job.sample.windows, job.held_out):
+        digest.update(repr(windows.shape).encode() + np.ascontiguousarray(windows).tobytes())
+    return "distill " + digest.hexdigest()[:32]

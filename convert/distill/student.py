@@ -1,0 +1,232 @@
+"""The student: an Apertus model whose weights are codes, scales and biases while it learns.
+
+Its forward pass computes with exactly what would be stored: codes rounded, scales, biases and norms
+rounded to their stored type. Gradients pass these roundings as if they were not there
+("Estimating or Propagating Gradients Through Stochastic Neurons", arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from apertus_mlx import layout
+from apertus_mlx.errors import UsageError
+from apertus_mlx.model import DecoderLayer, Model
+from apertus_mlx.ops import Stream, plain
+from convert.distill import host
+from convert.distill.host import product
+from convert.layerwise import SourceWeights
+from convert.reading import MLX_TYPES
+from convert.sources.source import MatrixSource
+from quant.packing import pack, unpack
+from quant.spec import QuantSpec
+
+# What learns: codes, scales, biases and norms, or all of these but the codes.
+Trained = Literal["weights", "scales"]
+TRAINED: tuple[Trained, ...] = ("weights", "scales")
+CODES = "codes"
+
+
+class Quantized(nn.Module):
+    """A matrix of codes `[rows, columns]` with a scale and a bias per group, `[rows, groups]`.
+
+    While they learn, codes are positions between the values that a group can have, counted in
+    steps; the nearest value is what counts. Codes that do not learn are held in 8 bits. Scales and
+    biases are counted in `unit`, a power of two near the typical scale, so that one learning rate
+    suits matrices of large and small weights.
+    """
+
+    def __init__(
+        self, codes: mx.array, scales: mx.array, biases: mx.array, spec: QuantSpec, dtype: mx.Dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.spec, self.dtype = spec, dtype
+        typical = float(np.abs(np.array(scales)).mean())
+        self.unit = 2.0 ** round(math.log2(typical)) if typical > 0 else 1.0
+        self.codes, self.scales, self.biases = codes, scales / self.unit, biases / self.unit
+
+    def weights(self, rows: Any = slice(None)) -> mx.array:
+        """Some rows in float32, as the stored model would have them."""
+        codes = self._nearest(self.codes[rows])
+        scales, biases = (
+            rounded(array[rows] * self.unit, self.dtype) for array in (self.scales, self.biases)
+        )
+        groups = mx.unflatten(codes, -1, (-1, self.spec.group_size))
+        return (groups * scales[..., None] + biases[..., None]).flatten(-2)
+
+    def stored(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Packed codes, scales and biases in MLX's format."""
+        codes = np.array(self._nearest(self.codes)).astype(np.uint8)
+        scales, biases = (
+            (array * self.unit).astype(self.dtype) for array in (self.scales, self.biases)
+        )
+        return mx.array(pack(codes, self.spec.bits)), scales, biases
+
+    def keep_in_range(self) -> None:
+        """Bring positions back to where a step in the other direction changes their code."""
+        if self.codes.dtype == mx.float32:
+            self.codes = mx.clip(self.codes, -0.5, self._highest + 0.5)
+
+    @property
+    def _highest(self) -> int:
+        return (1 << self.spec.bits) - 1
+
+    def _nearest(self, codes: mx.array) -> mx.array:
+        positions = codes.astype(mx.float32)
+        return straight_through(mx.clip(mx.round(positions), 0, self._highest), positions)
+
+
+class QuantizedProjection(Quantized):
+    """A quantized matrix that activations are multiplied with."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Apply to `x` `[..., columns]`."""
+        return product(x, self.weights())
+
+
+class QuantizedTable(Quantized, nn.Embedding):
+    """A quantized embedding, which may also be the head."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Rows of these ids."""
+        return self.weights(ids)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits of `x` `[..., columns]`."""
+        return product(x, self.weights())
+
+
+class RoundedNorm(nn.RMSNorm):
+    """An RMS norm that computes with its weight as stored in `dtype`."""
+
+    def __init__(self, weight: mx.array, eps: float, dtype: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.eps, self.dtype = weight, eps, dtype
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Normalize over the last axis."""
+        return mx.fast.rms_norm(x, rounded(self.weight, self.dtype), self.eps)
+
+
+class Recomputed(nn.Module):
+    """A decoder layer that keeps its input alone and is run again for its gradient."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        nn.Module.__init__(self)
+        self.layer = layer
+        self._run = nn.utils.checkpoint(layer)
+
+    def __call__(self, stream: Stream, *others: Any) -> Stream:
+        """As the layer itself."""
+        if stream.update is not None:
+            stream = Stream(stream.residual + stream.update)
+        return Stream(*self._run(stream, *others))
+
+
+def rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:
+    """`values` as stored in `dtype`, in float32; the gradient passes unchanged."""
+    return straight_through(values.astype(dtype).astype(mx.float32), values)
+
+
+def straight_through(value: mx.array, source: mx.array) -> mx.array:
+    """Exactly `value`, with the gradient going to `source`."""
+    # What is added is zero, not nearly so: both terms are the same number.
+    return mx.stop_gradient(value) + (source - mx.stop_gradient(source))
+
+
+def make_student(weights: SourceWeights, trained: Trained) -> Model:
+    """The model of a quantized checkpoint, with the parameters that shall learn unfrozen.
+
+    Matrices that are not quantized, and the slopes of activations, stay as they are.
+
+    Raises:
+        UsageError: nothing is quantized, or a matrix is so in another form than MLX's affine one.
+        RejectedError: a value is not finite.
+    """
+    config = weights.config
+    model = Model(config, host if mx.default_device() == mx.cpu else plain)
+    modules: dict[str, Any] = {}
+    for matrix in layout.matrices(config):
+        found = weights.source.matrices[matrix.path]
+        if found.is_quantized:
+            modules[matrix.path] = _quantized(matrix, found, weights, trained)
+        else:
+            modules[f"{matrix.path}.weight"] = mx.array(weights.matrix(matrix.path))
+    if not any(isinstance(module, Quantized) for module in modules.values()):
+        raise UsageError(
+            f"{weights.source.name}: is not quantized; convert --bits makes a student from it"
+        )
+    for name, shape in layout.vectors(config):
+        value = mx.array(weights.vector(name)).reshape(shape)
+        tensor = weights.source.vectors[name]
+        if name.endswith("norm.weight") and tensor is not None:
+            dtype = MLX_TYPES[tensor.dtype]
+            path = name.removesuffix(".weight")
+            modules[path] = RoundedNorm(value, config.rms_norm_eps, dtype)
+        else:
+            modules[name] = value
+    model.update_modules(tree_unflatten([(k, m) for k, m in modules.items() if _is_module(m)]))
+    model.update(tree_unflatten([(k, a) for k, a in modules.items() if not _is_module(a)]))
+    model.freeze()
+    for _, module in learning_modules(model):
+        keys = ["weight"] if isinstance(module, RoundedNorm) else ["scales", "biases"]
+        if isinstance(module, Quantized) and trained == "weights":
+            keys.append(CODES)
+        module.unfreeze(keys=keys)
+    return model
+
+
+def recompute_layers(model: Model) -> None:
+    """Trade time for memory: keep the input of each layer alone for its gradient."""
+    decoder: Any = model.model
+    decoder.layers = [Recomputed(layer) for layer in model.layers]
+
+
+def learning_modules(model: Model) -> Iterator[tuple[str, Quantized | RoundedNorm]]:
+    """The parts of a student that may learn, by their paths in a checkpoint."""
+    for path, module in nn.Module.named_modules(model):
+        if isinstance(module, Quantized | RoundedNorm):
+            yield path.replace(".layer.", "."), module
+
+
+def stored_tensors(model: Model) -> Iterator[tuple[str, mx.array]]:
+    """Every tensor that may have learned, as the checkpoint stores it."""
+    for path, module in learning_modules(model):
+        if isinstance(module, RoundedNorm):
+            yield f"{path}.weight", module.weight.astype(module.dtype)
+            continue
+        for part, array in zip(("weight", "scales", "biases"), module.stored(), strict=True):
+            yield f"{path}.{part}", array
+
+
+def _quantized(
+    matrix: layout.Matrix, found: MatrixSource, weights: SourceWeights, trained: Trained
+) -> Quantized:
+    stored = found.stored
+    if stored is None or not stored.spec.has_biases or stored.carried is not None:
+        form = "another form" if stored is None else str(stored.spec)
+        raise UsageError(
+            f"{weights.source.name}: {matrix.path}: is quantized as {form}; only affine codes learn"
+        )
+    codes = found.read_codes(weights.reader, 0, matrix.rows)
+    assert codes.biases is not None
+    unpacked = mx.array(unpack(np.array(codes.weight), stored.spec.bits, matrix.columns))
+    kind = QuantizedTable if matrix.path == layout.EMBEDDING else QuantizedProjection
+    return kind(
+        unpacked.astype(mx.float32) if trained == "weights" else unpacked,
+        codes.scales.astype(mx.float32),
+        codes.biases.astype(mx.float32),
+        stored.spec,
+        MLX_TYPES[stored.scale_dtype],
+    )
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)

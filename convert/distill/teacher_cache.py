@@ -1,0 +1,114 @@
+"""What the teacher says, kept on disk: for each token its likeliest successors and their shares.
+
+The teacher runs once, layer by layer, so that it may be larger than memory. Its answers lie in one
+file per batch, each complete or absent; a run that was cut off goes on where files are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from convert.layerwise import Projection, SourceWeights, Tokens, head_path, hidden_states
+
+# Tokens whose hidden states are held at once; for each lot the teacher's layers are read again.
+LOT_TOKENS = 1 << 16
+# Logits that are held at once.
+BLOCK_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A batch of windows with what the teacher says about them."""
+
+    # Token ids `[windows, length]`.
+    tokens: mx.array
+    # The k likeliest next tokens of each, `[windows, length, k]`.
+    likeliest: mx.array
+    # Their probabilities and that of all others, `[windows, length, k + 1]`, summing to one.
+    shares: mx.array
+
+
+def answer_bytes(k: int) -> int:
+    """What the answer to one token takes on disk."""
+    return 4 * k + 2 * (k + 1)
+
+
+class TeacherCache:
+    """The answers of a teacher to `batches` of windows, in `folder`."""
+
+    def __init__(self, folder: Path, batches: Sequence[Tokens]) -> None:
+        self._folder = folder
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(batch.size for batch in self._batches)
+
+    def fill(self, teacher: SourceWeights, k: int, progress: Callable[[int], None]) -> None:
+        """Ask the teacher whatever is not there yet.
+
+        Args:
+            teacher: any checkpoint of the same vocabulary.
+            k: how many tokens are kept by name.
+            progress: told the number of tokens that are done.
+        """
+        self._folder.mkdir(exist_ok=True)
+        missing = [i for i in range(len(self)) if not self._path(i).exists()]
+        done = self.tokens - sum(self._batches[i].size for i in missing)
+        head = Projection(teacher.matrix(head_path(teacher.config))) if missing else None
+        while missing:
+            assert head is not None
+            lot, missing = self._next_lot(missing)
+            hidden = hidden_states(teacher, [self._batches[i] for i in lot])
+            for index, states in zip(lot, hidden, strict=True):
+                self._save(index, *_answers(states, head, k))
+                done += self._batches[index].size
+                progress(done)
+
+    def lesson(self, index: int) -> Lesson:
+        """Batch `index` with the teacher's answers."""
+        with np.load(self._path(index)) as saved:
+            shares = saved["shares"].astype(np.float32)
+            likeliest = mx.array(saved["likeliest"])
+        shares /= shares.sum(-1, keepdims=True)
+        return Lesson(mx.array(self._batches[index]), likeliest, mx.array(shares))
+
+    def _next_lot(self, missing: list[int]) -> tuple[list[int], list[int]]:
+        size = max(1, LOT_TOKENS // self._batches[missing[0]].size)
+        return missing[:size], missing[size:]
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index:06d}.npz"
+
+    def _save(self, index: int, likeliest: np.ndarray, shares: np.ndarray) -> None:
+        unfinished = self._folder / "unfinished.npz"
+        np.savez(unfinished, likeliest=likeliest, shares=shares)
+        unfinished.rename(self._path(index))
+
+
+def _answers(states: np.ndarray, head: Projection, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Likeliest tokens `[windows, length, k]` and shares `[..., k + 1]` in float16."""
+    rows = states.reshape(-1, states.shape[-1])
+    size = max(1, BLOCK_LOGITS // len(head.weight))
+    parts = []
+    for start in range(0, len(rows), size):
+        logits = head(mx.array(rows[start : start + size]))
+        shares = mx.softmax(logits, axis=-1, precise=True)
+        likeliest = mx.argpartition(shares, kth=-k, axis=-1)[:, -k:].astype(mx.uint32)
+        named = mx.take_along_axis(shares, likeliest, axis=-1)
+        # Summed up by itself: as one minus the others it would be rounding noise.
+        others = mx.put_along_axis(shares, likeliest, mx.array(0.0), axis=-1)
+        named = mx.concatenate([named, others.sum(-1, keepdims=True)], axis=-1)
+        parts.append((np.array(likeliest), np.array(named.astype(mx.float16))))
+    likeliest_all, shares_all = (np.concatenate(part) for part in zip(*parts, strict=True))
+    shape = states.shape[:2]
+    return likeliest_all.reshape(*shape, -1), shares_all.reshape(*shape, -1)

@@ -1,0 +1,223 @@
+"""The training loop: seeded batches, judgements at intervals, and a state that survives a kill.
+
+Adam with bias correction ("Adam: A Method for Stochastic Optimization", arXiv 1412.6980); the rate
+rises over the first steps and falls linearly to nothing. It is measured in units of each matrix's
+typical scale, so the same rate suits small weights and large ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from apertus_mlx.errors import UsageError
+from apertus_mlx.model import Model
+from convert.distill import objective
+from convert.distill.student import CODES, Quantized, learning_modules
+from convert.distill.teacher_cache import Lesson, TeacherCache
+
+WARMUP_SHARE = 0.05
+# How fast scales, biases and norms learn, compared with codes.
+OTHERS_SHARE = 1 / 3
+# How often a run is judged and saved.
+JUDGEMENTS = 20
+# Judgements without a better one after which a run ends.
+PATIENCE = 4
+STATE_FILE = "state.safetensors"
+BEST_FILE = "best.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast; the order of batches follows from the seed."""
+
+    epochs: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Where a run stood: mean loss since the one before, and that on held-out windows, in nats."""
+
+    step: int
+    tokens: int
+    # None before the first step.
+    training_loss: float | None
+    held_out_loss: float
+    held_out_divergence: float
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that the rest of a run depends on, besides arrays."""
+
+    step: int
+    tokens: int
+    # Sum of losses since the last judgement.
+    loss: float
+    history: list[Judgement]
+
+
+class Training:
+    """Trains `student` in place; its state lies in `folder`."""
+
+    def __init__(
+        self,
+        student: Model,
+        lessons: TeacherCache,
+        held_out: TeacherCache,
+        schedule: Schedule,
+        folder: Path,
+    ) -> None:
+        self._student = student
+        self._lessons = lessons
+        self._held_out = held_out
+        self._schedule = schedule
+        self._folder = folder
+        self.steps = schedule.epochs * len(lessons)
+        self.tokens = schedule.epochs * lessons.tokens
+        self._interval = max(1, self.steps // JUDGEMENTS)
+        self._optimizer = _make_optimizer(schedule, self.steps)
+
+    def run(self, progress: Callable[[int, float, Sequence[Judgement]], None]) -> list[Judgement]:
+        """Train to the end, from the last saved state if there is one, and take the best weights.
+
+        `progress` is told tokens seen, the last loss and the judgements so far.
+
+        Raises:
+            UsageError: a loss is not finite.
+        """
+        gradient = nn.value_and_grad(self._student, _lesson_loss)
+        state = self._resume()
+        if not state.history:
+            state.history.append(self._judge(0, 0, None))
+            self._save_best()
+        while state.step < self.steps and not _is_stale(state.history):
+            lesson = self._lessons.lesson(self._batch(state.step))
+            (loss, _), gradients = gradient(self._student, lesson)
+            self._optimizer.update(self._student, gradients)
+            for _, module in learning_modules(self._student):
+                if isinstance(module, Quantized):
+                    module.keep_in_range()
+            mx.eval(self._parameters(), self._optimizer.state)
+            value = float(np.array(loss))
+            if not math.isfinite(value):
+                raise UsageError(
+                    f"step {state.step + 1}: the loss is not finite; lower --learning-rate"
+                )
+            state.step, state.tokens = state.step + 1, state.tokens + lesson.tokens.size
+            state.loss += value
+            if state.step % self._interval == 0 or state.step == self.steps:
+                self._take_stock(state)
+            progress(state.tokens, value, state.history)
+        self._student.update(_load(self._folder / BEST_FILE)[0])
+        return state.history
+
+    def _take_stock(self, state: _State) -> None:
+        """Judge the student, keep it if it is the best so far, and save where the run stands."""
+        steps = state.step - state.history[-1].step
+        state.history.append(self._judge(state.step, state.tokens, state.loss / steps))
+        state.loss = 0.0
+        if state.history[-1] == best(state.history):
+            self._save_best()
+        arrays = {
+            "student": self._parameters(),
+            "optimizer": self._optimizer.state,
+        }
+        _save(self._folder / STATE_FILE, arrays, {"state": json.dumps(asdict(state))})
+
+    def _judge(self, step: int, tokens: int, training_loss: float | None) -> Judgement:
+        losses, divergences, count = 0.0, 0.0, 0
+        for index in range(len(self._held_out)):
+            lesson = self._held_out.lesson(index)
+            loss, divergence = _lesson_loss(self._student, lesson)
+            losses += float(np.array(loss)) * lesson.tokens.size
+            divergences += float(np.array(divergence)) * lesson.tokens.size
+            count += lesson.tokens.size
+        return Judgement(step, tokens, training_loss, losses / count, divergences / count)
+
+    def _batch(self, step: int) -> int:
+        epoch, position = divmod(step, len(self._lessons))
+        order = list(range(len(self._lessons)))
+        random.Random(f"{self._schedule.seed}:{epoch}").shuffle(order)
+        return order[position]
+
+    def _resume(self) -> _State:
+        path = self._folder / STATE_FILE
+        if not path.exists():
+            return _State(0, 0, 0.0, [])
+        arrays, metadata = _load(path)
+        self._student.update(arrays["student"])
+        self._optimizer.state = arrays["optimizer"]
+        values = json.loads(metadata["state"])
+        history = [Judgement(**judgement) for judgement in values.pop("history")]
+        return _State(**values, history=history)
+
+    def _parameters(self) -> Any:
+        return nn.Module.trainable_parameters(self._student)
+
+    def _save_best(self) -> None:
+        _save(self._folder / BEST_FILE, self._parameters(), {})
+
+
+def _make_optimizer(schedule: Schedule, steps: int) -> optimizers.Optimizer:
+    def adam(peak: float) -> optimizers.Optimizer:
+        warmup = max(1, round(WARMUP_SHARE * steps))
+        rate = optimizers.join_schedules(
+            [
+                optimizers.linear_schedule(peak / warmup, peak, warmup),
+                optimizers.linear_schedule(peak, 0.0, max(1, steps - warmup)),
+            ],
+            [warmup],
+        )
+        return optimizers.Adam(rate, bias_correction=True)
+
+    return optimizers.MultiOptimizer(
+        [adam(schedule.learning_rate), adam(schedule.learning_rate * OTHERS_SHARE)],
+        [lambda path, _: path.endswith(CODES)],
+    )
+
+
+def _lesson_loss(student: Model, lesson: Lesson) -> tuple[mx.array, mx.array]:
+    """The loss on a lesson, and the divergence in it."""
+    tokens = lesson.tokens
+    logits = student(tokens).flatten(0, 1)
+    end = mx.full((tokens.shape[0], 1), -1, tokens.dtype)
+    following = mx.concatenate([tokens[:, 1:], end], axis=1)
+    return objective.loss(
+        logits, lesson.likeliest.flatten(0, 1), lesson.shares.flatten(0, 1), following.flatten()
+    )
+
+
+def best(history: Sequence[Judgement]) -> Judgement:
+    """The judgement whose weights are kept: the closest to the teacher on held-out windows."""
+    return min(history, key=lambda judgement: judgement.held_out_divergence)
+
+
+def _is_stale(history: Sequence[Judgement]) -> bool:
+    return len(history) - 1 - history.index(best(history)) >= PATIENCE
+
+
+def _save(path: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    """Write a tree of arrays; the file is there complete or not at all."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    mx.save_safetensors(str(unfinished), dict(tree_flatten(arrays)), metadata)
+    unfinished.rename(path)
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    arrays, metadata = loaded
+    return tree_unflatten(list(arrays.items())), metadata

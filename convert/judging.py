@@ -1,0 +1,132 @@
+"""How far from the original a planned model would be, on texts held out; nothing is written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.template import ChatTemplate
+from apertus_mlx.tokenizer import Tokenizer
+from convert.calibrated import SEED, WINDOW_TOKENS, Calibration, make_codes, read_codes
+from convert.calibration_text import sample_windows
+from convert.gradients import BLOCK_LOGITS
+from convert.layerwise import Array, SourceWeights, Tokens, Weights, head_path, hidden_states
+from convert.plan import Plan, Step
+from convert.reading import Reader
+from convert.smoothing import rounding_of
+from convert.transformed import transformed_weights
+from quant.affine import ScaleType
+from quant.metrics import log_softmax
+
+# Windows to calibrate a trial on, and windows to judge it by.
+WINDOWS = 16
+# Rows of a matrix that are rounded at once.
+BLOCK_ROWS = 4096
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The weights that a plan leads to."""
+
+    weights: Weights
+    plan: Plan
+    # Of calibrated codes; None where there are none.
+    codes: Path | None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config."""
+        return self.weights.config
+
+    def matrix(self, path: str) -> Array:
+        """The weight of a module `[rows, columns]`, after a round trip through its format."""
+        step = next(step for step in self.plan.steps if step.path == path)
+        spec = step.spec
+        if spec is None or step.transform not in ("quantize", "requantize"):
+            return self.weights.matrix(path)
+        if step.method == "gptq":
+            assert self.codes is not None
+            codes, *others = read_codes(self.codes, step, 0, step.outputs[0].shape[0])
+            scales, biases = (array.astype(mx.float32) for array in others)
+            return np.array(mx.dequantize(codes, scales, biases, spec.group_size, spec.bits))
+        weight = self.weights.matrix(path)
+        rounding = rounding_of(step, scale_type_of(self.plan))
+        for start in range(0, len(weight), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            weight[part] = rounding(weight[part], np.ones(weight.shape[1]))
+        return weight
+
+    def vector(self, name: str) -> Array:
+        """A norm's weight or a parameter of an activation."""
+        return self.weights.vector(name)
+
+
+class Judge:
+    """Measures plans for one source on the same windows."""
+
+    def __init__(
+        self, source: SourceWeights, directory: Path, calibration: Calibration, progress: Progress
+    ) -> None:
+        self._source, self._directory, self._progress = source, directory, progress
+        sample = calibration.sample
+        self._calibration = replace(
+            calibration, sample=replace(sample, windows=sample.windows[:WINDOWS])
+        )
+        self._windows = held_out_windows(directory, source.config, calibration)
+        self._expected = hidden_states(source, [self._windows], progress=self._layers)[0]
+
+    def divergence(self, plan: Plan) -> float:
+        """Mean divergence of the predictions from those of the source, in nats."""
+        with tempfile.TemporaryDirectory() as folder:
+            codes = None
+            if plan.calibrates:
+                codes = make_codes(
+                    plan, self._directory, self._calibration, Path(folder), self._progress
+                )
+            weights = transformed_weights(plan, self._source.reader, codes)
+            planned = Planned(weights, plan, codes)
+            found = hidden_states(planned, [self._windows], progress=self._layers)[0]
+            path = head_path(self._source.config)
+            return _divergence(
+                self._expected, self._source.matrix(path), found, planned.matrix(path)
+            )
+
+    def _layers(self, done: int) -> None:
+        self._progress(done, self._source.config.num_hidden_layers)
+
+
+def scale_type_of(plan: Plan) -> ScaleType:
+    """What scales and biases will be stored in."""
+    if plan.dtype == "BF16":
+        return "BF16"
+    return "F16" if plan.dtype == "F16" else "F32"
+
+
+def held_out_windows(directory: Path, config: ModelConfig, calibration: Calibration) -> Tokens:
+    """Windows of the texts that calibration does not see."""
+    tokenizer = Tokenizer.load(
+        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+    )
+    template = ChatTemplate.load(directory, tokenizer)
+    judged = calibration.judged
+    return sample_windows(judged, tokenizer, template, WINDOW_TOKENS, WINDOWS, SEED).windows
+
+
+def _divergence(expected: Array, expected_head: Array, found: Array, found_head: Array) -> float:
+    rows = [hidden.reshape(-1, hidden.shape[-1]) for hidden in (expected, found)]
+    size = max(1, BLOCK_LOGITS // len(expected_head))
+    total = 0.0
+    for start in range(0, len(rows[0]), size):
+        part = slice(start, start + size)
+        wanted = log_softmax(rows[0][part] @ expected_head.T)
+        got = log_softmax(rows[1][part] @ found_head.T)
+        total += float(np.einsum("tv,tv->", np.exp(wanted), wanted - got))
+    return total / len(rows[0])

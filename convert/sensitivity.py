@@ -1,0 +1,125 @@
+"""How much each matrix matters: the divergence to expect when it alone is stored in fewer bits.
+
+To second order the divergence of the predictions, for an error that moves a matrix's output by d,
+is half the mean of `(g . d)^2` over tokens, g being the gradient of `gradients`. The error is the
+real one of each format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx import layout
+from convert.gradients import BLOCK_LOGITS, Ends, Trace, trace_layers
+from convert.layerwise import Array, Tokens, Weights, head_path
+from convert.smoothing import Rounding
+from quant import gptq
+from quant.affine import ScaleType, dequantize
+from quant.spec import QuantSpec
+
+SEED = 1
+# What GPTQ gains is measured on so many rows of each matrix.
+GAIN_ROWS = 256
+GAIN_BITS = 3
+
+Roundings = Mapping[QuantSpec, Rounding]
+Damages = dict[str, dict[QuantSpec, float]]
+
+
+def predict_damages(
+    weights: Weights,
+    roundings: Mapping[str, Roundings],
+    windows: Tokens,
+    gptq_paths: Collection[str] = (),
+    scale_type: ScaleType = "BF16",
+    progress: Callable[[int], None] | None = None,
+) -> Damages:
+    """Expected mean divergence, in nats, for each matrix alone in each of its formats.
+
+    Args:
+        weights: of the model.
+        roundings: by module path, the formats to try, each with what it makes of rows.
+        windows: calibration tokens `[windows, length]`.
+        gptq_paths: matrices that GPTQ will quantize: what it gains over rounding is counted.
+        scale_type: what scales and biases will be stored in.
+        progress: told how many of twice the layers are done.
+    """
+    config = weights.config
+    damages: Damages = {}
+
+    def look(traces: list[Trace]) -> None:
+        for trace in traces:
+            squares = np.square(trace.inputs).mean(0)
+            for path in trace.gradients.keys() & roundings.keys():
+                weight, gradient = weights.matrix(path), trace.gradients[path]
+                gain = 1.0
+                if path in gptq_paths:
+                    spec = _near(roundings[path], GAIN_BITS)
+                    rounding = roundings[path][spec]
+                    gain = _gain(weight, gradient, trace.inputs, spec, rounding, scale_type)
+                damages[path] = {
+                    spec: gain * _damage(rounding(weight, squares) - weight, trace.inputs, gradient)
+                    for spec, rounding in roundings[path].items()
+                }
+
+    ends = trace_layers(weights, windows, SEED, look, progress or (lambda _: None))
+    for path in {layout.EMBEDDING, head_path(config)} & roundings.keys():
+        weight = weights.matrix(path)
+        damages[path] = {
+            spec: _end_damage(weight, rounding, ends, windows.reshape(-1),
+                              path == layout.EMBEDDING, path == head_path(config))
+            for spec, rounding in roundings[path].items()
+        }  # fmt: skip
+    return damages
+
+
+def _damage(error: Array, inputs: Array, gradient: Array) -> float:
+    """Of an error `[rows, columns]` of a matrix."""
+    return _half_square(np.einsum("tr,tr->t", inputs @ error.T, gradient))
+
+
+def _half_square(slopes: npt.NDArray[np.floating]) -> float:
+    return float(np.square(slopes, dtype=np.float64).mean()) / 2
+
+
+def _near(formats: Roundings, bits: int) -> QuantSpec:
+    return min(formats, key=lambda spec: abs(spec.bits - bits))
+
+
+def _gain(
+    weight: Array, gradient: Array, inputs: Array, spec: QuantSpec, rounding: Rounding,
+    scale_type: ScaleType,
+) -> float:  # fmt: skip
+    """What share of the damage of `rounding` GPTQ leaves, judged on some rows."""
+    rows = np.linspace(0, len(weight) - 1, min(GAIN_ROWS, len(weight))).astype(int)
+    some, slopes = weight[rows], gradient[:, rows]
+    moments = inputs.T @ inputs
+    fitted = dequantize(gptq.fit(some, spec, moments, scale_type))
+    plain = _damage(rounding(some, np.diag(moments)) - some, inputs, slopes)
+    return min(1.0, _damage(fitted - some, inputs, slopes) / plain) if plain > 0 else 1.0
+
+
+def _end_damage(
+    weight: Array, rounding: Rounding, ends: Ends, ids: Tokens, is_embedding: bool, is_head: bool
+) -> float:
+    """The same for the embedding, the head, or both in one; rows are looked at in blocks."""
+    slopes, mean, square = (np.zeros(len(ids)) for _ in range(3))
+    squares = np.square(ends.hidden).mean(0) if is_head else np.ones(weight.shape[1])
+    size = max(1, BLOCK_LOGITS // len(ids))
+    for start in range(0, len(weight), size):
+        block = weight[start : start + size]
+        error = rounding(block, squares) - block
+        if is_embedding:
+            inside = (ids >= start) & (ids < start + len(block))
+            rows = error[ids[inside] - start]
+            slopes[inside] = np.einsum("tc,tc->t", rows, ends.embedding_gradient[inside])
+        if is_head:
+            share = np.exp(ends.hidden @ block.T - ends.log_total[:, None])
+            moved = ends.hidden @ error.T
+            mean += np.einsum("tv,tv->t", share, moved)
+            square += np.einsum("tv,tv,tv->t", share, moved, moved)
+    # For the head nothing need be drawn: the variance of the logits' error under the prediction.
+    return _half_square(slopes) + float((square - np.square(mean)).mean()) / 2

@@ -1,0 +1,125 @@
+"""Scales for `--smooth`: for each set of matrices with one input, those that rounding likes best.
+
+One pass over the layers of the original, judged on the second moments of what the matrices are
+given, by the way of rounding that will follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx import layout
+from convert.basis import OUTPUT, READERS, VALUES, value_owners
+from convert.layerwise import Array, Layer, Tokens, Weights, batches, embed
+from convert.plan import Step
+from convert.reading import MLX_TYPES
+from quant import search
+from quant.affine import ScaleType, dequantize, round_scales
+from quant.transforms import Float, choose_scales
+
+Rounding = Callable[[Array, Float], Array]
+ATTENTION, FEED_FORWARD = READERS
+
+
+def smoothing_scales(
+    weights: Weights,
+    rounding: Mapping[str, Rounding],
+    windows: Tokens,
+    scale_type: ScaleType = "BF16",
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Array]:
+    """Scales by the name of the norm or the path of the v that gives them up.
+
+    Only where they gain. Those of norms are such that the norm's new weight is stored exactly.
+
+    Args:
+        weights: the original.
+        rounding: for each matrix that will be quantized, what becomes of rows `[rows, columns]`
+            whose inputs have mean squares `[columns]`.
+        windows: calibration tokens `[windows, length]`.
+        scale_type: what the weights of norms will be stored in.
+        progress: told how many layers are done.
+    """
+    config = weights.config
+    found: dict[str, Array] = {}
+
+    def choose(giver: str, readers: Mapping[str, Array], moments: Array) -> None:
+        chosen = {path: weight for path, weight in readers.items() if path in rounding}
+        if not chosen:
+            return
+        owners = value_owners(config) if giver.endswith(VALUES) else None
+        scales = choose_scales(
+            list(chosen.values()), moments, [rounding[path] for path in chosen], owners
+        )
+        if (scales != 1).any():
+            single = scales.astype(np.float32)
+            norm = owners is None
+            found[giver] = _storable(weights.vector(giver), single, scale_type) if norm else single
+
+    residual = embed(weights.matrix(layout.EMBEDDING), windows)
+    for index in range(config.num_hidden_layers):
+        layer = Layer(weights, index)
+        inputs = _run(layer, residual)
+        matrices = {f"{layer.path}.{name}": p.weight for name, p in layer.projections.items()}
+        for norm in (ATTENTION, FEED_FORWARD):
+            readers = {f"{layer.path}.{name}": matrices[f"{layer.path}.{name}"]
+                       for name in READERS[norm]}  # fmt: skip
+            choose(f"{layer.path}.{norm}.weight", readers, inputs[norm])
+        output = f"{layer.path}.{OUTPUT}"
+        choose(f"{layer.path}.{VALUES}", {output: matrices[output]}, inputs[OUTPUT])
+        if progress is not None:
+            progress(index + 1)
+    return found
+
+
+def rounding_of(step: Step, scale_type: ScaleType) -> Rounding:
+    """What `step` will do to rows of its matrix, or nearly: GPTQ starts from a weighted search."""
+    spec = step.spec
+    assert spec is not None
+
+    def rounded(weight: Array, squares: Float) -> Array:
+        moments = squares.astype(np.float32) if step.method == "gptq" else None
+        return dequantize(search.fit(weight, spec, moments, scale_type))
+
+    def rounded_by_mlx(weight: Array, squares: Float) -> Array:
+        values = mx.array(weight).astype(MLX_TYPES[step.dtype])
+        codes, scales, *biases = mx.quantize(
+            values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
+        )
+        if biases:
+            scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+        again = mx.dequantize(
+            codes, scales, *biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
+        )
+        return np.array(again.astype(mx.float32))
+
+    return rounded_by_mlx if step.method == "rtn" else rounded
+
+
+def _run(layer: Layer, residual: Array) -> dict[str, Array]:
+    """Second moments of what norms and values give; `residual` ends up behind the layer."""
+    moments: dict[str, Array] = {}
+
+    def count(name: str, values: mx.array) -> mx.array:
+        rows = np.array(values, copy=False).reshape(-1, values.shape[-1])
+        seen = rows.T @ rows
+        moments[name] = moments[name] + seen if name in moments else seen
+        return values
+
+    for part in batches(*residual.shape[:2]):
+        stream = mx.array(residual[part])
+        mixed = layer.mixed_values(count(ATTENTION, layer.attention_input(stream)))
+        stream = stream + layer.projections[OUTPUT](count(OUTPUT, mixed))
+        inner = layer.down_input(count(FEED_FORWARD, layer.up_input(stream)))
+        residual[part] = np.array(stream + layer.projections["mlp.down_proj"](inner))
+    return moments
+
+
+def _storable(norm: Array, scales: Array, scale_type: ScaleType) -> Array:
+    """Scales near `scales` by which `norm` can be divided without rounding it."""
+    divided = round_scales(norm / scales, scale_type)
+    usable = (norm != 0) & (divided != 0) & np.isfinite(divided)
+    return np.divide(norm, divided, out=np.ones_like(norm), where=usable)

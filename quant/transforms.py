@@ -1,0 +1,167 @@
+"""Changes of basis: the same outputs from weights that are easier to round. NumPy only.
+
+Rotations spread what stands out in a few columns over all of them. Scales move the size of a
+column's input into the column, so that rounding spares the weights that matter. Both are undone by
+a neighbouring matrix or norm: `(x Q) (W Q)^T = x W^T`, and `(x / s) (W s)^T = x W^T`. Inside, all
+is float64.
+
+Sources: "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (arXiv 2404.00456); "AWQ:
+Activation-aware Weight Quantization" (arXiv 2306.00978).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quant.affine import Array
+
+Float = npt.NDArray[np.float64]
+# Numbers that are held in float64 at once.
+BLOCK_NUMBERS = 1 << 22
+# Exponents that are tried of a column's input and, as divisor, of its weights.
+INPUT_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+WEIGHT_EXPONENTS = (0.0, 0.25, 0.5)
+# Scales that leave more of the error than this are not worth their rounding of other tokens.
+WORTHWHILE = 0.95
+# Rows of each matrix that scales are judged by.
+JUDGED_ROWS = 512
+# What a column counts at least, as a share of the mean square of all.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The orthogonal matrix `diag(signs) (left x right)`, a Kronecker product of small ones."""
+
+    signs: Float
+    left: Float
+    right: Float
+
+    @property
+    def size(self) -> int:
+        """Rows and columns."""
+        return len(self.signs)
+
+    def columns(self, weight: Array) -> Array:
+        """`W Q` for `W` `[rows, size]`: the weight for inputs that are rotated."""
+        result = np.empty(weight.shape, np.float32)
+        step = max(1, BLOCK_NUMBERS // self.size)
+        for start in range(0, len(weight), step):
+            block = weight[start : start + step] * self.signs
+            grid = block.reshape(-1, len(self.left), len(self.right))
+            turned = self.left.T @ (grid @ self.right)
+            result[start : start + step] = turned.reshape(block.shape)
+        return result
+
+    def rows(self, weight: Array) -> Array:
+        """`Q^T W` for `W` `[size, columns]`: the weight whose outputs are rotated."""
+        result = np.empty(weight.shape, np.float32)
+        step = max(1, BLOCK_NUMBERS // self.size)
+        for start in range(0, weight.shape[1], step):
+            block = weight[:, start : start + step]
+            result[:, start : start + step] = self.columns(block.T).T
+        return result
+
+
+def make_rotation(size: int, seed: int) -> Rotation:
+    """A randomised Hadamard matrix; an odd factor of `size` is any orthogonal matrix of that size.
+
+    Raises:
+        ValueError: `size` is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"a rotation of size {size}")
+    rng = np.random.default_rng([seed, size])
+    twos = (size & -size).bit_length() - 1
+    odd = size >> twos
+    mixed = np.linalg.qr(rng.standard_normal((odd, odd)))[0]
+    return Rotation(
+        rng.choice([-1.0, 1.0], size),
+        np.kron(mixed, _hadamard(twos // 2)),
+        _hadamard(twos - twos // 2),
+    )
+
+
+def _hadamard(power: int) -> Float:
+    """The orthogonal Hadamard matrix of size `2 ** power`."""
+    matrix = np.ones((1, 1))
+    for _ in range(power):
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
+    return matrix
+
+
+def balance(giver: Array, reader: Array, owners: npt.NDArray[np.intp]) -> Array:
+    """Scales that make each row of one matrix as long as the columns that read it in another.
+
+    A rotation mixes rows, so the rounding of long ones would drown short ones. Dividing the rows of
+    `giver` and multiplying the columns of `reader` by them leaves the product.
+
+    Args:
+        giver: `[scales, inputs]`.
+        reader: `[rows, columns]`.
+        owners: for each column of `reader` the row of `giver` that it multiplies.
+    """
+    given = np.square(giver, dtype=np.float64).sum(1)
+    read = np.bincount(owners, np.square(reader, dtype=np.float64).sum(0))
+    floors = [max(1e-8 * energy.mean(), 1e-30) for energy in (given, read)]
+    return ((given + floors[0]) / (read + floors[1])).astype(np.float32) ** np.float32(0.25)
+
+
+def choose_scales(
+    weights: Sequence[Array],
+    moments: Array | Float,
+    quantize: Sequence[Callable[[Array, Float], Array]],
+    owners: npt.NDArray[np.intp] | None = None,
+) -> Float:
+    """Positive scales for the columns of matrices with one input, of geometric mean one.
+
+    They are `input ** a / weight ** b` of root mean squares, with the exponents for which the
+    outputs are off by least; all ones where nothing gains enough.
+
+    Args:
+        weights: matrices `[rows, columns]`, those that are quantized.
+        moments: second moments of their input `[columns, columns]`.
+        quantize: for each of them, what rounding makes of rows `[rows, columns]` whose inputs have
+            mean squares `[columns]`.
+        owners: for each column the index of its scale, where columns share scales; `[columns]`.
+
+    Returns:
+        Scales to multiply columns with, `[columns]`, or as many as there are owners.
+    """
+    moments = np.asarray(moments, np.float64)
+    owners = np.arange(len(moments)) if owners is None else owners
+    rows = [weight[:: -(-len(weight) // JUDGED_ROWS)].astype(np.float64) for weight in weights]
+    energies = [max(_output_error(part, moments), 1e-30) for part in rows]
+    squares = sum(np.square(part).mean(0) / max(np.square(part).mean(), 1e-30) for part in rows)
+    inputs = _root_mean_squares(np.diag(moments), owners)
+    sizes = _root_mean_squares(np.asarray(squares), owners)
+    best = unscaled = np.ones(len(inputs))
+    least = np.inf
+    for a, b in itertools.product(INPUT_EXPONENTS, WEIGHT_EXPONENTS):
+        scales = inputs**a / sizes**b
+        scales /= np.exp(np.log(scales).mean())
+        columns = scales[owners]
+        error = 0.0
+        for part, energy, rounded in zip(rows, energies, quantize, strict=True):
+            found = rounded((part * columns).astype(np.float32), np.diag(moments) / columns**2)
+            error += _output_error(found / columns - part, moments) / energy
+        if a == b == 0:
+            least, best = WORTHWHILE * error, unscaled
+        elif error < least:
+            least, best = error, scales
+    return best
+
+
+def _root_mean_squares(squares: Float, owners: npt.NDArray[np.intp]) -> Float:
+    means = np.bincount(owners, squares) / np.bincount(owners)
+    return np.asarray(np.sqrt(means + max(FLOOR * means.mean(), 1e-30)))
+
+
+def _output_error(weight: Float, moments: Float) -> float:
+    """Mean square of the outputs, summed over rows."""
+    return float(np.einsum("rc,rc->", weight @ moments, weight))

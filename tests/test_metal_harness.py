@@ -1,0 +1,588 @@
+"""The harness for Metal kernels: faulty kernels are refused, their correct twins run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import metal_harness
+import mlx.core as mx
+import numpy as np
+import pytest
+from metal_harness import Array, HarnessError, Trial, generate, metal_kernel
+
+from apertus_mlx.metal.kernel import Exact, KernelText, Launch, build
+
+needs_compiler = pytest.mark.skipif(
+    metal_harness.missing() is not None, reason=str(metal_harness.missing())
+)
+
+COUNT, GROUP = 256, 64
+FLOATS = mx.arange(COUNT).astype(mx.float32)
+PLACE = "uint i = thread_position_in_grid.x, t = thread_index_in_threadgroup;\n"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+def run(body: str, header: str = "", **options: Any) -> mx.array:
+    """`o`, one float for each of COUNT threads, from the input `x`."""
+    launch = metal_kernel("tested", ["x"], ["o"], PLACE + body, header, **options)
+    (output,) = launch(
+        inputs=[FLOATS],
+        grid=(COUNT, 1, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[(COUNT,)],
+        output_dtypes=[mx.float32],
+    )
+    return output
+
+
+# Faults and their twins ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    body: str
+    message: str
+    # The same idea without the fault.
+    twin: str
+
+
+FAULTS = {
+    "a barrier is missing": Fault(
+        "threadgroup float s[64]; s[t] = x[i]; o[i] = s[63 - t];",
+        "output o depends on the thread order",
+        f"threadgroup float s[64]; s[t] = x[i]; {BARRIER} o[i] = s[63 - t];",
+    ),
+    "memory is used again without a barrier": Fault(
+        f"""threadgroup float s[2];
+        float sum = simd_sum(x[i]);
+        if (t % 32 == 0) {{ s[t / 32] = sum; }}
+        {BARRIER}
+        float both = s[0] + s[1];
+        if (t % 32 == 0) {{ s[t / 32] = -sum; }}
+        {BARRIER}
+        o[i] = both + s[0];""",
+        "output o depends on the thread order",
+        f"""threadgroup float s[2];
+        float sum = simd_sum(x[i]);
+        if (t % 32 == 0) {{ s[t / 32] = sum; }}
+        {BARRIER}
+        float both = s[0] + s[1];
+        {BARRIER}
+        if (t % 32 == 0) {{ s[t / 32] = -sum; }}
+        {BARRIER}
+        o[i] = both + s[0];""",
+    ),
+    "threadgroups write the same place": Fault(
+        "o[i] = x[i]; if (t == 0) { o[0] = x[i]; }",
+        "output o depends on the thread order",
+        "o[i] = x[i]; if (t == 0) { o[i] = 0.0f; }",
+    ),
+    "an input is read past its end": Fault(
+        "o[i] = x[i + 1];", "byte 1024 of x, which has 1024", "o[i] = x[(i + 1) % 256];"
+    ),
+    "an input is read before its start": Fault(
+        "const device float* p = x - 1200; o[i] = p[i];",
+        "byte -4800 of x",
+        "const device float* p = x + 1200; o[i] = p[int(i) - 1200];",
+    ),
+    "an input is written": Fault(
+        "((device float*)x)[i] = 0.0f; o[i] = 0.0f;", "byte 0 of x", "o[i] = x[i] * 0.0f;"
+    ),
+    "an output is written before its start": Fault(
+        "o[i] = x[i]; if (i == 5) { o[int(i) - 6] = 0.0f; }",
+        r"writes beside o \(1024 bytes\) at byte -4",
+        "o[i] = x[i]; if (i == 5) { o[i] = 0.0f; }",
+    ),
+    "an output is not written": Fault(
+        "if (i != 17) { o[i] = x[i]; }", "output o is not written at byte 68", "o[i] = x[i];"
+    ),
+    "a load is misaligned": Fault(
+        "const device uchar* p = (const device uchar*)x;"
+        "o[i] = float(*(const device uint*)(p + (i % 8) * 3));",
+        "undefined behaviour",
+        "const device uchar* p = (const device uchar*)x;"
+        "o[i] = float(*(const device uint*)(p + (i % 8) * 4));",
+    ),
+    "a shift is too wide": Fault(
+        "o[i] = float(1u << i);", "undefined behaviour", "o[i] = float(1u << (i % 32));"
+    ),
+    "a conversion does not fit": Fault(
+        "o[i] = float(int(x[i] * 1e30f));", "undefined behaviour", "o[i] = float(int(x[i]));"
+    ),
+    "a bit field exceeds its word": Fault(
+        "o[i] = float(extract_bits(7u, 24u + i % 16, 4u));",
+        "extract_bits: offset 29 [+] bits 4",
+        "o[i] = float(extract_bits(7u, 16u + i % 12, 4u));",
+    ),
+    "a barrier is in a branch": Fault(
+        f"if (t < 16) {{ {BARRIER} }} o[i] = 0.0f;",
+        "reached by 16 of 64 threads",
+        f"if (t < 64) {{ {BARRIER} }} o[i] = 0.0f;",
+    ),
+    "branches have barriers of their own": Fault(
+        f"if (t < 32) {{ {BARRIER} }}\nelse {{ {BARRIER} }} o[i] = 0.0f;",
+        "divergent threadgroup_barrier: thread 0 is at body:2, thread 32 at body:3",
+        f"if (t < 32) {{ o[i] = 0.0f; }}\nelse {{ o[i] = 0.0f; }} {BARRIER}",
+    ),
+    "a reduction is in a branch": Fault(
+        "float v = 0.0f;\nif (t % 2 == 0) { v = simd_sum(x[i]); }\nelse { v = simd_max(v); }"
+        "o[i] = v;",
+        "divergent collective: thread 0 is in simd_sum at body:3",
+        "float v = simd_sum(t % 2 == 0 ? x[i] : 0.0f); o[i] = v;",
+    ),
+    "some wait for a barrier and some for lanes": Fault(
+        f"if (t == 0) {{ {BARRIER} simd_sum(0.0f); }} else {{ simd_sum(1.0f); }} o[i] = 0.0f;",
+        "thread 0 in threadgroup_barrier",
+        f"{BARRIER} simd_sum(0.0f); o[i] = 0.0f;",
+    ),
+    "a barrier orders no memory": Fault(
+        "threadgroup_barrier(mem_flags::mem_none); o[i] = 0.0f;", "mem_none", f"{BARRIER} o[i] = 0;"
+    ),
+    "a lane is asked that does not exist": Fault(
+        "o[i] = simd_shuffle(x[i], t % 64);", "reads lane 32", "o[i] = simd_shuffle(x[i], t % 32);"
+    ),
+    "threadgroup memory is read past its end": Fault(
+        f"threadgroup float s[60]; threadgroup float* p = s; p[t % 60] = 0.0f; {BARRIER}"
+        "o[i] = p[4 * t];",
+        "beside threadgroup variable s",
+        f"threadgroup float s[60]; threadgroup float* p = s; p[t % 60] = 0.0f; {BARRIER}"
+        "o[i] = p[t % 60];",
+    ),
+    "threadgroup memory is written past its end": Fault(
+        "threadgroup float s[61]; threadgroup float* p = s; p[min(t, 61u)] = 0.0f; o[i] = 0.0f;",
+        r"writes beside threadgroup variable s \(244 bytes\) at byte 244",
+        "threadgroup float s[61]; threadgroup float* p = s; p[min(t, 60u)] = 0.0f; o[i] = 0.0f;",
+    ),
+    "threadgroup memory is too large": Fault(
+        "threadgroup float s[9000]; s[t] = 0.0f; o[i] = s[t];",
+        "36000 bytes of threadgroup memory; Metal has 32768",
+        "threadgroup float s[8192]; s[t] = 0.0f; o[i] = s[t];",
+    ),
+    "Metal lacks a function": Fault(
+        "o[i] = expm1(x[i]);", "does not compile: body:2", "o[i] = exp(x[i]) - 1.0f;"
+    ),
+    "Metal lacks double": Fault(
+        "double d = x[i]; o[i] = d;", "does not compile: body:2", "float d = x[i]; o[i] = d;"
+    ),
+    "the kernel does not end": Fault(
+        "for (uint n = 1; n > 0; n |= 1u) { simd_sum(0.0f); } o[i] = 0.0f;",
+        "does not end",
+        "for (uint n = 1; n > 0; n /= 2) { simd_sum(0.0f); } o[i] = 0.0f;",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_faults_are_refused(fault: Fault) -> None:
+    with pytest.raises(HarnessError, match=fault.message):
+        run(fault.body, cpu_limit_s=0.3)
+    run(fault.twin)
+
+
+@needs_compiler
+def test_a_variable_that_was_never_written_shows() -> None:
+    try:
+        values = run("float v[8]; v[i % 4] = 1.0f; o[i] = v[x[i] == 9.0f ? 7 : i % 4];")
+    except HarnessError:
+        return
+    assert values[0].item() == 1.0
+    assert values[9].item() < -1e38
+
+
+@needs_compiler
+def test_what_metal_does_not_dispatch() -> None:
+    for grid, threadgroup, message in (
+        ((2048, 1, 1), (1025, 1, 1), "1025 threads in a threadgroup"),
+        ((0, 1, 1), (1, 1, 1), "is empty"),
+    ):
+        with pytest.raises(HarnessError, match=message):
+            metal_kernel("f", ["x"], ["o"], "o[0] = x[0];")(
+                inputs=[FLOATS],
+                grid=grid,
+                threadgroup=threadgroup,
+                output_shapes=[(1,)],
+                output_dtypes=[mx.float32],
+            )
+
+
+# The text that MLX generates -------------------------------------------------------------------
+
+
+def test_signature_follows_size_and_names() -> None:
+    body = "o[0] = big[0] + small[0] + single + grid_size.x * big_shape[0] * small_strides[0];"
+    text = KernelText("f", ("big", "small", "single"), ("o",), body, "// thread_index_in_simdgroup")
+    inputs = (Array((2, 4), mx.bfloat16), Array((7,), mx.float16), Array((), mx.int32))
+    kernel = generate(text, inputs, (Array((1,), mx.float32),))
+    assert [(each.type, each.name, each.buffer) for each in kernel.parameters] == [
+        ("const device bfloat16_t*", "big", 0),
+        ("const constant int*", "big_shape", 1),
+        ("const constant float16_t*", "small", 2),
+        ("const constant int64_t*", "small_strides", 3),
+        ("const constant int32_t&", "single", 4),
+        ("device float*", "o", 5),
+        ("uint3", "grid_size", None),
+    ]
+    assert kernel.text.startswith(text.header + "[[kernel]] void custom_kernel_f")
+    assert kernel.text.endswith(") {\n" + body + "\n}\n")
+
+
+def test_traced_function_shows_its_kernels() -> None:
+    texts = [
+        KernelText(name, ("x",), ("o",), f"o[{i}] = x[{i}];", "")
+        for i, name in enumerate(("first", "second", "third"))
+    ]
+    first, second, _ = (
+        mx.fast.metal_kernel(text.name, text.input_names, text.output_names, text.source)
+        for text in texts
+    )
+    launch = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_dtypes": [mx.float32]}
+
+    def step(x: mx.array) -> mx.array:
+        for kernel in (first, second, first):
+            (x,) = kernel(inputs=[mx.abs(x)], output_shapes=[x.shape], **launch)
+        return x
+
+    counts = metal_harness.count_launches(step, [FLOATS], texts)
+    assert counts == {"first": 2, "second": 1, "third": 0}
+
+
+@needs_compiler
+def test_shapes_and_strides_arrive() -> None:
+    launch = metal_kernel(
+        "f",
+        ["x"],
+        ["o"],
+        "for (int a = 0; a < x_ndim; a++) { o[2 * a] = x_shape[a]; o[2 * a + 1] = x_strides[a]; }",
+    )
+    # The transposed view becomes row-contiguous, as with MLX.
+    (output,) = launch(
+        inputs=[mx.zeros((4, 3, 2)).T],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        output_shapes=[(6,)],
+        output_dtypes=[mx.int32],
+    )
+    assert output.tolist() == [2, 12, 3, 4, 4, 1]
+
+
+# What threads know and do together -------------------------------------------------------------
+
+
+@needs_compiler
+def test_positions_of_threads() -> None:
+    body = """
+      const uint3 p = thread_position_in_grid, n = threads_per_grid;
+      const uint at = 10 * (p.x + n.x * (p.y + n.y * p.z));
+      o[at] = thread_position_in_threadgroup.x;
+      o[at + 1] = thread_position_in_threadgroup.y;
+      o[at + 2] = threadgroup_position_in_grid.x;
+      o[at + 3] = threadgroup_position_in_grid.y;
+      o[at + 4] = threads_per_threadgroup.x;
+      o[at + 5] = threadgroups_per_grid.x;
+      o[at + 6] = thread_index_in_threadgroup;
+      o[at + 7] = thread_index_in_simdgroup;
+      o[at + 8] = simdgroup_index_in_threadgroup;
+      o[at + 9] = p.z;
+    """
+    grid, group = (70, 3, 2), (40, 2, 1)
+    (output,) = metal_kernel("f", ["x"], ["o"], body)(
+        inputs=[FLOATS],
+        grid=grid,
+        threadgroup=group,
+        output_shapes=[(*reversed(grid), 10)],
+        output_dtypes=[mx.uint32],
+    )
+    for z, y, x in np.ndindex(*reversed(grid)):
+        inner = x % 40, y % 2
+        # At the edge of the grid a threadgroup is smaller.
+        width = 40 if x < 40 else 30
+        index = inner[0] + width * inner[1]
+        expected = [*inner, x // 40, y // 2, width, 2, index, index % 32, index // 32, z]
+        assert np.array(output[z, y, x]).tolist() == expected
+
+
+@needs_compiler
+def test_collectives() -> None:
+    lanes = np.arange(32)
+    values = np.random.default_rng(0).integers(0, 100, (COUNT // 32, 32)).astype(np.float32)
+    down, up = np.minimum(lanes + 3, 31), np.maximum(lanes - 3, 0)
+    down[lanes > 28], up[lanes < 3] = lanes[lanes > 28], lanes[lanes < 3]
+    expected = {
+        "simd_sum(v)": values.sum(1, keepdims=True),
+        "simd_max(v)": values.max(1, keepdims=True),
+        "simd_min(v)": values.min(1, keepdims=True),
+        "simd_prefix_inclusive_sum(v)": values.cumsum(1),
+        "simd_prefix_exclusive_sum(v)": values.cumsum(1) - values,
+        "simd_shuffle_xor(v, 5)": values[:, lanes ^ 5],
+        "simd_shuffle_down(v, 3)": values[:, down],
+        "simd_shuffle_up(v, 3)": values[:, up],
+        "simd_broadcast(v, 7)": values[:, 7:8],
+        "simd_broadcast_first(v)": values[:, :1],
+        "float(simd_any(v > 97.0f))": (values > 97).any(1, keepdims=True),
+        "float(simd_all(v > 2.0f))": (values > 2).all(1, keepdims=True),
+    }
+    body = "const float v = x[thread_position_in_grid.x];\n" + "".join(
+        f"o[{i * COUNT} + thread_position_in_grid.x] = {call};\n" for i, call in enumerate(expected)
+    )
+    (output,) = metal_kernel("f", ["x"], ["o"], body)(
+        inputs=[mx.array(values)],
+        grid=(COUNT, 1, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[(len(expected), *values.shape)],
+        output_dtypes=[mx.float32],
+    )
+    for (call, wanted), got in zip(expected.items(), np.array(output), strict=True):
+        assert np.array_equal(got, np.broadcast_to(wanted, got.shape)), call
+
+
+# Arithmetic ------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_16_bit_operations_round(dtype: mx.Dtype) -> None:
+    a, b = (3 * mx.random.normal((2, 4096), dtype, key=mx.random.key(1))).split(2)
+    body = """
+      const uint i = thread_position_in_grid.x;
+      o[i] = a[i] + b[i];
+      o[4096 + i] = a[i] - b[i];
+      o[8192 + i] = a[i] * b[i];
+      o[12288 + i] = a[i] / b[i];
+    """
+    (output,) = metal_kernel("f", ["a", "b"], ["o"], body)(
+        inputs=[a, b],
+        grid=(4096, 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(4, 1, 4096)],
+        output_dtypes=[dtype],
+    )
+    assert mx.array_equal(output, mx.stack([a + b, a - b, a * b, a / b]))
+
+
+@needs_compiler
+def test_orders_of_summation() -> None:
+    body = "o[i] = simd_sum(x[i] * 0.001f);"
+    terms = np.array(FLOATS).reshape(-1, 32) * np.float32(0.001)
+    in_order = np.add.accumulate(terms, axis=1)[:, -1:]
+    assert np.array_equal(np.array(run(body)).reshape(-1, 32), np.broadcast_to(in_order, (8, 32)))
+    while terms.shape[1] > 1:
+        half = terms.shape[1] // 2
+        terms = terms[:, :half] + terms[:, half:]
+    pairwise = np.array(run(body, reduces_pairwise=True)).reshape(-1, 32)
+    assert np.array_equal(pairwise, np.broadcast_to(terms, (8, 32)))
+    assert not np.array_equal(terms, in_order)
+
+
+@needs_compiler
+def test_contraction() -> None:
+    body = "const float v = x[i] * 1.1f; o[i] = v * v - 3.0f * v;"
+    v = np.array(FLOATS) * np.float32(1.1)
+    apart = v * v - np.float32(3) * v
+    assert np.array_equal(np.array(run(body)), apart)
+    assert np.allclose(np.array(run(body, contracts=True)), apart, rtol=1e-5, atol=1e-5)
+
+
+# Lint ------------------------------------------------------------------------------------------
+
+LINT_FAULTS = {
+    "device pointer for a thread's": (
+        "inline float f(const thread float* p) { return p[0]; }",
+        "o[0] = f(x);",
+        "no matching function",
+    ),
+    "threadgroup pointer for the device's": (
+        "inline float f(const device float* p) { return p[0]; }",
+        "threadgroup float s[4]; s[0] = x[0]; o[0] = f(s);",
+        "no matching function",
+    ),
+    "device memory for a constant reference": (
+        "inline float f(const constant float& v) { return v; }",
+        "o[0] = f(x[0]);",
+        "no matching function",
+    ),
+    "write to an input": ("", "x[0] = 1.0f; o[0] = 0.0f;", "read-only"),
+    "parameter without address space": (
+        "inline float f(const float* p) { return p[0]; }",
+        "float v[2] = {x[0], 0.0f}; o[0] = f(v);",
+        "header:1: pointer 'p' has no address space",
+    ),
+    "member without address space": (
+        "struct Row { const float* values; };",
+        "float v[1] = {x[0]}; Row row = {v}; o[0] = row.values[0];",
+        "header:1: pointer 'values' has no address space",
+    ),
+    "cast to another address space": (
+        "",
+        "const thread float* p = (const thread float*)x; o[0] = p[0];",
+        "leaves the address space",
+    ),
+    "small input is not in device memory": (
+        "",
+        "const device float* p = small; o[0] = x[0] + p[0];",
+        "cannot initialize",
+    ),
+    "function of the host": ("", "o[0] = expm1(x[0]);", "poisoned"),
+    "standard library": ("", "o[0] = std::exp(x[0]);", "poisoned"),
+    "double by a literal": ("", "o[0] = x[0] * 0.5;", "body:1: 0.5 is a double"),
+    "constant of the program outside constant memory": (
+        "constexpr int K = 3;",
+        "o[0] = K;",
+        "header:1: 'K' outlives its thread",
+    ),
+    "static variable of a function": ("", "static int n = 1; o[0] = n;", "outlives its thread"),
+    "threadgroup variable in a helper": (
+        "inline float f() { threadgroup float s[3]; s[0] = 1.0f; return s[0]; }",
+        "o[0] = f();",
+        "outside a kernel's own braces",
+    ),
+    "threadgroup variable in a branch": (
+        "",
+        "if (x[0] > 1.0f) { threadgroup float s[3]; s[0] = 1.0f; o[0] = s[0]; }",
+        "outside a kernel's own braces",
+    ),
+    "threadgroup variable with a value": (
+        "",
+        "threadgroup float s[1] = {1.0f}; o[0] = s[0];",
+        "initial value",
+    ),
+    "lambda": ("", "const auto f = [](float a) { return a; }; o[0] = f(x[0]);", "no lambda"),
+    "recursion": (
+        "inline float f(int n) { return n ? f(n - 1) : 0.0f; }",
+        "o[0] = f(3);",
+        "recursion",
+    ),
+    "attribute that only the header names": (
+        "inline float f() { return float(thread_index_in_simdgroup); }",
+        "o[0] = f();",
+        "thread_index_in_simdgroup does not occur in the body",
+    ),
+}
+CLEAN_HEADER = """
+namespace ours {
+constexpr constant int K = 3;
+constant float table[2] = {1.0f, 2.0f};
+using T = bfloat16_t;
+struct Row {
+  const device float* values;
+  float at(int i) { return values[i]; }
+};
+template <typename Source>
+inline float twice(thread Source& source, thread float* kept, threadgroup float* shared) {
+  kept[0] = source.at(0);
+  shared[0] = kept[0];
+  return 2.0f * kept[0] + float(static_cast<T>(table[1]));
+}
+}  // namespace ours
+"""
+CLEAN_BODY = """
+  threadgroup float shared[ours::K];
+  float kept[1];
+  ours::Row row = {x};
+  const float4 four = float4(x[0], small[1], 2.0f, 3.0f);
+  const float sum = metal::simd_sum(ours::twice(row, kept, shared) + four.y);
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  o[thread_position_in_grid.x] = metal::precise::exp(sum) + float(as_type<uint>(shared[0]));
+"""
+
+
+def lint(header: str, body: str, standard: str) -> str:
+    text = KernelText("f", ("x", "small"), ("o",), body, header)
+    inputs = (Array((64,), mx.float32), Array((4,), mx.float32))
+    kernel = generate(text, inputs, (Array((64,), mx.float32),))
+    return "\n".join(metal_harness.refusals(kernel, standard))
+
+
+@pytest.mark.parametrize("standard", metal_harness.STANDARDS)
+def test_lint(standard: str) -> None:
+    pytest.importorskip("clang")
+    assert lint(CLEAN_HEADER, CLEAN_BODY, standard) == ""
+    for name, (header, body, message) in LINT_FAULTS.items():
+        assert message in lint(header, body, standard), name
+
+
+def test_lint_knows_the_older_language() -> None:
+    pytest.importorskip("clang")
+    newer = "if constexpr (true) { o[0] = x[0]; }"
+    assert "C++17" in lint("", newer, "c++14")
+    assert lint("", newer, "c++17") == ""
+
+
+# Mutants ---------------------------------------------------------------------------------------
+
+DOT_HEADER = """
+inline float unused(float v) { return v + 1.0f; }
+inline float scaled(float v) { return v * 3.0f; }
+"""
+DOT_BODY = """
+  threadgroup float sums[2];
+  const uint t = thread_index_in_threadgroup;
+  float sum = 0.0f;
+  for (uint i = t; i < 100; i += 64) {
+    sum += a[i] * b[i];
+  }
+  sum = simd_sum(sum);
+  if (t % 32 == 0) {
+    sums[t / 32] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  o[t] = scaled(sums[0] + sums[1]) + t;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """Three times a dot product, plus the thread's number."""
+
+    place: str = "dot"
+    key: str = "dot"
+    tolerance: float = 1e-6
+
+    def text(self) -> KernelText:
+        return KernelText("dot", ("a", "b"), ("o",), DOT_BODY, DOT_HEADER)
+
+    def launch(self, inputs: Sequence[mx.array]) -> Launch:
+        return Launch((64, 1, 1), (64, 1, 1), ((64,),), (mx.float32,))
+
+    def trial(self, seed: int) -> list[mx.array]:
+        return list(mx.random.normal((2, 100), key=mx.random.key(seed)))
+
+    def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
+        return [3 * mx.sum(inputs[0] * inputs[1]) + mx.arange(64)]
+
+    def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
+        a, b = (np.array(values).astype(np.float64) for values in inputs)
+        return [3 * (a @ b) + np.arange(64.0)]
+
+
+def test_mutants_follow_from_the_text() -> None:
+    found = metal_harness.mutants(Dot().text())
+    assert found == metal_harness.mutants(Dot().text())
+    assert len({(mutant.text.header, mutant.text.source) for mutant in found}) == len(found)
+    assert [mutant.what for mutant in found if "barrier" in mutant.line] == [
+        "body:12:3: 'threadgroup_barrier(mem_flags::mem_threadgroup);' becomes ';'"
+    ]
+
+
+@needs_compiler
+def test_mutants_are_noticed() -> None:
+    kernel, inputs = Dot(), Dot().trial(0)
+    (exact,) = kernel.exact(inputs)
+
+    def is_right(outputs: list[mx.array]) -> bool:
+        error = np.linalg.norm(np.array(outputs[0]) - exact)
+        return bool(error <= kernel.tolerance * np.linalg.norm(exact))
+
+    assert is_right(build(kernel, metal_kernel)(inputs))
+    left = metal_harness.survivors([Trial(kernel, inputs, is_right)])
+    # Room that nobody uses is no fault. Nor is `unused`, which has no machine code.
+    assert [mutant.what for mutant in left] == ["body:2:26: '2' becomes '3'"]
+
+
+@needs_compiler
+def test_a_trial_that_notices_nothing_is_found_out() -> None:
+    kernel = Dot()
+    blind = Trial(kernel, kernel.trial(0), lambda outputs: True)
+    assert metal_harness.survivors([blind], every=6)

@@ -1,0 +1,133 @@
+"""The fused kernels beside the matvec, run from the text that MLX gets, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import metal_harness
+import mlx.core as mx
+import numpy as np
+import pytest
+from metal_cases import (
+    DTYPES,
+    HALF_ULP,
+    RELEASED,
+    RELEASED_BITS,
+    error,
+    errors,
+    float64,
+    released,
+    run,
+)
+
+from apertus_mlx.metal.add_rms_norm import AddRMSNorm
+from apertus_mlx.metal.best_token import BestToken
+from apertus_mlx.metal.embedding_row import EmbeddingRow
+from apertus_mlx.metal.needed import kernels_for
+from apertus_mlx.metal.qk_norm_rope import QKNormRope
+from apertus_mlx.model import rotary_wavelengths
+
+pytestmark = pytest.mark.skipif(
+    metal_harness.missing() is not None, reason=str(metal_harness.missing())
+)
+
+
+@pytest.mark.parametrize("count", [8, 31, 33, 1024, 4096, 16384])
+def test_best_token_is_argmax(count: int) -> None:
+    kernel = BestToken(count)
+    peaks, tokens = kernel.trial(seed=count)
+    assert run(kernel, [peaks, tokens])[0].item() == tokens[mx.argmax(peaks)].item()
+    few = mx.floor(peaks)
+    assert run(kernel, [few, tokens])[0].item() == tokens[mx.argmax(few)].item()
+    few[: count // 2] = -math.inf
+    few[count - 1] = 9
+    assert run(kernel, [few, tokens])[0].item() == tokens[-1].item()
+    assert run(kernel, [mx.full((count,), -math.inf), tokens])[0].item() == tokens[0].item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*RELEASED, "odd"])
+def test_qk_norm_rope(name: str, dtype: mx.Dtype) -> None:
+    if name == "odd":
+        kernel = QKNormRope(4, 2, 18, dtype)
+        wavelengths = mx.array([5.0**i for i in range(9)])
+    else:
+        config = released(name)
+        (kernel,) = (k for k in kernels_for(config, {}, dtype) if isinstance(k, QKNormRope))
+        wavelengths = mx.array(rotary_wavelengths(config.head_dim, config.rope), mx.float32)
+    qkv, q_norm, k_norm, *_ = kernel.trial(seed=5)
+    first_value = (kernel.heads + kernel.kv_heads) * kernel.head_dim
+    for position in (0, 1, 777, 4095, 65535, 2**24 - 1):
+        inputs = [qkv, q_norm, k_norm, wavelengths, mx.array([position], mx.int32)]
+        outputs = run(kernel, inputs, schedules=metal_harness.SCHEDULES[1:])
+        # The norm, its weight and the rotation are rounded, each by half of that on average.
+        limit = 3e-7 if dtype == mx.float32 else HALF_ULP[dtype]
+        assert max(errors(kernel, inputs, outputs)) <= limit
+        values = outputs[1][:, kernel.kv_heads :]
+        assert mx.array_equal(values.reshape(-1), qkv.reshape(-1)[first_value:])
+
+
+def test_qk_norm_rope_of_zero() -> None:
+    kernel = QKNormRope(4, 2, 64, mx.float16)
+    qkv, *rest = kernel.trial(seed=6)
+    for output in run(kernel, [mx.zeros_like(qkv), *rest]):
+        assert not mx.any(output).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1024, 2048, 3072, 4096, 8192, 40])
+def test_add_rms_norm(columns: int, dtype: mx.Dtype) -> None:
+    kernel = AddRMSNorm(columns, dtype)
+    weight = kernel.trial(seed=7)[2]
+    rng = np.random.default_rng(columns)
+    sizes = np.array([[[1.0], [1e-3], [30.0]]])
+    residual, update = (mx.array(rng.standard_normal((1, 3, columns)) * sizes, dtype) for _ in "hx")
+    inputs = [residual, update, weight]
+    total, normed = run(kernel, inputs)
+    assert mx.array_equal(total, residual + update)
+    exact = kernel.exact([total, mx.zeros_like(total), weight])[1]
+    assert error(normed, exact) <= HALF_ULP[dtype] + 4e-7
+    if dtype != mx.float32:
+        stock = float64(mx.fast.rms_norm(total, weight, kernel.eps))
+        # Sums of squares may differ in their last bits, and so a result by a step.
+        assert np.all(np.abs(float64(normed) - stock) <= 4 * HALF_ULP[dtype] * np.abs(stock))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_rms_norm_of_zero_and_of_one_outlier(dtype: mx.Dtype) -> None:
+    kernel = AddRMSNorm(1024, dtype)
+    *_, weight = kernel.trial(seed=8)
+    zero = mx.zeros((1, 1, 1024), dtype)
+    assert not any(mx.any(output).item() for output in run(kernel, [zero, zero, weight]))
+    outlier = mx.zeros((1, 1, 1024), dtype)
+    outlier[0, 0, 500] = 3e4
+    inputs = [zero, outlier, weight]
+    assert max(errors(kernel, inputs, run(kernel, inputs))) <= kernel.tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_embedding_row(bits: int, dtype: mx.Dtype) -> None:
+    group = (32, 64, 128)[DTYPES.index(dtype)]
+    kernel = EmbeddingRow(bits, group, 1024, dtype)
+    inside, *table = kernel.trial(seed=bits)
+    last = table[0].shape[0] - 1
+    for token in (mx.array([0], mx.int32), mx.array([[last]], mx.uint32), inside):
+        (row,) = run(kernel, [token, *table])
+        (exact,) = kernel.exact([token, *table])
+        sizes = np.repeat(np.abs(float64(table[2][token.item()])), group) + np.abs(exact)
+        # Rounded to float32 before it is rounded to its type.
+        limit = HALF_ULP[dtype] * np.abs(exact) + 2.0**-24 * sizes
+        assert np.all(np.abs(float64(row) - exact) <= limit)
+        words, scales, biases = (part[token.item()][None] for part in table)
+        stock = float64(mx.dequantize(words, scales, biases, group, bits))
+        # MLX rounds the product too, which is no larger than row and bias together.
+        assert np.all(np.abs(float64(row) - stock) <= 2 * HALF_ULP[dtype] * sizes)
+
+
+@pytest.mark.parametrize("columns", [2048, 3072, 4096, 8192])
+def test_embedding_row_of_released_models(columns: int) -> None:
+    for bits, dtype in zip(RELEASED_BITS, (*DTYPES, mx.bfloat16), strict=True):
+        kernel = EmbeddingRow(bits, 64, columns, dtype)
+        inputs = kernel.trial(seed=9)
+        assert max(errors(kernel, inputs, run(kernel, inputs))) <= kernel.tolerance
