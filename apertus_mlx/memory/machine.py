@@ -34,6 +34,10 @@ def peak_bytes() -> int:
     """The most memory that this process has held: MLX's on a GPU, else what was resident."""
     if on_gpu():
         return mx.get_peak_memory()
+    # What Linux says of a process's resources begins with its parent's peak.
+    peak = _kilobytes(Path("/proc/self/status"), "VmHWM:")
+    if peak is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -67,14 +71,16 @@ def _wired(size_bytes: int) -> Iterator[None]:
 
 
 def _linux_available() -> int | None:
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """Bytes that Linux gives in kilobytes on the line that begins with `name`."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def _control_group_left() -> int | None:

@@ -48,7 +48,8 @@ DEVICES = {
 # layers, hidden, MLP, heads, key heads, tied
 SHAPES = {
     "0.5B": (20, 1024, 6144, 16, 4, True),
-    "1.5B": (16, 2048, 12288, 32, 8, True),
+    "1.5B": (16, 2048, 12288, 32, 8, False),
+    "4B": (24, 3072, 16384, 24, 8, False),
     "8B": (32, 4096, 21504, 32, 8, False),
 }
 FORMS = ("mlx-lm", "graph", "around products", "all")
