@@ -27,6 +27,9 @@ from quant.spec import QuantSpec
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 PROMPT = [1, 65, 74, 150, 233, 80, 201, 99]
+WHAT_RUNS = (
+    "attention_input", "qk_norm_rope", "add_rms_norm", "matvec-residual", "rms_norm-matvec-peaks"
+)  # fmt: skip
 # Where a matrix is asked for without its neighbours: what remains if its fused form is slower.
 LONE_MATRICES = ("matvec-xielu", "matvec-peaks", "add_rms_norm")
 
@@ -113,14 +116,16 @@ def assert_equal_steps(
 def test_a_small_model(tied: bool) -> None:
     reference, fused, counting = pair(tie_word_embeddings=tied)
     assert_equal_steps(reference, fused)
-    # Each layer of each of the three steps: qkv, rotation, o, up, down; then the head, best token.
-    assert counting.launches.total() == 3 * (2 * 5 + 2)
+    # Each layer of each of the three steps: before attention, o, up, down; then head, best token.
+    assert counting.launches.total() == 3 * (2 * 4 + 2)
 
 
 @pytest.mark.parametrize(
     "accepted",
     [
+        lambda place: place.startswith("attention_input"),
         lambda place: place.startswith("qk_norm_rope"),
+        lambda place: not place.startswith("attention_input"),
         lambda place: place.startswith("add_rms_norm"),
         lambda place: place.startswith(LONE_MATRICES),
         lambda place: "residual" in place,
@@ -128,14 +133,22 @@ def test_a_small_model(tied: bool) -> None:
         lambda place: "peaks" in place,
         lambda place: False,
     ],
-    ids=["rotation", "norm", "matrices", "residual", "norm prologue", "head", "none"],
+    ids=[
+        "before attention",
+        "rotation",
+        "apart",
+        "norm",
+        "matrices",
+        "residual",
+        "norm prologue",
+        "head",
+        "none",
+    ],
 )
 def test_any_part_of_the_kernels(accepted: Callable[[str], bool]) -> None:
     reference, fused, counting = pair(accepted)
     assert_equal_steps(reference, fused, tokens=(7, 300))
-    assert (counting.launches.total() > 0) == any(
-        map(accepted, ("qk_norm_rope", "add_rms_norm", "matvec-residual", "rms_norm-matvec-peaks"))
-    )
+    assert (counting.launches.total() > 0) == any(map(accepted, WHAT_RUNS))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +218,7 @@ def test_one_layer_of_the_05b() -> None:
         num_attention_heads=16, num_key_value_heads=4, vocab_size=4096, tie_word_embeddings=True,
     )  # fmt: skip
     assert_equal_steps(reference, fused, tokens=(7,))
-    assert counting.launches.total() == 5 + 2
+    assert counting.launches.total() == 4 + 2
 
 
 def test_several_positions_or_sequences_are_plain() -> None:

@@ -79,9 +79,10 @@ GREEDY = SamplingParams(temperature=0)
     [
         (None, (324, 260)),
         (lambda place: place.startswith(AROUND_PRODUCTS), (204, 164)),
-        (lambda place: True, (143, 115)),
+        (lambda place: not place.startswith("attention_input"), (143, 115)),
+        (lambda place: True, (123, 99)),
     ],
-    ids=["plain", "around products", "all"],
+    ids=["plain", "around products", "products", "all"],
 )
 def test_dispatch_budget(
     kernels: Callable[[str], bool] | None,

@@ -10,6 +10,7 @@ import mlx.core as mx
 from apertus_mlx import layout
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.metal.add_rms_norm import AddRMSNorm
+from apertus_mlx.metal.attention_input import MAX_SIMDGROUPS, ROWS_EACH, AttentionInput
 from apertus_mlx.metal.best_token import BestToken
 from apertus_mlx.metal.embedding_row import EmbeddingRow
 from apertus_mlx.metal.kernel import Kernel
@@ -41,11 +42,24 @@ def kernels_for(
         dtype: type of activations, scales and norms.
     """
     matvecs = tuple(dict.fromkeys(_matvecs(config, specs, dtype)))
-    usual: list[Kernel] = [*_around_matvecs(config, specs, dtype), *matvecs]
+    joined = [matvec for matvec in matvecs if (matvec.prologue, matvec.epilogue) == _QKV_FORM]
+    inputs = [kernel for matvec in joined for kernel in _attention_inputs(config, matvec)]
+    usual: list[Kernel] = [*inputs, *_around_matvecs(config, specs, dtype), *matvecs]
     tuned = [replace(matvec, tile=tile) for tile in TILES[1:] for matvec in matvecs]
     peaks = [matvec for matvec in (*matvecs, *tuned) if matvec.epilogue == "peaks"]
     best = [BestToken(matvec.tiles) for matvec in peaks if matvec.tiles >= 8]
     return tuple(dict.fromkeys([*usual, *best[:1], *tuned, *best[1:]]))
+
+
+def _attention_inputs(config: ModelConfig, product: QuantizedMatvec) -> Iterator[AttentionInput]:
+    for rows_each in ROWS_EACH:
+        if config.head_dim < 16 or config.head_dim % rows_each:
+            continue
+        if config.head_dim <= MAX_SIMDGROUPS * rows_each:
+            yield AttentionInput(
+                product.bits, product.group_size, product.columns, config.num_attention_heads,
+                config.num_key_value_heads, config.head_dim, product.dtype, product.eps, rows_each,
+            )  # fmt: skip
 
 
 def _around_matvecs(

@@ -128,8 +128,12 @@ class QKNormRope:
 
     def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
         """See `Kernel.exact`."""
-        qkv, q_norm, k_norm, wavelengths, position = inputs
-        heads = reference.float64(qkv).reshape(1, -1, 1, self.head_dim)
+        return self.exact_heads(reference.float64(inputs[0]), inputs[1:])
+
+    def exact_heads(self, qkv: Exact, others: Sequence[mx.array]) -> list[Exact]:
+        """See `Kernel.exact`, for queries, keys and values that are exact themselves."""
+        q_norm, k_norm, wavelengths, position = others
+        heads = qkv.reshape(1, -1, 1, self.head_dim)
         angles = reference.float64(position) / reference.float64(wavelengths)
         cosines, sines = np.cos(angles), np.sin(angles)
 

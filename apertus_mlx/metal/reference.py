@@ -46,19 +46,21 @@ def dequantized(
 def product(words: mx.array, scales: mx.array, biases: mx.array, bits: int, vector: Exact) -> Exact:
     """The matrix times `vector` `[columns]`: `[rows]`."""
     (columns,) = vector.shape
-    step = max(1, BLOCK // columns)
-    blocks = [
-        dequantized(*(part[i : i + step] for part in (words, scales, biases)), bits, columns)
-        @ vector
-        for i in range(0, words.shape[0], step)
-    ]
-    return np.concatenate(blocks)
+    rows, step = words.shape[0], max(1, BLOCK // columns)
+    exact = np.empty(rows)
+    for i in range(0, rows, step):
+        block = slice(i, i + step)
+        exact[block] = (
+            dequantized(words[block], scales[block], biases[block], bits, columns) @ vector
+        )
+    return exact
 
 
 def rms_norm(values: Exact, weight: mx.array, eps: float) -> Exact:
     """RMSNorm over the last axis."""
     mean = np.mean(values * values, axis=-1, keepdims=True)
-    return values / np.sqrt(mean + eps) * float64(weight)
+    normed: Exact = values / np.sqrt(mean + eps) * float64(weight)
+    return normed
 
 
 def xielu(values: Exact, alpha_p: float, alpha_n: float, beta: float, eps: float) -> Exact:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from apertus_mlx.metal.add_rms_norm import AddRMSNorm
+from apertus_mlx.metal.attention_input import AttentionInput
 from apertus_mlx.metal.best_token import BestToken
 from apertus_mlx.metal.kernel import Factory, Kernel, Run, build
 from apertus_mlx.metal.qk_norm_rope import QKNormRope
@@ -48,7 +49,8 @@ class FusedOperations:
     @property
     def joined_rows(self) -> bool:
         """See `Operations.joined_rows`."""
-        return any(isinstance(kernel, QKNormRope) for kernel in self._kernels.values())
+        kernels = self._kernels.values()
+        return any(isinstance(kernel, QKNormRope | AttentionInput) for kernel in kernels)
 
     def embed(self, embedding: nn.Module, ids: mx.array) -> mx.array:
         """See `Operations.embed`."""
@@ -65,7 +67,14 @@ class FusedOperations:
         """See `Operations.attend`."""
         if not _is_one_position(stream):
             return plain.attend(attention, norm, stream, mask, cache)
-        if attention.is_joined:
+        append = getattr(cache, "append", None)  # which caches from elsewhere have not
+        whole = self._attention_input(attention)
+        if whole is not None and append is not None and cache is not None:
+            residual = _sum(stream)
+            queries, rows = whole(residual, norm.weight, *self._rotary(attention, cache))
+            keys, values = append(rows)
+            mixed = plain.weigh(attention, queries, keys, values, mask)
+        elif attention.is_joined:
             residual, qkv = self._normed_product(attention.qkv_proj, norm, stream)
             mixed = self._mix(attention, qkv, mask, cache)
         else:
@@ -124,15 +133,7 @@ class FusedOperations:
             apart = plain.split(attention, qkv)
             rotated = plain.rotate_and_store(attention, *apart, cache)
             return plain.weigh(attention, *rotated, mask)
-        queries, rows = rotate(
-            [
-                qkv,
-                attention.q_norm.weight,
-                attention.k_norm.weight,
-                attention.rope.wavelengths,
-                self._at(cache.offset),
-            ]
-        )
+        queries, rows = rotate([qkv, *self._rotary(attention, cache)])
         keys, values = append(rows)
         return plain.weigh(attention, queries, keys, values, mask)
 
@@ -179,19 +180,53 @@ class FusedOperations:
             attention.q_norm.eps,
         )
 
+    def _attention_input(self, attention: Attention) -> Product | None:
+        if not attention.is_joined:
+            return None
+        key = (id(attention),)
+        if key not in self._runs:
+            form = (attention.heads, attention.kv_heads, attention.head_dim)
+            self._runs[key] = self._with_weights(
+                attention.qkv_proj,
+                lambda spec, columns, _, dtype: self._run(
+                    AttentionInput, spec.bits, spec.group_size, columns, *form, dtype,
+                    attention.q_norm.eps,
+                ),
+            )  # fmt: skip
+        found: Product | None = self._runs[key]
+        return found
+
+    def _rotary(self, attention: Attention, cache: Cache) -> list[mx.array]:
+        """What rotation takes beside queries, keys and values."""
+        return [
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+            attention.rope.wavelengths,
+            self._at(cache.offset),
+        ]
+
     def _product(
         self, linear: nn.Module, prologue: Prologue, epilogue: Epilogue, eps: float = 1e-5
     ) -> Product | None:
         """The kernel for this matrix with its weights, if there is one to use."""
         key = (id(linear), prologue, epilogue)
         if key not in self._runs:
-            self._runs[key] = self._make_product(linear, prologue, epilogue, eps)
+            self._runs[key] = self._with_weights(
+                linear,
+                lambda spec, columns, rows, dtype: self._run(
+                    QuantizedMatvec, spec.bits, spec.group_size, columns, rows, dtype, prologue,
+                    epilogue, eps,
+                ),
+            )  # fmt: skip
         found: Product | None = self._runs[key]
         return found
 
-    def _make_product(
-        self, linear: nn.Module, prologue: Prologue, epilogue: Epilogue, eps: float
+    def _with_weights(
+        self,
+        linear: nn.Module,
+        find: Callable[[QuantSpec, int, int, mx.Dtype], Run | None],
     ) -> Product | None:
+        """What `find` finds for the format and the shape of a matrix, together with its weights."""
         # No other class: a subclass or a wrapper may compute something else.
         if type(linear) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
             return None
@@ -199,10 +234,7 @@ class FusedOperations:
         rows, columns = linear.weight.shape[0], linear.weight.shape[1] * 32 // linear.bits
         if unfit(spec, rows, columns) is not None:
             return None
-        run = self._run(
-            QuantizedMatvec, spec.bits, spec.group_size, columns, rows, linear.scales.dtype,
-            prologue, epilogue, eps,
-        )  # fmt: skip
+        run = find(spec, columns, rows, linear.scales.dtype)
         if run is None:
             return None
         weights = (linear.weight, linear.scales, linear.biases)
