@@ -16,7 +16,7 @@ from typing import Any
 from apertus_mlx.errors import RejectedError, UsageError
 from convert.calibrated import Calibration
 from convert.grids import find_grids
-from convert.judging import Judge, scale_type_of
+from convert.judging import Judge, scale_type_of, spread
 from convert.layerwise import Array, SourceWeights
 from convert.plan import Plan, Step
 from convert.planning import make_plan
@@ -150,9 +150,7 @@ def find_units(plans: Plans) -> list[Unit]:
     units = []
     for paths in members.values():
         shared = [spec for spec in plans if all(spec in sizes[path] for path in paths)]
-        units.append(
-            Unit(tuple(paths), {s: sum(sizes[path][s] for path in paths) for s in shared})
-        )
+        units.append(Unit(tuple(paths), {s: sum(sizes[path][s] for path in paths) for s in shared}))
     return units
 
 
@@ -179,7 +177,7 @@ def choose_formats(
 
 
 def _uniform_plans(source: Source, request: Request, target: Target, reader: Reader) -> Plans:
-    plans = {}
+    plans: dict[QuantSpec, Plan] = {}
     groups = (target.group_size,) if target.group_size is not None else GROUP_SIZES
     for spec in (QuantSpec(bits, group) for group in groups for bits in AFFINE_BITS):
         uniform = replace(request, target=None, default=spec)
@@ -194,9 +192,7 @@ def _uniform_plans(source: Source, request: Request, target: Target, reader: Rea
     return plans
 
 
-def _check_reach(
-    target: Target, units: Sequence[Unit], fixed_bytes: int, parameters: int
-) -> None:
+def _check_reach(target: Target, units: Sequence[Unit], fixed_bytes: int, parameters: int) -> None:
     wanted = target.total_bytes(parameters)
     ends = [
         fixed_bytes + sum(end(unit.sizes_bytes.values()) for unit in units) for end in (min, max)
@@ -225,7 +221,7 @@ def _measure(
                 if step.method == "gptq":
                     with_gptq.add(step.path)
     return predict_damages(
-        unscaled_weights(base, reader), roundings, calibration.sample.windows[:WINDOWS],
+        unscaled_weights(base, reader), roundings, spread(calibration.sample.windows, WINDOWS),
         with_gptq, scale_type, lambda done: report(done, 2 * depth),
     )  # fmt: skip
 

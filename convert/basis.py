@@ -21,29 +21,30 @@ from convert.policy import Request
 # Of the random signs in rotations.
 SEED = 0
 VALUES, OUTPUT, DOWN = "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"
+ATTENTION_NORM, FEED_FORWARD_NORM = "attention_layernorm.weight", "feedforward_layernorm.weight"
 # What each norm's output goes into.
-READERS = {
-    "attention_layernorm": ("self_attn.q_proj", "self_attn.k_proj", VALUES),
-    "feedforward_layernorm": ("mlp.up_proj",),
+NORM_READERS = {
+    ATTENTION_NORM: ("self_attn.q_proj", "self_attn.k_proj", VALUES),
+    FEED_FORWARD_NORM: ("mlp.up_proj",),
 }
-SMOOTHED = (*(reader for readers in READERS.values() for reader in readers), OUTPUT)
+# What gives up scales -> the matrices whose columns take them.
+SMOOTHED = {**NORM_READERS, VALUES: (OUTPUT,)}
 
 
 def norm_before(path: str) -> str | None:
     """The norm weight whose output goes into the matrix `path`; None where there is none."""
     if path == layout.HEAD:
         return f"{layout.FINAL_NORM}.weight"
-    for norm, readers in READERS.items():
+    for norm, readers in NORM_READERS.items():
         for reader in readers:
             if path.endswith(f".{reader}"):
-                return f"{path.removesuffix(reader)}{norm}.weight"
+                return path.removesuffix(reader) + norm
     return None
 
 
 def gives_to_matrix(name: str) -> bool:
     """Whether the vector `name` is the weight of a norm whose output goes into matrices."""
-    norms = (*(f".{norm}.weight" for norm in READERS), f"{layout.FINAL_NORM}.weight")
-    return name.endswith(norms)
+    return name.endswith((*NORM_READERS, f"{layout.FINAL_NORM}.weight"))
 
 
 def value_owners(config: ModelConfig) -> npt.NDArray[np.intp]:
@@ -57,7 +58,8 @@ def changed(request: Request, config: ModelConfig) -> dict[str, str]:
     paths = [matrix.path for matrix in layout.matrices(config)]
     found: dict[str, str] = {}
     if request.smooth:
-        touched = [path for path in paths if path.endswith(SMOOTHED)]
+        readers = tuple(reader for readers in SMOOTHED.values() for reader in readers)
+        touched = [path for path in paths if path.endswith(readers)]
         found |= dict.fromkeys(touched + _norms(touched), "--smooth")
     if request.rotate and config.tie_word_embeddings:
         touched = [path for path in paths if path.endswith((VALUES, OUTPUT))]

@@ -17,8 +17,7 @@ from convert.calibrated import SEED, WINDOW_TOKENS, Calibration, make_codes, rea
 from convert.calibration_text import sample_windows
 from convert.gradients import BLOCK_LOGITS
 from convert.layerwise import Array, SourceWeights, Tokens, Weights, head_path, hidden_states
-from convert.plan import Plan, Step
-from convert.reading import Reader
+from convert.plan import Plan
 from convert.smoothing import rounding_of
 from convert.transformed import transformed_weights
 from quant.affine import ScaleType
@@ -77,9 +76,8 @@ class Judge:
     ) -> None:
         self._source, self._directory, self._progress = source, directory, progress
         sample = calibration.sample
-        self._calibration = replace(
-            calibration, sample=replace(sample, windows=sample.windows[:WINDOWS])
-        )
+        few = replace(sample, windows=spread(sample.windows, WINDOWS))
+        self._calibration = replace(calibration, sample=few)
         self._windows = held_out_windows(directory, source.config, calibration)
         self._expected = hidden_states(source, [self._windows], progress=self._layers)[0]
 
@@ -101,6 +99,12 @@ class Judge:
 
     def _layers(self, done: int) -> None:
         self._progress(done, self._source.config.num_hidden_layers)
+
+
+def spread(windows: Tokens, count: int) -> Tokens:
+    """At most `count` of some windows, evenly spaced."""
+    chosen = np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)
+    return np.asarray(windows[chosen])
 
 
 def scale_type_of(plan: Plan) -> ScaleType:

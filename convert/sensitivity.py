@@ -21,9 +21,9 @@ from quant.affine import ScaleType, dequantize
 from quant.spec import QuantSpec
 
 SEED = 1
-# What GPTQ gains is measured on so many rows of each matrix.
-GAIN_ROWS = 256
-GAIN_BITS = 3
+# What GPTQ leaves of the damage is measured on so many rows of each matrix, at this width.
+TRIAL_ROWS = 256
+TRIAL_BITS = 3
 
 Roundings = Mapping[QuantSpec, Rounding]
 Damages = dict[str, dict[QuantSpec, float]]
@@ -55,24 +55,29 @@ def predict_damages(
             squares = np.square(trace.inputs).mean(0)
             for path in trace.gradients.keys() & roundings.keys():
                 weight, gradient = weights.matrix(path), trace.gradients[path]
-                gain = 1.0
+                left = 1.0
                 if path in gptq_paths:
-                    spec = _near(roundings[path], GAIN_BITS)
-                    rounding = roundings[path][spec]
-                    gain = _gain(weight, gradient, trace.inputs, spec, rounding, scale_type)
+                    moments = gptq.damped(trace.inputs.T @ trace.inputs)
+                    rows, *errors = _try_gptq(weight, roundings[path], moments, scale_type)
+                    left = _ratio(*(_damage(e, trace.inputs, gradient[:, rows]) for e in errors))
                 damages[path] = {
-                    spec: gain * _damage(rounding(weight, squares) - weight, trace.inputs, gradient)
+                    spec: left * _damage(rounding(weight, squares) - weight, trace.inputs, gradient)
                     for spec, rounding in roundings[path].items()
                 }
 
     ends = trace_layers(weights, windows, SEED, look, progress or (lambda _: None))
     for path in {layout.EMBEDDING, head_path(config)} & roundings.keys():
         weight = weights.matrix(path)
+        uses = (path == layout.EMBEDDING, path == head_path(config))
+        left = 1.0
+        if path in gptq_paths:
+            curvature = _end_curvature(ends, *uses)
+            _, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
+            left = _ratio(*(float(np.sum(error @ curvature * error)) for error in errors))
         damages[path] = {
-            spec: _end_damage(weight, rounding, ends, windows.reshape(-1),
-                              path == layout.EMBEDDING, path == head_path(config))
+            spec: left * _end_damage(weight, rounding, ends, windows.reshape(-1), *uses)
             for spec, rounding in roundings[path].items()
-        }  # fmt: skip
+        }
     return damages
 
 
@@ -85,21 +90,30 @@ def _half_square(slopes: npt.NDArray[np.floating]) -> float:
     return float(np.square(slopes, dtype=np.float64).mean()) / 2
 
 
-def _near(formats: Roundings, bits: int) -> QuantSpec:
-    return min(formats, key=lambda spec: abs(spec.bits - bits))
+def _try_gptq(
+    weight: Array, formats: Roundings, moments: gptq.Float, scale_type: ScaleType
+) -> tuple[npt.NDArray[np.intp], Array, Array]:
+    """Some rows of a matrix, and their errors by GPTQ and by rounding, at about 3 bits."""
+    rows = np.linspace(0, len(weight) - 1, min(TRIAL_ROWS, len(weight))).astype(np.intp)
+    spec = min(formats, key=lambda spec: abs(spec.bits - TRIAL_BITS))
+    some = weight[rows]
+    fitted = dequantize(gptq.fit(some, spec, moments, scale_type, damping=0.0))
+    return rows, fitted - some, formats[spec](some, np.diag(moments)) - some
 
 
-def _gain(
-    weight: Array, gradient: Array, inputs: Array, spec: QuantSpec, rounding: Rounding,
-    scale_type: ScaleType,
-) -> float:  # fmt: skip
-    """What share of the damage of `rounding` GPTQ leaves, judged on some rows."""
-    rows = np.linspace(0, len(weight) - 1, min(GAIN_ROWS, len(weight))).astype(int)
-    some, slopes = weight[rows], gradient[:, rows]
-    moments = inputs.T @ inputs
-    fitted = dequantize(gptq.fit(some, spec, moments, scale_type))
-    plain = _damage(rounding(some, np.diag(moments)) - some, inputs, slopes)
-    return min(1.0, _damage(fitted - some, inputs, slopes) / plain) if plain > 0 else 1.0
+def _ratio(fitted: float, plain: float) -> float:
+    """What share of the damage is left."""
+    return min(1.0, fitted / plain) if plain > 0 else 1.0
+
+
+def _end_curvature(ends: Ends, is_embedding: bool, is_head: bool) -> gptq.Float:
+    """What the error of a row is multiplied with, where it is looked up and where it is read."""
+    curvature = np.zeros((ends.hidden.shape[1],) * 2)
+    if is_embedding:
+        curvature += gptq.damped(ends.embedding_gradient.T @ ends.embedding_gradient)
+    if is_head:
+        curvature += gptq.damped(ends.hidden.T @ ends.hidden)
+    return curvature
 
 
 def _end_damage(

@@ -12,7 +12,15 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx import layout
-from convert.basis import OUTPUT, READERS, VALUES, value_owners
+from convert.basis import (
+    ATTENTION_NORM,
+    DOWN,
+    FEED_FORWARD_NORM,
+    OUTPUT,
+    SMOOTHED,
+    VALUES,
+    value_owners,
+)
 from convert.layerwise import Array, Layer, Tokens, Weights, batches, embed
 from convert.plan import Step
 from convert.reading import MLX_TYPES
@@ -21,7 +29,6 @@ from quant.affine import ScaleType, dequantize, round_scales
 from quant.transforms import Float, choose_scales
 
 Rounding = Callable[[Array, Float], Array]
-ATTENTION, FEED_FORWARD = READERS
 
 
 def smoothing_scales(
@@ -43,33 +50,27 @@ def smoothing_scales(
         scale_type: what the weights of norms will be stored in.
         progress: told how many layers are done.
     """
-    config = weights.config
     found: dict[str, Array] = {}
-
-    def choose(giver: str, readers: Mapping[str, Array], moments: Array) -> None:
-        chosen = {path: weight for path, weight in readers.items() if path in rounding}
-        if not chosen:
-            return
-        owners = value_owners(config) if giver.endswith(VALUES) else None
-        scales = choose_scales(
-            list(chosen.values()), moments, [rounding[path] for path in chosen], owners
-        )
-        if (scales != 1).any():
-            single = scales.astype(np.float32)
-            norm = owners is None
-            found[giver] = _storable(weights.vector(giver), single, scale_type) if norm else single
-
+    owners = value_owners(weights.config)
     residual = embed(weights.matrix(layout.EMBEDDING), windows)
-    for index in range(config.num_hidden_layers):
+    for index in range(weights.config.num_hidden_layers):
         layer = Layer(weights, index)
-        inputs = _run(layer, residual)
-        matrices = {f"{layer.path}.{name}": p.weight for name, p in layer.projections.items()}
-        for norm in (ATTENTION, FEED_FORWARD):
-            readers = {f"{layer.path}.{name}": matrices[f"{layer.path}.{name}"]
-                       for name in READERS[norm]}  # fmt: skip
-            choose(f"{layer.path}.{norm}.weight", readers, inputs[norm])
-        output = f"{layer.path}.{OUTPUT}"
-        choose(f"{layer.path}.{VALUES}", {output: matrices[output]}, inputs[OUTPUT])
+        for giver, moments in _run(layer, residual).items():
+            readers = [name for name in SMOOTHED[giver] if f"{layer.path}.{name}" in rounding]
+            if not readers:
+                continue
+            scales = choose_scales(
+                [layer.projections[name].weight for name in readers],
+                moments,
+                [rounding[f"{layer.path}.{name}"] for name in readers],
+                owners if giver == VALUES else None,
+            ).astype(np.float32)
+            path = f"{layer.path}.{giver}"
+            if (scales != 1).any():
+                is_norm = giver != VALUES
+                found[path] = (
+                    _storable(weights.vector(path), scales, scale_type) if is_norm else scales
+                )
         if progress is not None:
             progress(index + 1)
     return found
@@ -86,13 +87,14 @@ def rounding_of(step: Step, scale_type: ScaleType) -> Rounding:
 
     def rounded_by_mlx(weight: Array, squares: Float) -> Array:
         values = mx.array(weight).astype(MLX_TYPES[step.dtype])
-        codes, scales, *biases = mx.quantize(
+        codes, scales, *others = mx.quantize(
             values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
         )
-        if biases:
-            scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+        biases = None
+        if others:
+            scales, biases = scales.astype(mx.float32), others[0].astype(mx.float32)
         again = mx.dequantize(
-            codes, scales, *biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
+            codes, scales, biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
         )
         return np.array(again.astype(mx.float32))
 
@@ -111,10 +113,10 @@ def _run(layer: Layer, residual: Array) -> dict[str, Array]:
 
     for part in batches(*residual.shape[:2]):
         stream = mx.array(residual[part])
-        mixed = layer.mixed_values(count(ATTENTION, layer.attention_input(stream)))
-        stream = stream + layer.projections[OUTPUT](count(OUTPUT, mixed))
-        inner = layer.down_input(count(FEED_FORWARD, layer.up_input(stream)))
-        residual[part] = np.array(stream + layer.projections["mlp.down_proj"](inner))
+        mixed = layer.mixed_values(count(ATTENTION_NORM, layer.attention_input(stream)))
+        stream = stream + layer.projections[OUTPUT](count(VALUES, mixed))
+        inner = layer.down_input(count(FEED_FORWARD_NORM, layer.up_input(stream)))
+        residual[part] = np.array(stream + layer.projections[DOWN](inner))
     return moments
 
 

@@ -26,8 +26,8 @@ BLOCK_NUMBERS = 1 << 22
 # Exponents that are tried of a column's input and, as divisor, of its weights.
 INPUT_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WEIGHT_EXPONENTS = (0.0, 0.25, 0.5)
-# Scales that leave more of the error than this are not worth their rounding of other tokens.
-WORTHWHILE = 0.95
+# Scales that leave more of the error than this may as well do harm where nobody looked.
+WORTHWHILE = 0.9
 # Rows of each matrix that scales are judged by.
 JUDGED_ROWS = 512
 # What a column counts at least, as a share of the mean square of all.
@@ -109,7 +109,7 @@ def balance(giver: Array, reader: Array, owners: npt.NDArray[np.intp]) -> Array:
     given = np.square(giver, dtype=np.float64).sum(1)
     read = np.bincount(owners, np.square(reader, dtype=np.float64).sum(0))
     floors = [max(1e-8 * energy.mean(), 1e-30) for energy in (given, read)]
-    return ((given + floors[0]) / (read + floors[1])).astype(np.float32) ** np.float32(0.25)
+    return np.asarray(((given + floors[0]) / (read + floors[1])) ** 0.25, np.float32)
 
 
 def choose_scales(
@@ -120,8 +120,8 @@ def choose_scales(
 ) -> Float:
     """Positive scales for the columns of matrices with one input, of geometric mean one.
 
-    They are `input ** a / weight ** b` of root mean squares, with the exponents for which the
-    outputs are off by least; all ones where nothing gains enough.
+    They are `input ** a / weight ** b` of root mean squares, with the exponents for which outputs
+    are off by the least share of their own size; all ones where nothing gains enough.
 
     Args:
         weights: matrices `[rows, columns]`, those that are quantized.
@@ -136,7 +136,7 @@ def choose_scales(
     moments = np.asarray(moments, np.float64)
     owners = np.arange(len(moments)) if owners is None else owners
     rows = [weight[:: -(-len(weight) // JUDGED_ROWS)].astype(np.float64) for weight in weights]
-    energies = [max(_output_error(part, moments), 1e-30) for part in rows]
+    energies = [_output_energies(part, moments) + 1e-30 for part in rows]
     squares = sum(np.square(part).mean(0) / max(np.square(part).mean(), 1e-30) for part in rows)
     inputs = _root_mean_squares(np.diag(moments), owners)
     sizes = _root_mean_squares(np.asarray(squares), owners)
@@ -149,7 +149,8 @@ def choose_scales(
         error = 0.0
         for part, energy, rounded in zip(rows, energies, quantize, strict=True):
             found = rounded((part * columns).astype(np.float32), np.diag(moments) / columns**2)
-            error += _output_error(found / columns - part, moments) / energy
+            off = found / columns - part
+            error += float((_output_energies(off, moments) / energy).mean())
         if a == b == 0:
             least, best = WORTHWHILE * error, unscaled
         elif error < least:
@@ -162,6 +163,6 @@ def _root_mean_squares(squares: Float, owners: npt.NDArray[np.intp]) -> Float:
     return np.asarray(np.sqrt(means + max(FLOOR * means.mean(), 1e-30)))
 
 
-def _output_error(weight: Float, moments: Float) -> float:
-    """Mean square of the outputs, summed over rows."""
-    return float(np.einsum("rc,rc->", weight @ moments, weight))
+def _output_energies(weight: Float, moments: Float) -> Float:
+    """Mean square of each output `[rows]`."""
+    return np.asarray(np.einsum("rc,rc->r", weight @ moments, weight))

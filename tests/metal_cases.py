@@ -43,6 +43,15 @@ LONG_CONTEXT = {
     },
 }
 
+XIELU_POINTS = sorted(
+    sign * value
+    for sign in (1, -1)
+    for value in (
+        *(0.0, 1e-30, 1e-10, 9.9e-7, 1e-6, 1.01e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 0.49, 0.5),
+        *(0.51, 0.9, 0.999, 1.0, 1.001, 1.5, 2.0, 5.0, 17.0, 50.0, 88.0, 104.0, 1e3, 6e4),
+    )
+)
+
 
 def released(name: str) -> ModelConfig:
     hidden, inner, heads, kv_heads, layers, tied = RELEASED[name]
@@ -89,3 +98,12 @@ def errors(kernel: Kernel, inputs: Sequence[mx.array], outputs: Sequence[mx.arra
     assert len(outputs) == len(exact)
     pairs = zip(outputs, exact, strict=True)
     return [error(output, truth) for output, truth in pairs if output.dtype != mx.uint32]
+
+
+def passed_through(
+    values: Sequence[float] | Exact, dtype: mx.Dtype, bits: int = 4
+) -> list[mx.array]:
+    """Inputs of a matvec whose sums are exactly `values`: biases times 32 x of 1/32."""
+    biases = mx.array(np.array(values), dtype)[:, None]
+    x = mx.full((1, 1, 32), 1 / 32, dtype)
+    return [x, mx.zeros((len(values), bits), mx.uint32), mx.zeros_like(biases), biases]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,12 +13,14 @@ import numpy as np
 import pytest
 
 from apertus_mlx.cli.app import app
-from apertus_mlx.errors import UsageError
+from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.load import load_model
+from convert import layerwise, receipt
 from convert.calibration_text import read_texts
-from convert.receipt import measure
+from convert.receipt import measure, measure_all
 from quant.metrics import compare, join, summarise
 from tests.builders import config_4x, write_checkpoint
+from tests.hub_server import point_client_at, serving
 
 
 def test_metrics_are_their_definitions() -> None:
@@ -100,6 +104,49 @@ def test_a_model_equals_itself_and_bits_order(reference: Path) -> None:
     assert divergences == sorted(divergences, reverse=True)
 
 
+def test_several_models_are_measured_as_if_alone(
+    reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the reference goes through its layers no more often than for one: twice with its floor.
+
+    No more than one layer is held at a time.
+    """
+    texts = read_texts()
+    models = [quantized(reference, bits) for bits in (2, 3, 4)]
+    alone = [measure(model, reference, texts, 40) for model in models]
+    runs: list[Path] = []
+    held = most = 0
+
+    class Counted(layerwise.Layer):
+        def __init__(self, weights: layerwise.SourceWeights, *others: Any) -> None:
+            nonlocal held, most
+            super().__init__(weights, *others)
+            if others[0] == 0:
+                runs.append(Path(weights.source.name))
+            held, most = held + 1, max(most, held + 1)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= 1
+
+    monkeypatch.setattr(layerwise, "Layer", Counted)
+    told: list[tuple[int, int]] = []
+    together = measure_all(models, reference, texts, 40, lambda *done: told.append(done))
+    assert together == alone
+    assert runs == [reference, reference, *models]
+    # The next one is built while the name still holds the one before.
+    assert most <= 2
+    assert told == [(n, 10) for n in range(1, 11)]
+
+
+def test_bytes_are_those_of_the_tensors(reference: Path) -> None:
+    model = quantized(reference, 4)
+    found = measure(model, reference, read_texts(), 40).weight_bytes
+    arrays = mx.load(str(model / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    assert found == sum(array.nbytes for array in arrays.values())
+
+
 def test_other_tokenizers_are_refused(reference: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", config_4x(vocab_size=400))
     with pytest.raises(UsageError, match="tokenizer"):
@@ -118,4 +165,110 @@ def test_command(reference: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
     assert report["overall"]["kl_mean"] > report["noise_floor"]["kl_mean"] > 0
     app(command, standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line] == ["text", "fr", "all"]
+    assert [line.split()[0] for line in lines] == ["text", "fr", "all"]
+
+
+@pytest.fixture
+def french(tmp_path: Path) -> Path:
+    path = tmp_path / "fr.txt"
+    path.write_text("Bonjour le monde.")
+    return path
+
+
+def test_command_with_several_models(
+    reference: Path, french: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [str(quantized(reference, bits)) for bits in (3, 8)]
+    options = ["--reference", str(reference), "--text", str(french)]
+    capsys.readouterr()
+    app(["eval", *models, *options, "--json"], standalone_mode=False)
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["models"]) == ["model-3", "model-8"]
+    app(["eval", models[0], *options, "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == report["models"]["model-3"]
+    app(["eval", *models, *options], standalone_mode=False)
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert header[:3] == ["model", "size", "text"]
+    # The size has its unit as a word of its own.
+    assert [(row[0], row[3]) for row in rows] == [
+        (model, text) for model in ("model-3", "model-8") for text in ("fr", "all")
+    ]
+
+
+@pytest.mark.parametrize("names", [["m"], ["m", "n"]])
+def test_plot(
+    reference: Path, french: Path, tmp_path: Path, names: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One point for each model at its size and divergence, and the noise floor."""
+    pytest.importorskip("matplotlib")
+    made = [quantized(reference, 3), reference]
+    models = [str(path.rename(tmp_path / name)) for path, name in zip(made, names, strict=False)]
+    origin = tmp_path / "n" if len(names) > 1 else reference
+    drawn = tmp_path / "kl.svg"
+    command = ["eval", *models, "--reference", str(origin), "--text", str(french)]
+    app([*command, "--plot", str(drawn)], standalone_mode=False)
+    labels = re.findall(r"<!-- (.*?) -->", drawn.read_text())
+    assert {*names, "noise floor", "weights, MB"} <= set(labels)
+    assert "mean KL divergence, nats" in labels
+    with pytest.raises(UsageError, match="expected a name ending"):
+        app([*command, "--plot", str(tmp_path / "kl.txt")], standalone_mode=False)
+
+
+def test_one_label_for_each_model(
+    reference: Path, french: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twins = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        twins.append(str(quantized(reference, 8).rename(tmp_path / folder / "model")))
+    options = ["--reference", str(reference), "--text", str(french)]
+    capsys.readouterr()
+    app(["eval", *twins, *options, "--json"], standalone_mode=False)
+    assert list(json.loads(capsys.readouterr().out)["models"]) == twins
+    with pytest.raises(UsageError, match="given twice"):
+        app(["eval", twins[0], twins[0], *options], standalone_mode=False)
+
+
+def test_a_mistake_shows_before_anything_is_measured(
+    reference: Path, french: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = quantized(reference, 8)
+    other = write_checkpoint(tmp_path / "other", config_4x(vocab_size=400))
+    monkeypatch.setattr(receipt, "hidden_states", None)
+    options = ["--reference", str(reference), "--text", str(french)]
+    for bad in (other, tmp_path / "nowhere"):
+        with pytest.raises(ApertusError):
+            app(["eval", str(good), str(bad), *options], standalone_mode=False)
+
+
+def test_revisions_of_models_and_reference(
+    reference: Path, french: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A branch of the model, another of the reference; folders beside them are not asked."""
+    folders = {bits: quantized(reference, bits) for bits in (2, 8)}
+    capsys.readouterr()
+
+    def measured(*arguments: str) -> dict[str, Any]:
+        app(["eval", *arguments, "--text", str(french), "--json"], standalone_mode=False)
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    with serving() as server:
+        point_client_at(server.endpoint, tmp_path / "home", monkeypatch)
+        small, plain = (server.repository(f"swiss-ai/{name}") for name in ("Small", "Plain"))
+        small.commit_folder(folders[8])
+        small.commit_folder(folders[2], "coarse")
+        plain.commit_folder(folders[2])
+        plain.commit_folder(reference, "original")
+        local = measured(str(folders[2]), "--reference", str(reference))
+        remote = ("--reference", "swiss-ai/Plain", "--reference-revision", "original")
+        assert measured("swiss-ai/Small", "--revision", "coarse", *remote) == local
+        both = measured("swiss-ai/Small", str(folders[8]), "--revision", "coarse", *remote)
+        assert both["models"]["swiss-ai/Small"] == local
+        assert both["models"]["model-8"]["overall"] != local["overall"]
+    options = ["--reference", str(reference), "--text", str(french)]
+    for mistake in (["--revision", "main"], ["--reference-revision", "main"]):
+        with pytest.raises(UsageError, match="local folder"):
+            app(["eval", str(folders[8]), *options, *mistake], standalone_mode=False)

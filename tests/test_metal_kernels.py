@@ -21,8 +21,10 @@ from metal_cases import (
 )
 
 from apertus_mlx.metal.add_rms_norm import AddRMSNorm
+from apertus_mlx.metal.attention_input import MAX_SIMDGROUPS, ROWS_EACH, AttentionInput
 from apertus_mlx.metal.best_token import BestToken
 from apertus_mlx.metal.embedding_row import EmbeddingRow
+from apertus_mlx.metal.kernel import Kernel
 from apertus_mlx.metal.needed import kernels_for
 from apertus_mlx.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.model import rotary_wavelengths
@@ -72,6 +74,30 @@ def test_qk_norm_rope_of_zero() -> None:
     qkv, *rest = kernel.trial(seed=6)
     for output in run(kernel, [mx.zeros_like(qkv), *rest]):
         assert not mx.any(output).item()
+
+
+def attention_inputs() -> list[AttentionInput]:
+    """Each released width on the columns and heads of each model, of which few heads are enough."""
+    cases = []
+    for i, name in enumerate(RELEASED):
+        columns, head_dim = RELEASED[name][0], released(name).head_dim
+        fitting = [rows for rows in ROWS_EACH if head_dim <= MAX_SIMDGROUPS * rows]
+        for j, bits in enumerate(RELEASED_BITS):
+            dtype, rows = DTYPES[(i + j) % 3], fitting[(i // 3 + j) % len(fitting)]
+            cases.append(AttentionInput(bits, 64, columns, 2, 1, head_dim, dtype, rows_each=rows))
+    others = [
+        AttentionInput(4, 64, 1024, 16, 4, 64, mx.bfloat16),
+        AttentionInput(5, 32, 128, 3, 1, 32, mx.float32, rows_each=8),
+        AttentionInput(8, 128, 1152, 2, 2, 48, mx.float16, rows_each=4),
+    ]
+    return [*cases, *others]
+
+
+@pytest.mark.parametrize("kernel", attention_inputs(), ids=lambda kernel: kernel.key)
+def test_attention_input(kernel: AttentionInput) -> None:
+    inputs = kernel.trial(seed=11)
+    limit = 2e-6 if kernel.dtype == mx.float32 else HALF_ULP[kernel.dtype]
+    assert max(errors(kernel, inputs, run(kernel, inputs))) <= limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,3 +157,23 @@ def test_embedding_row_of_released_models(columns: int) -> None:
         kernel = EmbeddingRow(bits, 64, columns, dtype)
         inputs = kernel.trial(seed=9)
         assert max(errors(kernel, inputs, run(kernel, inputs))) <= kernel.tolerance
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        QKNormRope(16, 4, 64, mx.float32),
+        QKNormRope(4, 2, 128, mx.bfloat16),
+        AddRMSNorm(1024, mx.float32),
+        AddRMSNorm(1024, mx.float16),
+        EmbeddingRow(6, 64, 1024, mx.bfloat16),
+        AttentionInput(4, 64, 1024, 2, 1, 64, mx.bfloat16),
+    ],
+    ids=lambda kernel: kernel.key,
+)
+def test_contraction_and_another_order_of_sums_stay_within_tolerance(kernel: Kernel) -> None:
+    inputs = kernel.trial(seed=10)
+    schedules = metal_harness.SCHEDULES[:1]
+    outputs = run(kernel, inputs, contracts=True, reduces_pairwise=True, schedules=schedules)
+    limit = 3e-7 if outputs[0].dtype == mx.float32 else kernel.tolerance
+    assert max(errors(kernel, inputs, outputs)) <= limit

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -26,11 +26,13 @@ from metal_cases import (
     HALF_ULP,
     RELEASED,
     RELEASED_BITS,
+    XIELU_POINTS,
     Exact,
     error,
     errors,
     float64,
     needed,
+    passed_through,
     run,
 )
 
@@ -176,7 +178,7 @@ def test_exact_is_what_plain_mlx_computes(kernel: QuantizedMatvec) -> None:
         assert plain[2].tolist() == kernel.exact(inputs)[2].tolist()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_matvec_is_twice_as_accurate_as_stock(bits: int, dtype: mx.Dtype) -> None:
     """MLX's `qmv_fast` adds up x for the bias term in 16 bits, 4 or 8 values at a time."""
@@ -199,10 +201,8 @@ def test_matvec_is_twice_as_accurate_as_stock(bits: int, dtype: mx.Dtype) -> Non
     lost = float64(parts).sum(axis=1) - float64(sums)
     lost_in_group = lost.reshape(columns // group, -1).sum(axis=1)
     stock = error(mx.array(exact - float64(biases) @ lost_in_group, dtype), exact)
-    print(f"{bits} bits, {dtype}: ours {ours:.1e}, stock {stock:.1e}")
-    assert ours <= 0.6 * HALF_ULP[dtype] + 4e-7
-    if dtype == mx.bfloat16:
-        assert 2 * ours <= stock
+    assert ours <= 0.6 * HALF_ULP[dtype]
+    assert 2 * ours <= stock
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -221,23 +221,6 @@ def test_matvec_of_zero_and_of_one_outlier(epilogue: Epilogue, dtype: mx.Dtype) 
 
 
 # Values that come through the product unchanged --------------------------------------------------
-
-
-def passed_through(values: Sequence[float] | Exact, dtype: mx.Dtype) -> list[mx.array]:
-    """Inputs of a matvec whose sums are exactly `values`: biases times 32 x of 1/32."""
-    biases = mx.array(np.array(values), dtype)[:, None]
-    x = mx.full((1, 1, 32), 1 / 32, dtype)
-    return [x, mx.zeros((len(values), 4), mx.uint32), mx.zeros_like(biases), biases]
-
-
-XIELU_POINTS = sorted(
-    sign * value
-    for sign in (1, -1)
-    for value in (
-        *(0.0, 1e-30, 1e-10, 9.9e-7, 1e-6, 1.01e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 0.49, 0.5),
-        *(0.51, 0.9, 0.999, 1.0, 1.001, 1.5, 2.0, 5.0, 17.0, 50.0, 88.0, 104.0, 1e3, 6e4),
-    )
-)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -291,7 +274,7 @@ def test_peaks_are_those_of_the_rounded_logits(tile: Tile, dtype: mx.Dtype) -> N
     nothing = np.full(rows, -math.inf)
     nothing[1::2] = math.nan
     for sums in (ties, with_nan, nothing):
-        x, words, scales, _ = passed_through(sums, mx.float32)
+        x, words, scales, _ = passed_through(sums, mx.float32, bits=2)
         # In float32 until here, so that rounding decides what is equal.
         inputs = [x.astype(dtype), words, scales.astype(dtype), mx.array(sums[:, None], dtype)]
         logits, peaks, tokens = run(kernel, inputs, schedules=metal_harness.SCHEDULES[1:])
@@ -307,7 +290,7 @@ def test_peaks_are_those_of_the_rounded_logits(tile: Tile, dtype: mx.Dtype) -> N
 def test_peaks_compare_what_is_stored() -> None:
     """A sum that is larger, but not once it is rounded, does not win."""
     kernel = QuantizedMatvec(2, 32, 32, 8, mx.bfloat16, epilogue="peaks")
-    inputs = passed_through([1.0, *[0.0] * 6, 1.0], mx.bfloat16)
+    inputs = passed_through([1.0, *[0.0] * 6, 1.0], mx.bfloat16, bits=2)
     # One more column's worth in the last row, lost in rounding 1 + 2^-10.
     inputs[1][7, 0] = mx.array(1, mx.uint32)
     inputs[2][7, 0] = 2.0**-5

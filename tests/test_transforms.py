@@ -15,7 +15,7 @@ from apertus_mlx import layout
 from apertus_mlx.cli.app import app
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.load import load_model
-from convert.basis import READERS, VALUES, value_owners
+from convert.basis import NORM_READERS, VALUES, value_owners
 from convert.job import convert, prepare
 from convert.layerwise import Weights, open_weights
 from convert.manifest import MANIFEST
@@ -99,9 +99,9 @@ def with_outliers(config: Mapping[str, Any], factor: float = 30.0) -> dict[str, 
     size = config["hidden_size"] // config["num_attention_heads"]
     for index in range(config["num_hidden_layers"]):
         prefix = layout.layer(index)
-        for norm, readers in READERS.items():
+        for norm, readers in NORM_READERS.items():
             channels = rng.choice(config["hidden_size"], 3, replace=False)
-            weights[f"{prefix}.{norm}.weight"][channels] *= factor
+            weights[f"{prefix}.{norm}"][channels] *= factor
             for reader in readers:
                 weights[f"{prefix}.{reader}.weight"][:, channels] /= factor
         for channel in rng.choice(size, 2, replace=False):

@@ -1,8 +1,9 @@
 """A second small model to judge quantizers by, trained on the spot with MLX alone.
 
 It differs from the embedded one where quantizers may care: its head is its own, its heads are
-narrower, it has seen fewer tokens, and its weights are stored in float32. Text and tokenizer are
-those of the embedded model's recipe.
+narrower, and it has seen little text. Text and tokenizer are those of the embedded model's recipe.
+
+    python -m tests.trained_model FOLDER
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
 from apertus_mlx.config import parse_config
@@ -33,15 +36,16 @@ CONFIG = config_4x(
     intermediate_size=384,
     num_attention_heads=4,
     num_key_value_heads=2,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     tie_word_embeddings=False,
+    torch_dtype="bfloat16",
     vocab_size=1792,
 )
 TRAINING_SEED = 77
-LENGTH = 256
-BATCH_WINDOWS = 8
-STEPS = 240
-PEAK_RATE = 4e-3
+LENGTH = 128
+BATCH_WINDOWS = 4
+STEPS = 250
+PEAK_RATE = 0.012
 WARMUP_STEPS = 10
 
 
@@ -73,6 +77,12 @@ def trained_model(folder: Path) -> Path:
     return model
 
 
+def session_model(factory: pytest.TempPathFactory) -> Path:
+    """The model's folder, one for a whole run of pytest, however many workers it has."""
+    base = factory.getbasetemp()
+    return trained_model(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
 def recipe_windows(seed: int, count: int, length: int = LENGTH) -> np.ndarray:
     """Windows `[count, length]` of documents from the recipe of the embedded model."""
     stream = _stream(seed)
@@ -96,7 +106,6 @@ def train(steps: int = STEPS) -> dict[str, mx.array]:
         gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state, loss)
-        if os.environ.get("SHOW") and step % 20 == 0: print(step, loss.item(), flush=True)
     return dict(tree_flatten(model.parameters()))
 
 
@@ -134,7 +143,11 @@ def _stream(seed: int) -> Iterator[int]:
 
 
 def _write(folder: Path, weights: dict[str, mx.array]) -> None:
-    write_checkpoint(folder, CONFIG, weights, tokenizer=False)
+    write_checkpoint(folder, CONFIG, weights, dtype=mx.bfloat16, tokenizer=False)
     for path in model_dir().iterdir():
-        if path.suffix in (".json", ".jinja") and path.name not in ("config.json",):
+        if path.suffix in (".json", ".jinja") and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
+
+
+if __name__ == "__main__":
+    print(trained_model(Path(sys.argv[1])))

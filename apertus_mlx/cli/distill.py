@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apertus_mlx.cli.options import JsonOption, OfflineOption
-from apertus_mlx.cli.output import (
-    layer_progress,
-    note,
-    print_data,
-    print_json,
-    token_progress,
-)
+from apertus_mlx.cli.output import note, print_data, print_json
 from apertus_mlx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,11 +49,15 @@ def distill(
         str, typer.Option("--train", help="weights, or scales (and norms) with codes as they are.")
     ] = "weights",
     learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Highest rate, relative to a typical scale.")
+    ] = 1e-3,
+    text_share: Annotated[
         float,
         typer.Option(
-            "--learning-rate", help="Highest rate, in steps between neighbouring weight values."
+            "--text-share",
+            help="Share of the text itself in the loss; 0 follows the teacher alone.",
         ),
-    ] = 0.02,
+    ] = 0.1,
     top_k: Annotated[
         int, typer.Option("--top-k", min=1, max=4096, help="Tokens that the teacher names.")
     ] = 64,
@@ -83,22 +81,23 @@ def distill(
 
     if not 0 < learning_rate <= 1:
         raise UsageError(f"--learning-rate {learning_rate}: expected above 0 and at most 1")
+    if not 0 <= text_share <= 1:
+        raise UsageError(f"--text-share {text_share}: expected a share from 0 to 1")
     if plot is not None:
         check_plot(plot)
-    options = Options(_trained(train), epochs, learning_rate, top_k, seed)
+    options = Options(_trained(train), epochs, learning_rate, text_share, top_k, seed)
     folder = locate(teacher, revision=None, offline=offline)
-    job = prepare(folder, student, teacher, options, text or [], tokens, window)
+    name = folder.resolve().name if Path(teacher).expanduser().exists() else teacher
+    job = prepare(folder, student, name, options, text or [], tokens, window)
     if not text:
         note("learning from the small text in the package; --text takes one that suits your use")
     target = out or Path(f"{student.resolve().name}-distilled")
     _announce(job)
+    observer = Observer(
+        _Log("asking the teacher", "tokens"), _TrainingLog(), _Log("measuring", "layers")
+    )
     try:
-        with (
-            token_progress("asking the teacher", job.sample.windows.size) as on_teacher,
-            layer_progress("measuring") as on_layer,
-        ):
-            observer = Observer(on_teacher, _TrainingLog(), on_layer)
-            outcome = run(job, target, resume, observer)
+        outcome = run(job, target, resume, observer)
     except KeyboardInterrupt:
         note(f"interrupted; --resume goes on where it stopped, {partial_path(target)} holds it")
         raise
@@ -115,27 +114,44 @@ def distill(
         print_data(str(target))
 
 
-class _TrainingLog:
-    """Lines on stderr while a student learns: every few seconds, and at each judgement."""
+class _Log:
+    """A stage on stderr: a line every few seconds, with the rate and the time left.
 
-    def __init__(self) -> None:
-        self._judged = 0
+    Lines instead of one that redraws itself: a long run's history is worth keeping.
+    """
+
+    def __init__(self, label: str, unit: str) -> None:
+        self._label, self._unit = label, unit
         self._first: tuple[float, int] | None = None
         self._last = time.monotonic()
 
-    def __call__(self, done: int, total: int, loss: float, history: Sequence[Judgement]) -> None:
+    def __call__(self, done: int, total: int, detail: str = "", at_once: bool = False) -> None:
         now = time.monotonic()
         self._first = self._first or (now, done)
-        if len(history) == self._judged and now - self._last < REPORT_INTERVAL_S:
+        if not at_once and now - self._last < REPORT_INTERVAL_S:
             return
-        line = f"learning: {done:,} of {total:,} tokens, loss {loss:.4f}"
-        if len(history) != self._judged:
-            line += f", held out {history[-1].held_out_loss:.4f}"
+        self._last = now
+        line = f"{self._label}: {done:,} of {total:,} {self._unit}{detail}"
         rate = (done - self._first[1]) / max(now - self._first[0], 1e-9)
         if rate > 0:
-            line += f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left"
+            line += f", {rate:,.1f} {self._unit}/s, {(total - done) / rate:.0f} s left"
         note(line)
-        self._judged, self._last = len(history), now
+
+
+class _TrainingLog:
+    """The stage in which the student learns, with its losses; each judgement is a line."""
+
+    def __init__(self) -> None:
+        self._log = _Log("learning", "tokens")
+        self._judged = 0
+
+    def __call__(self, done: int, total: int, loss: float, history: Sequence[Judgement]) -> None:
+        detail = f", loss {loss:.4f}"
+        judged = len(history) != self._judged
+        if judged:
+            self._judged = len(history)
+            detail += f", held out {history[-1].held_out_loss:.4f}"
+        self._log(done, total, detail, at_once=judged)
 
 
 def _trained(text: str) -> Trained:
@@ -166,6 +182,6 @@ def _draw(path: Path, history: Sequence[Judgement], name: str) -> None:
             Series("held out", [j.tokens for j in history], [j.held_out_loss for j in history]),
         ],
         "tokens",
-        "loss in nats (0.9 KL + 0.1 cross-entropy)",
+        "loss in nats",
         name,
     )

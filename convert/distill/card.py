@@ -40,8 +40,8 @@ def make_card(
         f"| Weights | {manifest['weight_bytes']:,} bytes |",
         f"| Parameters | {manifest['parameters']:,} |",
         f"| Method | {manifest['method']}, then distillation of {what[record['trained']]} |",
-        f"| Distilled on | {record['tokens_seen']:,} tokens of {texts['text']}, "
-        f"{record['epochs']} times |",
+        f"| Distilled on | {texts['windows'] * texts['window_tokens']:,} tokens ({texts['text']}), "
+        f"{record['tokens_seen']:,} with repetitions |",
         f"| License | {license_of(student) or 'see the source'} |",
     ]  # fmt: skip
     lines += damage_table(quality)

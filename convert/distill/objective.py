@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-# Share of the divergence in the loss; what is left goes to the text's own next token.
-DIVERGENCE_SHARE = 0.9
-
 
 def loss(
-    logits: mx.array, likeliest: mx.array, shares: mx.array, following: mx.array
+    logits: mx.array,
+    likeliest: mx.array,
+    shares: mx.array,
+    following: mx.array,
+    text_share: float,
 ) -> tuple[mx.array, mx.array]:
-    """The loss, 0.9 KL(teacher || student) + 0.1 cross-entropy, and the divergence in it.
+    """The loss and the divergence in it, means over tokens in nats.
 
-    Both are means over tokens, in nats.
+    The loss is `(1 - text_share) * KL(teacher || student) + text_share * cross-entropy`.
 
     Args:
         logits: the student's, `[tokens, vocabulary]`, float32.
         likeliest: ids of the teacher's likeliest tokens, `[tokens, k]` with k < vocabulary.
         shares: their probabilities and that of all others, `[tokens, k + 1]`.
         following: the token that follows in the text, -1 where none does.
+        text_share: how much the text itself counts beside the teacher.
     """
     # One exponential for everything: of all that is computed here it takes the longest.
     highest = mx.stop_gradient(logits.max(-1, keepdims=True))
@@ -39,7 +41,7 @@ def loss(
     known = following >= 0
     own = mx.take_along_axis(logits, mx.maximum(following, 0)[:, None], axis=-1)
     surprise = mx.where(known, (highest + total - own)[:, 0], 0).sum() / mx.maximum(known.sum(), 1)
-    return DIVERGENCE_SHARE * divergence + (1 - DIVERGENCE_SHARE) * surprise, divergence
+    return (1 - text_share) * divergence + text_share * surprise, divergence
 
 
 def _log(values: mx.array) -> mx.array:

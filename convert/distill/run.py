@@ -20,7 +20,6 @@ import numpy as np
 from apertus_mlx.checkpoint import INDEX_FILE, open_checkpoint
 from apertus_mlx.config import CONFIG_FILE, ModelConfig, read_config
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.layout import parameter_count
 from apertus_mlx.model import Model
 from apertus_mlx.strict_json import read_object
 from apertus_mlx.template import ChatTemplate
@@ -28,13 +27,15 @@ from apertus_mlx.tokenizer import Tokenizer
 from convert.calibration_text import Sample, TextSet, Tokens, hold_out, read_texts, sample_windows
 from convert.companions import TOKENIZER, copy_companions
 from convert.distill.card import make_card
+from convert.distill.resources import Resources
 from convert.distill.student import (
     Trained,
+    check_student,
     make_student,
     recompute_layers,
     stored_tensors,
 )
-from convert.distill.teacher_cache import TeacherCache, answer_bytes
+from convert.distill.teacher_cache import TeacherCache
 from convert.distill.training import Judgement, Schedule, Training, best
 from convert.job import CARD
 from convert.layerwise import open_weights
@@ -47,11 +48,6 @@ FOLDER = ".distillation"
 # Least and most windows that decide which weights are best, and their share between.
 HELD_OUT_WINDOWS = (1, 32)
 HELD_OUT_SHARE = 1 / 20
-# Tokens and logits of a batch.
-BATCH_TOKENS = 2048
-BATCH_LOGITS = 1 << 26
-# Activations of a batch that are kept for the gradient; above that, layers are run again.
-KEPT_BYTES = 1 << 30
 # What a manifest says about the student and that stays true.
 CARRIED = (
     "bits_per_weight", "parameters", "weight_bytes", "dtype", "quantization", "method",
@@ -65,7 +61,10 @@ class Options:
 
     trained: Trained = "weights"
     epochs: int = 1
-    learning_rate: float = 0.02
+    # Of scales, biases and norms; codes move `training.CODES_FACTOR` times as fast.
+    learning_rate: float = 1e-3
+    # How much the text itself counts beside the teacher.
+    text_share: float = 0.1
     # Tokens that the teacher names at each position; all others count as one.
     top_k: int = 64
     seed: int = 0
@@ -87,6 +86,12 @@ class Job:
     # Files of teacher and student as they were.
     teacher_files: dict[str, FileState]
     student_files: dict[str, FileState]
+
+    @property
+    def resources(self) -> Resources:
+        """What the training takes."""
+        config = read_config(self.student)
+        return Resources(config, self.options.trained, self.sample.windows.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +177,26 @@ def make_job(
     held_out: Tokens,
     judged: TextSet,
 ) -> Job:
-    """A job on windows that are there already; see `prepare`."""
+    """A job on windows that are there already; see `prepare`.
+
+    Raises:
+        ApertusError: the student cannot learn.
+        ResourceError: there is not the memory for it.
+    """
     with Reader(student) as reader:
-        make_student(open_weights(student, reader), options.trained)
+        check_student(open_weights(student, reader).source)
     files = {
         directory: file_states(
             directory, [*open_checkpoint(directory).files, CONFIG_FILE, TOKENIZER]
         )
         for directory in (teacher, student)
     }
-    return Job(
+    job = Job(
         teacher, teacher_name, student, options, sample, held_out, judged,
         files[teacher], files[student],
     )  # fmt: skip
+    job.resources.require()
+    return job
 
 
 def distill(job: Job, target: Path, resume: bool = False, observer: Observer = SILENT) -> Outcome:
@@ -220,7 +232,8 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
 def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judgement]]:
     """Ask the teacher and train; the student with its best weights, and how it got there."""
     folder.mkdir(exist_ok=True)
-    size = _batch_windows(job)
+    resources = job.resources
+    size = resources.batch_windows
     lessons = TeacherCache(folder / "lessons", _batches(job.sample.windows, size))
     held_out = TeacherCache(folder / "held-out", _batches(job.held_out, size))
     total = lessons.tokens + held_out.tokens
@@ -230,10 +243,13 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judg
         held_out.fill(teacher, k, lambda done: observer.teacher(done, total))
         lessons.fill(teacher, k, lambda done: observer.teacher(held_out.tokens + done, total))
     with Reader(job.student) as reader:
-        student = make_student(open_weights(job.student, reader), job.options.trained)
-    if _kept_bytes(job, size) > KEPT_BYTES:
+        student = make_student(
+            open_weights(job.student, reader), job.options.trained, job.options.seed
+        )
+    if resources.recomputes:
         recompute_layers(student)
-    schedule = Schedule(job.options.epochs, job.options.learning_rate, job.options.seed)
+    options = job.options
+    schedule = Schedule(options.epochs, options.learning_rate, options.text_share, options.seed)
     training = Training(student, lessons, held_out, schedule, folder)
     history = training.run(
         lambda done, loss, judged: observer.training(done, training.tokens, loss, judged)
@@ -303,31 +319,15 @@ def _common_tokenizer(teacher: Path, student: Path, config: ModelConfig) -> Toke
     return tokenizers[0]
 
 
-def _batch_windows(job: Job) -> int:
-    tokens: int = min(BATCH_TOKENS, BATCH_LOGITS // read_config(job.student).output_vocab_size)
-    return max(1, tokens // len(job.sample.windows[0]))
-
-
 def _batches(windows: Tokens, size: int) -> list[Tokens]:
     return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 
-def _kept_bytes(job: Job, batch_windows: int) -> int:
-    """About what the layers keep for their gradient: some ten activations of each kind."""
-    config = read_config(job.student)
-    length = job.sample.windows.shape[1]
-    each = 10 * config.hidden_size + 6 * config.intermediate_size
-    each += 4 * config.num_attention_heads * length
-    return int(4 * batch_windows * length * config.num_hidden_layers * each)
-
-
 def _needed_bytes(job: Job) -> int:
-    """Room for the output, the teacher's answers, and parameters with their moments twice."""
+    """Disk for the output and for what lies beside it until it is done."""
     weights = sum(state.size_bytes for state in job.student_files.values())
-    answers = (job.sample.windows.size + job.held_out.size) * answer_bytes(job.options.top_k)
-    # Where weights learn: each with two moments in the state, and once more in the best so far.
-    kept = 4 * 4 * parameter_count(read_config(job.student))
-    return weights + answers + (kept if job.options.trained == "weights" else 0)
+    tokens = job.sample.windows.size + job.held_out.size
+    return weights + job.resources.disk_bytes(tokens, job.options.top_k)
 
 
 def _fingerprint(job: Job) -> str:
@@ -337,4 +337,5 @@ def _fingerprint(job: Job) -> str:
     digest = hashlib.sha256(text.encode())
     for windows in (job.sample.windows, job.held_out):
         digest.update(repr(windows.shape).encode() + np.ascontiguousarray(windows).tobytes())
-    return "distill " + digest.hexdigest()[:32]
+    # As long as a conversion's: a shorter one counts as torn.
+    return f"{'distill':-<16}{digest.hexdigest()}"

@@ -24,7 +24,7 @@ from convert.distill import host
 from convert.distill.host import product
 from convert.layerwise import SourceWeights
 from convert.reading import MLX_TYPES
-from convert.sources.source import MatrixSource
+from convert.sources.source import MatrixSource, Source
 from quant.packing import pack, unpack
 from quant.spec import QuantSpec
 
@@ -32,6 +32,8 @@ from quant.spec import QuantSpec
 Trained = Literal["weights", "scales"]
 TRAINED: tuple[Trained, ...] = ("weights", "scales")
 CODES = "codes"
+# How far from the value of its code a position may start, in steps; half a step is the next code's.
+SPREAD = 0.45
 
 
 class Quantized(nn.Module):
@@ -68,6 +70,13 @@ class Quantized(nn.Module):
             (array * self.unit).astype(self.dtype) for array in (self.scales, self.biases)
         )
         return mx.array(pack(codes, self.spec.bits)), scales, biases
+
+    def spread(self, key: mx.array) -> None:
+        """Let codes learn, from positions anywhere about their values.
+
+        From the values themselves all would come to the next one in the same step.
+        """
+        self.codes = self.codes + mx.random.uniform(-SPREAD, SPREAD, self.codes.shape, key=key)
 
     def keep_in_range(self) -> None:
         """Bring positions back to where a step in the other direction changes their code."""
@@ -141,28 +150,44 @@ def straight_through(value: mx.array, source: mx.array) -> mx.array:
     return mx.stop_gradient(value) + (source - mx.stop_gradient(source))
 
 
-def make_student(weights: SourceWeights, trained: Trained) -> Model:
+def check_student(source: Source) -> None:
+    """Refuse a checkpoint that cannot learn.
+
+    Raises:
+        UsageError: nothing is quantized, or a matrix is so in another form than MLX's affine one.
+    """
+    if not source.is_quantized:
+        raise UsageError(f"{source.name}: is not quantized; convert --bits makes a student from it")
+    for path, matrix in source.matrices.items():
+        stored = matrix.stored
+        if not matrix.is_quantized:
+            continue
+        if stored is None or not stored.spec.has_biases or stored.carried is not None:
+            form = "another form" if stored is None else str(stored.spec)
+            raise UsageError(
+                f"{source.name}: {path}: is quantized as {form}; only affine codes learn"
+            )
+
+
+def make_student(weights: SourceWeights, trained: Trained, seed: int = 0) -> Model:
     """The model of a quantized checkpoint, with the parameters that shall learn unfrozen.
 
     Matrices that are not quantized, and the slopes of activations, stay as they are.
 
     Raises:
-        UsageError: nothing is quantized, or a matrix is so in another form than MLX's affine one.
+        UsageError: see `check_student`.
         RejectedError: a value is not finite.
     """
+    check_student(weights.source)
     config = weights.config
     model = Model(config, host if mx.default_device() == mx.cpu else plain)
     modules: dict[str, Any] = {}
     for matrix in layout.matrices(config):
         found = weights.source.matrices[matrix.path]
         if found.is_quantized:
-            modules[matrix.path] = _quantized(matrix, found, weights, trained)
+            modules[matrix.path] = _quantized(matrix, found, weights)
         else:
             modules[f"{matrix.path}.weight"] = mx.array(weights.matrix(matrix.path))
-    if not any(isinstance(module, Quantized) for module in modules.values()):
-        raise UsageError(
-            f"{weights.source.name}: is not quantized; convert --bits makes a student from it"
-        )
     for name, shape in layout.vectors(config):
         value = mx.array(weights.vector(name)).reshape(shape)
         tensor = weights.source.vectors[name]
@@ -175,10 +200,13 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     model.update_modules(tree_unflatten([(k, m) for k, m in modules.items() if _is_module(m)]))
     model.update(tree_unflatten([(k, a) for k, a in modules.items() if not _is_module(a)]))
     model.freeze()
+    key = mx.random.key(seed)
     for _, module in learning_modules(model):
         keys = ["weight"] if isinstance(module, RoundedNorm) else ["scales", "biases"]
         if isinstance(module, Quantized) and trained == "weights":
             keys.append(CODES)
+            key, own = mx.random.split(key)
+            module.spread(own)
         module.unfreeze(keys=keys)
     return model
 
@@ -206,21 +234,13 @@ def stored_tensors(model: Model) -> Iterator[tuple[str, mx.array]]:
             yield f"{path}.{part}", array
 
 
-def _quantized(
-    matrix: layout.Matrix, found: MatrixSource, weights: SourceWeights, trained: Trained
-) -> Quantized:
-    stored = found.stored
-    if stored is None or not stored.spec.has_biases or stored.carried is not None:
-        form = "another form" if stored is None else str(stored.spec)
-        raise UsageError(
-            f"{weights.source.name}: {matrix.path}: is quantized as {form}; only affine codes learn"
-        )
-    codes = found.read_codes(weights.reader, 0, matrix.rows)
-    assert codes.biases is not None
+def _quantized(matrix: layout.Matrix, found: MatrixSource, weights: SourceWeights) -> Quantized:
+    stored, codes = found.stored, found.read_codes(weights.reader, 0, matrix.rows)
+    assert stored is not None and codes.biases is not None
     unpacked = mx.array(unpack(np.array(codes.weight), stored.spec.bits, matrix.columns))
     kind = QuantizedTable if matrix.path == layout.EMBEDDING else QuantizedProjection
     return kind(
-        unpacked.astype(mx.float32) if trained == "weights" else unpacked,
+        unpacked,
         codes.scales.astype(mx.float32),
         codes.biases.astype(mx.float32),
         stored.spec,

@@ -1,8 +1,8 @@
 """The training loop: seeded batches, judgements at intervals, and a state that survives a kill.
 
 Adam with bias correction ("Adam: A Method for Stochastic Optimization", arXiv 1412.6980); the rate
-rises over the first steps and falls linearly to nothing. It is measured in units of each matrix's
-typical scale, so the same rate suits small weights and large ones.
+rises over the first steps and falls linearly to nothing. Rates are relative to the typical scale of
+each matrix, so that one suits small weights and large ones.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from convert.distill.student import CODES, Quantized, learning_modules
 from convert.distill.teacher_cache import Lesson, TeacherCache
 
 WARMUP_SHARE = 0.05
-# How fast scales, biases and norms learn, compared with codes.
-OTHERS_SHARE = 1 / 3
+# How much faster codes move, of which nothing shows until they reach the next one.
+CODES_FACTOR = 20.0
 # How often a run is judged and saved.
 JUDGEMENTS = 20
 # Judgements without a better one after which a run ends.
-PATIENCE = 4
+PATIENCE = 8
 STATE_FILE = "state.safetensors"
 BEST_FILE = "best.safetensors"
 
@@ -44,6 +44,7 @@ class Schedule:
 
     epochs: int
     learning_rate: float
+    text_share: float
     seed: int
 
 
@@ -106,17 +107,13 @@ class Training:
             self._save_best()
         while state.step < self.steps and not _is_stale(state.history):
             lesson = self._lessons.lesson(self._batch(state.step))
-            (loss, _), gradients = gradient(self._student, lesson)
+            (loss, _), gradients = gradient(self._student, lesson, self._schedule.text_share)
             self._optimizer.update(self._student, gradients)
             for _, module in learning_modules(self._student):
                 if isinstance(module, Quantized):
                     module.keep_in_range()
             mx.eval(self._parameters(), self._optimizer.state)
-            value = float(np.array(loss))
-            if not math.isfinite(value):
-                raise UsageError(
-                    f"step {state.step + 1}: the loss is not finite; lower --learning-rate"
-                )
+            value = _finite(loss, state.step + 1)
             state.step, state.tokens = state.step + 1, state.tokens + lesson.tokens.size
             state.loss += value
             if state.step % self._interval == 0 or state.step == self.steps:
@@ -132,19 +129,16 @@ class Training:
         state.loss = 0.0
         if state.history[-1] == best(state.history):
             self._save_best()
-        arrays = {
-            "student": self._parameters(),
-            "optimizer": self._optimizer.state,
-        }
+        arrays = {"student": self._parameters(), "optimizer": self._optimizer.state}
         _save(self._folder / STATE_FILE, arrays, {"state": json.dumps(asdict(state))})
 
     def _judge(self, step: int, tokens: int, training_loss: float | None) -> Judgement:
         losses, divergences, count = 0.0, 0.0, 0
         for index in range(len(self._held_out)):
             lesson = self._held_out.lesson(index)
-            loss, divergence = _lesson_loss(self._student, lesson)
-            losses += float(np.array(loss)) * lesson.tokens.size
-            divergences += float(np.array(divergence)) * lesson.tokens.size
+            loss, divergence = _lesson_loss(self._student, lesson, self._schedule.text_share)
+            losses += _finite(loss, step) * lesson.tokens.size
+            divergences += _finite(divergence, step) * lesson.tokens.size
             count += lesson.tokens.size
         return Judgement(step, tokens, training_loss, losses / count, divergences / count)
 
@@ -185,20 +179,31 @@ def _make_optimizer(schedule: Schedule, steps: int) -> optimizers.Optimizer:
         return optimizers.Adam(rate, bias_correction=True)
 
     return optimizers.MultiOptimizer(
-        [adam(schedule.learning_rate), adam(schedule.learning_rate * OTHERS_SHARE)],
+        [adam(CODES_FACTOR * schedule.learning_rate), adam(schedule.learning_rate)],
         [lambda path, _: path.endswith(CODES)],
     )
 
 
-def _lesson_loss(student: Model, lesson: Lesson) -> tuple[mx.array, mx.array]:
+def _lesson_loss(student: Model, lesson: Lesson, text_share: float) -> tuple[mx.array, mx.array]:
     """The loss on a lesson, and the divergence in it."""
     tokens = lesson.tokens
     logits = student(tokens).flatten(0, 1)
     end = mx.full((tokens.shape[0], 1), -1, tokens.dtype)
     following = mx.concatenate([tokens[:, 1:], end], axis=1)
     return objective.loss(
-        logits, lesson.likeliest.flatten(0, 1), lesson.shares.flatten(0, 1), following.flatten()
+        logits,
+        lesson.likeliest.flatten(0, 1),
+        lesson.shares.flatten(0, 1),
+        following.flatten(),
+        text_share,
     )
+
+
+def _finite(loss: mx.array, step: int) -> float:
+    value = float(np.array(loss))
+    if not math.isfinite(value):
+        raise UsageError(f"step {step}: the loss is not finite; lower --learning-rate")
+    return value
 
 
 def best(history: Sequence[Judgement]) -> Judgement:

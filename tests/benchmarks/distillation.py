@@ -1,6 +1,6 @@
 """What distillation wins back: a quantized model before and after, beside mlx-lm's plain rounding.
 
-    python -m tests.benchmarks.distillation [--bits 2 3] [--tokens 262144] [--epochs 2]
+    python -m tests.benchmarks.distillation [--bits 2 3] [--tokens 131072] [--epochs 2]
 
 The embedded model teaches its own 2- and 3-bit forms, which `convert --method gptq` made (groups of
 64, bfloat16 scales and biases). Documents are those of the model's recipe; calibration, training,
@@ -12,6 +12,7 @@ rounding with one bit more. Where other programs use the machine, OPENBLAS_NUM_T
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from apertus_mlx import layout
+from apertus_mlx.embedded import model_dir
+from apertus_mlx.embedded.recipe.corpus import documents
 from convert.calibrated import Calibration
 from convert.calibration_text import Sample, read_texts
 from convert.distill.run import Job, Observer, Options, distill, make_job
@@ -32,20 +35,38 @@ from convert.policy import Request
 from convert.reading import Reader
 from quant import metrics
 from quant.spec import QuantSpec
-from tests.benchmarks.quantizers import (
-    EMBEDDED,
-    GROUP_SIZE,
-    Replaced,
-    read_windows,
-    stock_rounding,
-)
 
+EMBEDDED = model_dir()
+GROUP_SIZE = 64
 CALIBRATION_SEED, TRAINING_SEED, HELD_OUT_SEED, JUDGED_SEED = 5, 31_337, 77, 640_320_163
 CALIBRATION_WINDOWS, HELD_OUT_WINDOWS, JUDGED_WINDOWS, WINDOW = 48, 16, 48, 256
 
 
-def recipe(seed: int, windows: int) -> Sample:
-    return Sample(read_windows(EMBEDDED, seed, windows), "recipe", "", seed)
+def recipe(seed: int, count: int) -> Sample:
+    """Windows of documents from the recipe of the embedded model, one document after the other."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    stream = documents(seed)
+    ids: list[int] = []
+    while len(ids) < count * WINDOW:
+        for segment in next(stream):
+            ids += tokenizer.encode(segment.text, add_special_tokens=False).ids
+    return Sample(np.array(ids[: count * WINDOW]).reshape(count, WINDOW), "recipe", "", seed)
+
+
+def stock(bits: int, folder: Path) -> Path:
+    """What mlx-lm makes of the model."""
+    from mlx_lm import convert as stock_convert
+
+    target = folder / f"mlx-lm-{bits}-bits"
+    if not target.exists():
+        # It talks on stdout, where the table goes.
+        with contextlib.redirect_stdout(sys.stderr):
+            stock_convert(
+                str(EMBEDDED), str(target), quantize=True, q_bits=bits, q_group_size=GROUP_SIZE
+            )
+    return target
 
 
 def make_student(bits: int, folder: Path) -> Path:
@@ -63,6 +84,7 @@ def make_lesson(student: Path, arguments: argparse.Namespace) -> Job:
         trained=arguments.train,
         epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
+        text_share=arguments.text_share,
     )
     return make_job(
         EMBEDDED, student, "apertus-demo", options,
@@ -93,12 +115,13 @@ def tell(done: int, total: int, loss: float, history: Sequence[Judgement]) -> No
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=Options.learning_rate)
+    parser.add_argument("--learning-rate", type=float, default=Options().learning_rate)
+    parser.add_argument("--text-share", type=float, default=0.0)
     parser.add_argument("--train", choices=["weights", "scales"], default="weights")
     arguments = parser.parse_args()
-    judged = read_windows(EMBEDDED, JUDGED_SEED, JUDGED_WINDOWS)
+    judged = recipe(JUDGED_SEED, JUDGED_WINDOWS).windows
     unknown = np.full(judged.size, -1)
     silent = Observer(lambda *_: None, tell, lambda *_: None)
     with Reader(EMBEDDED) as reader, tempfile.TemporaryDirectory() as scratch:
@@ -109,8 +132,7 @@ def main() -> None:
             return metrics.summarise(metrics.compare(reference, found, unknown)).kl_mean
 
         def rounded(bits: int) -> float:
-            matrices = stock_rounding(original, QuantSpec(bits, GROUP_SIZE))
-            return divergence(logits(Replaced(original, matrices), judged))
+            return divergence(folder_logits(stock(bits, Path(scratch)), judged))
 
         print("| bits | bytes | tokens | minutes | KL before | KL after | top-1 | mlx-lm rounding |"
               " with one bit more (bar) | reached |")  # fmt: skip

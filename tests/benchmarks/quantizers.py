@@ -1,204 +1,178 @@
 """What quantization costs in quality: this package's quantizers beside mlx-lm's, at equal bytes.
 
-    python -m tests.benchmarks.quantizers [--bits 2 3 4 6] [--windows 48] [--dwq]
+    python -m tests.benchmarks.quantizers [--bits 2 3 4 6] [--models embedded trained]
+        [--windows 48] [--no-dwq] [--json FILE] [--plot FILE]
 
-The embedded model, calibrated on conversations as it was trained on and judged on others. Every
-matrix has groups of 64 with bfloat16 scales and biases, whoever quantized it; every model is judged
-by the same float32 arithmetic on its dequantized weights, against the original. mlx-lm's GPTQ gets
-the same windows; it has 2, 4 and 8 bits and leaves the embedding to rounding. Its DWQ, slow without
-a GPU, sees them once (batches of 4, Adam at 1e-4); without `--dwq` the ratios leave it out, though
-it is mlx-lm's best at 2 and 3 bits.
+Two models: the embedded one, and one that `tests.trained_model` trains first (half a minute). All
+methods calibrate on the same windows of documents from the embedded model's recipe, and are judged
+on others, whose seed was drawn for this benchmark and has never been tuned on. Groups have 64
+weights, scales and biases are bfloat16, and every model is judged by the same float32 arithmetic on
+its dequantized weights against the original. mlx-lm's GPTQ has 2, 4 and 8 bits and leaves the
+embedding to rounding; its DWQ sees the windows once (batches of 4, Adam at 1e-4). An allocation may
+take what the uniform width takes, not more.
+
+Each method runs in a process of its own: seconds are its wall clock without imports, memory is what
+its peak grew by from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
-from apertus_mlx.embedded.recipe.corpus import documents
-from convert.calibrate import quantize_model
-from convert.layerwise import SourceWeights, head_path, hidden_states, open_weights
-from convert.reading import Reader
-from quant import metrics, search
-from quant.affine import dequantize
-from quant.spec import QuantSpec
-
-EMBEDDED = Path(__file__).parents[2] / "apertus_mlx" / "embedded" / "model"
-LENGTH = 256
-GROUP_SIZE = 64
+# No array library here: on Linux a child's peak starts from what its parent holds.
+ROOT = Path(__file__).resolve().parents[2]
+EMBEDDED = ROOT / "apertus_mlx" / "embedded" / "model"
+# Length of windows by model, as each was trained.
+LENGTHS = {"embedded": 256, "trained": 128}
+CALIBRATION_LENGTH = 256
+STOCK = ("mlx-lm rtn", "mlx-lm gptq", "mlx-lm dwq")
+STOCK_GPTQ_BITS = (2, 4, 8)
+OURS = (
+    "search", "gptq", "gptq + smooth", "gptq + rotate", "gptq + allocation",
+    "gptq + smooth + allocation",
+)  # fmt: skip
 # Most that our best may have of the divergence of mlx-lm's best, by bits.
 BARS = {2: 0.45, 3: 0.40, 4: 0.60, 6: 0.60}
-Matrices = Mapping[str, np.ndarray]
+COLUMNS = (
+    "model", "bits", "method", "bytes", "KL mean", "median", "p90", "top-1", "perplexity",
+    "seconds", "memory, MB",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Replaced:
-    """A model with other weights in some matrices."""
+class Case:
+    """One method on one model, with the length and the number of its calibration windows."""
 
-    weights: SourceWeights
-    matrices: Matrices
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.weights.config
-
-    def matrix(self, path: str) -> np.ndarray:
-        return self.matrices[path] if path in self.matrices else self.weights.matrix(path)
-
-    def vector(self, name: str) -> np.ndarray:
-        return self.weights.vector(name)
-
-
-def read_windows(directory: Path, seed: int, count: int) -> np.ndarray:
-    """Windows of documents from the recipe of the embedded model."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    ids: list[int] = []
-    for document in documents(seed):
-        for segment in document:
-            ids += tokenizer.encode(segment.text, add_special_tokens=False).ids
-        if len(ids) >= count * LENGTH:
-            return np.array(ids[: count * LENGTH]).reshape(count, LENGTH)
-    raise AssertionError
-
-
-def stock_rounding(weights: SourceWeights, spec: QuantSpec) -> dict[str, np.ndarray]:
-    """mlx.core.quantize of bfloat16 weights."""
-    found = {}
-    for matrix in layout.matrices(weights.config):
-        values = mx.array(weights.matrix(matrix.path)).astype(mx.bfloat16)
-        codes, scales, biases = mx.quantize(values, group_size=GROUP_SIZE, bits=spec.bits)
-        found[matrix.path] = stored(codes, scales, biases, spec)
-    return found
-
-
-def stored(codes: mx.array, scales: mx.array, biases: mx.array, spec: QuantSpec) -> np.ndarray:
-    """Float32 weights of codes whose scales and biases are stored in bfloat16."""
-    rounded = [a.astype(mx.bfloat16).astype(mx.float32) for a in (scales, biases)]
-    return np.array(mx.dequantize(codes, *rounded, group_size=GROUP_SIZE, bits=spec.bits))
-
-
-def peer(directory: Path, quantize: Callable[[Any], Any], spec: QuantSpec) -> dict[str, np.ndarray]:
-    """The matrices of a model that mlx-lm loaded in float32 and `quantize` changed."""
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(directory)
-    model.set_dtype(mx.float32)
-    model = quantize(model)
-    return {
-        path: stored(module.weight, module.scales, module.biases, spec)
-        for path, module in model.named_modules()
-        if hasattr(module, "scales")
-    }
-
-
-def stock_gptq(model: Any, windows: np.ndarray, spec: QuantSpec) -> Any:
-    from mlx_lm.quant.gptq import gptq_quantize
-
-    return gptq_quantize(model, mx.array(windows), spec.bits, GROUP_SIZE, spec.bits, GROUP_SIZE)[0]
-
-
-def stock_dwq(model: Any, windows: np.ndarray, spec: QuantSpec) -> Any:
-    import copy
-
-    import mlx.nn as nn
-    import mlx.optimizers as optimizers
-    from mlx_lm.quant.dwq import dwq_quantize
-
-    teacher = copy.deepcopy(model)
-    nn.quantize(model, group_size=GROUP_SIZE, bits=spec.bits)
-    data = [(list(map(int, window)), 0) for window in windows]
-
-    def targets(batch: mx.array, index: int, split: str) -> mx.array:
-        return teacher(batch)
-
-    dwq_quantize(
-        model, targets, optimizers.Adam(1e-4, bias_correction=True), data, data[:4], 4, LENGTH,
-        seed=0, dtype=mx.float32,
-    )  # fmt: skip
-    return model
-
-
-def methods(
-    weights: SourceWeights, spec: QuantSpec, calibration: np.ndarray, dwq: bool
-) -> Iterator[tuple[str, Callable[[], Matrices]]]:
-    """Everybody's methods for one width, each a function that quantizes."""
-    paths = [matrix.path for matrix in layout.matrices(weights.config)]
-
-    def calibrated() -> Matrices:
-        codes = quantize_model(weights, dict.fromkeys(paths, spec), calibration)
-        return {path: dequantize(found) for path, found in codes}
-
-    def searched() -> Matrices:
-        return {path: dequantize(search.fit(weights.matrix(path), spec)) for path in paths}
-
-    yield "mlx-lm rtn", lambda: stock_rounding(weights, spec)
-    if spec.bits in (2, 4, 8):
-        yield (
-            "mlx-lm gptq",
-            lambda: peer(EMBEDDED, lambda model: stock_gptq(model, calibration, spec), spec),
-        )
-    if dwq:
-        yield (
-            "mlx-lm dwq",
-            lambda: peer(EMBEDDED, lambda model: stock_dwq(model, calibration, spec), spec),
-        )
-    yield "search", searched
-    yield "gptq", calibrated
+    method: str
+    directory: Path
+    bits: int
+    length: int
+    windows: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 6])
-    parser.add_argument("--windows", type=int, default=48)
-    parser.add_argument("--dwq", action="store_true")
+    parser.add_argument("--models", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--methods", nargs="+", choices=(*STOCK, *OURS), default=[*STOCK, *OURS])
+    parser.add_argument(
+        "--windows", type=int, default=48, help=f"of {CALIBRATION_LENGTH} tokens, or as many tokens"
+    )
+    parser.add_argument("--no-dwq", action="store_true", help="spare the slowest of mlx-lm's")
+    parser.add_argument("--json", type=Path, help="write all figures into this file")
+    parser.add_argument("--plot", type=Path, help="draw divergence against bytes: SVG, PNG or PDF")
+    parser.add_argument("--work", type=Path, help="folder to keep the trained model in")
     arguments = parser.parse_args()
-    calibration = read_windows(EMBEDDED, 5, arguments.windows)
-    held_out = read_windows(EMBEDDED, 987_654_321, 24)
-    last = np.full((len(held_out), 1), -1)
-    following = np.concatenate([held_out[:, 1:], last], 1).reshape(-1)
-    print("| bits | method | bytes | KL mean | median | p90 | top-1 | perplexity | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    with Reader(EMBEDDED) as reader:
-        weights = open_weights(EMBEDDED, reader)
-        matrices = list(layout.matrices(weights.config))
+    methods = [m for m in arguments.methods if not (arguments.no_dwq and m == "mlx-lm dwq")]
+    found: list[dict[str, Any]] = []
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|" + "---|" * len(COLUMNS))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        for name in arguments.models:
+            directory = EMBEDDED if name == "embedded" else _train(work)
+            for bits in arguments.bits:
+                for case in _cases(methods, name, directory, bits, arguments.windows):
+                    found.append({"model": name, "bits": bits, "method": case.method, **_run(case)})
+                    print(_row(found[-1]), flush=True)
+    print()
+    for line in verdicts(found):
+        print(line)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"results": found}, indent=2) + "\n")
+    if arguments.plot:
+        _draw(found, arguments.plot)
 
-        def logits(matrices: Matrices) -> np.ndarray:
-            model = Replaced(weights, matrices)
-            hidden = hidden_states(model, [held_out])[0]
-            return hidden.reshape(-1, hidden.shape[-1]) @ model.matrix(head_path(model.config)).T
 
-        reference = logits({})
-        for bits in arguments.bits:
-            spec = QuantSpec(bits, GROUP_SIZE)
-            size = sum(spec.weight_bytes(m.rows, m.columns, 2) for m in matrices)
-            divergences = {}
-            for method, make in methods(weights, spec, calibration, arguments.dwq):
-                started = time.perf_counter()
-                made = make()
-                seconds = time.perf_counter() - started
-                found = metrics.summarise(metrics.compare(reference, logits(made), following))
-                divergences[method] = found.kl_mean
-                print(
-                    f"| {bits} | {method} | {size:,} | {found.kl_mean:.5f} | {found.kl_median:.5f}"
-                    f" | {found.kl_p90:.4f} | {found.top1_agreement:.4f} | {found.perplexity:.4f}"
-                    f" | {seconds:.1f} |",
-                    flush=True,
-                )
-            theirs = min(v for k, v in divergences.items() if k.startswith("mlx-lm"))
-            ours = min(v for k, v in divergences.items() if not k.startswith("mlx-lm"))
-            bar = f" (bar {BARS[bits]})" if bits in BARS else ""
-            print(f"\n{bits} bits: ours is {ours / theirs:.3f} of mlx-lm's best{bar}\n", flush=True)
+def _cases(
+    methods: Sequence[str], name: str, directory: Path, bits: int, windows: int
+) -> Iterator[Case]:
+    length = LENGTHS[name]
+    for method in methods:
+        if method != "mlx-lm gptq" or bits in STOCK_GPTQ_BITS:
+            yield Case(method, directory, bits, length, windows * CALIBRATION_LENGTH // length)
+
+
+def _train(work: Path) -> Path:
+    done = _child("tests.trained_model", str(work))
+    return Path(done.strip().splitlines()[-1])
+
+
+def _run(case: Case) -> dict[str, Any]:
+    values = asdict(case) | {"directory": str(case.directory)}
+    result: dict[str, Any] = json.loads(
+        _child("tests.benchmarks.quantizer_methods", json.dumps(values)).strip().splitlines()[-1]
+    )
+    return result
+
+
+def _child(module: str, argument: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", module, argument], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{module} {argument}: failed\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def _row(found: Mapping[str, Any]) -> str:
+    cells = [
+        found["model"],
+        str(found["bits"]),
+        found["method"],
+        f"{found['bytes']:,}",
+        f"{found['kl_mean']:.5f}",
+        f"{found['kl_median']:.5f}",
+        f"{found['kl_p90']:.4f}",
+        f"{found['top1_agreement']:.4f}",
+        f"{found['perplexity']:.4f}",
+        f"{found['wall_s']:.1f}",
+        f"{found['peak_growth_bytes'] / 1e6:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def verdicts(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """For each model and width, our best beside mlx-lm's best."""
+    for model, bits in dict.fromkeys((f["model"], f["bits"]) for f in found):
+        same = [f for f in found if (f["model"], f["bits"]) == (model, bits)]
+        theirs = [f for f in same if f["method"] in STOCK]
+        ours = [f for f in same if f["method"] not in STOCK]
+        if theirs and ours:
+            best, rival = (min(side, key=lambda f: f["kl_mean"]) for side in (ours, theirs))
+            ratio = best["kl_mean"] / rival["kl_mean"]
+            bar = f" (bar {BARS[bits]:.2f})" if bits in BARS else ""
+            yield (
+                f"{model}, {bits} bits: {best['method']} has {ratio:.3f} of the divergence of "
+                f"{rival['method']}{bar}"
+            )
+
+
+def _draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    from apertus_mlx.cli.plot import Series, save_plot
+
+    models = list(dict.fromkeys(f["model"] for f in found))
+    for model in models:
+        same = [f for f in found if f["model"] == model]
+        series = []
+        for method in dict.fromkeys(f["method"] for f in same):
+            points = sorted((f["bytes"] / 1e6, f["kl_mean"]) for f in same if f["method"] == method)
+            series.append(Series(method, [x for x, _ in points], [y for _, y in points]))
+        file = path if len(models) == 1 else path.with_stem(f"{path.stem}-{model}")
+        save_plot(
+            file, series, "weights, MB", "mean KL divergence, nats",
+            f"Quantizers on the {model} model", log_y=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ must agree bit for bit.
 
 is a factory too: the same kernel where the host rounds as Metal may; compare with a tolerance.
 
-    refusals(generate_for(kernel), standard)        # address spaces and the like (`lint`)
+    lint.lint(generate_for(kernel), standard)       # address spaces and the like
     count_launches(step, inputs, texts)             # what a traced function launches (`mlx_text`)
     survivors([Trial(kernel, inputs, is_right)])    # planted faults nobody notices (`mutate`)
 
@@ -26,14 +26,12 @@ rsqrt; reordering of memory between threadgroups; what Metal's front end refuses
 from .compile import missing
 from .errors import HarnessError, TranslationError
 from .factory import metal_kernel
-from .lint import STANDARDS, refusals
 from .mlx_text import Array, count_launches, generate, generate_for
 from .mutate import Mutant, Trial, mutants, survivors
 from .run import SCHEDULES, Order, Schedule
 
 __all__ = [
     "SCHEDULES",
-    "STANDARDS",
     "Array",
     "HarnessError",
     "Mutant",
@@ -47,6 +45,5 @@ __all__ = [
     "metal_kernel",
     "missing",
     "mutants",
-    "refusals",
     "survivors",
 ]

@@ -34,8 +34,8 @@ CHECKS = (
 )
 # A variable that is read before it is written holds a number far from all others.
 UNWRITTEN = "-ftrivial-auto-var-init=pattern"
-# Warnings are for compilers of C++; only what is wrong in Metal too counts.
-WARNINGS = ("-w", "-Werror=uninitialized", "-Werror=return-type")
+# Of all warnings, what is wrong in Metal too.
+WARNINGS = ("-Werror=uninitialized", "-Werror=return-type")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,10 @@ def missing() -> str | None:
 def _host_flags() -> tuple[str, ...]:
     """What this compiler and this processor can do beyond the least."""
     flags = []
-    if _run_compiler([UNWRITTEN, "-fsyntax-only", "-x", "c++", os.devnull]).returncode == 0:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "empty.cpp").touch()
+        probe = _run_compiler([UNWRITTEN, "-c", "empty.cpp"], Path(folder))
+    if probe.returncode == 0:
         flags.append(UNWRITTEN)
     info = Path("/proc/cpuinfo")
     if platform.machine() == "x86_64" and info.exists():
@@ -78,9 +81,7 @@ def _host_flags() -> tuple[str, ...]:
     return tuple(flags)
 
 
-def _run_compiler(
-    arguments: Sequence[str], folder: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def _run_compiler(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
     command = compiler()
     assert command is not None, missing()
     return subprocess.run(

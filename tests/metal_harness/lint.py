@@ -26,7 +26,7 @@ MAIN = "kernel.cpp"
 
 
 @cache
-def refusals(kernel: GeneratedKernel, standard: str) -> tuple[str, ...]:
+def lint(kernel: GeneratedKernel, standard: str) -> tuple[str, ...]:
     """Messages, each with a line in the header or body; none if the text is clean.
 
     Args:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from apertus_mlx.metal.kernel import Kernel, KernelText
 
 from .compile import Options, library
-from .errors import HarnessError
+from .errors import HarnessError, TranslationError
 from .factory import metal_kernel
 from .mlx_text import Array, generate
 from .translate import to_cpp
@@ -48,7 +48,7 @@ class Mutant:
 class Outcome(Enum):
     """What a trial says of a mutant."""
 
-    # The same machine code.
+    # The same machine code, or text that does not compile, which nobody would miss.
     NO_FAULT = auto()
     NOTICED = auto()
     UNNOTICED = auto()
@@ -155,7 +155,13 @@ def survivors(trials: Sequence[Trial], every: int = 1) -> list[Mutant]:
         trials: of kernels whose texts differ in numbers alone. The cheapest first: a mutant that
             one of them notices needs no other.
         every: takes every so many-th mutant.
+
+    Raises:
+        ValueError: a trial finds fault with the kernel itself, so it says nothing of mutants.
     """
+    for trial in trials:
+        if not trial.is_right(_run(trial.kernel, trial.kernel.text(), trial.inputs)):
+            raise ValueError(f"{trial.kernel.key} fails its own trial")
     families = [mutants(trial.kernel.text())[::every] for trial in trials]
     return [
         family[0] for family in zip(*families, strict=True) if _is_unnoticed_fault(trials, family)
@@ -180,8 +186,9 @@ def _outcome(trial: Trial, mutant: Mutant) -> Outcome:
         ):
             return Outcome.NO_FAULT
         outputs = _run(kernel, mutant.text, inputs)
+    except TranslationError:
+        return Outcome.NO_FAULT
     except HarnessError:
-        # This includes what does not compile, which nobody would miss.
         return Outcome.NOTICED
     return Outcome.UNNOTICED if trial.is_right(outputs) else Outcome.NOTICED
 

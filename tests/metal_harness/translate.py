@@ -52,6 +52,9 @@ def to_cpp(kernel: GeneratedKernel) -> str:
     Raises:
         TranslationError: a declaration or an attribute that the harness does not know.
     """
+    misplaced = THREADGROUP_VARIABLE.search(re.sub(r"//.*", "", kernel.header))
+    if misplaced is not None:
+        raise TranslationError(f"threadgroup variable {misplaced['name']} outside the kernel")
     body = THREADGROUP_VARIABLE.sub(_place_variable, kernel.body)
     arguments = ",\n      ".join(map(_argument, kernel.parameters))
     return f"""\

@@ -45,6 +45,10 @@ struct Machine {
 
 Machine machine;
 
+size_t page() {
+  return size_t(sysconf(_SC_PAGESIZE));
+}
+
 Fiber& me() {
   return machine.fibers[machine.current];
 }
@@ -319,18 +323,24 @@ void arrange(int* items, int count) {
 void prepare(const Schedule& schedule, int threads) {
   machine.schedule = schedule;
   machine.random = (schedule.seed + 1) * 0x9E3779B97F4A7C15ull;
-  const size_t page = size_t(sysconf(_SC_PAGESIZE));
   while (machine.fibers.size() < size_t(threads)) {
     // The page below each stack is not mapped: a kernel that overflows it is caught.
-    char* map = static_cast<char*>(mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE,
+    char* map = static_cast<char*>(mmap(nullptr, page() + kStackBytes, PROT_READ | PROT_WRITE,
                                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (map == MAP_FAILED || mprotect(map, page, PROT_NONE)) {
+    if (map == MAP_FAILED || mprotect(map, page(), PROT_NONE)) {
       fail("no memory for the stacks of %d threads", threads);
     }
     Fiber fiber = {};
-    fiber.stack_top = map + page + kStackBytes;
+    fiber.stack_top = map + page() + kStackBytes;
     machine.fibers.push_back(fiber);
   }
+}
+
+void release_stacks() {
+  for (const Fiber& fiber : machine.fibers) {
+    munmap(fiber.stack_top - kStackBytes - page(), page() + kStackBytes);
+  }
+  machine.fibers.clear();
 }
 
 void run_threadgroup(int threads) {

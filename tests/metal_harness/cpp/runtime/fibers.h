@@ -47,6 +47,9 @@ struct Schedule {
 // Makes room for threadgroups of up to `threads`.
 void prepare(const Schedule& schedule, int threads);
 
+// Gives back what `prepare` took: a process may hold few mappings, and loads many kernels.
+void release_stacks();
+
 // Runs one threadgroup to its end.
 void run_threadgroup(int threads);
 

@@ -67,7 +67,7 @@ void run_all_threadgroups() {
     launch.groups[i] = groups_for(launch.grid[i], launch.threadgroup[i]);
   }
   const Schedule schedule = {Order(request.order), request.seed, request.reduces_pairwise != 0};
-  reset_threadgroup_memory(request.poison);
+  prepare_threadgroup_memory(request.poison);
   prepare(schedule, int(volume(launch.threadgroup)));
   std::vector<int>& order = launch.order;
   order.resize(volume(launch.groups));
@@ -87,6 +87,10 @@ void run_all_threadgroups() {
 // ------------------------------------------------------------------------- faults as messages
 
 void on_fault(int signal_number, siginfo_t* info, void*) {
+  if (!is_running && signal_number == SIGVTALRM) {
+    // The launch was quicker than the signal.
+    return;
+  }
   if (!is_running) {
     signal(signal_number, SIG_DFL);
     raise(signal_number);
@@ -152,6 +156,8 @@ bool run_and_catch_faults() {
     sigaction(kSignals[i], &previous[i], nullptr);
   }
   sigaltstack(&previous_stack, nullptr);
+  release_stacks();
+  release_threadgroup_memory();
   return survived;
 }
 

@@ -48,13 +48,16 @@ void* threadgroup_memory(const char* name, size_t bytes) {
   return buffer.data;
 }
 
-void reset_threadgroup_memory(int poison) {
+void prepare_threadgroup_memory(int poison) {
+  memory.poison = poison;
+}
+
+void release_threadgroup_memory() {
   for (const Variable& variable : memory.variables) {
     harness_release(&variable.buffer);
   }
   memory.variables.clear();
   memory.bytes = 0;
-  memory.poison = poison;
 }
 
 void poison_threadgroup_memory() {

@@ -8,8 +8,11 @@ namespace runtime {
 // The variable of this name: the same for all threads of a threadgroup.
 void* threadgroup_memory(const char* name, size_t bytes);
 
-// Forgets all variables; new ones are filled with `poison`.
-void reset_threadgroup_memory(int poison);
+// Variables will be filled with `poison`.
+void prepare_threadgroup_memory(int poison);
+
+// Gives all variables back.
+void release_threadgroup_memory();
 
 // Fills the variables again, as another threadgroup begins.
 void poison_threadgroup_memory();

@@ -1,0 +1,78 @@
+"""What a distillation takes: batches that fit, memory, and disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.errors import ResourceError
+from apertus_mlx.layout import parameter_count
+from apertus_mlx.memory.machine import available_bytes
+from convert.distill.student import Trained
+from convert.distill.teacher_cache import answer_bytes
+
+# Most tokens, and most logits, of a batch.
+BATCH_TOKENS = 2048
+BATCH_LOGITS = 1 << 26
+# What layers may keep for the gradient of a batch; where it would be more, they are run again.
+KEPT_BYTES = 1 << 30
+# Arrays of the shape of the logits that a step holds at once.
+LOGITS_COPIES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Needs of training a student of `config` on windows of `window_tokens`, in float32."""
+
+    config: ModelConfig
+    trained: Trained
+    window_tokens: int
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows of a batch."""
+        tokens: int = min(BATCH_TOKENS, BATCH_LOGITS // self.config.output_vocab_size)
+        return max(1, tokens // self.window_tokens)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are run again for their gradient."""
+        return self._kept_bytes > KEPT_BYTES
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of training, about."""
+        # Positions, their gradient and two moments; or codes in one byte.
+        learned = (16 if self.trained == "weights" else 1) * parameter_count(self.config)
+        table = 12 * self.config.vocab_size * self.config.hidden_size
+        logits = 4 * self.batch_windows * self.window_tokens * self.config.output_vocab_size
+        layers = self.config.num_hidden_layers if self.recomputes else 1
+        return learned + self._kept_bytes // layers + table + LOGITS_COPIES * logits
+
+    def disk_bytes(self, tokens: int, k: int) -> int:
+        """Room for the teacher's answers to `tokens`, the saved state and the best weights."""
+        state = 16 * parameter_count(self.config) if self.trained == "weights" else 0
+        return state + tokens * answer_bytes(k)
+
+    def require(self) -> None:
+        """Refuse what this machine has not the memory for.
+
+        Raises:
+            ResourceError: the estimate exceeds what is available.
+        """
+        available = available_bytes()
+        if self.memory_bytes > available:
+            smaller = "--train scales takes less" if self.trained == "weights" else "use another"
+            raise ResourceError(
+                f"distillation takes about {self.memory_bytes / 1e9:.1f} GB of memory, "
+                f"{available / 1e9:.1f} GB are available; {smaller}"
+            )
+
+    @property
+    def _kept_bytes(self) -> int:
+        """What layers keep for a gradient: some activations of each kind, and their weights."""
+        config, length = self.config, self.window_tokens
+        each = 10 * config.hidden_size + 6 * config.intermediate_size
+        each += 4 * config.num_attention_heads * length
+        activations = 4 * self.batch_windows * length * config.num_hidden_layers * each
+        return int(activations + 12 * parameter_count(config))
