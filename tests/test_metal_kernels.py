@@ -23,7 +23,6 @@ from metal_cases import (
 from apertus_mlx.metal.add_rms_norm import AddRMSNorm
 from apertus_mlx.metal.attention_input import MAX_SIMDGROUPS, ROWS_EACH, AttentionInput
 from apertus_mlx.metal.best_token import BestToken
-from apertus_mlx.metal.embedding_row import EmbeddingRow
 from apertus_mlx.metal.kernel import Kernel
 from apertus_mlx.metal.needed import kernels_for
 from apertus_mlx.metal.qk_norm_rope import QKNormRope
@@ -131,34 +130,6 @@ def test_add_rms_norm_of_zero_and_of_one_outlier(dtype: mx.Dtype) -> None:
     assert max(errors(kernel, inputs, run(kernel, inputs))) <= kernel.tolerance
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_embedding_row(bits: int, dtype: mx.Dtype) -> None:
-    group = (32, 64, 128)[DTYPES.index(dtype)]
-    kernel = EmbeddingRow(bits, group, 1024, dtype)
-    inside, *table = kernel.trial(seed=bits)
-    last = table[0].shape[0] - 1
-    for token in (mx.array([0], mx.int32), mx.array([[last]], mx.uint32), inside):
-        (row,) = run(kernel, [token, *table])
-        (exact,) = kernel.exact([token, *table])
-        sizes = np.repeat(np.abs(float64(table[2][token.item()])), group) + np.abs(exact)
-        # Rounded to float32 before it is rounded to its type.
-        limit = HALF_ULP[dtype] * np.abs(exact) + 2.0**-24 * sizes
-        assert np.all(np.abs(float64(row) - exact) <= limit)
-        words, scales, biases = (part[token.item()][None] for part in table)
-        stock = float64(mx.dequantize(words, scales, biases, group, bits))
-        # MLX rounds the product too, which is no larger than row and bias together.
-        assert np.all(np.abs(float64(row) - stock) <= 2 * HALF_ULP[dtype] * sizes)
-
-
-@pytest.mark.parametrize("columns", [2048, 3072, 4096, 8192])
-def test_embedding_row_of_released_models(columns: int) -> None:
-    for bits, dtype in zip(RELEASED_BITS, (*DTYPES, mx.bfloat16), strict=True):
-        kernel = EmbeddingRow(bits, 64, columns, dtype)
-        inputs = kernel.trial(seed=9)
-        assert max(errors(kernel, inputs, run(kernel, inputs))) <= kernel.tolerance
-
-
 @pytest.mark.parametrize(
     "kernel",
     [
@@ -166,7 +137,6 @@ def test_embedding_row_of_released_models(columns: int) -> None:
         QKNormRope(4, 2, 128, mx.bfloat16),
         AddRMSNorm(1024, mx.float32),
         AddRMSNorm(1024, mx.float16),
-        EmbeddingRow(6, 64, 1024, mx.bfloat16),
         AttentionInput(4, 64, 1024, 2, 1, 64, mx.bfloat16),
     ],
     ids=lambda kernel: kernel.key,

@@ -18,7 +18,6 @@ from metal_harness.mutate import Trial, survivors
 from apertus_mlx.metal.add_rms_norm import AddRMSNorm
 from apertus_mlx.metal.attention_input import AttentionInput
 from apertus_mlx.metal.best_token import BestToken
-from apertus_mlx.metal.embedding_row import EmbeddingRow
 from apertus_mlx.metal.kernel import Kernel
 from apertus_mlx.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.metal.quantized_matvec import QuantizedMatvec
@@ -129,11 +128,6 @@ def small_qkv(kernel: QKNormRope) -> Trial:
     return trial(kernel, [1e-3 * qkv, *rest])
 
 
-def last_row(kernel: EmbeddingRow) -> Trial:
-    _, words, *rest = kernel.trial(seed=4)
-    return trial(kernel, [mx.array([words.shape[0] - 1], mx.uint32), words, *rest])
-
-
 def xielu_points() -> Trial:
     inputs = passed_through(XIELU_POINTS, F32, bits=5)
     kernel = QuantizedMatvec(5, 32, 32, len(XIELU_POINTS), F32, epilogue="xielu")
@@ -170,7 +164,6 @@ FAMILIES = {
         trial(QKNormRope(4, 2, 80, F32)),
         small_qkv(QKNormRope(4, 2, 64, F32)),
     ],
-    "embedding_row": lambda: [last_row(EmbeddingRow(3, 32, 512, F32))],
     "matvec_xielu": lambda: [
         xielu_points(),
         trial(QuantizedMatvec(5, 64, 1088, 13, F32, epilogue="xielu", tile=(2, 4))),

@@ -14,7 +14,6 @@ from metal_harness.mlx_text import generate_for
 from apertus_mlx.metal.add_rms_norm import AddRMSNorm
 from apertus_mlx.metal.attention_input import ROWS_EACH, AttentionInput
 from apertus_mlx.metal.best_token import BestToken
-from apertus_mlx.metal.embedding_row import EmbeddingRow
 from apertus_mlx.metal.kernel import Kernel
 from apertus_mlx.metal.needed import kernels_for
 from apertus_mlx.metal.qk_norm_rope import QKNormRope
@@ -44,7 +43,6 @@ def test_released_model_has_every_kernel() -> None:
         *inputs,
         QKNormRope(16, 4, 64, mx.bfloat16),
         AddRMSNorm(1024, mx.bfloat16),
-        EmbeddingRow(*shape, 1024, mx.bfloat16),
         BestToken(16384),
     ]
     assert set(kernels[: len(matvecs) + len(others)]) == {*matvecs, *others}
@@ -74,7 +72,6 @@ def test_unequal_formats_get_their_own_kernels_or_none() -> None:
         (3, 32, 12288, 2048, "residual"),
         (8, 128, 2048, 131072, "peaks"),
     }
-    assert not any(isinstance(kernel, EmbeddingRow) for kernel in kernels)
 
 
 def test_unquantized_model_keeps_what_needs_no_weights() -> None:

@@ -12,7 +12,6 @@ from apertus_mlx.config import ModelConfig
 from apertus_mlx.metal.add_rms_norm import AddRMSNorm
 from apertus_mlx.metal.attention_input import MAX_SIMDGROUPS, ROWS_EACH, AttentionInput
 from apertus_mlx.metal.best_token import BestToken
-from apertus_mlx.metal.embedding_row import EmbeddingRow
 from apertus_mlx.metal.kernel import Kernel
 from apertus_mlx.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.metal.quantized_matvec import TILES, Epilogue, Prologue, QuantizedMatvec, unfit
@@ -44,7 +43,7 @@ def kernels_for(
     matvecs = tuple(dict.fromkeys(_matvecs(config, specs, dtype)))
     joined = [matvec for matvec in matvecs if (matvec.prologue, matvec.epilogue) == _QKV_FORM]
     inputs = [kernel for matvec in joined for kernel in _attention_inputs(config, matvec)]
-    usual: list[Kernel] = [*inputs, *_around_matvecs(config, specs, dtype), *matvecs]
+    usual: list[Kernel] = [*inputs, *_around_matvecs(config, dtype), *matvecs]
     tuned = [replace(matvec, tile=tile) for tile in TILES[1:] for matvec in matvecs]
     peaks = [matvec for matvec in (*matvecs, *tuned) if matvec.epilogue == "peaks"]
     best = [BestToken(matvec.tiles) for matvec in peaks if matvec.tiles >= 8]
@@ -62,9 +61,7 @@ def _attention_inputs(config: ModelConfig, product: QuantizedMatvec) -> Iterator
             )  # fmt: skip
 
 
-def _around_matvecs(
-    config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: mx.Dtype
-) -> Iterator[Kernel]:
+def _around_matvecs(config: ModelConfig, dtype: mx.Dtype) -> Iterator[Kernel]:
     eps = config.rms_norm_eps
     if config.head_dim >= 16:
         yield QKNormRope(
@@ -72,9 +69,6 @@ def _around_matvecs(
         )
     if config.hidden_size >= 8:
         yield AddRMSNorm(config.hidden_size, dtype, eps)
-    table = specs.get(layout.EMBEDDING)
-    if table is not None and unfit(table, config.vocab_size, config.hidden_size) is None:
-        yield EmbeddingRow(table.bits, table.group_size, config.hidden_size, dtype)
 
 
 def _matvecs(
