@@ -25,7 +25,7 @@ import mlx.nn as nn
 from apertus_mlx import layout
 from apertus_mlx import model as model_module
 from apertus_mlx.config import ModelConfig, parse_config
-from apertus_mlx.memory.devices import CHIPS, GB, PHONES
+from apertus_mlx.memory.devices import CHIPS, GB
 from apertus_mlx.metal.needed import kernels_for
 from apertus_mlx.model import Model
 from apertus_mlx.ops.fused import FusedOperations
@@ -38,7 +38,6 @@ GROUP_SIZE = 64
 EFFICIENCY = 0.85
 # Bandwidth in bytes per second, and microseconds of a dependent kernel.
 DEVICES = {
-    "iPhone 15 Pro": ((PHONES["iphone-15-pro"][1] or 0) * GB, 3.0),
     "M1": (CHIPS["m1"] * GB, 5.0),
     "M2": (CHIPS["m2"] * GB, 3.5),
     "M4": (CHIPS["m4"] * GB, 3.0),
@@ -52,7 +51,10 @@ SHAPES = {
     "4B": (24, 3072, 16384, 24, 8, False),
     "8B": (32, 4096, 21504, 32, 8, False),
 }
-FORMS = ("mlx-lm", "graph", "around products", "all")
+# mlx-lm; no kernels; add and norm, QK-norm and rotation; then products with what surrounds them,
+# and all that comes before attention as one of these.
+FORMS = ("mlx-lm", "graph", "around products", "products", "all")
+AROUND_PRODUCTS = ("qk_norm_rope", "add_rms_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,9 @@ def ours(small: dict[str, Any], form: str) -> Dispatches:
     specs = {path: QuantSpec(4, 32) for path, part in bare.named_modules() if "scales" in part}
     kernels = {}
     for kernel in kernels_for(config, specs, mx.bfloat16):
-        if form == "all" or kernel.place.startswith(("qk_norm_rope", "add_rms_norm")):
+        around = kernel.place.startswith(AROUND_PRODUCTS)
+        whole_input = kernel.place.startswith("attention_input")
+        if around or form == "all" or (form == "products" and not whole_input):
             kernels.setdefault(kernel.place, kernel)
     model = Model(config) if form == "graph" else Model(config, FusedOperations(kernels))
     model.set_dtype(mx.bfloat16)
