@@ -243,9 +243,7 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judg
         held_out.fill(teacher, k, lambda done: observer.teacher(done, total))
         lessons.fill(teacher, k, lambda done: observer.teacher(held_out.tokens + done, total))
     with Reader(job.student) as reader:
-        student = make_student(
-            open_weights(job.student, reader), job.options.trained, job.options.seed
-        )
+        student = make_student(open_weights(job.student, reader), job.options.trained)
     if resources.recomputes:
         recompute_layers(student)
     options = job.options

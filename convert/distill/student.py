@@ -32,8 +32,6 @@ from quant.spec import QuantSpec
 Trained = Literal["weights", "scales"]
 TRAINED: tuple[Trained, ...] = ("weights", "scales")
 CODES = "codes"
-# How far from the value of its code a position may start, in steps; half a step is the next code's.
-SPREAD = 0.45
 
 
 class Quantized(nn.Module):
@@ -71,12 +69,9 @@ class Quantized(nn.Module):
         )
         return mx.array(pack(codes, self.spec.bits)), scales, biases
 
-    def spread(self, key: mx.array) -> None:
-        """Let codes learn, from positions anywhere about their values.
-
-        From the values themselves all would come to the next one in the same step.
-        """
-        self.codes = self.codes + mx.random.uniform(-SPREAD, SPREAD, self.codes.shape, key=key)
+    def learn_codes(self) -> None:
+        """Hold codes as positions, each at the value of its code."""
+        self.codes = self.codes.astype(mx.float32)
 
     def keep_in_range(self) -> None:
         """Bring positions back to where a step in the other direction changes their code."""
@@ -169,7 +164,7 @@ def check_student(source: Source) -> None:
             )
 
 
-def make_student(weights: SourceWeights, trained: Trained, seed: int = 0) -> Model:
+def make_student(weights: SourceWeights, trained: Trained) -> Model:
     """The model of a quantized checkpoint, with the parameters that shall learn unfrozen.
 
     Matrices that are not quantized, and the slopes of activations, stay as they are.
@@ -200,13 +195,11 @@ def make_student(weights: SourceWeights, trained: Trained, seed: int = 0) -> Mod
     model.update_modules(tree_unflatten([(k, m) for k, m in modules.items() if _is_module(m)]))
     model.update(tree_unflatten([(k, a) for k, a in modules.items() if not _is_module(a)]))
     model.freeze()
-    key = mx.random.key(seed)
     for _, module in learning_modules(model):
         keys = ["weight"] if isinstance(module, RoundedNorm) else ["scales", "biases"]
         if isinstance(module, Quantized) and trained == "weights":
             keys.append(CODES)
-            key, own = mx.random.split(key)
-            module.spread(own)
+            module.learn_codes()
         module.unfreeze(keys=keys)
     return model
 
