@@ -28,7 +28,8 @@ from convert.distill.student import CODES, Quantized, learning_modules
 from convert.distill.teacher_cache import Lesson, TeacherCache
 
 WARMUP_SHARE = 0.05
-# How much faster codes move, of which nothing shows until they reach the next one.
+# How much faster codes move. At the default rate half a step, where a code changes, takes some 25
+# batches that agree; changes on less evidence do harm.
 CODES_FACTOR = 20.0
 # How often a run is judged and saved.
 JUDGEMENTS = 20

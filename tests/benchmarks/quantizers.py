@@ -11,8 +11,8 @@ its dequantized weights against the original. mlx-lm's GPTQ has 2, 4 and 8 bits 
 embedding to rounding; its DWQ sees the windows once (batches of 4, Adam at 1e-4). An allocation may
 take what the uniform width takes, not more.
 
-Each method runs in a process of its own: seconds are its wall clock without imports, memory is what
-its peak grew by from there.
+Each method runs in a process of its own: seconds are its wall clock without imports (where other
+programs use the machine, look at those of CPU), memory is what its peak grew by from there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OURS = (
 BARS = {2: 0.45, 3: 0.40, 4: 0.60, 6: 0.60}
 COLUMNS = (
     "model", "bits", "method", "bytes", "KL mean", "median", "p90", "top-1", "perplexity",
-    "seconds", "memory, MB",
+    "seconds", "of CPU", "memory, MB",
 )  # fmt: skip
 
 
@@ -84,11 +84,12 @@ def main() -> None:
                 for case in _cases(methods, name, directory, bits, arguments.windows):
                     found.append({"model": name, "bits": bits, "method": case.method, **_run(case)})
                     print(_row(found[-1]), flush=True)
+                    if arguments.json:
+                        text = json.dumps({"results": found}, indent=2)
+                        arguments.json.write_text(text + "\n")
     print()
     for line in verdicts(found):
         print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"results": found}, indent=2) + "\n")
     if arguments.plot:
         _draw(found, arguments.plot)
 
@@ -137,6 +138,7 @@ def _row(found: Mapping[str, Any]) -> str:
         f"{found['top1_agreement']:.4f}",
         f"{found['perplexity']:.4f}",
         f"{found['wall_s']:.1f}",
+        f"{found['cpu_s']:.1f}",
         f"{found['peak_growth_bytes'] / 1e6:.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
