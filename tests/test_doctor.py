@@ -564,7 +564,8 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     report = json.loads(run_doctor(str(tiny), "--json", "--tune").stdout)
     assert set(report) == {
         "machine", "products", "products_right", "model", "dtype", "kernels", "examined", "tuned",
-        "agreement", "disagreement", "model_ratios", "compilation_ratios", "switched_off", "conclusion", "stored",
+        "agreement", "disagreement", "model_ratios", "compilation_ratios",
+        "switched_off", "conclusion", "stored",
     }  # fmt: skip
     assert report["model"] == tiny.name and report["dtype"] == "float32"
     assert set(report["machine"]["identity"]) == {"chip", "system", "mlx", "package"}

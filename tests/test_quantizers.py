@@ -69,7 +69,7 @@ def test_each_method_does_less_damage_than_the_one_before(
         "gptq": {
             path: dequantize(codes)
             for path, codes in quantize_model(
-                weights, dict.fromkeys(paths, spec), recipe_windows(CALIBRATION_SEED, 48, LENGTH)
+                weights, dict.fromkeys(paths, spec), recipe_windows(CALIBRATION_SEED, 32, LENGTH)
             )
         },
     }
