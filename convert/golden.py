@@ -5,6 +5,7 @@ Another tokenizer or template renderer, such as an app's in Swift, has to come t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ def golden_prompts(directory: Path, config: ModelConfig) -> dict[str, Any]:
             {"name": name, "messages": messages, "enable_thinking": think, "token_ids": ids}
         )
     return {"format_version": FORMAT_VERSION, "texts": texts, "conversations": conversations}
+
+
+def write_golden(directory: Path, config: ModelConfig) -> None:
+    """Write the file into the folder whose tokenizer and template it is about."""
+    text = json.dumps(golden_prompts(directory, config), indent=2, ensure_ascii=False)
+    (directory / GOLDEN).write_text(text + "\n", encoding="utf-8")
 
 
 def differing(directory: Path, config: ModelConfig) -> list[str]:

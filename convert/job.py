@@ -24,7 +24,7 @@ from convert.companions import (
     copy_companions,
 )
 from convert.execute import execute
-from convert.golden import GOLDEN, golden_prompts
+from convert.golden import write_golden
 from convert.grids import find_grids
 from convert.manifest import MANIFEST, make_manifest, sha256
 from convert.output_config import output_config, quantization_block
@@ -190,7 +190,7 @@ def _write_companions(
     for original in companion_files(job.directory):
         if sha256(original) != sha256(path / original.name):
             raise ApertusError(f"{original.name}: the copy differs from the original; start again")
-    _write_json(path / GOLDEN, golden_prompts(path, plan.source.config))
+    write_golden(path, plan.source.config)
     license_id = license_of(job.directory)
     quality = None
     if job.calibration is not None:

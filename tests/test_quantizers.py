@@ -29,7 +29,7 @@ from tests.benchmarks.quantizer_methods import (
     stock,
     stock_rtn,
 )
-from tests.trained_model import LENGTH, recipe_windows, session_model
+from tests.trained_model import LENGTH, recipe_windows, session_model, train
 
 CALIBRATION_SEED, HELD_OUT_SEED = 1234, 4321
 
@@ -53,6 +53,12 @@ def test_the_model_has_learnt(weights: SourceWeights) -> None:
     scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
     following = np.take_along_axis(scores[:, :-1], windows[:, 1:, None], -1)
     assert -following.mean() < 0.3 * np.log(weights.config.vocab_size)
+
+
+def test_training_is_repeatable() -> None:
+    first, second = train(2), train(2)
+    assert first.keys() == second.keys()
+    assert all(bool(mx.array_equal(first[name], second[name])) for name in first)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -37,6 +37,7 @@ from convert.distill.student import (
 )
 from convert.distill.teacher_cache import TeacherCache
 from convert.distill.training import Judgement, Schedule, Training, best
+from convert.golden import write_golden
 from convert.job import CARD
 from convert.layerwise import open_weights
 from convert.manifest import MANIFEST, make_manifest, read_manifest
@@ -277,6 +278,7 @@ def _describe(
 ) -> None:
     """Write the card and the manifest."""
     old = read_object(student / MANIFEST)
+    write_golden(path, read_config(path))
     (path / CARD).write_text(make_card(student, name, old, record, quality), encoding="utf-8")
     figures = {key: old[key] for key in CARRIED if key in old}
     manifest = make_manifest(

@@ -8,11 +8,13 @@ methods calibrate on the same windows of documents from the embedded model's rec
 on others, whose seed was drawn for this benchmark and has never been tuned on. Groups have 64
 weights, scales and biases are bfloat16, and every model is judged by the same float32 arithmetic on
 its dequantized weights against the original. mlx-lm's GPTQ has 2, 4 and 8 bits and leaves the
-embedding to rounding; its DWQ sees the windows once (batches of 4, Adam at 1e-4). An allocation may
-take what the uniform width takes, not more.
+embedding to rounding; its DWQ sees the windows once (batches of 4, Adam, the best of three rates).
+An allocation may take what the uniform width takes, not more, and groups of 128 as well.
 
 Each method runs in a process of its own: seconds are its wall clock without imports (where other
 programs use the machine, look at those of CPU), memory is what its peak grew by from there.
+`--json` grows with every row; `--plot` draws a file for each model, and where there are two their
+names are added to FILE.
 """
 
 from __future__ import annotations
