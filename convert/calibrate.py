@@ -35,6 +35,8 @@ CORRECTION = 0.5
 # Of a tied embedding: the share of the objective that is its use as an embedding; the rest is its
 # use as the head.
 ROW_SHARE = 0.6
+# Weights that are fitted at once; that takes some 24 bytes for each.
+BLOCK_WEIGHTS = 1 << 24
 # Logits that are held at once.
 BLOCK_LOGITS = 1 << 24
 
@@ -96,9 +98,7 @@ def quantize_model(
             inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
             second = row_share * second + (1 - row_share) * gptq.damped(inputs.T @ inputs)
             del inputs
-        spec = specs[layout.EMBEDDING]
-        start = gptq.fit(embedding, spec, second, scale_type, damping=0.0)
-        codes = descent.improve(embedding, start, second, scale_type)
+        codes = _in_blocks(embedding, specs[layout.EMBEDDING], second, scale_type)
         embedding = dequantize(codes)
         yield layout.EMBEDDING, codes
     quantized = embed(embedding, windows)
@@ -134,14 +134,39 @@ def fit(
 ) -> AffineCodes:
     """The best codes known for one matrix and the inputs it will have."""
     second = gptq.damped(moments.second)
-    target = weight
-    if correction:
-        # Least squares of the original's outputs on the quantized model's inputs.
-        mean = max(float(np.diag(moments.second).mean()), 1e-30)
-        missing = (weight @ moments.cross).astype(np.float64) / mean
-        target = weight + correction * np.linalg.solve(second, missing.T).T.astype(np.float32)
-    start = gptq.fit(target, spec, second, scale_type, damping=0.0)
-    return descent.improve(target, start, second, scale_type)
+    mean = max(float(np.diag(moments.second).mean()), 1e-30)
+
+    def corrected(rows: Array) -> Array:
+        """Least squares of the original's outputs on the quantized model's inputs."""
+        missing = (rows @ moments.cross).astype(np.float64) / mean
+        return rows + correction * np.linalg.solve(second, missing.T).T.astype(np.float32)
+
+    return _in_blocks(weight, spec, second, scale_type, corrected if correction else None)
+
+
+def _in_blocks(
+    weight: Array,
+    spec: QuantSpec,
+    second: gptq.Float,
+    scale_type: ScaleType,
+    corrected: Callable[[Array], Array] | None = None,
+) -> AffineCodes:
+    """Codes of rows, which are independent, some at a time."""
+    size = max(1, BLOCK_WEIGHTS // weight.shape[1])
+    found = []
+    for first in range(0, len(weight), size):
+        rows = weight[first : first + size]
+        target = rows if corrected is None else corrected(rows)
+        start = gptq.fit(target, spec, second, scale_type, damping=0.0)
+        found.append(descent.improve(target, start, second, scale_type))
+    if len(found) == 1:
+        return found[0]
+    return AffineCodes(
+        np.concatenate([part.codes for part in found]),
+        np.concatenate([part.scales for part in found]),
+        np.concatenate([part.biases for part in found]),
+        spec,
+    )
 
 
 def _uncertainty(hidden: Array, head: Array) -> Array:
