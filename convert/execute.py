@@ -20,7 +20,7 @@ import numpy as np
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import XIELU_DEFAULTS
-from convert.calibrated import read_codes
+from convert.calibration.calibrated import read_codes
 from convert.grids import grid_codes
 from convert.layerwise import Array, Weights
 from convert.plan import OutputFile, OutputTensor, Plan, Step

@@ -14,8 +14,13 @@ from apertus_mlx.config import CONFIG_FILE, read_config
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.strict_json import read_object
 from convert import basis
-from convert.allocation import Allocation, allocate_bits
-from convert.calibrated import Calibration, discard_codes, make_codes, prepare_calibration
+from convert.calibration.allocation import Allocation, allocate_bits
+from convert.calibration.calibrated import (
+    Calibration,
+    discard_codes,
+    make_codes,
+    prepare_calibration,
+)
 from convert.card import license_of, make_card
 from convert.companions import (
     TOKENIZER,

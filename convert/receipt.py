@@ -22,7 +22,7 @@ from apertus_mlx.config import read_config
 from apertus_mlx.errors import UsageError
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
-from convert.calibration_text import TextSet, language_windows
+from convert.calibration.texts import TextSet, language_windows
 from convert.layerwise import (
     Array,
     SourceWeights,

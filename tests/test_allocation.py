@@ -20,11 +20,12 @@ from apertus_mlx.embedded import model_dir
 from apertus_mlx.embedded.recipe.corpus import documents
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.load import load_model
-from convert import allocation, judging
-from convert.allocation import Unit, allocate_bits, choose_formats
-from convert.calibrated import Calibration
-from convert.calibration_text import Document, Sample, TextSet
-from convert.gradients import GradientLayer, trace_layers
+from convert.calibration import allocation, judging
+from convert.calibration.allocation import Unit, allocate_bits, choose_formats
+from convert.calibration.calibrated import Calibration
+from convert.calibration.gradients import GradientLayer, trace_layers
+from convert.calibration.sensitivity import Damages, predict_damages
+from convert.calibration.texts import Document, Sample, TextSet
 from convert.job import convert, prepare
 from convert.layerwise import Array, SourceWeights, Weights, head_path, hidden_states, open_weights
 from convert.manifest import MANIFEST
@@ -32,7 +33,6 @@ from convert.planning import make_plan
 from convert.policy import Request, Rule, Target
 from convert.reading import Reader
 from convert.report import default_name
-from convert.sensitivity import Damages, predict_damages
 from convert.verify import verify
 from quant import search
 from quant.affine import dequantize

@@ -14,8 +14,8 @@ from apertus_mlx.errors import ApertusError, NotFoundError, RejectedError, Usage
 from apertus_mlx.load import load_model
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
-from convert import calibrate
-from convert.calibration_text import hold_out, language_windows, read_texts, sample_windows
+from convert.calibration import calibrate
+from convert.calibration.texts import hold_out, language_windows, read_texts, sample_windows
 from convert.layerwise import head_path, hidden_states, open_weights
 from convert.reading import Reader
 from quant import search

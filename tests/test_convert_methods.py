@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         convert(job, tmp_path / "torn", progress=interrupt)
-    monkeypatch.setattr("convert.calibrated.quantize_model", None)
+    monkeypatch.setattr("convert.calibration.calibrated.quantize_model", None)
     resumed = convert(job, tmp_path / "torn", resume=True)
     assert (resumed / "model.safetensors").read_bytes() == (
         whole / "model.safetensors"

@@ -16,7 +16,7 @@ from apertus_mlx.cli.app import app
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.load import load_model
 from convert import layerwise, receipt
-from convert.calibration_text import read_texts
+from convert.calibration.texts import read_texts
 from convert.receipt import measure, measure_all
 from quant.metrics import compare, join, summarise
 from tests.builders import config_4x, write_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apertus_mlx import layout
-from convert.calibrate import quantize_model
+from convert.calibration.calibrate import quantize_model
 from convert.job import convert, prepare
 from convert.layerwise import SourceWeights, open_weights
 from convert.policy import Request

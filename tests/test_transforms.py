@@ -16,12 +16,12 @@ from apertus_mlx.cli.app import app
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.load import load_model
 from convert.basis import NORM_READERS, VALUES, value_owners
+from convert.calibration.smoothing import smoothing_scales
 from convert.job import convert, prepare
 from convert.layerwise import Weights, open_weights
 from convert.manifest import MANIFEST
 from convert.policy import Request
 from convert.reading import Reader
-from convert.smoothing import smoothing_scales
 from convert.transformed import Rotated, Scaled
 from convert.verify import verify
 from quant.affine import Array, dequantize, fit
@@ -298,7 +298,7 @@ def test_an_interrupted_run_goes_on(
         other = prepare(untied, asked, "source", calibration_texts=[texts])
         with pytest.raises(UsageError, match="other options"):
             convert(other, tmp_path / "torn", resume=True)
-    monkeypatch.setattr("convert.calibrated.smoothing_scales", None)
+    monkeypatch.setattr("convert.calibration.calibrated.smoothing_scales", None)
     resumed = convert(job, tmp_path / "torn", resume=True)
     files = [folder / "model.safetensors" for folder in (resumed, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()

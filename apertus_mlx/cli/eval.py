@@ -51,7 +51,7 @@ def evaluate(
     """Measure how far each MODEL's predictions are from those of the reference."""
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.hub import locate
-    from convert.calibration_text import read_texts
+    from convert.calibration.texts import read_texts
     from convert.receipt import FLOOR, measure_all
 
     if plot is not None:

@@ -24,7 +24,7 @@ from apertus_mlx.model import Model
 from apertus_mlx.strict_json import read_object
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
-from convert.calibration_text import Sample, TextSet, Tokens, hold_out, read_texts, sample_windows
+from convert.calibration.texts import Sample, TextSet, Tokens, hold_out, read_texts, sample_windows
 from convert.companions import TOKENIZER, copy_companions
 from convert.distill.card import make_card
 from convert.distill.resources import Resources

@@ -130,8 +130,8 @@ def _ours(directory: Path, windows: Any, bits: int, embedding: bool) -> Callable
     from apertus_mlx import layout
     from apertus_mlx.checkpoint import open_checkpoint
     from apertus_mlx.config import read_config
-    from convert.calibrated import Calibration, make_codes
-    from convert.calibration_text import Sample, TextSet
+    from convert.calibration.calibrated import Calibration, make_codes
+    from convert.calibration.texts import Sample, TextSet
     from convert.planning import make_plan
     from convert.policy import Request, Rule
     from convert.sources.recognise import recognise

@@ -25,8 +25,8 @@ import numpy as np
 from apertus_mlx import layout
 from apertus_mlx.embedded import model_dir
 from apertus_mlx.embedded.recipe.corpus import documents
-from convert.calibrated import Calibration
-from convert.calibration_text import Sample, read_texts
+from convert.calibration.calibrated import Calibration
+from convert.calibration.texts import Sample, read_texts
 from convert.distill.run import Job, Observer, Options, distill, make_job
 from convert.distill.training import Judgement
 from convert.job import convert, prepare

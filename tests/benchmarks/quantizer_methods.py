@@ -29,10 +29,10 @@ from apertus_mlx.checkpoint import open_checkpoint
 from apertus_mlx.config import ModelConfig, read_config
 from apertus_mlx.embedded.recipe.corpus import documents
 from apertus_mlx.template import Message
-from convert.allocation import allocate_bits
-from convert.calibrated import Calibration, make_codes
-from convert.calibration_text import Document, Sample, TextSet
-from convert.judging import Planned
+from convert.calibration.allocation import allocate_bits
+from convert.calibration.calibrated import Calibration, make_codes
+from convert.calibration.judging import Planned
+from convert.calibration.texts import Document, Sample, TextSet
 from convert.layerwise import Weights, head_path, hidden_states, open_weights
 from convert.planning import make_plan
 from convert.policy import Method, Request, Target

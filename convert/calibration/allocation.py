@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.errors import RejectedError, UsageError
-from convert.calibrated import Calibration
+from convert.calibration.calibrated import Calibration
+from convert.calibration.judging import Judge, scale_type_of, spread
+from convert.calibration.sensitivity import Damages, predict_damages
+from convert.calibration.smoothing import Rounding, rounding_of
 from convert.grids import find_grids
-from convert.judging import Judge, scale_type_of, spread
 from convert.layerwise import Array, SourceWeights
 from convert.plan import Plan, Step
 from convert.planning import make_plan
 from convert.policy import DEFAULT_GROUP_SIZE, Request, Rule, Target
 from convert.reading import Reader
-from convert.sensitivity import Damages, predict_damages
-from convert.smoothing import Rounding, rounding_of
 from convert.sources.source import Source
 from convert.transformed import unscaled_weights
 from quant.affine import ScaleType

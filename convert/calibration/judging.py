@@ -13,12 +13,12 @@ import numpy as np
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
-from convert.calibrated import SEED, WINDOW_TOKENS, Calibration, make_codes, read_codes
-from convert.calibration_text import sample_windows
-from convert.gradients import BLOCK_LOGITS
+from convert.calibration.calibrated import SEED, WINDOW_TOKENS, Calibration, make_codes, read_codes
+from convert.calibration.gradients import BLOCK_LOGITS
+from convert.calibration.smoothing import rounding_of
+from convert.calibration.texts import sample_windows
 from convert.layerwise import Array, SourceWeights, Tokens, Weights, head_path, hidden_states
 from convert.plan import Plan
-from convert.smoothing import rounding_of
 from convert.transformed import transformed_weights
 from quant.affine import ScaleType
 from quant.metrics import log_softmax

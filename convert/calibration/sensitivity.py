@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx import layout
-from convert.gradients import BLOCK_LOGITS, Ends, Trace, trace_layers
+from convert.calibration.gradients import BLOCK_LOGITS, Ends, Trace, trace_layers
+from convert.calibration.smoothing import Rounding
 from convert.layerwise import Array, Tokens, Weights, head_path
-from convert.smoothing import Rounding
 from quant import gptq
 from quant.affine import ScaleType, dequantize
 from quant.spec import QuantSpec

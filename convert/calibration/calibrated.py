@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
-from convert.calibrate import passes, quantize_model
-from convert.calibration_text import Sample, TextSet, hold_out, read_texts, sample_windows
+from convert.calibration.calibrate import passes, quantize_model
+from convert.calibration.smoothing import rounding_of, smoothing_scales
+from convert.calibration.texts import Sample, TextSet, hold_out, read_texts, sample_windows
 from convert.plan import CALIBRATION_TOKENS, Plan, Step
 from convert.reading import MLX_TYPES, Reader
-from convert.smoothing import rounding_of, smoothing_scales
 from convert.transformed import SCALES, transformed_weights, unscaled_weights
 from quant.affine import ScaleType
 

@@ -1,0 +1,1 @@
+"""Everything that looks at text before weights are written: which, and what follows from it."""
