@@ -9,8 +9,8 @@ are attended to as a whole with a mask. When a buffer grows, the step is traced 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -19,14 +19,17 @@ from apertus_mlx.scores import Scores
 
 if TYPE_CHECKING:
     from apertus_mlx.cache.protocol import Mask
-    from apertus_mlx.model import Model
 
 
 class CompiledStep:
-    """`Model.scores` of one token, for caches that hold every position in one buffer per layer."""
+    """`Model.scores` of one token, for caches that hold every position in one buffer per layer.
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    Args:
+        scores: what is to be replayed, of a token and its caches.
+    """
+
+    def __init__(self, scores: Callable[[mx.array, Sequence[Any]], Scores]) -> None:
+        self._scores = scores
         self._replay = mx.compile(self._trace)
         # Which of best and peaks the model's operations give.
         self._given: tuple[bool, bool] = (False, False)
@@ -59,7 +62,7 @@ class CompiledStep:
         self, token: mx.array, position: mx.array, buffers: Sequence[mx.array]
     ) -> list[mx.array]:
         caches = [_Buffer(buffer, position) for buffer in buffers]
-        scores = self._model.eager_scores(token, caches)
+        scores = self._scores(token, caches)
         self._given = (scores.best is not None, scores.peaks is not None)
         found = [x for x in (scores.logits, scores.best, scores.peaks) if x is not None]
         return [*(cache.rows for cache in caches), *found]

@@ -255,7 +255,7 @@ class Model(nn.Module):
         for _, module in self.named_modules():
             if isinstance(module, Model | Decoder | Attention | MLP):
                 module.ops = ops
-        self._compiled_step = CompiledStep(self) if compiled_step else None
+        self._compiled_step = CompiledStep(self.eager_scores) if compiled_step else None
 
     def fold(self) -> None:
         """Bring the weights, now final, into the form that is the quickest to compute with."""

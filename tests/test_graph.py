@@ -13,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from builders import config_4x, random_weights, write_checkpoint
-from dispatch_count import Dispatches, count_dispatches
 
 from apertus_mlx import command_buffers, embedding_row
 from apertus_mlx import model as model_module
@@ -22,53 +21,28 @@ from apertus_mlx.config import parse_config
 from apertus_mlx.decode import MIN_CHUNK, chunk_sizes, decode, prefill
 from apertus_mlx.load import load_model
 from apertus_mlx.memory.speed import DISPATCHES_PER_LAYER, DISPATCHES_PER_TOKEN
-from apertus_mlx.metal.needed import kernels_for
 from apertus_mlx.model import Attention, Model
 from apertus_mlx.ops import Operations, plain
-from apertus_mlx.ops.fused import FusedOperations
 from apertus_mlx.sampling import Sampler, SamplingParams, kth_largest
 from apertus_mlx.scores import Scores
-from quant.spec import QuantSpec
+from tests import decode_step
+from tests.decode_step import mlx_lm_dispatches, our_dispatches
+from tests.dispatch_count import count_dispatches
 
 PROMPT = [1, 65, 74, 150, 233, 80, 201, 99]
-# Layers of the released models; what a step starts does not depend on any other size.
+# Layers of the released models.
 LAYERS = {"0.5B": 20, "1.5B": 16}
 AROUND_PRODUCTS = ("qk_norm_rope", "add_rms_norm")
 
 
 def build(
-    kernels: Callable[[str], bool] | None = None,
+    accepted: Callable[[str], bool] | None = None,
     layers: int = 2,
     dtype: mx.Dtype = mx.bfloat16,
     ops: Operations | None = None,
-    **changes: Any,
 ) -> Model:
-    """A quantized model, with those of its kernels whose place `kernels` accepts."""
-    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": layers}
-    config = parse_config(config_4x(**{**size, "tie_word_embeddings": True, **changes}))
-    bare = Model(config)
-    nn.quantize(bare, 32, 4)
-    specs = {path: QuantSpec(4, 32) for path, part in bare.named_modules() if "scales" in part}
-    chosen = {}
-    for kernel in kernels_for(config, specs, dtype) if kernels else ():
-        if kernels and kernels(kernel.place):
-            chosen.setdefault(kernel.place, kernel)
-    model = Model(config, ops or (FusedOperations(chosen) if chosen else plain))
-    model.set_dtype(dtype)
-    nn.quantize(model, 32, 4)
-    mx.eval(model.parameters())
-    model.fold()
-    return model
-
-
-def dispatches(model: Model, params: SamplingParams) -> Dispatches:
-    """Of one step with its sampling."""
-    # MLX's product with a row is not exact in 16 bits on a CPU, so that it would not be used here.
-    model.model.embed_tokens.by_product = True
-    caches = model.make_cache()
-    mx.eval(model(mx.array([[1, 2, 3]]), caches), [cache.state for cache in caches])
-    sampler = Sampler(params, [], model.config.vocab_size)
-    return count_dispatches(lambda: [sampler(model.scores(mx.array([[5]], mx.uint32), caches))])
+    size = {"hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": True}
+    return decode_step.build(config_4x(**size, num_hidden_layers=layers), accepted, dtype, ops)
 
 
 GREEDY = SamplingParams(temperature=0)
@@ -92,7 +66,7 @@ def test_dispatch_budget(
     # As on a GPU, where the activation is compiled.
     monkeypatch.setattr(model_module, "_xielu", mx.compile(model_module.xielu))
     for name, budget in zip(LAYERS, budgets, strict=True):
-        found = dispatches(build(kernels, LAYERS[name]), GREEDY)
+        found = our_dispatches(build(kernels, LAYERS[name]))
         print(name, found)
         assert found.total <= budget
         if kernels is None:
@@ -104,27 +78,9 @@ def test_dispatch_budget(
 
 def test_the_counter_knows_the_budget_of_mlx_lm() -> None:
     """Counted by hand from its source: 18 for a layer and 9 for the rest, of a tied model."""
-    apertus = pytest.importorskip("mlx_lm.models.apertus")
-    from mlx_lm.models.cache import KVCache
-
+    pytest.importorskip("mlx_lm")
     config = config_4x(hidden_size=128, intermediate_size=256, tie_word_embeddings=True)
-    model = apertus.Model(apertus.ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    for layer in model.layers:
-        # Stored in 16 bits; mlx-lm makes them in 32 if they are missing.
-        for name in ("beta", "eps"):
-            setattr(layer.mlp.act_fn, name, getattr(layer.mlp.act_fn, name).astype(mx.bfloat16))
-    nn.quantize(model, 32, 4)
-    mx.eval(model.parameters())
-    caches = [KVCache() for _ in model.layers]
-    mx.eval(model(mx.array([[1, 2, 3]]), caches))
-
-    def step() -> list[mx.array]:
-        logits = model(mx.array([[5]]), caches)[:, -1, :]
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        return [mx.argmax(logprobs, axis=-1), logprobs]
-
-    assert count_dispatches(step).total == 2 * 18 + 9
+    assert mlx_lm_dispatches(config).total == 2 * 18 + 9
 
 
 def test_the_counter_sees_what_should_not_be_there() -> None:

@@ -20,19 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from apertus_mlx import layout
 from apertus_mlx import model as model_module
 from apertus_mlx.config import ModelConfig, parse_config
 from apertus_mlx.memory.devices import CHIPS, GB
-from apertus_mlx.metal.needed import kernels_for
-from apertus_mlx.model import Model
-from apertus_mlx.ops.fused import FusedOperations
-from apertus_mlx.sampling import Sampler, SamplingParams
 from quant.spec import QuantSpec
 from tests.builders import config_4x
-from tests.dispatch_count import Dispatches, count_dispatches
+from tests.decode_step import build, mlx_lm_dispatches, our_dispatches
+from tests.dispatch_count import Dispatches
 
 GROUP_SIZE = 64
 EFFICIENCY = 0.85
@@ -86,51 +82,17 @@ def shape(name: str) -> Shape:
     return Shape(parse_config(values), small)
 
 
-def ours(small: dict[str, Any], form: str) -> Dispatches:
+def count(small: dict[str, Any], form: str) -> Dispatches:
     """Of one greedy step."""
-    config = parse_config(small)
-    bare = Model(config)
-    nn.quantize(bare, 32, 4)
-    specs = {path: QuantSpec(4, 32) for path, part in bare.named_modules() if "scales" in part}
-    kernels = {}
-    for kernel in kernels_for(config, specs, mx.bfloat16):
-        around = kernel.place.startswith(AROUND_PRODUCTS)
-        whole_input = kernel.place.startswith("attention_input")
-        if around or form == "all" or (form == "products" and not whole_input):
-            kernels.setdefault(kernel.place, kernel)
-    model = Model(config) if form == "graph" else Model(config, FusedOperations(kernels))
-    model.set_dtype(mx.bfloat16)
-    nn.quantize(model, 32, 4)
-    mx.eval(model.parameters())
-    model.fold()
-    model.model.embed_tokens.by_product = True
-    caches = model.make_cache()
-    mx.eval(model(mx.array([[1, 2, 3]]), caches))
-    sampler = Sampler(SamplingParams(temperature=0), [], config.vocab_size)
-    return count_dispatches(lambda: [sampler(model.scores(mx.array([[5]], mx.uint32), caches))])
-
-
-def theirs(small: dict[str, Any]) -> Dispatches:
-    """Of one step of mlx-lm, which computes the logarithms of probabilities, too."""
-    from mlx_lm.models import apertus
-    from mlx_lm.models.cache import KVCache
-
-    model = apertus.Model(apertus.ModelArgs.from_dict(small))
-    model.set_dtype(mx.bfloat16)
-    for layer in model.layers:
-        for name in ("beta", "eps"):
-            setattr(layer.mlp.act_fn, name, getattr(layer.mlp.act_fn, name).astype(mx.bfloat16))
-    nn.quantize(model, 32, 4)
-    mx.eval(model.parameters())
-    caches = [KVCache() for _ in model.layers]
-    mx.eval(model(mx.array([[1, 2, 3]]), caches))
-
-    def step() -> list[mx.array]:
-        logits = model(mx.array([[5]]), caches)[:, -1, :]
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        return [mx.argmax(logprobs, axis=-1), logprobs]
-
-    return count_dispatches(step)
+    if form == "mlx-lm":
+        return mlx_lm_dispatches(small)
+    accepted = {
+        "graph": None,
+        "around products": lambda place: place.startswith(AROUND_PRODUCTS),
+        "products": lambda place: not place.startswith("attention_input"),
+        "all": lambda place: True,
+    }[form]
+    return our_dispatches(build(small, accepted))
 
 
 def main() -> None:
@@ -138,11 +100,7 @@ def main() -> None:
     model_module._xielu = mx.compile(model_module.xielu)
     shapes = {name: shape(name) for name in SHAPES}
     counts = {
-        name: {
-            form: theirs(found.small) if form == "mlx-lm" else ours(found.small, form)
-            for form in FORMS
-        }
-        for name, found in shapes.items()
+        name: {form: count(found.small, form) for form in FORMS} for name, found in shapes.items()
     }
     print("| model | form | dispatches | that wait | command buffers |\n|---|---|---|---|---|")
     for name, by_form in counts.items():
