@@ -93,6 +93,7 @@ def summary(job: Job, target: Path) -> dict[str, Any]:
         "output_bytes": job.plan.weight_bytes,
         "parameters": job.plan.parameters,
         "bits_per_weight": job.plan.bits_per_weight,
+        "transforms": basis.record(job.plan.request, job.plan.source.config),
         "notes": list(job.plan.notes),
     }
 
