@@ -26,7 +26,7 @@ DTYPE_NAMES = {value: key for key, value in CONFIG_DTYPES.items()}
 # Interpreter and libraries; what checking a tokenizer takes per byte of its file; how many times a
 # block is in memory at most. Measured on Linux with the benchmark in tests/benchmarks.
 BASE_MEMORY_BYTES = 48_000_000
-TOKENIZER_COPIES = 27
+TOKENIZER_COPIES = 33
 BLOCK_COPIES = 4
 # The tokenizer of the 8B, where the size of the source's is not known.
 TYPICAL_TOKENIZER_BYTES = 16_000_000
