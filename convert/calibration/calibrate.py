@@ -7,7 +7,7 @@ first. Memory holds one layer, its second moments and the two streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -91,9 +91,10 @@ def quantize_model(
     embedding = weights.matrix(layout.EMBEDDING)
     original = embed(embedding, windows)
     hidden = hidden_states(weights, [windows], progress=report)[0]
-    uncertainty = _uncertainty(hidden, weights.matrix(head_path(config)))
+    head = embedding if config.tie_word_embeddings else weights.matrix(head_path(config))
+    uncertainty = _uncertainty(hidden, head)
     if layout.EMBEDDING in specs:
-        second = _reader_moments(weights)
+        second = _reader_moments(weights, head)
         if config.tie_word_embeddings:
             inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
             second = row_share * second + (1 - row_share) * gptq.damped(inputs.T @ inputs)
@@ -102,7 +103,7 @@ def quantize_model(
         embedding = dequantize(codes)
         yield layout.EMBEDDING, codes
     quantized = embed(embedding, windows)
-    del embedding, hidden
+    del embedding, head, hidden
     for index in range(config.num_hidden_layers):
         yield from _quantize_layer(
             Layer(weights, index), Layer(weights, index), specs, original, quantized,
@@ -188,27 +189,25 @@ def _uncertainty(hidden: Array, head: Array) -> Array:
     return np.asarray(spread / spread.mean(), np.float32).reshape(hidden.shape[:-1])
 
 
-def _reader_moments(weights: Weights) -> gptq.Float:
+def _reader_moments(weights: Weights, head: Array) -> gptq.Float:
     """What an error of an embedding row is multiplied with: the first layer and the head read it.
 
     Half of it is the head's doing, through the residual stream and the final norm, a quarter each
     that of the first attention and the first feed-forward part, each of mean diagonal one.
     """
     first = layout.layer(0)
-    readers = (
-        (0.5, f"{layout.FINAL_NORM}.weight", (head_path(weights.config),)),
-        (
-            0.25,
-            f"{first}.attention_layernorm.weight",
-            tuple(f"{first}.self_attn.{name}_proj" for name in "qkv"),
-        ),
-        (0.25, f"{first}.feedforward_layernorm.weight", (f"{first}.mlp.up_proj",)),
-    )
+    attention = [f"{first}.self_attn.{name}_proj" for name in "qkv"]
+    readers: tuple[tuple[float, str, Iterable[Array]], ...] = (
+        (0.5, f"{layout.FINAL_NORM}.weight", (head,)),
+        (0.25, f"{first}.attention_layernorm.weight", map(weights.matrix, attention)),
+        (0.25, f"{first}.feedforward_layernorm.weight",
+         map(weights.matrix, [f"{first}.mlp.up_proj"])),
+    )  # fmt: skip
     total = np.zeros((weights.config.hidden_size, weights.config.hidden_size))
-    for share, norm, paths in readers:
+    for share, norm, matrices in readers:
         scale = weights.vector(norm)
-        grams = [matrix.T @ matrix for matrix in map(weights.matrix, paths)]
-        total += share * gptq.damped(sum(grams) * np.outer(scale, scale))
+        gram = sum(matrix.T @ matrix for matrix in matrices)
+        total += share * gptq.damped(gram * np.outer(scale, scale))
     return total
 
 
