@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
-import subprocess
 import sys
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import metal_harness
 import mlx.core as mx
-import numpy as np
 import pytest
 from builders import config_4x, random_weights, write_checkpoint
+from simulated_device import (
+    AGREED,
+    HANG_S,
+    Double,
+    Simulated,
+    Unlaunched,
+    attended,
+    broken,
+    make_verdict,
+    run_doctor,
+    singles,
+)
 
 from apertus_mlx.doctor import visit as visits
 from apertus_mlx.doctor.attended import AttendedDevice
 from apertus_mlx.doctor.chain import Chain, linked
-from apertus_mlx.doctor.child import serve
 from apertus_mlx.doctor.consult import consult, keys_of
 from apertus_mlx.doctor.device import Agreement, Attempt, UnfitError
 from apertus_mlx.doctor.examine import disagreement, fault
@@ -32,145 +37,14 @@ from apertus_mlx.doctor.mlx_device import MLXDevice
 from apertus_mlx.doctor.report import conclude
 from apertus_mlx.doctor.trace import trace
 from apertus_mlx.doctor.tune import ROUNDS, race
-from apertus_mlx.errors import ApertusError, ResourceError
+from apertus_mlx.errors import ApertusError
 from apertus_mlx.inventory import take_inventory
 from apertus_mlx.load import load_inventory
 from apertus_mlx.metal import enabled, verdict
-from apertus_mlx.metal.kernel import Exact, KernelText, Launch, Run
 from apertus_mlx.metal.needed import kernels_for
-from apertus_mlx.metal.verdict import Machine, Verdict
+from apertus_mlx.metal.verdict import Verdict
 from apertus_mlx.ops import plain
 from apertus_mlx.ops.fused import FusedOperations
-
-MACHINE = Machine("Apple M4 Pro", "macOS 26.2 (25C56)", "0.32.4", "0.1.0")
-# Nothing simulated takes as long, however busy the machine; what hangs is ended by a shorter one.
-PATIENCE_S, HANG_S = 60.0, 4.0
-AGREED = Agreement(64, 64, 1e-6, 1e-9, 1e-4)
-
-
-@dataclass(frozen=True, slots=True)
-class Double:
-    """A kernel that doubles; `key` tells the device how well."""
-
-    place: str = "double"
-    variant: str = "plain"
-    source: str = "y[thread_position_in_grid.x] = 2 * x[thread_position_in_grid.x];"
-    tolerance: float = 1e-6
-
-    @property
-    def key(self) -> str:
-        return f"{self.place}-{self.variant}"
-
-    def text(self) -> KernelText:
-        return KernelText("double", ("x",), ("y",), self.source, "")
-
-    def launch(self, inputs: Sequence[mx.array]) -> Launch:
-        return Launch((64, 1, 1), (64, 1, 1), ((64,),), (mx.float32,))
-
-    def trial(self, seed: int) -> list[mx.array]:
-        return [mx.random.normal((64,), key=mx.random.key(seed))]
-
-    def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
-        return [2 * inputs[0]]
-
-    def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
-        return [2 * np.array(inputs[0], np.float64)]
-
-
-class Unlaunched(Double):
-    """A kernel that does not know its own outputs."""
-
-    def launch(self, inputs: Sequence[mx.array]) -> Launch:
-        raise ValueError("no such shape")
-
-
-def broken(variant: str) -> Run:
-    """What a kernel of this variant computes."""
-    calls = iter(range(1000))
-
-    def run(inputs: Sequence[mx.array]) -> list[mx.array]:
-        x = inputs[0]
-        match variant:
-            case "wrong":
-                return [3 * x]
-            case "slightly wrong":
-                return [2 * x * (1 + 3e-6)]
-            case "unstable":
-                return [2 * x * (1 + 2e-7 * (next(calls) % 7 == 5))]
-            case "not a number":
-                return [mx.where(mx.arange(64) == 9, mx.array(float("nan")), 2 * x)]
-            case "misshapen":
-                return [2 * x[None]]
-            case "refused":
-                raise RuntimeError("[metal::Device] Unable to build metal library from source\n...")
-            case "aborts":
-                os.abort()
-            case "hangs":
-                threading.Event().wait()
-            case "leaves":
-                print("out of cheese", file=sys.stderr)
-                os._exit(3)
-        return [2 * x]
-
-    return run
-
-
-@dataclass
-class Simulated:
-    """A device in this process; times are ratios to the plain form, which takes a second."""
-
-    # Key -> a ratio for each round; 0.5 in all of them where it is missing.
-    ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    # Places whose kernel slows down or ends the whole model, and the agreement of the others.
-    slowing: frozenset[str] = frozenset()
-    crashing: frozenset[str] = frozenset()
-    found: Agreement = AGREED
-    # Time of a compiled step over that of another.
-    compiled: float = 0.9
-    calls: dict[str, int] = field(default_factory=dict)
-    models: list[set[str]] = field(default_factory=list)
-
-    def attempt(self, kernel: Any) -> Attempt:
-        return measure(kernel, broken(kernel.variant))
-
-    def seconds(self, kernel: Any, fused: bool) -> float:
-        if not fused:
-            return 1.0
-        call = self.calls[kernel.key] = self.calls.get(kernel.key, -1) + 1
-        # The first call warms up; each round has two.
-        ratios = self.ratios.get(kernel.key, [0.5] * ROUNDS)
-        return ratios[max(0, call - 1) // 2]
-
-    def agreement(self, kernels: Mapping[str, Any]) -> Agreement:
-        self.models.append({kernel.key for kernel in kernels.values()})
-        if self.crashing & kernels.keys():
-            raise UnfitError("ends its process (SIGABRT)")
-        return self.found
-
-    def step_seconds(self, kernels: Mapping[str, Any], compiled: bool = False) -> float:
-        plain = 1.0 - 0.1 * len(kernels) + 2.0 * len(self.slowing & kernels.keys())
-        return plain * (self.compiled if compiled else 1.0)
-
-
-def be_child(names: str, descriptor: str) -> None:
-    """The other side of `attended`: kernels of these variants, each in a place of its own."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    serve(Connection(int(descriptor)), Simulated(), singles(*json.loads(names)))
-
-
-def accepted(machine: Machine, kernels: Sequence[Any]) -> Mapping[str, Any]:
-    return verdict.find_accepted(machine, kernels).kernels
-
-
-def singles(*variants: str) -> tuple[Double, ...]:
-    return tuple(Double(f"place {index}", variant) for index, variant in enumerate(variants))
-
-
-def attended(*variants: str, limit_s: float = PATIENCE_S) -> AttendedDevice:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    code = f"import sys; sys.path[:0] = {paths}; import test_doctor as t; t.be_child(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, json.dumps(variants)]
-    return AttendedDevice(command, limit_s, PATIENCE_S)
 
 
 def reasons(device: Any, kernels: Sequence[Double], **options: Any) -> dict[str, str | None]:
@@ -317,15 +191,6 @@ def test_the_plain_form_must_be_the_same_function() -> None:
     assert "plain form" in str(fault(kernel, replace(attempt, plain_error=1e-2, difference=1e-2)))
 
 
-def make_verdict(kernels: Sequence[Double], tuned: bool = True, **changes: Any) -> Verdict:
-    done = consult(Simulated(), kernels, with_times=tuned)
-    found = Verdict(
-        MACHINE, verdict.text_hash(kernels), "m", "2026-11-22", tuned, keys_of(done.accepted),
-        done.reasons, None,
-    )  # fmt: skip
-    return replace(found, **changes)
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
@@ -333,108 +198,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(verdict.CACHE_VARIABLE, str(folder))
     monkeypatch.delenv(enabled.SWITCH_VARIABLE, raising=False)
     return folder / verdict.FILE_NAME
-
-
-def test_a_verdict_holds_for_its_machine_and_texts_alone(cache: Path) -> None:
-    kernels = singles("good", "wrong")
-    mine = make_verdict(kernels, compiled_step=True)
-    assert verdict.find_verdict(MACHINE, kernels) is None
-    assert verdict.store_verdict(mine) == cache
-    assert [file.name for file in cache.parent.iterdir()] == [cache.name]
-    assert verdict.find_verdict(MACHINE, kernels) == mine
-    assert verdict.find_verdict(MACHINE, kernels[::-1]) == mine
-    assert accepted(MACHINE, kernels) == {"place 0": kernels[0]}
-    others = (
-        {"chip": "Apple M4 Max"},
-        {"system": "macOS 26.3 (25D10)"},
-        {"mlx": "0.32.5"},
-        {"package": "0.2.0"},
-    )
-    for change in others:
-        assert accepted(replace(MACHINE, **change), kernels) == {}
-    assert accepted(MACHINE, kernels[:1]) == {}
-    other_text = (replace(kernels[0], source="y[0] = 0;"), kernels[1])
-    assert accepted(MACHINE, other_text) == {}
-
-
-def test_the_user_hears_why_kernels_went_off(caplog: pytest.LogCaptureFixture) -> None:
-    kernels = singles("good")
-    verdict.store_verdict(make_verdict(kernels))
-    verdict.find_verdict(MACHINE, singles("other"))
-    assert not caplog.messages
-    verdict.find_verdict(replace(MACHINE, mlx="0.33.0"), kernels)
-    assert "MLX 0.33.0" in caplog.text and "doctor --tune" in caplog.text
-
-
-def test_a_verdict_replaces_the_one_before_and_no_other() -> None:
-    first, second = singles("good"), singles("fine")
-    verdict.store_verdict(make_verdict(first, tuned=False))
-    verdict.store_verdict(make_verdict(second))
-    assert accepted(MACHINE, first) == {}
-    verdict.store_verdict(make_verdict(first))
-    assert accepted(MACHINE, first) == {"place 0": first[0]}
-    assert accepted(MACHINE, second) == {"place 0": second[0]}
-    verdict.forget_verdicts()
-    assert verdict.find_verdict(MACHINE, first) is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"", b"[]", b"{", b'{"format": 1}', b'{"format": 0, "verdicts": []}', b"\xff\xfe",
-        b'{"format": 1, "verdicts": {}}', b'{"format": 1, "verdicts": [{"tuned": true}]}',
-    ],
-)  # fmt: skip
-def test_a_damaged_file_is_no_verdict(
-    content: bytes, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    kernels = singles("good")
-    cache.write_bytes(content)
-    assert accepted(MACHINE, kernels) == {}
-    assert "kernels are off" in caplog.text
-    verdict.store_verdict(make_verdict(kernels))
-    assert accepted(MACHINE, kernels) == {"place 0": kernels[0]}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("tuned", 1), ("accepted", {"place 0": "place 0-good"}), ("accepted", [1]),
-        ("rejected", {"x": None}), ("machine", {"chip": "x"}), ("compiled_step", "yes"), ("new", 0),
-    ],
-)  # fmt: skip
-def test_every_field_is_checked(key: str, value: Any, cache: Path) -> None:
-    kernels = singles("good")
-    verdict.store_verdict(make_verdict(kernels))
-    content = json.loads(cache.read_text())
-    assert accepted(MACHINE, kernels)
-    content["verdicts"][0][key] = value
-    cache.write_text(json.dumps(content))
-    assert accepted(MACHINE, kernels) == {}
-
-
-def test_a_key_that_is_not_ours_is_not_used() -> None:
-    kernels = singles("good")
-    verdict.store_verdict(make_verdict(kernels, accepted={"place 0": ("evil",), "else": ()}))
-    assert accepted(MACHINE, kernels) == {}
-
-
-def test_one_doctor_at_a_time() -> None:
-    with verdict.only_doctor():
-        with pytest.raises(ResourceError, match="another doctor"), verdict.only_doctor():
-            pass
-        done = run_doctor("--reset")
-        assert done.returncode == 5 and b"another doctor" in done.stderr
-    with verdict.only_doctor():
-        pass
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(verdict.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    with pytest.raises(ResourceError, match="APERTUS_MLX_CACHE"), verdict.only_doctor():
-        pass
-    assert verdict.find_verdict(MACHINE, singles("good")) is None
 
 
 def test_a_second_look_keeps_the_order() -> None:
@@ -538,16 +301,6 @@ def test_a_chain_depends_on_itself() -> None:
 def test_a_text_that_mlx_does_not_take() -> None:
     assert trace(Double()) is None
     assert "ValueError" in str(trace(Unlaunched()))
-
-
-def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "apertus_mlx", "doctor", *arguments],
-        capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        timeout=120,
-        check=False,
-    )
 
 
 def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -111,6 +110,3 @@ def build(kernel: Kernel, factory: Factory | None = None) -> Run:
         return outputs
 
     return run
-
-
-built = cache(build)

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.card import damage_table, license_of
+from convert.card import MAX_CARD_BYTES, damage_table, license_of
 from convert.job import CARD
 from convert.receipt import Receipt
-
-MAX_CARD_BYTES = 2**20
 
 
 def make_card(

@@ -27,16 +27,13 @@ def metal_kernel(
     output_names: Sequence[str],
     source: str,
     header: str = "",
-    ensure_row_contiguous: bool = True,
-    atomic_outputs: bool = False,
-    compile_options: object | None = None,
     *,
     schedules: Sequence[Schedule] = SCHEDULES,
     contracts: bool = False,
     reduces_pairwise: bool = False,
     cpu_limit_s: float = CPU_LIMIT_S,
 ) -> Callable[..., list[mx.array]]:
-    """A function that runs the kernel; it takes what MLX's takes.
+    """A function that runs the kernel; it takes what this project's kernels need of MLX's.
 
     Args:
         name: as in MLX, like all before `schedules`.
@@ -44,20 +41,11 @@ def metal_kernel(
         output_names: names of the outputs.
         source: the body of the kernel.
         header: what comes before it.
-        ensure_row_contiguous: must be true.
-        atomic_outputs: must be false.
-        compile_options: must be None.
         schedules: ways to run each launch; the outputs must be equal in all.
         contracts: whether the compiler may contract a * b + c, which Metal's may.
         reduces_pairwise: whether simd_sum and the like combine pairwise, not in lane order.
         cpu_limit_s: processor time after which a launch counts as endless.
-
-    Raises:
-        NotImplementedError: something that no kernel of this project uses.
     """
-    if atomic_outputs or compile_options is not None or not ensure_row_contiguous:
-        raise NotImplementedError("row-contiguous inputs, plain outputs and default options only")
-
     text = KernelText(name, tuple(input_names), tuple(output_names), source, header)
 
     def launch(
@@ -67,21 +55,13 @@ def metal_kernel(
         output_dtypes: Sequence[mx.Dtype],
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
-        template: Sequence[tuple[str, object]] | None = None,
-        init_value: float | None = None,
-        verbose: bool = False,
-        stream: object | None = None,
     ) -> list[mx.array]:
-        if template or init_value is not None:
-            raise NotImplementedError("constants are part of the text, and outputs start unwritten")
         arrays = [mx.contiguous(mx.array(value)) for value in inputs]
         outputs = tuple(
             Array(tuple(shape), dtype)
             for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
         )
         kernel = generate(text, tuple(map(Array.of, arrays)), outputs)
-        if verbose:
-            print(kernel.text)
         check_extent(grid, threadgroup, THREADS_LIMIT)
         named = _buffers(kernel, text, arrays, outputs)
         if len(named) > BUFFERS_LIMIT:
