@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from types import MappingProxyType
 
 import tokenizers
 
-from apertus_mlx.errors import RejectedError
+from apertus_mlx.byte_alphabet import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE
+from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.rust_panics import PanicError, guarded
+from apertus_mlx.tokenizer_file import read_backend
 
-MAX_TOKENIZER_BYTES = 128 * 2**20
+LONG_TEXT = 2**16
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -72,6 +76,7 @@ class Tokenizer:
         """Wrap a loaded backend; use `load`, which checks it."""
         added = backend.get_added_tokens_decoder()
         self._backend = backend
+        self._added_bytes = {i: token.content.encode() for i, token in added.items()}
         self._special_by_text = {t.content: i for i, t in added.items() if t.special}
         self._special_starts = re.compile(
             "[" + "".join(sorted({re.escape(text[0]) for text in self._special_by_text})) + "]"
@@ -96,16 +101,7 @@ class Tokenizer:
                 control tokens, or has ids that the model has no embedding for.
         """
         path = directory / "tokenizer.json"
-        backend = _read(path)
-        for part, found, wanted in (
-            ("model", backend.model, tokenizers.models.BPE),
-            ("decoder", backend.decoder, tokenizers.decoders.ByteLevel),
-        ):
-            if not isinstance(found, wanted):
-                raise RejectedError(
-                    f"{path}: {part} is {type(found).__name__}, expected {wanted.__name__}; "
-                    "Apertus tokenizers are byte-level BPE"
-                )
+        backend = read_backend(path)
         added = backend.get_added_tokens_decoder()
         size = backend.get_vocab_size(with_added_tokens=True)
         largest = max([size - 1, *added])
@@ -119,22 +115,12 @@ class Tokenizer:
                     f"{path}: id {token_id} ({backend.id_to_token(token_id)!r}) is not a special "
                     "token; ids 61 to 72 are the control tokens of an Apertus vocabulary"
                 )
-        for token_id, token in added.items():
-            if token.special and (token.lstrip or token.rstrip or token.single_word):
-                raise RejectedError(
-                    f"{path}: special token {token_id} ({token.content!r}) sets lstrip, rstrip or "
-                    "single_word, which is not supported"
-                )
         if bos_token_id is not None and not (
             0 <= bos_token_id < vocab_size and bos_token_id in added and added[bos_token_id].special
         ):
             raise RejectedError(
                 f"{path}: bos_token_id {bos_token_id} of the config is not a special token here"
             )
-        # What tokenizer.json may ask for and a prompt must not get: cutting, padding, control text.
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
         return cls(backend, vocab_size=vocab_size, bos_id=bos_token_id)
 
     @property
@@ -149,7 +135,9 @@ class Tokenizer:
         becomes the token of its byte.
 
         Raises:
-            RejectedError: the vocabulary itself maps plain text to an id that it must not have.
+            RejectedError: the tokenizer file is to blame: it maps plain text to an id that it must
+                not have, changes or loses text, or its pattern fails on an ordinary text.
+            UsageError: the text is too long or too uniform for the tokenizer's pattern.
         """
         ids: list[int] = []
         position = 0
@@ -191,19 +179,35 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        hidden = self.special_ids if skip_special else frozenset()
+        data = b"".join(self.token_bytes(token_id) for token_id in ids if token_id not in hidden)
+        return data.decode("utf-8", "replace")
+
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens that `encode(text)` cannot stay below, without encoding it.
+
+        Tells that a text does not fit a context in a hundredth of the time and memory of encoding.
+        """
+        return -(-len(text.encode("utf-8", "surrogatepass")) // self._longest_token_bytes)
+
+    @functools.cached_property
+    def _longest_token_bytes(self) -> int:
+        # A token of the vocabulary has a character a byte; an added one, which is few, may not.
+        longest = max(map(len, self._backend.get_vocab(with_added_tokens=False)), default=1)
+        return max([longest, *map(len, self._added_bytes.values())])
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that `token_id` stands for, special tokens by their text.
 
         An id that the vocabulary leaves empty has none.
         """
-        token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
+        added = self._added_bytes.get(token_id)
+        if added is not None:
+            return added
+        token = self._backend.id_to_token(token_id) or ""
         try:
             return bytes([BYTE_OF_CHARACTER[character] for character in token])
-        except KeyError:  # an added token, which is written as it is
+        except KeyError:  # an entry that no text becomes
             return token.encode()
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -215,56 +219,39 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def _encode_valid(self, text: str) -> list[int]:
+        """Encode a text without surrogates."""
         if not text:
             return []
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = guarded(self._backend.encode, text, add_special_tokens=False).ids
+        except PanicError as error:
+            raise self._not_encoded(text, error) from None
         if not self.special_ids.isdisjoint(ids) or max(ids, default=0) >= self.vocab_size:
             raise RejectedError(
                 "tokenizer.json: maps plain text to a special id or to one beyond vocab_size "
                 f"({self.vocab_size})"
             )
+        if self._backend.decode(ids, skip_special_tokens=False) != text != self.decode(ids):
+            raise RejectedError("tokenizer.json: changes or loses text that it encodes")
         return ids
+
+    def _not_encoded(self, text: str, error: PanicError) -> RejectedError | UsageError:
+        """Return whose fault it is that the tokenizer's pattern gave up on `text`.
+
+        Patterns give up after some ten million steps. A sound one takes a few for a character.
+        """
+        size = len(text)
+        if size < LONG_TEXT:
+            return RejectedError(
+                f"tokenizer.json: its pattern fails on {size} characters ({error})"
+            )
+        return UsageError(
+            f"the tokenizer gives up on a text of {size} characters ({error}); shorten it, or break "
+            "up its runs of blanks or letters"
+        )
 
     def _byte_tokens(self, surrogate: str) -> list[int]:
         escaped = "\udc80" <= surrogate <= "\udcff"
         data = surrogate.encode("utf-8", "surrogateescape" if escaped else "surrogatepass")
         ids = [self._backend.token_to_id(CHARACTER_OF_BYTE[byte]) for byte in data]
-        if None in ids:
-            raise RejectedError("tokenizer.json: has no token for some single byte")
         return [i for i in ids if i is not None]
-
-
-def _read(path: Path) -> tokenizers.Tokenizer:
-    """Load `path` with the tokenizers library, whose Rust code parses the JSON once."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise RejectedError(f"{path}: cannot be read ({error.strerror})") from None
-    if head.startswith(b"version https://git-lfs"):
-        raise RejectedError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull`")
-    if head.startswith(b"\xef\xbb\xbf"):
-        raise RejectedError(f"{path}: starts with a byte order mark; save it as plain UTF-8")
-    if size > MAX_TOKENIZER_BYTES:
-        raise RejectedError(f"{path}: {size} bytes, more than the {MAX_TOKENIZER_BYTES} allowed")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic in the Rust library is no Exception
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise RejectedError(f"{path}: is not a tokenizer file ({reason})") from None
-
-
-def _byte_level_alphabet() -> dict[int, str]:
-    """Return GPT-2's one printable character for each byte, as byte-level BPE writes tokens."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {byte: chr(byte) for byte in printable}
-    for offset, byte in enumerate(b for b in range(256) if b not in alphabet):
-        alphabet[byte] = chr(256 + offset)
-    return alphabet
-
-
-CHARACTER_OF_BYTE = _byte_level_alphabet()
-BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}

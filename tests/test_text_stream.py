@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.text_stream import TextStream, terminal_safe
-from apertus_mlx.tokenizer import CHARACTER_OF_BYTE, Tokenizer
+from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.tokenizer import Tokenizer
 
 FAMILY = "👩‍👩‍👧‍👦"
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.tokenizer import CHARACTER_OF_BYTE, Role, Tokenizer
+from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.tokenizer import Role, Tokenizer
 
 _TOKENIZER: list[Tokenizer] = []
 SPECIAL_TEXT = "<s><|assistant_start|>hi<|user_end|></s> <SPECIAL_10>"
@@ -134,7 +135,7 @@ def _byte_fallback_decoder(value: Any) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
         (b"\xef\xbb\xbf" + backend_json("v1").encode(), "byte order mark"),
         (rewritten(_unmark_control), "id 65 .*is not a special token"),
-        (rewritten(_strip), "special token 66"),
+        (rewritten(_strip), "added token 66"),
         (rewritten(_byte_fallback_decoder), "decoder is ByteFallback, expected ByteLevel"),
     ],
 )

@@ -1,0 +1,80 @@
+"""Calls into Rust libraries: a panic becomes an exception, and writes nothing on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Value = TypeVar("_Value")
+_STDERR = 2
+
+
+class PanicError(Exception):
+    """A Rust library gave up; the message is its own first line."""
+
+
+def guarded(
+    function: Callable[_Arguments, _Value], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+) -> _Value:
+    """Return `function(*args, **kwargs)`.
+
+    A panic is a BaseException in Python, past every handler of errors, and before it is raised the
+    library prints a report of its own.
+
+    Raises:
+        PanicError: the library panicked.
+    """
+    try:
+        with _SILENCE.kept():
+            return function(*args, **kwargs)
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PanicError(reason[:200]) from None
+
+
+class _Silence:
+    """Sends descriptor 2 to nowhere while any thread wants that.
+
+    It is the process's, so what other threads write to it meanwhile is lost.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+        self._kept: int | None = None
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        with self._lock:
+            self._wanted += 1
+            if self._wanted == 1:
+                self._close()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._wanted -= 1
+                if not self._wanted:
+                    self._open()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # no descriptor 2, or none left: nothing is silenced
+            self._kept = os.dup(_STDERR)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, _STDERR)
+            os.close(nowhere)
+
+    def _open(self) -> None:
+        if self._kept is not None:
+            os.dup2(self._kept, _STDERR)
+            os.close(self._kept)
+            self._kept = None
+
+
+_SILENCE = _Silence()
