@@ -246,8 +246,8 @@ class Tokenizer:
                 f"tokenizer.json: its pattern fails on {size} characters ({error})"
             )
         return UsageError(
-            f"the tokenizer gives up on a text of {size} characters ({error}); shorten it, or break "
-            "up its runs of blanks or letters"
+            f"the tokenizer gives up on a text of {size} characters ({error}); shorten it, or "
+            "break up its runs of blanks or letters"
         )
 
     def _byte_tokens(self, surrogate: str) -> list[int]:

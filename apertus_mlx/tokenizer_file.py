@@ -14,7 +14,7 @@ import tokenizers
 
 from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.rust_panics import PanicError, guarded
+from apertus_mlx.rust_panics import guarded
 
 MAX_TOKENIZER_BYTES = 128 * 2**20
 # Every kind of character that a tokenizer's patterns tell apart.

@@ -306,7 +306,8 @@ def test_templates_that_look_into_texts_see_them_unchanged() -> None:
 )
 def test_exactly_one_bos(source: str) -> None:
     tokenizer = _TOKENIZERS["v1"]
-    assert chat_template(source).render([USER]) == [1, *tokenizer.encode("x")]
+    question: Any = {"role": "user", "content": "x"}
+    assert chat_template(source).render([question]) == [1, *tokenizer.encode("x")]
 
 
 # Where templates are found

@@ -9,9 +9,9 @@ from chat_tokenizers import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.errors import UsageError
 from apertus_mlx.text_stream import TextStream, terminal_safe
-from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.tokenizer import Tokenizer
 
 FAMILY = "👩‍👩‍👧‍👦"

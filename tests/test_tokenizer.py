@@ -13,8 +13,8 @@ from chat_tokenizers import backend_json, load_tokenizer, special_names, vocab_s
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apertus_mlx.errors import RejectedError
 from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.errors import RejectedError
 from apertus_mlx.tokenizer import Role, Tokenizer
 
 _TOKENIZER: list[Tokenizer] = []

@@ -14,6 +14,8 @@ from types import NoneType
 import jinja2
 from jinja2.runtime import Context, Undefined
 
+from apertus_mlx.template.marks import look_past
+
 BASE_STEPS = 100_000
 STEPS_PER_VALUE = 100
 STEPS_PER_KIB = 16
@@ -65,8 +67,20 @@ class Budget:
         self.hold(sys.getsizeof(text))
         return text
 
-    def look(self, value: object) -> tuple[int, int]:
-        """Charge for looking at all of `value`; return its count of values and bytes of text.
+    def look(self, value: object, doing: str) -> tuple[int, int]:
+        """Charge for looking at all of `value`, and refuse a control token's text in it.
+
+        Args:
+            value: What is looked at.
+            doing: By what, for the message.
+
+        Returns:
+            What `weigh` returns.
+        """
+        return self.weigh(value, doing)
+
+    def weigh(self, value: object, doing: str | None = None) -> tuple[int, int]:
+        """Charge for going through `value`; return its count of values and bytes of text.
 
         Data that contains the same part twice counts it twice, as printing or comparing it would.
         """
@@ -79,6 +93,8 @@ class Budget:
                     size = sys.getsizeof(item)
                     text_bytes += size
                     self.step(size >> 10)
+                    if doing is not None:
+                        look_past(item, doing)
                 elif isinstance(item, SEQUENCES):
                     self.step(len(item))
                     inner.extend(item)

@@ -7,8 +7,9 @@ whatever it spells.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -17,15 +18,14 @@ import jinja2
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.strict_json import read_object
 from apertus_mlx.template.budget import Budget
+from apertus_mlx.template.marks import CLOSE, ESCAPE, MARK, OPEN, RESERVED, mark
 from apertus_mlx.template.sandbox import SandboxEnvironment, compile_template, render_template
 from apertus_mlx.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 2**18
-# Noncharacters: OPEN id CLOSE marks a special token, ESCAPE keeps a message from writing any.
-_OPEN, _CLOSE, _ESCAPE = "\ufdd0", "\ufdd1", "\ufdd2"
-_MARK = re.compile(f"{_OPEN}([0-9]{{1,9}}){_CLOSE}")
-_RESERVED = re.compile(f"[{_OPEN}{_CLOSE}{_ESCAPE}]")
-_ESCAPED = re.compile(f"{_ESCAPE}([012])")
+_ESCAPED = re.compile(f"{ESCAPE}([012])")
+# In these a template's operations would see more than a name to move around.
+_UNMOVABLE = re.compile(r"[\s%{}]")
 
 
 class Message(TypedDict):
@@ -66,16 +66,18 @@ class ChatTemplate:
             texts: Further variables of the template, such as `eos_token`.
 
         Raises:
-            RejectedError: it is no template, or asks for what the sandbox does not have.
+            RejectedError: it is empty or no template, or asks for what the sandbox does not have.
         """
+        if not source.strip():
+            raise RejectedError(f"{name}: the chat template is empty; fetch it again or remove it")
         self.name = name
         self._tokenizer = tokenizer
         # v1.1 switches deliberation by a developer message, v1 by a variable.
         self._thinks_by_message = "has_thinking" in source
         self._texts = {key: self._mark(value) for key, value in (texts or {}).items()}
         if tokenizer.bos_id is not None:
-            self._texts["bos_token"] = f"{_OPEN}{tokenizer.bos_id}{_CLOSE}"
-        if _RESERVED.search(source):
+            self._texts["bos_token"] = mark(tokenizer.bos_id)
+        if RESERVED.search(source):
             raise RejectedError(f"{name}: contains the noncharacters U+FDD0 to U+FDD2")
         try:
             self._template = compile_template(SandboxEnvironment(), source, self._mark)
@@ -119,11 +121,18 @@ class ChatTemplate:
             add_generation_prompt: Whether the prompt ends where the assistant begins.
 
         Raises:
-            RejectedError: the template refuses the messages, or breaks its limits.
+            RejectedError: the template refuses the messages, leaves the last one out, looks at the
+                text of a control token, or breaks its limits.
             UsageError: the template has no way to do what is asked for.
         """
+        pieces = self._render(messages, think, tools, add_generation_prompt)
+        if messages and not _holds(pieces, messages[-1]):
+            raise RejectedError(
+                f"{self.name}: the chat template leaves out the text of the last message; it is "
+                "cut off, or not for such messages"
+            )
         ids: list[int] = []
-        for piece in self._render(messages, think, tools, add_generation_prompt):
+        for piece in pieces:
             if isinstance(piece, int):
                 ids.append(piece)
             else:
@@ -144,10 +153,7 @@ class ChatTemplate:
     ) -> str:
         """Return what the template writes, for reading; only `render` tells text from tokens."""
         pieces = self._render(messages, think, tools, add_generation_prompt)
-        return "".join(
-            piece if isinstance(piece, str) else self._tokenizer.id_to_token(piece) or ""
-            for piece in pieces
-        )
+        return "".join(piece if isinstance(piece, str) else self._name(piece) for piece in pieces)
 
     def _render(
         self,
@@ -198,13 +204,13 @@ class ChatTemplate:
     def _split(self, text: str, data: _Escaped) -> list[str | int]:
         pieces: list[str | int] = []
         plain: list[str] = []
-        for index, part in enumerate(_MARK.split(text)):
+        for index, part in enumerate(MARK.split(text)):
             if index % 2 and int(part) in self._tokenizer.special_ids:
                 pieces += self._plain("".join(plain), data)
                 pieces.append(int(part))
                 plain = []
             else:
-                plain.append(f"{_OPEN}{part}{_CLOSE}" if index % 2 else part)
+                plain.append(f"{OPEN}{part}{CLOSE}" if index % 2 else part)
         return pieces + self._plain("".join(plain), data)
 
     def _plain(self, text: str, data: _Escaped) -> list[str | int]:
@@ -218,7 +224,7 @@ class ChatTemplate:
             return []
         for piece in self._tokenizer.split_special(text):
             if isinstance(piece, int):
-                spelled = self._tokenizer.id_to_token(piece) or ""
+                spelled = self._name(piece)
                 if not data.holds(spelled):
                     raise RejectedError(
                         f"{self.name}: the text of control token {piece} ({spelled!r}) is put "
@@ -227,15 +233,27 @@ class ChatTemplate:
         return [_ESCAPED.sub(lambda match: chr(0xFDD0 + int(match[1])), text)]
 
     def _mark(self, text: str) -> str:
-        return "".join(
-            f"{_OPEN}{piece}{_CLOSE}" if isinstance(piece, int) else piece
-            for piece in self._tokenizer.split_special(text)
-        )
+        parts: list[str] = []
+        for piece in self._tokenizer.split_special(text):
+            if isinstance(piece, str):
+                parts.append(piece)
+            elif _UNMOVABLE.search(self._name(piece)):
+                raise RejectedError(
+                    f"{self.name}: control token {piece} ({self._name(piece)!r}) has a blank, a % "
+                    "or a brace in its name, which is not supported in templates"
+                )
+            else:
+                parts.append(mark(piece))
+        return "".join(parts)
+
+    def _name(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def _rejected(self, error: Exception) -> RejectedError:
         if isinstance(error, RejectedError):
             return error
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        reason = MARK.sub(lambda match: repr(self._name(int(match[1]))), str(error))
+        reason = " ".join((reason or type(error).__name__).split())[:300]
         if isinstance(error, RecursionError):
             reason = "it calls itself without end"
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -256,7 +274,7 @@ class _Escaped:
         if isinstance(value, str):
             self.text_bytes += len(value) * (1 if value.isascii() else 4)
             self._texts.append(value)
-            return _RESERVED.sub(lambda match: f"{_ESCAPE}{ord(match[0]) - 0xFDD0}", str(value))
+            return RESERVED.sub(lambda match: f"{ESCAPE}{ord(match[0]) - 0xFDD0}", str(value))
         if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, Mapping):
@@ -268,6 +286,39 @@ class _Escaped:
     def holds(self, text: str) -> bool:
         """Return whether a text of the conversation contains `text`."""
         return any(text in own for own in self._texts)
+
+
+def _holds(pieces: Sequence[str | int], message: Message) -> bool:
+    """Return whether a prompt holds the text of `message`, as it is or as JSON, blanks aside.
+
+    Of an assistant's text the last word is enough: a template may leave out thoughts.
+    """
+    texts = list(_texts(message.get("content")))
+    if message.get("role") == "assistant":
+        texts = texts[-1:] and texts[-1].split()[-1:]
+    prompt = _without_blanks("".join(piece for piece in pieces if isinstance(piece, str)))
+    return all(
+        _without_blanks(text) in prompt
+        or _without_blanks(json.dumps(text, ensure_ascii=False)[1:-1]) in prompt
+        for text in texts
+    )
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
+
+
+def _texts(content: object) -> Iterator[str]:
+    """Yield a message's texts: its content, or what is called `text` in a structure."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            if not isinstance(value, str) or key == "text":
+                yield from _texts(value)
+    elif isinstance(content, Sequence):
+        for part in content:
+            yield from _texts(part)
 
 
 def _find_source(directory: Path, config: Mapping[str, object]) -> tuple[str | None, Path]:

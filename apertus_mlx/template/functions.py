@@ -25,6 +25,7 @@ from apertus_mlx.template.budget import (
     LimitError,
     budget_of,
 )
+from apertus_mlx.template.marks import look_past
 from apertus_mlx.template.text import (
     as_text,
     bounded,
@@ -36,13 +37,17 @@ from apertus_mlx.template.text import (
 
 MAX_INDENT = 16
 _CHEAP_TESTS = (
-    *("boolean", "callable", "defined", "escaped", "false", "float", "integer", "iterable"),
-    *("mapping", "none", "number", "sameas", "sequence", "string", "true", "undefined"),
+    *("boolean", "callable", "defined", "false", "float", "integer", "iterable", "mapping"),
+    *("none", "number", "sequence", "string", "true", "undefined"),
 )
 _COMPARING_TESTS = (
     *("==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le"),
-    *(">", "gt", "greaterthan", ">=", "ge", "in", "lower", "upper"),
+    *(">", "gt", "greaterthan", ">=", "ge", "in", "lower", "sameas", "upper"),
 )
+# Filters that hand a text on whole, and those of lists that look at no text in them.
+_MOVING = frozenset(["d", "default", "format", "indent", "string"])
+_LAZY = ("map", "reject", "rejectattr", "select", "selectattr")
+_TAKING_APART = frozenset(["items", "join", "list", "reverse"])
 _NUMBER_TESTS = ("divisibleby", "even", "odd")
 
 
@@ -58,8 +63,9 @@ def _strftime_now(form: str) -> str:
 
 @jinja2.pass_context
 def _dict(context: Context, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-    budget_of(context).look((args, kwargs))
+    budget_of(context).weigh((args, kwargs))
     result = dict(*args, **kwargs)
+    budget_of(context).look(list(result), "a key")
     budget_of(context).hold(OBJECT_BYTES + 4 * POINTER_BYTES * len(result))
     return result
 
@@ -67,6 +73,7 @@ def _dict(context: Context, *args: Any, **kwargs: Any) -> dict[Any, Any]:
 @jinja2.pass_context
 def _namespace(context: Context, *args: Any, **kwargs: Any) -> Namespace:
     names = dict(*args, **kwargs)
+    budget_of(context).look(list(names), "a key")
     if any(str(name).startswith("_") for name in names):
         raise SecurityError("a namespace attribute that starts with _")
     budget_of(context).hold(4 * OBJECT_BYTES + 4 * POINTER_BYTES * len(names))
@@ -79,8 +86,9 @@ def _counted(budget: Budget, values: Iterator[Any]) -> Iterator[Any]:
         yield value
 
 
-def _charged(function: Callable[..., Any], *, looks: bool, context_first: bool) -> Any:
+def _charged(name: str, function: Callable[..., Any], *, weighs: bool, context_first: bool) -> Any:
     """Return Jinja's filter `function` with its work charged to the budget."""
+    doing = f"the filter {name}"
 
     @jinja2.pass_context
     def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,11 +97,17 @@ def _charged(function: Callable[..., Any], *, looks: bool, context_first: bool) 
         budget.hold(OBJECT_BYTES)
         if isinstance(value, Iterator):
             value = _counted(budget, value)
-            if looks:
+            if weighs:
                 value = list(value)
-        if looks:
-            budget.look((args, kwargs))
-            count, text_bytes = budget.look(value)
+        # A token's text has no blanks, so that cutting these off leaves it whole.
+        moves = name in _MOVING or (name == "trim" and not args and not kwargs)
+        if not moves:
+            look_past(value, doing)
+        if weighs or name in _LAZY:
+            budget.weigh((args, kwargs), None if name == "join" else doing)
+        if weighs:
+            whole = not moves and name not in _TAKING_APART
+            count, text_bytes = budget.weigh(value, doing if whole else None)
             budget.hold(3 * text_bytes + 2 * POINTER_BYTES * count)
         first: tuple[Any, ...] = (context,) if context_first else ()
         result = function(*first, value, *args, **kwargs)
@@ -120,6 +134,7 @@ def _string(context: Context, value: Any) -> str:
 def _join_filter(context: Context, value: Any, d: Any = "", attribute: Any = None) -> str:
     budget = budget_of(context)
     if attribute is not None:
+        look_past(attribute, "the filter join")
         value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
     return join_texts(budget, as_text(budget, d), [as_text(budget, item) for item in value])
 
@@ -161,7 +176,7 @@ def _to_json(
 ) -> str:
     """Write JSON as transformers' filter of this name does: no HTML escapes, no ASCII escapes."""
     budget = budget_of(context)
-    count, text_bytes = budget.look(value)
+    count, text_bytes = budget.look((value, indent, separators), "the filter tojson")
     wide = len(indent) if isinstance(indent, str) else indent or 0
     if wide > MAX_INDENT or (separators and len("".join(separators)) > MAX_INDENT):
         raise LimitError("it indents very far")
@@ -175,40 +190,26 @@ def _to_json(
 def _build_filters() -> dict[str, Any]:
     standard: dict[str, Any] = dict(jinja2.filters.FILTERS)
     filters: dict[str, Any] = {}
+
+    def add(name: str, function: Any, *, weighs: bool, context_first: bool) -> None:
+        filters[name] = _charged(name, function, weighs=weighs, context_first=context_first)
+
+    for name in ("default", "d", "items", "length", "count"):
+        add(name, standard[name], weighs=False, context_first=False)
+    for name in (
+        *("abs", "capitalize", "dictsort", "float", "int", "lower", "reverse", "title", "trim"),
+        "upper",
+    ):
+        add(name, standard[name], weighs=True, context_first=False)
+    add("list", _list, weighs=True, context_first=False)
+    for name in ("sort", "unique", "min", "max"):
+        add(name, _with_environment(standard[name]), weighs=True, context_first=True)
     first: Any = jinja2.filters.sync_do_first
     last: Any = jinja2.filters.do_last
-    for name in ["default", "d", "items", "length", "count"]:
-        filters[name] = _charged(standard[name], looks=False, context_first=False)
-    for name in [
-        "abs",
-        "capitalize",
-        "dictsort",
-        "escape",
-        "e",
-        "float",
-        "int",
-        "lower",
-        "safe",
-        "title",
-        "trim",
-        "upper",
-    ]:
-        filters[name] = _charged(standard[name], looks=True, context_first=False)
-    filters["reverse"] = _charged(standard["reverse"], looks=True, context_first=False)
-    filters["list"] = _charged(_list, looks=True, context_first=False)
-    for name in ("sort", "unique", "min", "max"):
-        filters[name] = _charged(_with_environment(standard[name]), looks=True, context_first=True)
-    filters["first"] = _charged(_with_environment(first), looks=False, context_first=True)
-    filters["last"] = _charged(_with_environment(last), looks=False, context_first=True)
-    lazy: dict[str, Any] = {
-        "map": jinja2.filters.sync_do_map,
-        "select": jinja2.filters.sync_do_select,
-        "reject": jinja2.filters.sync_do_reject,
-        "selectattr": jinja2.filters.sync_do_selectattr,
-        "rejectattr": jinja2.filters.sync_do_rejectattr,
-    }
-    for name, lazy_filter in lazy.items():
-        filters[name] = _charged(lazy_filter, looks=False, context_first=True)
+    add("first", _with_environment(first), weighs=False, context_first=True)
+    add("last", _with_environment(last), weighs=False, context_first=True)
+    for name in _LAZY:
+        add(name, getattr(jinja2.filters, f"sync_do_{name}"), weighs=False, context_first=True)
     ours: dict[str, Any] = {
         "string": _string,
         "join": _join_filter,
@@ -219,7 +220,7 @@ def _build_filters() -> dict[str, Any]:
         "tojson": _to_json,
     }
     for name, function in ours.items():
-        filters[name] = _charged(function, looks=name in ("join", "sum"), context_first=True)
+        add(name, function, weighs=name in ("join", "sum"), context_first=True)
     return filters
 
 
@@ -234,8 +235,7 @@ def _build_tests() -> dict[str, Any]:
             if name in _NUMBER_TESTS and not isinstance(value, int | float):
                 raise TypeError(f"the test {name} is for numbers")
             if name in _COMPARING_TESTS:
-                budget.look(value)
-                budget.look(args)
+                budget.look((value, args), f"the test {name}")
             return function(value, *args)
 
         return run

@@ -7,6 +7,7 @@ Jinja runs loops, comparisons, slices, literals and `~` itself. Here each become
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jinja2.nodes as nodes
 from jinja2.exceptions import SecurityError
@@ -52,7 +53,7 @@ def rewrite_template(tree: nodes.Template, constant: Callable[[str], str]) -> no
     for count, node in enumerate(tree.find_all(nodes.Node)):
         if count > MAX_NODES:
             raise LimitError(f"it has more than {MAX_NODES} parts")
-        if not isinstance(node, _ALLOWED_NODES):
+        if not isinstance(node, _ALLOWED_NODES) or _unpacks_oddly(node):
             raise SecurityError(
                 f"line {node.lineno}: {type(node).__name__} is not available to chat templates"
             )
@@ -75,13 +76,35 @@ class _Charge(NodeTransformer):
             return nodes.Const(self._constant(node.value), lineno=node.lineno)
         return node
 
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        # `safe` changes nothing where nothing is escaped, unless more is added to its result.
+        node.nodes = [
+            part.node or part if isinstance(part, nodes.Filter) and part.name == "safe" else part
+            for part in node.nodes
+        ]
+        return self.generic_visit(node)
+
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
+        unpacks = nodes.Const(isinstance(node.target, nodes.Tuple), lineno=node.lineno)
+        node.iter = _guard("guard_iterate", [node.iter, unpacks], node.lineno)
         tick = _guard("guard_pass", [], node.lineno)
         node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
         if node.test is not None:
             node.test = nodes.And(tick, node.test, lineno=node.lineno)
         return node
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.target, nodes.Tuple):
+            no = nodes.Const(False, lineno=node.lineno)
+            node.node = _guard("guard_iterate", [node.node, no], node.lineno)
+        return node
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
+        if node.name == "replace":
+            self._searched.update(id(argument) for argument in node.args[:1])
+        return self.generic_visit(node)
 
     def visit_Call(self, node: nodes.Call) -> nodes.Node:
         if isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES:
@@ -115,8 +138,7 @@ class _Charge(NodeTransformer):
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         self.generic_visit(node)
-        if not isinstance(node.key, nodes.Const):
-            node.key = _guard("guard_key", [node.key], node.lineno)
+        node.key = _guard("guard_key", [node.key], node.lineno)
         return node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
@@ -132,6 +154,18 @@ class _Charge(NodeTransformer):
         return node if node.ctx != "load" else _guard("guard_literal", [node], node.lineno)
 
 
-def _guard(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
+def _unpacks_oddly(node: nodes.Node) -> bool:
+    """Return whether `node` takes a value apart other than by a plain list of names."""
+    targets: list[nodes.Node] = []
+    if isinstance(node, nodes.Tuple) and node.ctx == "store":
+        targets = list(node.items)
+    elif isinstance(node, nodes.With):
+        targets = list(node.targets)
+    elif isinstance(node, nodes.AssignBlock):
+        targets = [node.target]
+    return any(isinstance(target, nodes.Tuple) for target in targets)
+
+
+def _guard(name: str, arguments: list[Any], line: int) -> nodes.Call:
     function = nodes.EnvironmentAttribute(name, lineno=line)
     return nodes.Call(function, arguments, [], None, None, lineno=line)

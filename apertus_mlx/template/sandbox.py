@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ import jinja2.sandbox
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
 from jinja2.utils import Namespace
-from markupsafe import Markup
 
 from apertus_mlx.template.budget import (
     BUDGET_KEY,
@@ -31,6 +30,7 @@ from apertus_mlx.template.budget import (
     budget_of,
 )
 from apertus_mlx.template.functions import FILTERS, GLOBALS, TESTS
+from apertus_mlx.template.marks import look_past
 from apertus_mlx.template.rewrite import rewrite_template
 from apertus_mlx.template.text import (
     MAX_INTEGER_BITS,
@@ -95,14 +95,33 @@ def _literal(context: Context, value: Any) -> Any:
     return value
 
 
+def _iterate(context: Context, value: Any, unpacks: bool) -> Any:
+    look_past(value, "a loop")
+    if not unpacks:
+        return value
+    if isinstance(value, Iterator):
+        return map(_unpacked, value)
+    budget_of(context).step(len(value) >> 3)
+    for item in value:
+        look_past(item, "a loop")
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    look_past(value, "a loop")
+    return value
+
+
 def _key(context: Context, value: Any) -> Any:
     if isinstance(value, tuple):
         raise SecurityError("a tuple as a key")
+    look_past(value, "a key")
     return value
 
 
 def _slice(context: Context, value: Any, start: Any, stop: Any, step: Any) -> Any:
     budget = budget_of(context)
+    look_past(value, "a slice")
     result = value[start:stop:step]
     if isinstance(result, str):
         budget.step(1 + (len(result) >> 10))
@@ -129,9 +148,9 @@ def _compare(context: Context, left: Any, *rest: Any) -> Any:
     budget = budget_of(context)
     result: Any = True
     for name, right in zip(rest[::2], rest[1::2], strict=True):
-        budget.look(left)
+        budget.look(left, "a comparison")
         if not (name in ("in", "notin") and isinstance(right, dict)):
-            budget.look(right)
+            budget.look(right, "a comparison")
         result = _COMPARISONS[name](left, right)
         if not result:
             break
@@ -139,7 +158,9 @@ def _compare(context: Context, left: Any, *rest: Any) -> Any:
     return result
 
 
-_GUARD_IDS = frozenset(map(id, (_pass, _literal, _key, _slice, _spread, _concat, _compare)))
+_GUARD_IDS = frozenset(
+    map(id, (_pass, _literal, _iterate, _key, _slice, _spread, _concat, _compare))
+)
 
 
 class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -163,6 +184,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     guard_pass = staticmethod(_pass)
     guard_literal = staticmethod(_literal)
+    guard_iterate = staticmethod(_iterate)
     guard_key = staticmethod(_key)
     guard_slice = staticmethod(_slice)
     guard_spread = staticmethod(_spread)
@@ -184,6 +206,8 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Subscribe; keys are scalars, so that no key takes long to hash."""
         if isinstance(argument, tuple):
             raise SecurityError("a tuple as a key")
+        look_past(obj, "a subscript")
+        look_past(argument, "a subscript")
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Any:
@@ -204,6 +228,8 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         budget = budget_of(__context)
         budget.step()
         budget.hold(OBJECT_BYTES)
+        if isinstance(__obj, LoopContext):
+            look_past(args[:1] and args[0], "a loop")
         if isinstance(__obj, Macro | LoopContext | Undefined) or id(__obj) in __self._own:
             return __context.call(__obj, *args, **kwargs)
         kwargs.pop("_loop_vars", None)
@@ -220,13 +246,14 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if isinstance(owner, dict | list | tuple) and any(
                 isinstance(owner, kind) and name in names for kind, names in _METHODS.items()
             ):
-                budget.look(args)
+                doing = f"the method {name}"
+                budget.look(args[:1] if name == "get" else args, doing)
                 if name in ("count", "index"):
-                    budget.look(owner)
+                    budget.look(owner, doing)
                 budget.hold(POINTER_BYTES * len(owner) if name == "copy" else 0)
                 return __obj(*args, **kwargs)
             if isinstance(owner, LoopContext):
-                budget.look(args)
+                budget.weigh(args, None if name == "cycle" else f"loop.{name}")
                 return __obj(*args, **kwargs)
         raise SecurityError(f"a {type(__obj).__name__} may not be called")
 
@@ -242,9 +269,8 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if isinstance(count, int):
                 budget.hold(sys.getsizeof(sequence) * max(count, 1))
         elif isinstance(left, sized) and isinstance(right, sized):
-            width = 5 if isinstance(left, Markup) or isinstance(right, Markup) else 1
             wide = max(character_bytes(left), character_bytes(right))
-            budget.hold(OBJECT_BYTES + wide * width * (len(left) + len(right)))
+            budget.hold(OBJECT_BYTES + wide * (len(left) + len(right)))
         elif isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length()
             if operator == "**" and right > 1 and bits > 1 and bits * right > MAX_INTEGER_BITS:

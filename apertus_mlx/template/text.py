@@ -18,6 +18,7 @@ from apertus_mlx.template.budget import (
     Budget,
     LimitError,
 )
+from apertus_mlx.template.marks import look_past
 
 MAX_INTEGER_BITS = 256
 TEXT_METHODS = frozenset(
@@ -35,7 +36,7 @@ def as_text(budget: Budget, value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple | dict):
-        count, text_bytes = budget.look(value)
+        count, text_bytes = budget.look(value, "printing a list")
         budget.hold(10 * text_bytes + 80 * count)
     elif not isinstance(value, SCALARS):
         raise LimitError(f"it prints a {type(value).__name__}")
@@ -69,7 +70,8 @@ def percent_format(budget: Budget, text: str, values: Any) -> str:
     """Compute `text % values`, refusing wide fields."""
     if re.search(r"%[^a-zA-Z%]*(\*|\d{4})", text):
         raise LimitError("it asks for a very wide field")
-    count, text_bytes = budget.look(values)
+    plain = "%" not in re.sub("%[%s]", "", text)
+    count, text_bytes = budget.weigh(values, None if plain else "formatting")
     places = text.count("%")
     budget.step(places)
     budget.hold(sys.getsizeof(text) + places * (1000 + 10 * text_bytes + 80 * count))
@@ -87,6 +89,8 @@ class Formatter(jinja2.sandbox.SandboxedFormatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         """Format one field, charged."""
         self._charge.step()
+        if format_spec:
+            look_past(value, "formatting")
         if len(format_spec) > 64 or re.search(r"\d{4}", format_spec):
             raise LimitError("it asks for a very wide field")
         return self._charge.text(
@@ -97,6 +101,7 @@ class Formatter(jinja2.sandbox.SandboxedFormatter):
         """Apply `!s`, `!r` or `!a`, charged."""
         if conversion is None:
             return value
+        look_past(value, "formatting")
         self._charge.hold(10 * sys.getsizeof(as_text(self._charge, value)))
         return string.Formatter.convert_field(self, value, conversion)
 
@@ -105,11 +110,13 @@ def call_text_method(
     budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Return `text.name(*args, **kwargs)`, for a name in `TEXT_METHODS`."""
-    budget.look((text, *args, *kwargs.values()) if name != "join" else text)
     if name == "join":
         return join_texts(budget, text, _texts_to_join(budget, args[0]))
     if name == "replace":
         return replace_text(budget, text, *args, **kwargs)
+    strips_blanks = name in ("strip", "lstrip", "rstrip") and not args
+    doing = None if strips_blanks else f"the method {name}"
+    budget.weigh((text, *args, *kwargs.values()), doing)
     if name in ("split", "rsplit", "splitlines"):
         budget.hold(80 * pieces_of_split(text, name, *args, **kwargs) + sys.getsizeof(text))
     elif name in ("lower", "upper", "title", "capitalize", "casefold", "swapcase"):
@@ -123,8 +130,9 @@ def _texts_to_join(budget: Budget, values: Any) -> list[str]:
     """Return the texts to join, as `str.join` demands them."""
     if not isinstance(values, (Iterator, str, dict, *SEQUENCES)):
         raise TypeError("can only join a list of texts")
+    look_past(values, "the method join")
     if not isinstance(values, Iterator):
-        budget.look(values)
+        budget.weigh(values)
     texts = list(values)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("can only join texts")
@@ -147,7 +155,8 @@ def pieces_of_split(text: str, name: str, sep: Any = None, maxsplit: Any = -1, *
 def replace_text(budget: Budget, text: str, old: Any, new: Any, count: Any = -1) -> str:
     """Return `text.replace(old, new, count)`."""
     old, new = as_text(budget, old), as_text(budget, new)
-    budget.look((text, old, new))
+    budget.look((text, old), "replace")
+    budget.weigh(new)
     places = text.count(old)
     wide = max(character_bytes(text), character_bytes(new))
     budget.hold(OBJECT_BYTES + wide * (len(text) + places * max(len(new) - len(old), 0)))
