@@ -17,6 +17,8 @@ from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.rust_panics import PanicError, guarded
 from apertus_mlx.tokenizer_file import read_backend
 
+# Every kind of character that a tokenizer's patterns tell apart.
+PROBE = "The 12 Zürich-trains'll leave\n\n  at 7:30\t(日本, हिन्दी, العربية) 🏔️ \r\n"
 LONG_TEXT = 2**16
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -72,10 +74,13 @@ class Tokenizer:
         control: The control tokens of the chat format.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, vocab_size: int, bos_id: int | None):
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, name: str, vocab_size: int, bos_id: int | None
+    ):
         """Wrap a loaded backend; use `load`, which checks it."""
         added = backend.get_added_tokens_decoder()
         self._backend = backend
+        self._name = name
         self._added_bytes = {i: token.content.encode() for i, token in added.items()}
         self._special_by_text = {t.content: i for i, t in added.items() if t.special}
         self._special_starts = re.compile(
@@ -121,7 +126,9 @@ class Tokenizer:
             raise RejectedError(
                 f"{path}: bos_token_id {bos_token_id} of the config is not a special token here"
             )
-        return cls(backend, vocab_size=vocab_size, bos_id=bos_token_id)
+        tokenizer = cls(backend, name=str(path), vocab_size=vocab_size, bos_id=bos_token_id)
+        tokenizer.encode(PROBE)
+        return tokenizer
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
@@ -228,11 +235,13 @@ class Tokenizer:
             raise self._not_encoded(text, error) from None
         if not self.special_ids.isdisjoint(ids) or max(ids, default=0) >= self.vocab_size:
             raise RejectedError(
-                "tokenizer.json: maps plain text to a special id or to one beyond vocab_size "
+                f"{self._name}: maps plain text to a special id or to one beyond vocab_size "
                 f"({self.vocab_size})"
             )
         if self._backend.decode(ids, skip_special_tokens=False) != text != self.decode(ids):
-            raise RejectedError("tokenizer.json: changes or loses text that it encodes")
+            raise RejectedError(
+                f"{self._name}: changes or loses text that it encodes; Apertus tokenizers keep it"
+            )
         return ids
 
     def _not_encoded(self, text: str, error: PanicError) -> RejectedError | UsageError:
@@ -242,9 +251,7 @@ class Tokenizer:
         """
         size = len(text)
         if size < LONG_TEXT:
-            return RejectedError(
-                f"tokenizer.json: its pattern fails on {size} characters ({error})"
-            )
+            return RejectedError(f"{self._name}: gives up on {size} characters ({error})")
         return UsageError(
             f"the tokenizer gives up on a text of {size} characters ({error}); shorten it, or "
             "break up its runs of blanks or letters"

@@ -65,6 +65,33 @@ def golden_prompts(directory: Path, config: ModelConfig) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "texts": texts, "conversations": conversations}
 
 
+def check_template(directory: Path, config: ModelConfig) -> None:
+    """Refuse a chat template that would be copied and then could not be used.
+
+    A folder without a template is in order, and so is a tokenizer that only others can read.
+
+    Raises:
+        RejectedError: the template is empty, cut off, or takes none of the conversations.
+    """
+    try:
+        tokenizer = Tokenizer.load(
+            directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+        )
+    except RejectedError:
+        return
+    template = ChatTemplate.load(directory, tokenizer)
+    if template is None:
+        return
+    errors: list[RejectedError] = []
+    for messages, think in CONVERSATIONS.values():
+        try:
+            template.render(messages, think=think)
+        except RejectedError as error:
+            errors.append(error)
+    if len(errors) == len(CONVERSATIONS):
+        raise errors[0]
+
+
 def write_golden(directory: Path, config: ModelConfig) -> None:
     """Write the file into the folder whose tokenizer and template it is about."""
     text = json.dumps(golden_prompts(directory, config), indent=2, ensure_ascii=False)

@@ -29,7 +29,7 @@ from convert.companions import (
     copy_companions,
 )
 from convert.execute import execute
-from convert.golden import write_golden
+from convert.golden import check_template, write_golden
 from convert.grids import find_grids
 from convert.manifest import MANIFEST, make_manifest, sha256
 from convert.output_config import output_config, quantization_block
@@ -106,6 +106,7 @@ def prepare(
     watched = [*checkpoint.files, CONFIG_FILE, TOKENIZER]
     source = recognise(config, checkpoint.tensors, str(directory))
     check_companions(directory, config)
+    check_template(directory, config)
     files = file_states(directory, watched)
     if source.tied_pair is not None and not _head_is_tied(checkpoint, source.tied_pair):
         if not request.allow_untied_head:

@@ -23,81 +23,19 @@ SHA256 = {
 VOCAB_SIZE = 131_072
 SPECIAL_TOKENS = 1000
 LATEX = {14: "\\begin{", 15: "\\end{", 16: "\\text{", 17: "\\boxed{"}
-_FIRST_NAMES = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "[/INST]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]",
-    "<SPECIAL_10>",
-    "[PREFIX]",
-    "[MIDDLE]",
-    "[SUFFIX]",
-    "\\begin{",
-    "\\end{",
-    "\\text{",
-    "\\boxed{",
-    "<filename>",
-    "<gh_stars>",
-    "<issue_start>",
-    "<issue_comment>",
-    "<issue_closed>",
-    "<jupyter_start>",
-    "<jupyter_text>",
-    "<jupyter_code>",
-    "<jupyter_output>",
-    "<empty_output>",
-    "<commit_before>",
-    "<commit_msg>",
-    "<commit_after>",
-    "<reponame>",
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<iban-pii>",
-    "<email-pii>",
-    "<ip-pii>",
-    "<file_sep>",
-    "<code_to_intermediate>",
-    "<intermediate_to_code>",
-    "<pr>",
-    "<pr_status>",
-    "<pr_is_merged>",
-    "<pr_base>",
-    "<pr_file>",
-    "<pr_base_code>",
-    "<pr_diff>",
-    "<pr_diff_hunk>",
-    "<pr_comment>",
-    "<pr_event_id>",
-    "<pr_review>",
-    "<pr_review_state>",
-    "<pr_review_comment>",
-    "<pr_in_reply_to_review_id>",
-    "<pr_in_reply_to_comment_id>",
-    "<pr_diff_hunk_comment_line>",
-    "<|fim_begin|>",
-    "<|fim_hole|>",
-    "<|fim_end|>",
-    "<|system_start|>",
-    "<|system_end|>",
-    "<|developer_start|>",
-    "<|developer_end|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|inner_prefix|>",
-    "<|inner_suffix|>",
-    "<|tools_prefix|>",
-    "<|tools_suffix|>",
-]
+_FIRST_NAMES = r"""
+<unk> <s> </s> <pad> [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]
+[TOOL_CALLS] <SPECIAL_10> [PREFIX] [MIDDLE] [SUFFIX] \begin{ \end{ \text{ \boxed{ <filename>
+<gh_stars> <issue_start> <issue_comment> <issue_closed> <jupyter_start> <jupyter_text>
+<jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> <commit_after>
+<reponame> <think> </think> <answer> </answer> <iban-pii> <email-pii> <ip-pii> <file_sep>
+<code_to_intermediate> <intermediate_to_code> <pr> <pr_status> <pr_is_merged> <pr_base> <pr_file>
+<pr_base_code> <pr_diff> <pr_diff_hunk> <pr_comment> <pr_event_id> <pr_review> <pr_review_state>
+<pr_review_comment> <pr_in_reply_to_review_id> <pr_in_reply_to_comment_id>
+<pr_diff_hunk_comment_line> <|fim_begin|> <|fim_hole|> <|fim_end|> <|system_start|> <|system_end|>
+<|developer_start|> <|developer_end|> <|user_start|> <|user_end|> <|assistant_start|>
+<|assistant_end|> <|inner_prefix|> <|inner_suffix|> <|tools_prefix|> <|tools_suffix|>
+""".split()  # noqa: SIM905
 
 
 def tekken_path() -> Path | None:

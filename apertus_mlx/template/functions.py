@@ -100,7 +100,8 @@ def _charged(name: str, function: Callable[..., Any], *, weighs: bool, context_f
             if weighs:
                 value = list(value)
         # A token's text has no blanks, so that cutting these off leaves it whole.
-        moves = name in _MOVING or (name == "trim" and not args and not kwargs)
+        trims = name == "trim" and isinstance(value, str) and not args and not kwargs
+        moves = name in _MOVING or trims
         if not moves:
             look_past(value, doing)
         if weighs or name in _LAZY:

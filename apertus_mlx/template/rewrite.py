@@ -77,11 +77,7 @@ class _Charge(NodeTransformer):
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        # `safe` changes nothing where nothing is escaped, unless more is added to its result.
-        node.nodes = [
-            part.node or part if isinstance(part, nodes.Filter) and part.name == "safe" else part
-            for part in node.nodes
-        ]
+        node.nodes = [_without_safe(part) for part in node.nodes]
         return self.generic_visit(node)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
@@ -154,6 +150,15 @@ class _Charge(NodeTransformer):
         return node if node.ctx != "load" else _guard("guard_literal", [node], node.lineno)
 
 
+def _without_safe(printed: nodes.Expr) -> nodes.Expr:
+    """Return what is printed without `safe`, which changes nothing where nothing is escaped."""
+    if isinstance(printed, nodes.Filter) and printed.name == "safe":
+        arguments = [*printed.args, *printed.kwargs, printed.dyn_args, printed.dyn_kwargs]
+        if printed.node is not None and not any(arguments):
+            return printed.node
+    return printed
+
+
 def _unpacks_oddly(node: nodes.Node) -> bool:
     """Return whether `node` takes a value apart other than by a plain list of names."""
     targets: list[nodes.Node] = []
@@ -161,7 +166,7 @@ def _unpacks_oddly(node: nodes.Node) -> bool:
         targets = list(node.items)
     elif isinstance(node, nodes.With):
         targets = list(node.targets)
-    elif isinstance(node, nodes.AssignBlock):
+    elif isinstance(node, nodes.AssignBlock) or (isinstance(node, nodes.For) and node.recursive):
         targets = [node.target]
     return any(isinstance(target, nodes.Tuple) for target in targets)
 

@@ -111,7 +111,7 @@ def call_text_method(
 ) -> Any:
     """Return `text.name(*args, **kwargs)`, for a name in `TEXT_METHODS`."""
     if name == "join":
-        return join_texts(budget, text, _texts_to_join(budget, args[0]))
+        return join_texts(budget, text, _texts_to_join(budget, *args, **kwargs))
     if name == "replace":
         return replace_text(budget, text, *args, **kwargs)
     strips_blanks = name in ("strip", "lstrip", "rstrip") and not args
@@ -126,7 +126,7 @@ def call_text_method(
     return getattr(text, name)(*args, **kwargs)
 
 
-def _texts_to_join(budget: Budget, values: Any) -> list[str]:
+def _texts_to_join(budget: Budget, values: Any, /) -> list[str]:
     """Return the texts to join, as `str.join` demands them."""
     if not isinstance(values, (Iterator, str, dict, *SEQUENCES)):
         raise TypeError("can only join a list of texts")
