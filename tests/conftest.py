@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Test processes run side by side, one per core; threads inside them would only get in the way.
@@ -13,3 +14,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 # The same examples in every run; --hypothesis-seed tries others.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with the released tokenizers, v1 and v1.1, built once for all test processes."""
+    from filelock import FileLock
+    from real_tokenizers import SHA256, tekken_path, write_real_tokenizers
+
+    if tekken_path() is None:
+        pytest.skip("mistral-common is not installed")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folders = {version: shared / f"tokenizer-{version}" for version in SHA256}
+    with FileLock(shared / "real_tokenizers.lock"):
+        write_real_tokenizers(folders)
+    return folders

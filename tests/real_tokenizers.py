@@ -10,7 +10,7 @@ import base64
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +55,26 @@ def special_names(version: str) -> list[str]:
     return names
 
 
-def write_real_tokenizers(directory: Path) -> dict[str, Path]:
-    """Write both versions' `tokenizer.json` into folders of `directory`; the paths of these."""
-    tekken = tekken_path()
-    assert tekken is not None, "mistral-common is not installed"
-    source = json.loads(tekken.read_bytes())
-    pieces = [
-        base64.b64decode(entry["token_bytes"])
-        for entry in source["vocab"][: VOCAB_SIZE - SPECIAL_TOKENS]
-    ]
-    merges = list(_merges(pieces))
-    folders = {}
-    for version, sha256 in SHA256.items():
-        value = _tokenizer(version, pieces, merges, source["config"]["pattern"])
-        data = json.dumps(value, ensure_ascii=False, indent=2).encode()
-        assert hashlib.sha256(data).hexdigest() == sha256, f"{version} is not the released file"
-        folders[version] = directory / version
-        folders[version].mkdir(parents=True, exist_ok=True)
-        (folders[version] / "tokenizer.json").write_bytes(data)
-    return folders
+def write_real_tokenizers(folders: Mapping[str, Path]) -> None:
+    """Write `tokenizer.json` of each version into its folder, where it is not yet."""
+    if not all(_is_released(version, folder) for version, folder in folders.items()):
+        tekken = tekken_path()
+        assert tekken is not None, "mistral-common is not installed"
+        source = json.loads(tekken.read_bytes())
+        entries = source["vocab"][: VOCAB_SIZE - SPECIAL_TOKENS]
+        pieces = [base64.b64decode(entry["token_bytes"]) for entry in entries]
+        merges = list(_merges(pieces))
+        for version, folder in folders.items():
+            value = _tokenizer(version, pieces, merges, source["config"]["pattern"])
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(value, ensure_ascii=False, indent=2)
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+            assert _is_released(version, folder), f"{folder} is not the released file"
+
+
+def _is_released(version: str, folder: Path) -> bool:
+    path = folder / "tokenizer.json"
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[version]
 
 
 def _letters(piece: bytes) -> str:

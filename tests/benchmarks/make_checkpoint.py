@@ -4,8 +4,9 @@
 
 Weights are normal with a deviation of 0.02 in bfloat16, norms are ones, xIELU's raw alphas are 0.2
 and -1.05. Every matrix is cut from one pool of 16 M random values at its own offset, so that 16 GB
-take as long as the disk does. The config is in the flat style of transformers 4; the tokenizer is
-byte-level BPE with 131,072 entries and the control tokens of Apertus at their ids.
+take as long as the disk does. The config is in the flat style of transformers 4. The tokenizer is
+the released one (v1) where `mistral-common` is installed; else byte-level BPE with as many entries
+and the control tokens of Apertus at their ids.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from tests.real_tokenizers import tekken_path, write_real_tokenizers
 
 POOL_VALUES = 2**24
 VOCAB_SIZE = 131_072
@@ -193,7 +196,29 @@ def _write_shard(
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write a byte-level BPE tokenizer of 131,072 entries with Apertus' control tokens."""
+    """Write the tokenizer, the chat template and what belongs to them."""
+    if tekken_path() is not None:
+        write_real_tokenizers({"v1": directory})
+    else:
+        _write_synthetic_tokenizer(directory)
+    tokenizer_config = {
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|assistant_end|>",
+        "model_max_length": 4096,
+        "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 68, 72], "pad_token_id": 3}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
+
+
+def _write_synthetic_tokenizer(directory: Path) -> None:
     special = [ROLES.get(index, f"<SPECIAL_{index}>") for index in range(SPECIAL_TOKENS)]
     letters = _byte_letters()
     vocab = {token: index for index, token in enumerate(special + letters)}
@@ -252,21 +277,6 @@ def write_tokenizer(directory: Path) -> None:
         },
     }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-    tokenizer_config = {
-        "add_bos_token": True,
-        "bos_token": "<s>",
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|assistant_end|>",
-        "model_max_length": 4096,
-        "pad_token": "<pad>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    generation = {"bos_token_id": 1, "eos_token_id": [2, 68, 72], "pad_token_id": 3}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
 def _byte_letters() -> list[str]:
