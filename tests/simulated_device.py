@@ -110,6 +110,7 @@ class Simulated:
     slowing: frozenset[str] = frozenset()
     crashing: frozenset[str] = frozenset()
     found: Agreement = AGREED
+    found_compiled: Agreement = AGREED
     # Time of a compiled step over that of another.
     compiled: float = 0.9
     calls: dict[str, int] = field(default_factory=dict)
@@ -126,7 +127,9 @@ class Simulated:
         ratios = self.ratios.get(kernel.key, [0.5] * ROUNDS)
         return ratios[max(0, call - 1) // 2]
 
-    def agreement(self, kernels: Mapping[str, Any]) -> Agreement:
+    def agreement(self, kernels: Mapping[str, Any], compiled: bool = False) -> Agreement:
+        if compiled:
+            return self.found_compiled
         self.models.append({kernel.key for kernel in kernels.values()})
         if self.crashing & kernels.keys():
             raise UnfitError("ends its process (SIGABRT)")

@@ -60,9 +60,10 @@ class AttendedDevice:
         """See `Device.seconds`."""
         return float(self._ask("fused" if fused else "plain", [kernel], self._kernel_limit_s))
 
-    def agreement(self, kernels: Mapping[str, Kernel]) -> Agreement:
+    def agreement(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> Agreement:
         """See `Device.agreement`."""
-        return Agreement(**self._ask("agreement", kernels.values(), self._model_limit_s))
+        call = "compiled agreement" if compiled else "agreement"
+        return Agreement(**self._ask(call, kernels.values(), self._model_limit_s))
 
     def step_seconds(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> float:
         """See `Device.step_seconds`."""

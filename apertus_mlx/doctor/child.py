@@ -42,9 +42,10 @@ def _answer(device: Device, call: str, kernels: Sequence[Kernel]) -> Any:
     if call in ("fused", "plain"):
         return device.seconds(kernels[0], fused=call == "fused")
     by_place = {kernel.place: kernel for kernel in kernels}
-    if call == "agreement":
-        return asdict(device.agreement(by_place))
-    return device.step_seconds(by_place, compiled=call == "compiled step")
+    compiled = call.startswith("compiled ")
+    if call.endswith("agreement"):
+        return asdict(device.agreement(by_place, compiled))
+    return device.step_seconds(by_place, compiled)
 
 
 def main(folder: str, dtype: str, descriptor: str) -> None:

@@ -146,7 +146,7 @@ def _examine_together(
         on_stage("timing the whole model")
         done.model_race = tune_model(device, done.chosen)
         if done.model_race.won:
-            on_stage("timing the compiled step")
+            on_stage("checking and timing the compiled step")
             done.compilation_race = tune_compilation(device, done.chosen)
             return
         # Singly they won: perhaps all but the one that gains the least do together.

@@ -51,8 +51,11 @@ class Device(Protocol):
     def seconds(self, kernel: Kernel, fused: bool) -> float:
         """Time of one call of `kernel`, or of its plain form, in a chain of dependent calls."""
 
-    def agreement(self, kernels: Mapping[str, Kernel]) -> Agreement:
-        """Compare the whole model with `kernels` (by place) with the plain one."""
+    def agreement(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> Agreement:
+        """Compare the whole model with `kernels` (by place) with the plain one.
+
+        `compiled`: where MLX is told only once what a step is.
+        """
 
     def step_seconds(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> float:
         """Time of one decode step of the whole model with `kernels` (by place).

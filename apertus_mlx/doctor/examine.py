@@ -63,11 +63,11 @@ def first_of_each_place(kernels: Sequence[Kernel]) -> dict[str, Kernel]:
 
 
 def examine_model(
-    device: Device, kernels: Mapping[str, Kernel]
+    device: Device, kernels: Mapping[str, Kernel], compiled: bool = False
 ) -> tuple[Agreement | None, str | None]:
     """Compare the model with `kernels` with the plain one; what came of it, and what is wrong."""
     try:
-        agreement = device.agreement(kernels)
+        agreement = device.agreement(kernels, compiled)
     except UnfitError as error:
         return None, str(error)
     return agreement, disagreement(agreement)

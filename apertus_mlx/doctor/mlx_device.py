@@ -53,10 +53,10 @@ class MLXDevice:
             self._chain = kernel, Chain(kernel, build(kernel, self._factory))
         return self._chain[1].seconds(fused)
 
-    def agreement(self, kernels: Mapping[str, Kernel]) -> Agreement:
+    def agreement(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> Agreement:
         """See `Device.agreement`; the prompt is random, and read without kernels."""
-        tokens, expected, _ = self._follow({}, None)
-        _, found, choices = self._follow(kernels, tokens)
+        tokens, expected, _ = self._follow(self._model_with({}), None)
+        _, found, choices = self._follow(self._model_with(kernels, compiled), tokens)
         same = sum(a == b for a, b in zip(choices, tokens[1:], strict=True))
         error = mx.linalg.norm(found - expected, axis=-1) / mx.linalg.norm(expected, axis=-1)
         wanted, actual = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (expected, found))
@@ -71,21 +71,23 @@ class MLXDevice:
         cache = model.make_cache()
         logits = prefill(model, self._prompt(), cache)
         sampler = Sampler(SamplingParams(temperature=0, seed=0), [], model.config.vocab_size)
+        steps = decode(model, logits, cache, sampler, TIMED_TOKENS + 1)
+        # The step that follows the first token is the one that is traced, which does not count.
+        next(steps)
         mx.synchronize()
         started = time.perf_counter()
-        count = sum(1 for _ in decode(model, logits, cache, sampler, TIMED_TOKENS))
+        count = sum(1 for _ in steps)
         mx.synchronize()
         return (time.perf_counter() - started) / count
 
     def _follow(
-        self, kernels: Mapping[str, Kernel], tokens: list[int] | None
+        self, model: Model, tokens: list[int] | None
     ) -> tuple[list[int], mx.array, list[int]]:
-        """Feed `tokens`, or the greedy ones, and one behind the other.
+        """Feed `tokens`, or the greedy ones, to `model`, one after the other.
 
         Returns all tokens and the choices after each but the last, and between them the centred
         logits `[GREEDY_TOKENS, vocabulary]`.
         """
-        model = self._model_with(kernels)
         cache = model.make_cache()
         logits = prefill(model, self._prompt(), cache)
         fed = [tokens[0] if tokens else int(mx.argmax(logits))]
@@ -109,10 +111,7 @@ class MLXDevice:
         self._free_chain()
         if self._model is None:
             self._model = load_inventory(self._inventory, self._dtype)
-        ops = self._operations_with(kernels)
-        for _, module in self._model.named_modules():  # type: ignore[no-untyped-call]
-            if "ops" in vars(module):
-                module.ops = ops
+        self._model.use(self._operations_with(kernels), compiled)
         return self._model
 
     def _operations_with(self, kernels: Mapping[str, Kernel]) -> Operations:

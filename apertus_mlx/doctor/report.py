@@ -56,8 +56,11 @@ def conclude(done: Consultation, command: str) -> str:
         gain = ""
         if done.model_race is not None:
             gain = f"; a token takes {done.model_race.ratio:.2f} of the time of plain MLX"
-        if done.compilation_race is not None and done.compilation_race.won:
-            gain += f", and with a compiled step {done.compilation_race.ratio:.2f} of that"
+        compilation = done.compilation_race
+        if compilation is not None and compilation.won:
+            gain += f", and with a compiled step {compilation.ratio:.2f} of that"
+        elif compilation is not None and compilation.reason is not None:
+            gain += f"; the step is not compiled: {compilation.reason}"
         places = len({kernel.place for kernel in done.kernels})
         return f"kernels are on in {len(done.running)} of {places} places{gain}"
     if done.disagreement is not None:

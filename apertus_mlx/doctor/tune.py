@@ -8,6 +8,7 @@ from functools import partial
 from statistics import median
 
 from apertus_mlx.doctor.device import Device, UnfitError
+from apertus_mlx.doctor.examine import examine_model
 from apertus_mlx.metal.kernel import Kernel
 
 ROUNDS = 5
@@ -90,7 +91,10 @@ def tune_model(device: Device, kernels: Mapping[str, Kernel]) -> Race:
 
 
 def tune_compilation(device: Device, kernels: Mapping[str, Kernel]) -> Race:
-    """The race of the compiled step against the other, both with `kernels`."""
+    """The race of the compiled step against the other, both with `kernels`; only a right one runs."""
+    _, wrong = examine_model(device, kernels, compiled=True)
+    if wrong is not None:
+        return Race((), MOST_OF_A_KERNEL, wrong)
     return race(
         lambda: device.step_seconds(kernels, compiled=True),
         lambda: device.step_seconds(kernels),
