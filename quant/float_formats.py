@@ -32,7 +32,7 @@ def e2m1_values() -> npt.NDArray[np.float32]:
 
 def e8m0_values() -> npt.NDArray[np.float64]:
     """The value of each of the 256 bytes: a power of two; byte 255 is NaN."""
-    values = np.ldexp(1.0, np.arange(256) - E8M0_ONE)
+    values: npt.NDArray[np.float64] = np.ldexp(1.0, np.arange(256) - E8M0_ONE)
     values[255] = np.nan
     return values
 

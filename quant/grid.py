@@ -85,7 +85,8 @@ def round_to(numbers: Float, significant: int) -> Float:
     """Round to `significant` bits, ties to even, and no finer than the type of that length is."""
     _, exponent = np.frexp(numbers)
     unit = _last_place(exponent, significant)
-    return np.ldexp(np.rint(np.ldexp(numbers, -unit)), unit)
+    rounded: Float = np.ldexp(np.rint(np.ldexp(numbers, -unit)), unit)
+    return rounded
 
 
 def _last_place(exponent: npt.NDArray[np.int32], significant: int) -> npt.NDArray[np.int32]:

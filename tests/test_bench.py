@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,22 +198,26 @@ class FakeEngine:
     def __init__(self, can_rewind: bool) -> None:
         self._can_rewind = can_rewind
         self.log: list[Any] = []
+        self.spent_s = 0
 
     def make_cache(self) -> list[Any]:
         return [Layer()]
 
     def read(self, prompt: list[int], cache: list[Any]) -> None:
         self.log.append(("read", len(prompt)))
+        self.spent_s += len(prompt)
         cache[0].offset += len(prompt)
 
     def tokens(self, prompt: list[int], cache: list[Any]) -> Generator[int, None, None]:
         self.log.append(("prompt", cache[0].offset, len(prompt)))
         cache[0].offset += len(prompt)
+        self.spent_s += len(prompt)
         count = 0
         try:
             while True:
                 cache[0].offset += 1
                 count += 1
+                self.spent_s += 1
                 yield 0
         finally:
             self.log.append(count)
@@ -224,15 +229,18 @@ class FakeEngine:
 
 
 @pytest.mark.parametrize("can_rewind", [True, False])
-def test_what_is_timed(can_rewind: bool) -> None:
+def test_what_is_timed(can_rewind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine(can_rewind)
+    # A prompt takes a second for each token, a token drawn takes one.
+    clock = SimpleNamespace(perf_counter=lambda: engine.spent_s)
+    monkeypatch.setattr("apertus_mlx.bench.stopwatch.time", clock)
     watch = Stopwatch(engine, vocab_size=10, new_tokens=4, seed=0)
     # Tokens drawn: one after a prompt; behind a depth that one and those that are timed.
-    assert watch.seconds(Task("prefill", 9)) >= 0
+    assert watch.seconds(Task("prefill", 9)) == 10
     assert engine.log == [("prompt", 0, 9), 1]
     engine.log.clear()
-    watch.seconds(Task("decode", 6))
-    watch.seconds(Task("decode", 6))
+    assert watch.seconds(Task("decode", 6)) == 4
+    assert watch.seconds(Task("decode", 6)) == 4
     again = [] if can_rewind else [("read", 5)]
     assert engine.log == [("read", 5), ("prompt", 5, 1), 5, *again, ("prompt", 5, 1), 5]
     engine.log.clear()

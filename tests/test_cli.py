@@ -66,9 +66,12 @@ def test_json_holds_one_object() -> None:
     assert report["finish_reason"] == "stop"
     assert report["token_ids"][-1] == 68
     assert report["prompt_token_ids"][0] == 1
-    for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s",
-                "peak_memory_bytes", "load_s", "seed"):  # fmt: skip
-        assert report[key] >= 0
+    assert min(report[key] for key in ("decode_tokens_per_s", "load_s")) > 0
+    expected = len(report["prompt_token_ids"]) / report["time_to_first_token_s"]
+    assert report["prefill_tokens_per_s"] == pytest.approx(expected)
+    # At least the weights, in bytes.
+    assert report["peak_memory_bytes"] > 5.6e6
+    assert 0 <= report["seed"] < 2**64
 
 
 def test_same_seed_same_text(tiny: Path) -> None:
@@ -126,7 +129,7 @@ def test_usage_errors(arguments: list[str], named: str) -> None:
 def test_missing_and_damaged_models(tmp_path: Path) -> None:
     assert "no such folder" in refused(4, "generate", "x", "--model", str(tmp_path / "absent"))
     assert "no config.json" in refused(3, "inspect", str(tmp_path))
-    assert "--offline" in refused(4, "generate", "x", "--model", "a/b", "--offline") or True
+    assert "--offline" in refused(4, "generate", "x", "--model", "a/b", "--offline")
     write_json(tmp_path / "config.json", config_4x(hidden_act="silu"))
     assert "hidden_act" in refused(3, "generate", "x", "--model", str(tmp_path))
 

@@ -6,7 +6,6 @@ Kernels are stood in for by their plain forms, which `mx.compile` can trace on a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx

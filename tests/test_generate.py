@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -42,8 +44,8 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Speaker:
     return load_speaker(write_checkpoint(folder, config, weights))
 
 
-def run(speaker: Speaker, prompt: list[int], count: int, **options: object) -> Result:
-    generation = Generation(speaker, prompt, GREEDY, count, **options)  # type: ignore[arg-type]
+def run(speaker: Speaker, prompt: list[int], tokens: int, **options: object) -> Result:
+    generation = Generation(speaker, prompt, GREEDY, tokens, **options)  # type: ignore[arg-type]
     pieces = list(generation)
     result = generation.result
     assert "".join(p.text for p in pieces if not p.is_thought) == result.text
@@ -120,11 +122,14 @@ def test_logits_that_are_not_finite(scripted: Speaker, tmp_path: Path) -> None:
         list(Generation(speaker, [1, 100], GREEDY, 5))
 
 
-def test_measures(scripted: Speaker) -> None:
+def test_measures(scripted: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that is a second later at each look: one before the prompt, one after each token.
+    clock = SimpleNamespace(perf_counter=count(start=7.0).__next__)
+    monkeypatch.setattr("apertus_mlx.generate.time", clock)
     result = run(scripted, [1] + [100] * 40, 10)
-    assert result.prefill_tokens_per_s > 0
-    assert result.decode_tokens_per_s > 0
-    assert result.time_to_first_token_s > 0
+    assert result.time_to_first_token_s == 1
+    assert result.prefill_tokens_per_s == 41
+    assert result.decode_tokens_per_s == 1
     assert result.peak_memory_bytes > 400 * 512 * 4
 
 

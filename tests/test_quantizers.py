@@ -102,7 +102,6 @@ def test_a_row_of_the_benchmark(model: Path, tmp_path: Path) -> None:
         found = judge(open_weights(model, original), open_weights(folder, converted), windows)
     assert row["kl_mean"] == pytest.approx(found.kl_mean, rel=1e-4)
     assert row["top1_agreement"] == pytest.approx(found.top1_agreement, abs=1e-3)
-    assert row["wall_s"] >= 0 and row["peak_growth_bytes"] >= 0
 
 
 def test_verdicts_compare_the_best_of_each_side() -> None:

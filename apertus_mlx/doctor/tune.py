@@ -91,7 +91,7 @@ def tune_model(device: Device, kernels: Mapping[str, Kernel]) -> Race:
 
 
 def tune_compilation(device: Device, kernels: Mapping[str, Kernel]) -> Race:
-    """The race of the compiled step against the other, both with `kernels`; only a right one runs."""
+    """The race of the compiled step against the other, both with `kernels`; a wrong one loses."""
     _, wrong = examine_model(device, kernels, compiled=True)
     if wrong is not None:
         return Race((), MOST_OF_A_KERNEL, wrong)
