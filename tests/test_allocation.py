@@ -222,7 +222,9 @@ def test_target_is_met(embedded: Embedded) -> None:
         assert 0.99 * target <= size <= target
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "bits", [3, *(pytest.param(bits, marks=pytest.mark.nightly) for bits in (2, 4, 6))]
+)
 def test_allocation_is_better_than_a_uniform_width(embedded: Embedded, bits: int) -> None:
     uniform = QuantSpec(bits, 64)
     size = sum(unit.sizes_bytes[uniform] for unit in embedded.units)
@@ -275,7 +277,14 @@ def small(folder: Path, **changes: object) -> Path:
     return write_checkpoint(folder, config, dtype=mx.bfloat16)
 
 
-@pytest.mark.parametrize(("method", "tied"), [("rtn", False), ("search", True), ("gptq", False)])
+@pytest.mark.parametrize(
+    ("method", "tied"),
+    [
+        ("rtn", False),
+        ("search", True),
+        pytest.param("gptq", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_convert_to_a_target(tmp_path: Path, texts: Path, method: str, tied: bool) -> None:
     utils = pytest.importorskip("mlx_lm.utils")
     source = small(tmp_path / "source", tie_word_embeddings=tied)

@@ -136,6 +136,7 @@ def test_matvec_in_full_size(pieces: tuple[Prologue, Epilogue]) -> None:
     assert max(errors(kernel, inputs, outputs)) <= kernel.tolerance
 
 
+@pytest.mark.nightly
 def test_whole_head_finds_the_token() -> None:
     kernels = needed("0.5B", QuantSpec(2, 64), mx.bfloat16)
     head = next(k for k in kernels if isinstance(k, QuantizedMatvec) and k.epilogue == "peaks")

@@ -45,6 +45,7 @@ def weights(model: Path) -> Iterator[SourceWeights]:
         yield open_weights(model, reader)
 
 
+@pytest.mark.nightly
 def test_the_model_has_learnt(weights: SourceWeights) -> None:
     """Far below what knowing nothing costs, on documents that it has not seen."""
     windows = recipe_windows(HELD_OUT_SEED, 16, LENGTH)
@@ -61,6 +62,7 @@ def test_training_is_repeatable() -> None:
     assert all(bool(mx.array_equal(first[name], second[name])) for name in first)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_method_does_less_damage_than_the_one_before(
     model: Path, weights: SourceWeights, bits: int
@@ -88,6 +90,7 @@ def test_each_method_does_less_damage_than_the_one_before(
     assert divergences == sorted(divergences, reverse=True)
 
 
+@pytest.mark.nightly
 def test_a_row_of_the_benchmark(model: Path, tmp_path: Path) -> None:
     """What `search` is said to do is what a converted folder does, byte for byte."""
     case = quantizers.Case("search", model, bits=3, length=LENGTH, windows=1)

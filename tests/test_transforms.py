@@ -239,8 +239,17 @@ def test_values_are_shared_by_the_heads_of_a_group(tmp_path: Path) -> None:
 # --- conversions ---
 
 
-@pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("untied", "gptq"),
+        ("tied", "rtn"),
+        pytest.param("untied", "rtn", marks=pytest.mark.nightly),
+        pytest.param("untied", "search", marks=pytest.mark.nightly),
+        pytest.param("tied", "search", marks=pytest.mark.nightly),
+        pytest.param("tied", "gptq", marks=pytest.mark.nightly),
+    ],
+)
 def test_every_method(
     name: str, method: str, request: pytest.FixtureRequest, texts: Path, tmp_path: Path
 ) -> None:
@@ -265,7 +274,9 @@ def test_every_method(
     assert not list(target.glob(".*"))
 
 
-@pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
+@pytest.mark.parametrize(
+    "method", ["rtn", "search", pytest.param("gptq", marks=pytest.mark.nightly)]
+)
 def test_smoothing_saves_a_model_with_outliers(method: str, texts: Path, tmp_path: Path) -> None:
     config = config_4x(torch_dtype="bfloat16")
     source = write_checkpoint(tmp_path / "m", config, with_outliers(config), dtype=mx.bfloat16)
