@@ -88,9 +88,8 @@ def _apply_factors(model: Model, inventory: Inventory, factors: dict[str, mx.arr
     modules = dict(model.named_modules())  # type: ignore[no-untyped-call]
     scaled = []
     for path, factor in factors.items():
-        if inventory.factors[path].name.endswith(OUTPUT_DIVISOR):
-            factor = 1 / factor
-        scaled.append((path, ScaledLinear(modules[path], factor)))
+        divides = inventory.factors[path].name.endswith(OUTPUT_DIVISOR)
+        scaled.append((path, ScaledLinear(modules[path], 1 / factor if divides else factor)))
     if scaled:
         model.update_modules(tree_unflatten(scaled))
 

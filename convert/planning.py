@@ -72,7 +72,7 @@ def make_plan(
         for step in steps
     ]
     placed, files = place(_in_model_order(steps), max_shard_bytes)
-    notes = _notes(source, placed, dtype)
+    notes = _notes(source, placed)
     if request.rotate and source.config.tie_word_embeddings:
         notes += (ONLY_VALUES,)
     return Plan(source, request, dtype, placed, files, notes, tokenizer_bytes)
@@ -246,7 +246,7 @@ def _in_model_order(steps: list[Step]) -> list[Step]:
     return sorted(steps, key=place)
 
 
-def _notes(source: Source, steps: tuple[Step, ...], dtype: str) -> tuple[str, ...]:
+def _notes(source: Source, steps: tuple[Step, ...]) -> tuple[str, ...]:
     notes = list(source.notes)
     filled = sum(1 for step in steps if step.transform == "fill")
     if filled:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 E4M3_NAN = 0x7F
 E8M0_ONE = 127
+E8M0_NAN = 0xFF
 
 
 def e4m3_values() -> npt.NDArray[np.float32]:

@@ -411,9 +411,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> s
         (["--compute", "cpu", "--dtype", "bfloat16"], "--dtype"),
     ],
 )
-def test_wrong_usage(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str, tmp_path: Path
-) -> None:
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert said in refused(capsys, 2, *arguments)
 
 

@@ -117,3 +117,40 @@ def test_a_config_that_says_quantized_without_scales(tmp_path: Path) -> None:
     source = build.write_checkpoint(tmp_path / "in", values)
     with pytest.raises(RejectedError, match="no tensor is"):
         prepare(source, Request(), "x")
+
+
+@pytest.mark.parametrize(
+    ("mode", "part", "byte"),
+    [
+        ("mxfp4", "scales", 0xFF),
+        ("mxfp8", "scales", 0xFF),
+        ("mxfp8", "weight", 0x7F),
+        ("mxfp8", "weight", 0xFF),
+        ("nvfp4", "scales", 0x7F),
+        ("nvfp4", "scales", 0xFF),
+    ],
+)
+@pytest.mark.parametrize(
+    "request_",
+    [Request(), Request(dequantize=True, dtype="F32"), Request(QuantSpec(4, 64), requantize=True)],
+    ids=["kept", "dequantized", "requantized"],
+)
+def test_nan_in_a_float_format_is_refused(
+    tmp_path: Path, mode: str, part: str, byte: int, request_: Request
+) -> None:
+    bits, group = FLOAT_MODES[mode]
+    source = build.write_checkpoint(tmp_path / "in")
+    spec = QuantSpec(bits, group, mode)  # type: ignore[arg-type]
+    folder = convert(prepare(source, Request(spec), "x"), tmp_path / "q")
+    tensors = build.read_folder(folder)
+    name = f"model.layers.1.mlp.down_proj.{part}"
+    whole = tensors[name]
+    tensors[name] = build.Raw(whole.dtype, whole.shape, bytes([byte]) + whole.data[1:])
+    # MLX itself would compute with it.
+    parts = [build.as_mlx(tensors[name.replace(part, p)]) for p in ("weight", "scales")]
+    values = mx.dequantize(*parts, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
+    assert not mx.isfinite(values).all()
+    build.write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(RejectedError, match=rf"{name}: 1 values are NaN"):
+        convert(prepare(folder, request_, "x"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

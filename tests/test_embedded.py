@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -53,7 +51,7 @@ def test_speaks_four_languages(question: str, answer: str) -> None:
     assert answer in "".join(piece.text for piece in pieces)
 
 
-def test_equals_mlx_lm(tmp_path: Path) -> None:
+def test_equals_mlx_lm() -> None:
     """A real checkpoint, not a random one: mlx-lm's model gives the same logits."""
     utils = pytest.importorskip("mlx_lm.utils")
     reference, _ = utils.load_model(model_dir())

@@ -196,10 +196,7 @@ def test_command_with_several_models(
 
 
 @pytest.mark.parametrize("names", [["m"], ["m", "n"]])
-def test_plot(
-    reference: Path, french: Path, tmp_path: Path, names: list[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_plot(reference: Path, french: Path, tmp_path: Path, names: list[str]) -> None:
     """One point for each model at its size and divergence, and the noise floor."""
     pytest.importorskip("matplotlib")
     made = [quantized(reference, 3), reference]

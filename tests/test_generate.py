@@ -113,7 +113,7 @@ def test_cancelling_keeps_what_there_was(scripted: Speaker) -> None:
     assert generation.result.token_ids[:1] == [101]
 
 
-def test_logits_that_are_not_finite(scripted: Speaker, tmp_path: Path) -> None:
+def test_logits_that_are_not_finite(tmp_path: Path) -> None:
     config = config_4x(num_hidden_layers=1)
     speaker = load_speaker(write_checkpoint(tmp_path, config), compute="mlx")
     assert isinstance(speaker.model, Model)

@@ -108,7 +108,7 @@ def test_joined_projections_give_the_same_bits() -> None:
         assert all(map(mx.array_equal, plain.project(attention, x), apart))
 
 
-def test_projections_of_different_formats_stay_apart(tmp_path: Path) -> None:
+def test_projections_of_different_formats_stay_apart() -> None:
     attention = Attention(parse_config(config_4x(hidden_size=128)), plain)
     attention.q_proj = attention.q_proj.to_quantized(64, 4)
     attention.k_proj = attention.k_proj.to_quantized(64, 4)

@@ -369,7 +369,7 @@ def test_this_machine_gives_something() -> None:
     assert 10**8 < available_bytes() < 2**50
 
 
-def test_weights_of_the_cpu_path_by_hand(tmp_path: Path) -> None:
+def test_weights_of_the_cpu_path_by_hand() -> None:
     """4 bits stay 4, 6 become two planes; each group has a scale a plane and an offset."""
     columns, group = 64, 64
     for bits, stored_bits, numbers in ((2, 2, 2), (3, 4, 2), (4, 4, 2), (6, 8, 3)):

@@ -81,7 +81,7 @@ def unpack(codes: mx.array, scales: mx.array, biases: mx.array, spec: QuantSpec)
     return (grouped * scale + bias).reshape(rows, -1)
 
 
-def compare(tmp_path: Path, config: dict[str, Any], specs: dict[str, Any], **write: Any) -> None:
+def compare(tmp_path: Path, config: dict[str, Any], specs: dict[str, Any]) -> None:
     quantized: dict[str, Any] = dict(random_weights(config))
     plain = dict(quantized)
     for path, (spec, dtype) in specs.items():

@@ -231,7 +231,8 @@ def test_ids_equal_transformers(tmp_path: Path, source: str, version: str, think
             USER,
         ],
     ]
-    for messages in conversations:
+    for conversation in conversations:
+        messages = conversation
         ids = chat_template(source, version).render(messages, think=think)
         if think and version == "v1.1":
             at = 1 if messages[0]["role"] == "system" else 0

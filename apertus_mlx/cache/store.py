@@ -49,7 +49,11 @@ class Store:
         """Rows allocated once `rows` have come."""
         return capacity_for(rows)
 
-    def append(self, new: Sequence[mx.array], keep_evicted: bool = False) -> list[mx.array]:
+    def append(
+        self,
+        new: Sequence[mx.array],
+        keep_evicted: bool = False,  # noqa: ARG002 - nothing is pushed out here
+    ) -> list[mx.array]:
         """Write rows behind the others; returns all that are to be read, of each array.
 
         `keep_evicted`: also those that these rows push out, for queries that still see them.

@@ -46,7 +46,11 @@ class HostStore(Store):
             self.buffer = grown
         return self.buffer
 
-    def append(self, new: Sequence[mx.array], keep_evicted: bool = False) -> list[mx.array]:
+    def append(
+        self,
+        new: Sequence[mx.array],
+        keep_evicted: bool = False,  # noqa: ARG002 - nothing is pushed out here
+    ) -> list[mx.array]:
         """See `Store.append`."""
         (rows,) = new
         batch, heads, count, width = rows.shape

@@ -114,7 +114,7 @@ class Binding:
 
 
 def _start_pool() -> None:
-    global _pool_threads
+    global _pool_threads  # noqa: PLW0603 - onnxruntime has one pool for the process
     if _pool_threads is not None:
         return
     _pool_threads = _threads()

@@ -30,7 +30,7 @@ def serve(connection: Connection, device: Device, kernels: Sequence[Kernel]) -> 
             reply = {"value": _answer(device, question["call"], chosen)}
         except UnfitError as error:
             reply = {"unfit": str(error)}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its reason
             text = " ".join(str(error).split())[:MAX_REASON]
             reply = {"unfit": f"{type(error).__name__}: {text}"}
         connection.send_bytes(json.dumps(reply).encode())

@@ -62,7 +62,7 @@ class BestToken:
             header=header(("best_token",), {"COUNT": self.count, "THREADS": self.threads}),
         )
 
-    def launch(self, inputs: Sequence[mx.array]) -> Launch:
+    def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
         """See `Kernel.launch`."""
         threads = (self.threads, 1, 1)
         return Launch(threads, threads, ((1,),), (mx.uint32,))

@@ -82,7 +82,7 @@ class QKNormRope:
             ),
         )
 
-    def launch(self, inputs: Sequence[mx.array]) -> Launch:
+    def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
         """See `Kernel.launch`."""
         return Launch(
             grid=(32, self.heads + 2 * self.kv_heads, 1),

@@ -132,7 +132,7 @@ class QuantizedMatvec:
             header=header(_files(self.prologue, self.epilogue), constants),
         )
 
-    def launch(self, inputs: Sequence[mx.array]) -> Launch:
+    def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
         """See `Kernel.launch`."""
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, self.rows),)
         dtypes: tuple[mx.Dtype, ...] = (self.dtype,)

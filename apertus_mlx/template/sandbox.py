@@ -112,7 +112,7 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
-def _key(context: Context, value: Any) -> Any:
+def _key(context: Context, value: Any) -> Any:  # noqa: ARG001 - jinja passes it
     if isinstance(value, tuple):
         raise SecurityError("a tuple as a key")
     look_past(value, "a key")

@@ -232,7 +232,7 @@ def _rounding(step: Step, scale_type: ScaleType) -> Rounding:
     return rounding_of(step, scale_type)
 
 
-def _kept(weight: Array, squares: Any) -> Array:
+def _kept(weight: Array, _squares: Any) -> Array:
     return weight
 
 

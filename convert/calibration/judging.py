@@ -83,7 +83,7 @@ class Judge:
 
     def divergence(self, plan: Plan) -> float:
         """Mean divergence of the predictions from those of the source, in nats."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:  # noqa: TID251
             codes = None
             if plan.calibrates:
                 codes = make_codes(

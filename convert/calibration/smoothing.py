@@ -85,7 +85,7 @@ def rounding_of(step: Step, scale_type: ScaleType) -> Rounding:
         moments = squares.astype(np.float32) if step.method == "gptq" else None
         return dequantize(search.fit(weight, spec, moments, scale_type))
 
-    def rounded_by_mlx(weight: Array, squares: Float) -> Array:
+    def rounded_by_mlx(weight: Array, _squares: Float) -> Array:
         values = mx.array(weight).astype(MLX_TYPES[step.dtype])
         codes, scales, *others = mx.quantize(
             values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode

@@ -32,7 +32,11 @@ def product(x: mx.array, weight: mx.array) -> mx.array:
 
 
 def attend(
-    attention: Attention, norm: nn.RMSNorm, stream: Stream, mask: Mask, cache: Cache | None
+    attention: Attention,
+    norm: nn.RMSNorm,
+    stream: Stream,
+    mask: Mask,  # noqa: ARG001 - always causal
+    cache: Cache | None,  # noqa: ARG001 - there is none
 ) -> Stream:
     """See `Operations.attend`; causal, and without a cache."""
     residual, x = plain.settle(norm, stream)

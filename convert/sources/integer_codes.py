@@ -83,7 +83,13 @@ class IntegerMatrix:
         """Refuse what only the small tensors can show."""
         self.reader.check(reader)
 
-    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+    def read(
+        self,
+        reader: Reader,
+        start: int,
+        stop: int,
+        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
+    ) -> mx.array:
         """Rows in float32: one rounding of `(code - zero) * scale`."""
         codes = self.reader.codes(reader, start, stop).astype(np.int32)
         zeros = self.reader.zeros(reader, start, stop)
@@ -113,7 +119,7 @@ class IntegerMatrix:
         copies = self.group_size // stored.spec.group_size
         return Codes(weight, mx.repeat(scales, copies, axis=1), mx.repeat(biases, copies, axis=1))
 
-    def read_carried(self, reader: Reader) -> mx.array:
+    def read_carried(self, *_: object, **__: object) -> mx.array:
         """There is none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from apertus_mlx import layout
 from apertus_mlx.config import ModelConfig
@@ -14,6 +16,7 @@ from apertus_mlx.inventory import FLOAT_DTYPES
 from apertus_mlx.safetensors_header import TensorInfo
 from convert.reading import Reader
 from convert.sources.source import Codes, MatrixSource, PlainMatrix, Source, Stored, Tensors
+from quant.float_formats import E4M3_NAN, E8M0_NAN
 from quant.spec import QuantSpec
 
 
@@ -46,7 +49,13 @@ class MlxMatrix:
     def check(self, reader: Reader) -> None:
         """Nothing to check."""
 
-    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+    def read(
+        self,
+        reader: Reader,
+        start: int,
+        stop: int,
+        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
+    ) -> mx.array:
         """Rows in float32."""
         codes = self.read_codes(reader, start, stop)
         biases = None if codes.biases is None else codes.biases.astype(mx.float32)
@@ -65,13 +74,33 @@ class MlxMatrix:
         """Rows as they are stored."""
         weight = reader.rows(self.weight, start, stop)
         if self.biases is None:
-            return Codes(weight, reader.rows(self.scales, start, stop))
+            codes = Codes(weight, reader.rows(self.scales, start, stop))
+            self._refuse_nan(codes)
+            return codes
         scales = reader.floats(self.scales, start, stop)
         return Codes(weight, scales, reader.floats(self.biases, start, stop))
 
-    def read_carried(self, reader: Reader) -> mx.array:
+    def _refuse_nan(self, codes: Codes) -> None:
+        """Float formats have bytes that mean NaN: one for scales, and one with a sign for codes."""
+        scales = np.array(codes.scales)
+        if self.spec.mode == "nvfp4":
+            _refuse(self.scales, scales & 0x7F == E4M3_NAN)
+        else:
+            _refuse(self.scales, scales == E8M0_NAN)
+        if self.spec.mode == "mxfp8":
+            _refuse(self.weight, np.array(codes.weight).view(np.uint8) & 0x7F == E4M3_NAN)
+
+    def read_carried(self, *_: object, **__: object) -> mx.array:
         """There is none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
+
+
+def _refuse(tensor: TensorInfo, broken: npt.NDArray[np.bool_]) -> None:
+    if broken.any():
+        raise RejectedError(
+            f"{tensor.file}: {tensor.name}: {broken.sum()} values are NaN; the checkpoint is "
+            "damaged or its training diverged"
+        )
 
 
 def source(config: ModelConfig, tensors: Mapping[str, TensorInfo], name: str) -> Source:

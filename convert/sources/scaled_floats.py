@@ -56,7 +56,13 @@ class Float8Matrix:
     def check(self, reader: Reader) -> None:
         """Nothing to check."""
 
-    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+    def read(
+        self,
+        reader: Reader,
+        start: int,
+        stop: int,
+        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
+    ) -> mx.array:
         """Rows in float32."""
         values = e4m3_values()[self._codes(reader, start, stop)]
         scales = np.array(self.read_carried(reader).astype(mx.float32))
@@ -116,7 +122,13 @@ class NvFloat4Matrix:
         if not self._divisor(reader) > 0:
             raise RejectedError(f"{self.name}.weight_global_scale: is not above zero")
 
-    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+    def read(
+        self,
+        reader: Reader,
+        start: int,
+        stop: int,
+        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
+    ) -> mx.array:
         """Rows in float32, from one float64 division."""
         packed = reader.raw(self.packed, start, stop).view(np.uint8)
         values = e2m1_values()[unpack_nibbles(packed)].astype(np.float64)

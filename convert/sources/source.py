@@ -113,11 +113,11 @@ class PlainMatrix:
         """Rows as they are stored."""
         return reader.floats(self.tensor, start, stop, allow_nonfinite)
 
-    def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
+    def read_codes(self, *_: object, **__: object) -> Codes:
         """There are none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
-    def read_carried(self, reader: Reader) -> mx.array:
+    def read_carried(self, *_: object, **__: object) -> mx.array:
         """There is none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
@@ -152,9 +152,8 @@ class Tensors:
         self.dropped: dict[str, str] = {}
         self._left: dict[str, TensorInfo] = {}
         for key, tensor in tensors.items():
-            if prefix and key.startswith(prefix):
-                key = "model." + key.removeprefix(prefix)
-            self._left[key] = tensor
+            inner = prefix and key.startswith(prefix)
+            self._left["model." + key.removeprefix(prefix) if inner else key] = tensor
 
     def __contains__(self, key: str) -> bool:
         return key in self._left

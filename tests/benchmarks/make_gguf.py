@@ -60,7 +60,8 @@ def write(size: str, path: str, kind: gguf.GGMLQuantizationType) -> None:
     rng = np.random.default_rng(0)
     shapes = {name: shape for name, shape in tensor_shapes(size) if "act_fn" not in name}
     shapes.setdefault("lm_head.weight", (VOCAB_SIZE, hidden))
-    for name, shape in shapes.items():
+    for original, shape in shapes.items():
+        name = original
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
         if len(shape) < 2:
