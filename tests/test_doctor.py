@@ -82,6 +82,8 @@ def test_everything_goes_through_the_pipe() -> None:
     assert done.running == {kernel.place: kernel for kernel in kernels}
     assert done.agreement == AGREED
     assert done.model_race is not None and done.model_race.ratio == pytest.approx(0.8)
+    assert done.compilation_race is not None
+    assert done.compilation_race.ratio == pytest.approx(0.9)
 
 
 def test_a_device_that_does_not_start() -> None:
@@ -271,6 +273,15 @@ def test_a_step_is_compiled_only_if_that_pays(ratio: float, pays: bool) -> None:
     done = consult(Simulated(compiled=ratio), singles("good"), with_times=True)
     assert done.compilation_race is not None and done.compilation_race.won is pays
     assert ("compiled step" in conclude(done, "doctor")) is pays
+
+
+def test_a_compiled_step_that_is_wrong_stays_off() -> None:
+    wrong = replace(AGREED, error=1e-2)
+    kernels = singles("good")
+    done = consult(Simulated(found_compiled=wrong), kernels, with_times=True)
+    assert done.compilation_race is not None and not done.compilation_race.won
+    assert done.running == {kernel.place: kernel for kernel in kernels}
+    assert "the step is not compiled: logits differ by 1.0e-02" in conclude(done, "doctor")
 
 
 def test_loading_uses_what_is_enabled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
