@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 
-from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, rewind
+from apertus_mlx.cache import FULL_PRECISION, CacheConfig
+from apertus_mlx.cached_prefix import CachedPrefix
 from apertus_mlx.decode import DEFAULT_PREFILL_STEP
-from apertus_mlx.errors import RejectedError
+from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generate import DEFAULT_MAX_TOKENS, Generation, Piece, Result, Speaker
 from apertus_mlx.sampling import SamplingParams
 from apertus_mlx.template import Message
@@ -36,10 +37,10 @@ class Conversation:
             )
         self._speaker = speaker
         self._template = speaker.template
-        self._think = think
-        self._form = form
-        self._cache: list[Cache] = speaker.model.make_cache(form)
-        self._cached_ids: list[int] = []
+        self.think = think
+        self._prefix = CachedPrefix(speaker.model, form)
+        # By the number of messages before a turn: tokens of the prefix that are older than it.
+        self._older: dict[int, int] = {}
         self.messages: list[Message] = []
         if system is not None:
             self.messages.append(Message(role="system", content=system))
@@ -59,25 +60,58 @@ class Conversation:
         Raises:
             UsageError: the conversation no longer fits the model's context; it stays as it was.
         """
+        turn = len(self.messages)
+        return self._answer(turn, text, params, max_tokens, stop_strings, prefill_step, on_prefill)
+
+    def retry(
+        self,
+        params: SamplingParams,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop_strings: Sequence[str] = (),
+        prefill_step: int = DEFAULT_PREFILL_STEP,
+        on_prefill: Callable[[int], None] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Answer the last question again, as `ask` does, without reading it again.
+
+        Raises:
+            UsageError: there is none.
+        """
+        text = self.last_question
+        if text is None:
+            raise UsageError("there is nothing to retry")
+        turn = len(self.messages) - 2
+        return self._answer(turn, text, params, max_tokens, stop_strings, prefill_step, on_prefill)
+
+    def _answer(
+        self,
+        turn: int,
+        text: str,
+        params: SamplingParams,
+        max_tokens: int,
+        stop_strings: Sequence[str],
+        prefill_step: int,
+        on_prefill: Callable[[int], None] | None,
+    ) -> Generator[Piece, None, None]:
+        """Answer `text` in the place of all messages from number `turn` on."""
         question = Message(role="user", content=text)
-        prompt = self._template.render([*self.messages, question], think=self._think)
-        generation = Generation(
+        prompt = self._template.render([*self.messages[:turn], question], think=self.think)
+        run = Generation(
             self._speaker,
             prompt,
             params,
             max_tokens,
             stop_strings,
             prefill_step,
-            self._cache,
-            self._keep_shared_prefix(prompt),
+            self._prefix,
             on_prefill,
         )
         try:
-            yield from generation
+            yield from run
         finally:
-            self.last_result = result = generation.result
-            self._cached_ids = [*prompt, *result.token_ids][: self._cache[0].offset]
-            self.messages += [question, Message(role="assistant", content=result.text)]
+            self.last_result = result = run.result
+            # A turn that is answered again finds its own question in the cache.
+            self._older[turn] = min(run.reused, self._older.get(turn, run.reused))
+            self.messages[turn:] = [question, Message(role="assistant", content=result.text)]
 
     @property
     def last_question(self) -> str | None:
@@ -86,23 +120,9 @@ class Conversation:
         return str(questions[-1]) if questions else None
 
     def undo(self) -> bool:
-        """Forget the last question and its answer; returns whether there was one."""
-        if len(self.messages) < 2:
+        """Forget the last question and its answer, in the cache, too; returns if there was one."""
+        if self.last_question is None:
             return False
+        self._prefix.cut(self._older.pop(len(self.messages) - 2, 0))
         del self.messages[-2:]
         return True
-
-    def _keep_shared_prefix(self, prompt: Sequence[int]) -> int:
-        """Cut the cache back to what it shares with `prompt`; returns how many tokens that is."""
-        # The last token is always computed: its logits start the answer.
-        longest = min(len(self._cached_ids), len(prompt) - 1)
-        shared = next(
-            (i for i in range(longest) if self._cached_ids[i] != prompt[i]),
-            longest,
-        )
-        excess = len(self._cached_ids) - shared
-        if not rewind(self._cache, excess):
-            self._cache = self._speaker.model.make_cache(self._form)
-            shared = 0
-        del self._cached_ids[shared:]
-        return shared

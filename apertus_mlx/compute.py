@@ -30,6 +30,10 @@ class LanguageModel(Protocol):
         """The configuration it was made from."""
 
     @property
+    def arithmetic(self) -> str:
+        """In words, what its numbers depend on beside the checkpoint, by more than rounding."""
+
+    @property
     def model(self) -> Callable[..., mx.array]:
         """From token ids `[B, L]` and caches to final hidden states `[B, L, D]`."""
 

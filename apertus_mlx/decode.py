@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from apertus_mlx.cache import Cache, expect
 from apertus_mlx.compute import LanguageModel
-from apertus_mlx.errors import ApertusError
+from apertus_mlx.errors import RejectedError
 from apertus_mlx.sampling import Sampler
 from apertus_mlx.scores import Scores
 
@@ -23,7 +23,7 @@ CLEAR_INTERVAL = 256
 def prefill(
     model: LanguageModel,
     prompt: Sequence[int],
-    cache: list[Cache],
+    cache: Sequence[Cache],
     step: int = DEFAULT_PREFILL_STEP,
     on_chunk: Callable[[int], None] | None = None,
 ) -> mx.array:
@@ -65,15 +65,29 @@ def chunk_sizes(length: int, step: int) -> list[int]:
 
 
 def decode(
-    model: LanguageModel, logits: mx.array, cache: list[Cache], sampler: Sampler, max_tokens: int
+    model: LanguageModel,
+    logits: mx.array,
+    cache: Sequence[Cache],
+    sampler: Sampler,
+    max_tokens: int,
+) -> Iterator[int]:
+    """`draw_tokens` on a cache of which nobody asks afterwards what it holds."""
+    return draw_tokens(
+        lambda token: model.scores(token.reshape(1, 1), cache), logits, sampler, max_tokens
+    )
+
+
+def draw_tokens(
+    step: Callable[[mx.array], Scores], logits: mx.array, sampler: Sampler, max_tokens: int
 ) -> Iterator[int]:
     """Yield up to `max_tokens` token ids, the first drawn from `logits` `[vocabulary]`.
 
-    The step after is started before a token is read, so that the GPU never waits for Python; when
-    the caller stops early, the cache may therefore hold the last token yielded, too.
+    `step` gives the scores after one more token (shape `[]`). It is called before that token is
+    read, so that the GPU never waits for Python: when the caller stops, the last token yielded, or
+    being read, may therefore have been fed already.
 
     Raises:
-        ApertusError: the model computed no finite logits.
+        RejectedError: the model computed no finite logits.
     """
 
     def draw(scores: Scores) -> tuple[mx.array, Scores]:
@@ -85,11 +99,11 @@ def decode(
     for index in range(max_tokens):
         following = None
         if index + 1 < max_tokens:
-            following = draw(model.scores(token.reshape(1, 1), cache))
+            following = draw(step(token))
         value = int(token)
         # Where no logit is a number the first token is drawn: only then is a look worth its while.
         if value == 0 and not mx.isfinite(scores.logits[0]).item():
-            raise ApertusError(
+            raise RejectedError(
                 f"the model computed no finite logits at token {index + 1}: its weights are "
                 "damaged or overflow in this type; try --dtype float32"
             )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from apertus_mlx.cache import Cache
+import mlx.core as mx
+
+from apertus_mlx.cached_prefix import CachedPrefix, Run
 from apertus_mlx.compute import Compute, LanguageModel, Precision, load_for
 from apertus_mlx.config import ModelConfig
-from apertus_mlx.decode import DEFAULT_PREFILL_STEP, decode, prefill
+from apertus_mlx.decode import DEFAULT_PREFILL_STEP, draw_tokens
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation_config import GenerationConfig, read_generation_config
 from apertus_mlx.inventory import Inventory, take_inventory
@@ -129,10 +131,16 @@ class Result:
 
 @dataclass
 class Generation:
-    """One run over `prompt`; iterate over it for pieces of text, then read `result`.
+    """One run over `prompt`; iterate over it, once, for pieces of text, then read `result`.
 
-    `cache` may already hold the first `reused` tokens of the prompt. Closing the iterator, or an
-    interrupt, ends the run; `result` then holds what there was.
+    Tokens that `prefix` holds already are not computed again; afterwards it holds as much of prompt
+    and answer as has been computed. Closing the iterator, or an interrupt, ends the run; `result`
+    then holds what there was.
+
+    Attributes:
+        on_prefill: is told how many tokens of the prompt are done, those reused included.
+        on_prefix: is called once, when `prefix` holds all of the prompt but its last token.
+        reused: tokens of the prompt that were not computed; known once the run has begun.
 
     Raises:
         UsageError: prompt and at least one new token do not fit the model's context.
@@ -144,9 +152,10 @@ class Generation:
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop_strings: Sequence[str] = ()
     prefill_step: int = DEFAULT_PREFILL_STEP
-    cache: list[Cache] | None = None
-    reused: int = 0
+    prefix: CachedPrefix | None = None
     on_prefill: Callable[[int], None] | None = None
+    on_prefix: Callable[[CachedPrefix], None] | None = None
+    reused: int = field(default=0, init=False)
     token_ids: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -156,22 +165,50 @@ class Generation:
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens {self.max_tokens}: expected 1 or more")
         self.max_tokens = min(self.max_tokens, room)
-        if self.cache is None:
-            self.cache = self.speaker.model.make_cache()
+        self._begun = False
         self._answer: list[str] = []
         self._thoughts: list[str] = []
         self._finish: FinishReason = "cancelled"
         self._started = self._first = self._last = 0.0
 
-    def __iter__(self) -> Iterator[Piece]:
-        assert self.cache is not None
+    def __iter__(self) -> Generator[Piece, None, None]:
+        if self._begun:
+            raise RuntimeError("a Generation runs once; make another one for another answer")
+        self._begun = True
+        return self._pieces()
+
+    def _pieces(self) -> Generator[Piece, None, None]:
         self._started = time.perf_counter()
-        model, stop_ids = self.speaker.model, self.speaker.stop_ids
+        prefix = CachedPrefix(self.speaker.model) if self.prefix is None else self.prefix
+        run = prefix.begin(self.prompt)
+        self.reused = run.reused
+        try:
+            yield from self._answered(run, self._read(run, prefix))
+        except Exception:
+            run.fail()
+            raise
+
+    def _read(self, run: Run, prefix: CachedPrefix) -> mx.array:
+        """Compute the prompt; returns the logits after it."""
+
+        def on_chunk(done: int) -> None:
+            if self.on_prefill is not None:
+                self.on_prefill(before + done)
+
+        before = run.reused
+        if self.on_prefix is not None:
+            missing = len(self.prompt) - 1 - run.reused
+            if missing:
+                run.read(missing, self.prefill_step, on_chunk)
+                before += missing
+            self.on_prefix(prefix)
+        return run.read(None, self.prefill_step, on_chunk)
+
+    def _answered(self, run: Run, logits: mx.array) -> Iterator[Piece]:
+        stop_ids = self.speaker.stop_ids
         sampler = Sampler(self.params, self.prompt, self.speaker.config.output_vocab_size)
-        new = self.prompt[self.reused :]
-        logits = prefill(model, new, self.cache, self.prefill_step, self.on_prefill)
         text = _Segments(self.speaker.tokenizer, self.stop_strings)
-        for token in decode(model, logits, self.cache, sampler, self.max_tokens):
+        for token in draw_tokens(run.step, logits, sampler, self.max_tokens):
             self._last = time.perf_counter()
             self._first = self._first or self._last
             self.token_ids.append(token)

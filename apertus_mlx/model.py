@@ -265,6 +265,11 @@ class Model(nn.Module):
             layer.mlp.act_fn.fold()
 
     @property
+    def arithmetic(self) -> str:
+        """See `LanguageModel.arithmetic`."""
+        return f"--compute mlx in {str(self.model.norm.weight.dtype).removeprefix('mlx.core.')}"
+
+    @property
     def head(self) -> nn.Module:
         """What turns hidden states into logits: the tied embedding or the head's own weights."""
         return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head

@@ -4,10 +4,15 @@ A safetensors file. Its metadata holds `format` and `format_version`, the form o
 number of positions, and digests of model, weights, quantization, template and tokens. All names,
 shapes and types follow from form, model and length, so whatever differs from them is refused; the
 file chooses nothing, and nothing is read from it before its header has been checked.
+
+The last token of a prompt is never in its file: it has to be computed anyway, and not every form of
+cache could go back by it. Left out of the digests is what moves numbers by no more than rounding
+does: the prefill step, fused kernels, the device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,22 +23,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.cache import (
-    CacheConfig,
-    FullCache,
-    QuantizedCache,
-    make_layer_cache,
-    rewind,
-)
+from apertus_mlx.cache import CacheConfig
 from apertus_mlx.cache.config import FULL_BITS, STEP, group_size
-from apertus_mlx.cache.protocol import Cache
+from apertus_mlx.cached_prefix import CachedPrefix, shared_length
+from apertus_mlx.compute import LanguageModel
 from apertus_mlx.config import ModelConfig
-from apertus_mlx.errors import ApertusError, NotFoundError, RejectedError, UsageError
+from apertus_mlx.errors import NotFoundError, RejectedError, ResourceError, UsageError
 from apertus_mlx.inventory import Inventory
 from apertus_mlx.safetensors_header import TensorInfo, read_header
 from apertus_mlx.strict_json import parse_object
 
-FORMAT, FORMAT_VERSION = "apertus-mlx prompt cache", "1"
+FORMAT, FORMAT_VERSION = "apertus-mlx prompt cache", "2"
 TOKENS = "tokens"
 SAMPLE_BYTES = 256
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -52,10 +52,11 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A prefix that has been computed before."""
+    """A prefix that has been computed before: its tokens, and each layer's arrays by name."""
 
     tokens: list[int]
-    caches: list[Cache]
+    layers: list[dict[str, mx.array]]
+    arithmetic: str
 
 
 class PromptCache:
@@ -72,35 +73,71 @@ class PromptCache:
         self._form = form
         self._made_with = fingerprint(inventory)
         self._saved: Saved | None = None
+        self._failure: ResourceError | None = None
         if path.exists():
             self._saved = load_prompt_cache(path, inventory.config, form, dtype, self._made_with)
         elif not path.parent.is_dir():
             raise UsageError(f"--prompt-cache {path}: there is no folder {path.parent}")
 
-    def resume(self, prompt: Sequence[int]) -> tuple[list[Cache] | None, int]:
-        """The saved caches, cut back to what they share with `prompt`, and how many tokens that is.
+    def require_use(self, prompt: Sequence[int]) -> None:
+        """Refuse a file that is of little use for `prompt`.
 
         Raises:
-            RejectedError: the prompt shares less than half of the saved tokens, or the caches
-                cannot be cut back exactly.
+            RejectedError: the prompt shares less than half of the saved tokens.
         """
         if self._saved is None:
-            return None, 0
-        saved, caches = self._saved.tokens, self._saved.caches
-        # The last token is always computed: its logits start the answer.
-        longest = min(len(saved), len(prompt) - 1)
-        shared = next((i for i in range(longest) if saved[i] != prompt[i]), longest)
-        if 2 * shared < len(saved) or not rewind(caches, len(saved) - shared):
+            return
+        count, shared = len(self._saved.tokens), shared_length(self._saved.tokens, prompt[:-1])
+        if 2 * shared < count:
             raise RejectedError(
-                f"{self._path}: tokens: its {len(saved)} differ from the prompt from position "
+                f"{self._path}: tokens: its {count} differ from the prompt from position "
                 f"{shared} on; give the prompt it was made for, or another file"
             )
-        return caches, shared
 
-    def save(self, caches: Sequence[Cache], prompt: Sequence[int]) -> None:
-        """Save the caches after `prompt`, unless the file was there before."""
+    def open(self, model: LanguageModel, prompt: Sequence[int]) -> CachedPrefix:
+        """What the file holds of `prompt`; an empty prefix if there was no file.
+
+        Raises:
+            RejectedError: it was made by another arithmetic, or its form of cache cannot go back
+                to what it shares with the prompt.
+        """
+        prefix = CachedPrefix(model, self._form)
         if self._saved is None:
-            save_prompt_cache(self._path, caches, self._form, prompt, self._made_with)
+            return prefix
+        tokens, saved_by = self._saved.tokens, self._saved.arithmetic
+        if saved_by != model.arithmetic:
+            raise RejectedError(
+                f"{self._path}: was made with another --compute, --precision or --dtype than "
+                f"{model.arithmetic}; delete it and let it be made anew"
+            )
+        shared = shared_length(tokens, prompt[:-1])
+        prefix.restore(tokens, self._saved.layers)
+        self._saved.layers.clear()
+        prefix.cut(shared)
+        if len(prefix.tokens) < shared:
+            raise RejectedError(
+                f"{self._path}: shares its first {shared} of {len(tokens)} tokens with the prompt, "
+                f"but a cache in {self._form} cannot go back to them; give another file"
+            )
+        return prefix
+
+    def save(self, prefix: CachedPrefix) -> None:
+        """Save `prefix`, unless the file was there before; a failure waits for `finish`."""
+        if self._saved is not None or not prefix.tokens:
+            return
+        try:
+            save_prompt_cache(self._path, prefix, self._made_with)
+        except ResourceError as error:
+            self._failure = error
+
+    def finish(self) -> None:
+        """Say whether saving failed: once there is an answer, which nobody should lose by it.
+
+        Raises:
+            ResourceError: the file could not be written.
+        """
+        if self._failure is not None:
+            raise self._failure
 
 
 def fingerprint(inventory: Inventory) -> Fingerprint:
@@ -135,47 +172,38 @@ def _files_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def save_prompt_cache(
-    path: Path,
-    caches: Sequence[Cache],
-    form: CacheConfig,
-    tokens: Sequence[int],
-    made_with: Fingerprint,
-) -> None:
-    """Write the caches, of this form, of all layers after `tokens`; whole or not at all.
+def save_prompt_cache(path: Path, prefix: CachedPrefix, made_with: Fingerprint) -> None:
+    """Write what `prefix` holds; whole or not at all.
 
     Raises:
-        UsageError: the path cannot be written.
+        ResourceError: the file cannot be written.
     """
-    arrays = {TOKENS: mx.array(list(tokens), mx.int32)}
-    for index, cache in enumerate(caches):
-        if cache.offset != len(tokens):
-            raise ApertusError(f"cache of {cache.offset} positions for {len(tokens)} tokens")
-        arrays |= {f"layers.{index}.{name}": array for name, array in _exported(cache).items()}
+    tokens = prefix.tokens
+    arrays = {TOKENS: mx.array(tokens, mx.int32)}
+    for index, layer in enumerate(prefix.export()):
+        arrays |= {f"layers.{index}.{name}": array for name, array in layer.items()}
+    mx.eval(arrays)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "form": json.dumps(asdict(form)),
+        "form": json.dumps(asdict(prefix.form)),
+        "arithmetic": prefix.model.arithmetic,
         "positions": str(len(tokens)),
         "tokens": _tokens_digest(tokens),
         **asdict(made_with),
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    # A short name: that of the file itself may be as long as the disk allows.
+    beside = path.with_name(f".{os.getpid()}.prompt-cache")
     try:
-        mx.save_safetensors(str(beside), arrays, metadata)
+        with beside.open("wb") as file:
+            mx.save_safetensors(file, arrays, metadata)
         beside.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"--prompt-cache {path}: cannot be written ({error})") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ResourceError(f"--prompt-cache {path}: cannot be written ({reason})") from None
     finally:
-        beside.unlink(missing_ok=True)
-
-
-def _exported(cache: Cache) -> dict[str, mx.array]:
-    if isinstance(cache, FullCache | QuantizedCache):
-        return cache.export()
-    # Other caches in full precision, such as the host's, hold keys and values of all positions.
-    keys, values = cache.state
-    return {"rows": mx.concatenate([keys, values], axis=1)[:, :, : cache.offset]}
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def load_prompt_cache(
@@ -228,19 +256,12 @@ def load_prompt_cache(
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
             raise RejectedError(f"{path}: {name}: values not finite: damaged")
-    caches: list[Cache] = []
+    layers: list[dict[str, mx.array]] = []
     for index in range(config.num_hidden_layers):
-        cache = make_layer_cache(form, config.head_dim)
         prefix = f"layers.{index}."
-        own = {
-            name.removeprefix(prefix): array
-            for name, array in arrays.items()
-            if name.startswith(prefix)
-        }
-        cache.restore(own, positions)
-        caches.append(cache)
-    mx.eval([cache.state for cache in caches])
-    return Saved(tokens, caches)
+        named = arrays.items()
+        layers.append({n.removeprefix(prefix): a for n, a in named if n.startswith(prefix)})
+    return Saved(tokens, layers, metadata.get("arithmetic", ""))
 
 
 _SPOKEN = {"model": "model (its config differs)", "weights": "revision of the weights",

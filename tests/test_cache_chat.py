@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apertus_mlx.cache import CacheConfig, rewind
+from apertus_mlx.cached_prefix import CachedPrefix
 from apertus_mlx.chat import Conversation
 from apertus_mlx.embedded import model_dir
 from apertus_mlx.generate import Generation, Speaker, load_speaker
@@ -34,8 +35,8 @@ def test_turns_answer_as_from_the_start(speaker: Speaker, form: CacheConfig) -> 
         history.append(Message(role="user", content=question))
         assert speaker.template is not None
         prompt = speaker.template.render(history)
-        cache = speaker.model.make_cache(form)
-        fresh = Generation(speaker, prompt, GREEDY, 24, cache=cache, prefill_step=64)
+        prefix = CachedPrefix(speaker.model, form)
+        fresh = Generation(speaker, prompt, GREEDY, 24, prefix=prefix, prefill_step=64)
         assert "".join(piece.text for piece in fresh) == answer
         result = conversation.last_result
         assert result is not None

@@ -244,29 +244,6 @@ def test_two_models_and_two_threads(pair: tuple[Model, HostModel], tmp_path: Pat
             np.testing.assert_allclose(np.array(logits), expected[index], atol=1e-4)
 
 
-def test_interrupt_leaves_caches_equal(
-    pair: tuple[Model, HostModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, host = pair
-    cache = host.make_cache()
-    host(IDS[:, :12], cache)
-    calls = []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    original = host._attention
-    monkeypatch.setattr(host, "_attention", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        host(IDS[:, 12:], cache)
-    monkeypatch.undo()
-    assert [layer.offset for layer in cache] == [12, 12]
-    require_equal(host(IDS[:, 12:], cache), host(IDS)[:, 12:])
-
-
 FORK = """
 import os, sys
 from pathlib import Path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +20,14 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
+from apertus_mlx.cached_prefix import CachedPrefix
 from apertus_mlx.cli.app import app
-from apertus_mlx.decode import decode, prefill
-from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
+from apertus_mlx.decode import draw_tokens
+from apertus_mlx.errors import NotFoundError, RejectedError, ResourceError, UsageError
 from apertus_mlx.inventory import take_inventory
 from apertus_mlx.load import load_inventory
 from apertus_mlx.model import Model
+from apertus_mlx.ops.fused import FusedOperations
 from apertus_mlx.prompt_cache import (
     Fingerprint,
     PromptCache,
@@ -62,9 +66,24 @@ def now(directory: Path) -> Fingerprint:
     return fingerprint(take_inventory(directory))
 
 
-def greedy(model: Model, logits: mx.array, caches: list[Any], count: int = 30) -> list[int]:
+def greedy(prefix: CachedPrefix, prompt: list[int], count: int = 30) -> list[int]:
+    run = prefix.begin(prompt)
     sampler = Sampler(SamplingParams(temperature=0), [], 384)
-    return list(decode(model, logits, caches, sampler, count))
+    return list(draw_tokens(run.step, run.read(step=64), sampler, count))
+
+
+def read(model: Model, tokens: list[int], form: CacheConfig) -> CachedPrefix:
+    """A prefix that holds `tokens`, read in chunks."""
+    prefix = CachedPrefix(model, form)
+    prefix.begin(tokens).read(step=64)
+    return prefix
+
+
+def resume(path: Path, model: Model, form: CacheConfig, now: Fingerprint) -> CachedPrefix:
+    saved = load(path, model, form, now)
+    prefix = CachedPrefix(model, form)
+    prefix.restore(saved.tokens, saved.layers)
+    return prefix
 
 
 def load(path: Path, model: Model, form: CacheConfig, now: Fingerprint) -> Any:
@@ -76,15 +95,12 @@ def test_a_saved_cache_continues_with_the_same_tokens(
     form: CacheConfig, model: Model, now: Fingerprint, tmp_path: Path
 ) -> None:
     path = tmp_path / "prompt"
-    caches = model.make_cache(form)
-    prefill(model, TOKENS[:-20], caches, 64)
-    save_prompt_cache(path, caches, form, TOKENS[:-20], now)
-    saved = load(path, model, form, now)
-    assert saved.tokens == TOKENS[:-20]
-    assert [cache.nbytes for cache in saved.caches] == [cache.nbytes for cache in caches]
-    expected = greedy(model, prefill(model, TOKENS[-20:], caches, 64), caches)
-    got = greedy(model, prefill(model, TOKENS[-20:], saved.caches, 64), saved.caches)
-    assert got == expected
+    prefix = read(model, TOKENS[:-20], form)
+    save_prompt_cache(path, prefix, now)
+    resumed = resume(path, model, form, now)
+    assert resumed.tokens == prefix.tokens == TOKENS[:-20]
+    assert [layer.nbytes for layer in resumed.layers] == [layer.nbytes for layer in prefix.layers]
+    assert greedy(resumed, TOKENS) == greedy(prefix, TOKENS)
     assert [file.name for file in tmp_path.iterdir()] == ["prompt"]
 
 
@@ -92,22 +108,19 @@ def test_a_saved_cache_continues_with_the_same_tokens(
 def test_a_rewound_cache_can_be_saved(
     form: CacheConfig, model: Model, now: Fingerprint, tmp_path: Path
 ) -> None:
-    caches = model.make_cache(form)
-    prefill(model, TOKENS, caches, 64)
-    assert [cache.trim(32) for cache in caches] == [32] * len(caches)
-    save_prompt_cache(tmp_path / "p", caches, form, TOKENS[:-32], now)
-    saved = load(tmp_path / "p", model, form, now)
-    expected = model(mx.array([TOKENS[-32:]]), caches)
-    got = model(mx.array([TOKENS[-32:]]), saved.caches)
+    prefix = read(model, TOKENS, form)
+    prefix.cut(len(TOKENS) - 32)
+    assert prefix.tokens == TOKENS[:-32]
+    save_prompt_cache(tmp_path / "p", prefix, now)
+    resumed = resume(tmp_path / "p", model, form, now)
+    expected, got = (p.begin(TOKENS).read() for p in (prefix, resumed))
     assert mx.array_equal(got, expected).item()
 
 
 @pytest.fixture
 def saved(model: Model, now: Fingerprint, tmp_path: Path) -> Path:
     path = tmp_path / "prompt.safetensors"
-    caches = model.make_cache(CacheConfig(4, 4))
-    prefill(model, TOKENS, caches, 64)
-    save_prompt_cache(path, caches, CacheConfig(4, 4), TOKENS, now)
+    save_prompt_cache(path, read(model, TOKENS, CacheConfig(4, 4)), now)
     return path
 
 
@@ -131,8 +144,8 @@ def rewrite(
     ("change", "message"),
     [
         ({"format": "other"}, "is not a prompt cache"),
-        ({"format_version": "0"}, "format version '0', this program reads 1"),
-        ({"format_version": "2"}, "format version '2'"),
+        ({"format_version": "1"}, "format version '1', this program reads 2"),
+        ({"format_version": "3"}, "format version '3'"),
         ({"model": "0" * 64}, "another model"),
         ({"weights": "0" * 64}, "another revision of the weights"),
         ({"quantization": "0" * 64}, "another quantization"),
@@ -289,7 +302,7 @@ def test_generate_makes_and_resumes_a_prompt_cache(
     )
     without = json.loads(run("generate", prompt + "and on", *common).stdout)
     assert first["token_ids"] == plain["token_ids"]
-    assert (first["reused_prompt_tokens"], again["reused_prompt_tokens"]) == (0, 251)
+    assert (first["reused_prompt_tokens"], again["reused_prompt_tokens"]) == (0, 250)
     assert again["token_ids"] == without["token_ids"]
     assert path.read_bytes() == stamp
 
@@ -300,7 +313,7 @@ def test_generate_refuses_another_prompt_or_place(directory: Path, tmp_path: Pat
     assert run("generate", "word " * 50, *common, str(path)).exit_code == 0
     other = run("generate", "b" * 300, *common, str(path))
     assert isinstance(other.exception, RejectedError)
-    assert "tokens: its 251 differ" in str(other.exception)
+    assert "tokens: its 250 differ" in str(other.exception)
     nowhere = run("generate", "hi", *common, str(tmp_path / "no" / "folder"))
     assert isinstance(nowhere.exception, UsageError)
 
@@ -310,15 +323,123 @@ def test_resuming_cuts_back_exactly_or_refuses(directory: Path, tmp_path: Path) 
     model = load_inventory(inventory)
     for form, back, works in ((FULL_PRECISION, 100, True), (CacheConfig(4, 4), 100, False)):
         path = tmp_path / str(form)
-        caches = model.make_cache(form)
-        prefill(model, TOKENS, caches, 64)
-        PromptCache(path, inventory, form, mx.float32).save(caches, TOKENS)
+        PromptCache(path, inventory, form, mx.float32).save(read(model, TOKENS, form))
         resumed = PromptCache(path, inventory, form, mx.float32)
         prompt = [*TOKENS[:-back], 5, 6, 7]
+        resumed.require_use(prompt)
         if works:
-            found, shared = resumed.resume(prompt)
-            assert found is not None
-            assert (shared, found[0].offset) == (len(TOKENS) - back, len(TOKENS) - back)
+            assert resumed.open(model, prompt).tokens == TOKENS[:-back]
         else:
-            with pytest.raises(RejectedError, match="tokens"):
-                resumed.resume(prompt)
+            with pytest.raises(
+                RejectedError, match=r"its first 130 of 230 .* 4 bits cannot go back"
+            ):
+                resumed.open(model, prompt)
+
+
+@pytest.mark.parametrize(
+    "extra", [(), ("--kv-bits", "4"), ("--max-kv", "150"), ("--max-kv", "220", "--kv-bits", "4")]
+)
+def test_the_same_command_twice_says_the_same(
+    directory: Path, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    common = ("--raw", "--model", str(directory), "-t", "0", "-n", "12", "--json", *extra)
+    once, twice = (
+        json.loads(run("generate", "word " * 60, *common, "--prompt-cache", str(path)).stdout)
+        for path in [tmp_path / "prompt"] * 2
+    )
+    assert (once["reused_prompt_tokens"], twice["reused_prompt_tokens"]) == (0, 300)
+    assert once["token_ids"] == twice["token_ids"]
+    fresh = json.loads(run("generate", "word " * 60, *common).stdout)
+    assert twice["token_ids"] == fresh["token_ids"]
+
+
+def test_a_resumed_cache_is_of_the_kind_that_the_model_makes(
+    directory: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from apertus_mlx.cpu.model import HostModel
+
+    inventory = take_inventory(directory)
+    joined = load_inventory(inventory)
+    joined.use(FusedOperations({}), compiled_step=True)
+    for index, model in enumerate((HostModel(inventory), load_inventory(inventory), joined)):
+        path = tmp_path / str(index)
+        made = CachedPrefix(model)
+        made.begin(TOKENS[:-1]).read()
+        PromptCache(path, inventory, FULL_PRECISION, mx.float32).save(made)
+        resumed = PromptCache(path, inventory, FULL_PRECISION, mx.float32).open(model, TOKENS)
+        for layer, wanted in zip(resumed.layers, model.make_cache(), strict=True):
+            assert type(layer) is type(wanted)
+            assert getattr(layer, "joined", None) == getattr(wanted, "joined", None)
+        expected = model(mx.array([TOKENS]))[0, -1]
+        got = resumed.begin(TOKENS).read()
+        assert float(mx.abs(got - expected).max() / mx.abs(expected).max()) < 1e-5
+
+
+def test_another_arithmetic_is_refused_by_name(tmp_path: Path) -> None:
+    """A cache of rounded activations is not what a run in float32 would have computed."""
+    pytest.importorskip("onnxruntime")
+    config = config_4x(head_dim=64, quantization={"bits": 4, "group_size": 64})
+    weights = {}
+    for name, array in random_weights(config).items():
+        stored = mx.quantize(mx.array(array), 64, 4) if array.ndim == 2 else [mx.array(array)]
+        path = name.removesuffix(".weight")
+        names = [f"{path}.{part}" for part in ("weight", "scales", "biases")]
+        weights.update(zip(names if array.ndim == 2 else [name], stored, strict=True))
+    folder = write_checkpoint(tmp_path / "model", config, weights)
+    common = ("--raw", "--model", str(folder), "-t", "0", "-n", "3", "--prompt-cache")
+
+    def again(path: Path, *options: str) -> Any:
+        return run("generate", "word " * 20, *common, str(path), *options)
+
+    ways = {
+        "int8": ("--compute", "cpu", "--precision", "int8"),
+        "float32": ("--compute", "cpu", "--precision", "float32"),
+        "mlx": ("--compute", "mlx"),
+        "half": ("--compute", "mlx", "--dtype", "bfloat16"),
+    }
+    for made_by in ("int8", "float32"):
+        assert again(tmp_path / made_by, *ways[made_by]).exit_code == 0
+    for made_by, asked in (
+        ("int8", "float32"), ("float32", "int8"), ("float32", "mlx"), ("float32", "half"),
+    ):  # fmt: skip
+        found = again(tmp_path / made_by, *ways[asked])
+        assert isinstance(found.exception, RejectedError), (made_by, asked)
+        assert "--dtype" in str(found.exception)
+    # What `auto` means at 4 bits.
+    assert again(tmp_path / "int8", "--compute", "cpu").exit_code == 0
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mx, "save_safetensors", save)
+
+
+@pytest.fixture
+def read_only_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def open_(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        return (refuse if "w" in mode else original)(self, mode, *arguments, **options)
+
+    original = Path.open
+    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(Path, "unlink", refuse)
+
+
+@pytest.mark.parametrize("disk", ["full_disk", "read_only_disk"])
+def test_a_disk_that_cannot_be_written_costs_no_answer(
+    disk: str, directory: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    common = ("generate", "word", "--raw", "--model", str(directory), "-t", "0", "-n", "9")
+    expected = run(*common).stdout
+    request.getfixturevalue(disk)
+    found = run(*common, "--prompt-cache", str(tmp_path / "prompt"))
+    assert found.stdout == expected
+    assert isinstance(found.exception, ResourceError)
+    assert "prompt: cannot be written (" in str(found.exception)
+    assert not list(tmp_path.iterdir())

@@ -179,18 +179,21 @@ def choose_settings(
 
 
 def open_prompt_cache(
-    path: Path, inventory: Inventory, form: CacheConfig, dtype: str | None
+    path: Path, inventory: Inventory, form: CacheConfig, dtype: str | None, compute: str
 ) -> PromptCache:
     """The prompt cache at `path`, checked before any weight is read.
 
     Raises:
         RejectedError: it is damaged, or made under other conditions.
     """
+    from apertus_mlx.compute import uses_host
     from apertus_mlx.load import DTYPES, compute_dtype
     from apertus_mlx.prompt_cache import PromptCache
 
-    compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
-    return PromptCache(path, inventory, form, compute)
+    if uses_host(compute, dtype):
+        dtype = "float32"
+    number = DTYPES[dtype] if dtype else compute_dtype(inventory)
+    return PromptCache(path, inventory, form, number)
 
 
 def report_fit(fit: Fit) -> dict[str, Any]:

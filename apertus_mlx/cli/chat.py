@@ -99,8 +99,12 @@ def _converse(
     conversation = Conversation(speaker, system, think, fit.form)
     note("type a message; /help for more")
 
-    def answer(question: str) -> None:
-        pieces = conversation.ask(question, params, max_tokens, stop, fit.prefill_step)
+    def answer(question: str | None) -> None:
+        settings = (params, max_tokens, stop, fit.prefill_step)
+        if question is None:
+            pieces = conversation.retry(*settings)
+        else:
+            pieces = conversation.ask(question, *settings)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
             print_pieces(pieces)
         print_data("")
@@ -118,12 +122,10 @@ def _converse(
                 if not conversation.undo():
                     note("there is nothing to undo")
             elif command == "/retry":
-                question = conversation.last_question
-                if question is None:
+                if conversation.last_question is None:
                     note("there is nothing to retry")
                 else:
-                    conversation.undo()
-                    answer(question)
+                    answer(None)
             elif command == "/stats":
                 result = conversation.last_result
                 note(summary(result) if result else "nothing has been answered yet")

@@ -21,7 +21,6 @@ from apertus_mlx.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from apertus_mlx.cache import Cache
     from apertus_mlx.generate import Generation, Result
     from apertus_mlx.inventory import Inventory
     from apertus_mlx.prompt_cache import PromptCache
@@ -64,6 +63,7 @@ def generate(
     json: options.JsonOption = False,
 ) -> None:
     """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
+    from apertus_mlx.cached_prefix import CachedPrefix
     from apertus_mlx.cli.model_source import locate_model, open_speaker
     from apertus_mlx.errors import UsageError
     from apertus_mlx.generate import Generation, require_room
@@ -98,25 +98,27 @@ def generate(
     directory = locate_model(model, revision, offline)
     prompt_ids: list[int] = []
     saved: PromptCache | None = None
-    cache: list[Cache] | None = None
-    reused = 0
 
     def before_weights(
         inventory: Inventory, tokenizer: Tokenizer, template: ChatTemplate | None
     ) -> None:
-        nonlocal saved, cache, reused
+        nonlocal saved
         prompt_ids.extend(_prompt_ids(tokenizer, template, text, raw, system, think))
         require_room(len(prompt_ids), inventory.config.max_position_embeddings)
         memory.choose(inventory, len(prompt_ids) + max_tokens)
         if prompt_cache is not None:
             saved = cache_options.open_prompt_cache(
-                prompt_cache, inventory, memory.fit.form, dtype_name
+                prompt_cache, inventory, memory.fit.form, dtype_name, compute.value
             )
-            cache, reused = saved.resume(prompt_ids)
+            saved.require_use(prompt_ids)
 
     with cache_options.MemoryGuard(request, dtype_name, compute.value) as memory:
         speaker = open_speaker(directory, dtype_name, compute, precision, before_weights)
         loaded_s = time.perf_counter() - started
+        if saved is None:
+            prefix = CachedPrefix(speaker.model, memory.fit.form)
+        else:
+            prefix = saved.open(speaker.model, prompt_ids)
         run = Generation(
             speaker,
             prompt_ids,
@@ -124,11 +126,11 @@ def generate(
             max_tokens,
             stop or (),
             memory.fit.prefill_step,
-            cache or speaker.model.make_cache(memory.fit.form),
-            reused,
+            prefix,
+            on_prefix=None if saved is None else saved.save,
         )
         try:
-            _answer(run, saved, json)
+            _answer(run, json)
         finally:
             result = run.result
             if json:
@@ -146,19 +148,14 @@ def generate(
                 if sys.stdout.isatty():
                     print_data("")
                 note(summary(result))
+        if saved is not None:
+            saved.finish()
 
 
-def _answer(run: Generation, saved: PromptCache | None, json: bool) -> None:
-    """Run it; the prompt's cache is saved between reading and answering."""
-    total = len(run.prompt) - run.reused
-    with token_progress("reading the prompt", total) as update:
-
-        def on_prefill(done: int) -> None:
-            update(done)
-            if done == total and saved is not None and run.cache is not None:
-                saved.save(run.cache, run.prompt)
-
-        run.on_prefill = on_prefill
+def _answer(run: Generation, json: bool) -> None:
+    """Run it and print what it says."""
+    with token_progress("reading the prompt", len(run.prompt)) as update:
+        run.on_prefill = update
         if json:
             deque(run, maxlen=0)
         else:

@@ -48,6 +48,7 @@ class HostModel:
         self.config = config = inventory.config
         self.precision = precision
         tensors = Tensors(inventory, precision, on_bytes)
+        self._rounded_bits = tensors.rounded_bits()
         # The head is the largest part: first, while nothing else is held.
         self._head = _head_stage(config, tensors)
         self._embed = tensors.embedding()
@@ -78,6 +79,14 @@ class HostModel:
         return Scores(self._logits(hidden, (1,))[0])
 
     @property
+    def arithmetic(self) -> str:
+        """See `LanguageModel.arithmetic`."""
+        if not self._rounded_bits:
+            return "--compute cpu in float32"
+        bits = " and ".join(map(str, self._rounded_bits))
+        return f"--compute cpu in float32, activations rounded to int8 at weights of {bits} bits"
+
+    @property
     def layers(self) -> range:
         """One entry per decoder layer."""
         return range(self.config.num_hidden_layers)
@@ -94,14 +103,7 @@ class HostModel:
         caches: list[Cache] = [
             HostCache() if given is None else given for given in cache or [None] * len(self.layers)
         ]
-        start = [layer.offset for layer in caches]
-        try:
-            return self._run(ids, batch, caches, self._rotations(batch, length, caches[0].offset))
-        except BaseException:
-            # An interrupt between two layers must not leave caches of different lengths.
-            for layer, offset in zip(caches, start, strict=True):
-                layer.trim(layer.offset - offset)
-            raise
+        return self._run(ids, batch, caches, self._rotations(batch, length, caches[0].offset))
 
     def _run(
         self, ids: Any, batch: int, caches: Sequence[Cache], rotations: dict[str, Any]

@@ -70,6 +70,12 @@ class Tensors:
         activations = self._activations(spec.bits)
         return pack(words, scales, biases, spec.bits, spec.group_size, activations)
 
+    def rounded_bits(self) -> list[int]:
+        """The bits of those weights before whose products activations are rounded to int8."""
+        specs = self._inventory.specs.values()
+        codes = {spec.bits for spec in specs if spec.has_biases}
+        return sorted(bits for bits in codes if self._activations(bits) == "int8")
+
     def _activations(self, bits: int) -> Activations:
         if self._precision == "auto":
             return "int8" if bits <= MAX_INT8_BITS else "float32"
