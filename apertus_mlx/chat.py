@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
-from apertus_mlx.cached_prefix import CachedPrefix
+from apertus_mlx.cached_prefix import CachedPrefix, shared_length
 from apertus_mlx.decode import DEFAULT_PREFILL_STEP
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generate import DEFAULT_MAX_TOKENS, Generation, Piece, Result, Speaker
@@ -44,7 +44,7 @@ class Conversation:
         self.messages: list[Message] = []
         if system is not None:
             self.messages.append(Message(role="system", content=system))
-        self.last_result: Result | None = None
+        self._run: Generation | None = None
 
     def ask(
         self,
@@ -61,7 +61,9 @@ class Conversation:
             UsageError: the conversation no longer fits the model's context; it stays as it was.
         """
         turn = len(self.messages)
-        return self._answer(turn, text, params, max_tokens, stop_strings, prefill_step, on_prefill)
+        yield from self._answer(
+            turn, text, params, max_tokens, stop_strings, prefill_step, on_prefill
+        )
 
     def retry(
         self,
@@ -80,7 +82,9 @@ class Conversation:
         if text is None:
             raise UsageError("there is nothing to retry")
         turn = len(self.messages) - 2
-        return self._answer(turn, text, params, max_tokens, stop_strings, prefill_step, on_prefill)
+        yield from self._answer(
+            turn, text, params, max_tokens, stop_strings, prefill_step, on_prefill
+        )
 
     def _answer(
         self,
@@ -105,13 +109,22 @@ class Conversation:
             self._prefix,
             on_prefill,
         )
-        try:
-            yield from run
-        finally:
-            self.last_result = result = run.result
-            # A turn that is answered again finds its own question in the cache.
-            self._older[turn] = min(run.reused, self._older.get(turn, run.reused))
-            self.messages[turn:] = [question, Message(role="assistant", content=result.text)]
+        older = shared_length(self._prefix.tokens, prompt[:-1])
+        # A turn that is answered again finds its own question in the cache.
+        self._older[turn] = min(older, self._older.get(turn, older))
+        answer = Message(role="assistant", content="")
+        self._run = run
+        # From here on, so that an interrupt at any point leaves what there was.
+        self.messages[turn:] = [question, answer]
+        for piece in run:
+            if not piece.is_thought:
+                answer["content"] = f"{answer['content']}{piece.text}"
+            yield piece
+
+    @property
+    def last_result(self) -> Result | None:
+        """What the latest answer took, as far as it went."""
+        return None if self._run is None else self._run.result
 
     @property
     def last_question(self) -> str | None:

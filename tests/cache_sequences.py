@@ -115,7 +115,7 @@ class Recording:
     def _begin(self, caches: Sequence[Cache]) -> None:
         if caches[0].offset < self.position:
             self.history.append(self.position - caches[0].offset)
-            self.position = caches[0].offset
+        self.position = caches[0].offset
 
     def _end(self, fed: Feed) -> None:
         self.history.append(fed)
