@@ -41,6 +41,10 @@ class LanguageModel(Protocol):
     def layers(self) -> Sized:
         """The decoder layers."""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether MLX's GPU computes it."""
+
     def __call__(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> mx.array:
         """Logits `[B, L, vocabulary]` of the token ids `inputs` `[B, L]`."""
 

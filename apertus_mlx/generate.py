@@ -242,7 +242,7 @@ class Generation:
             prefill_tokens_per_s=_rate(len(self.prompt) - self.reused, prefill_s),
             decode_tokens_per_s=_rate(len(self.token_ids) - 1, decode_s),
             time_to_first_token_s=max(prefill_s, 0.0),
-            peak_memory_bytes=peak_bytes(),
+            peak_memory_bytes=peak_bytes(self.speaker.model.on_gpu),
             seed=self.params.seed,
         )
 

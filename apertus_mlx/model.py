@@ -279,6 +279,11 @@ class Model(nn.Module):
         """The decoder layers."""
         return self.model.layers
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes it: where MLX's default device is one."""
+        return bool(mx.default_device() != mx.cpu)
+
     def make_cache(self, form: CacheConfig = FULL_PRECISION) -> list[Cache]:
         """An empty cache of this form for each layer.
 

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class Target:
         """Bytes of all tensors of a model."""
         if self.size_bytes is not None:
             return self.size_bytes
-        return int((self.bits_per_weight or 0) * parameters / 8)
+        return int(Fraction(self.bits_per_weight or 0) * parameters / 8)
 
     @property
     def name(self) -> str:

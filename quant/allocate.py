@@ -31,7 +31,7 @@ def allocate(parts: Sequence[Sequence[Choice]], most_bytes: int, least_bytes: in
     Args:
         parts: the choices of each, at least one.
         most_bytes: what all may take together.
-        least_bytes: what they shall take at least, where that can be met.
+        least_bytes: what they shall take at least; where that cannot be met, as much as can.
 
     Raises:
         ValueError: not even the smallest choices fit, or a damage is not finite.
@@ -63,8 +63,8 @@ def allocate(parts: Sequence[Sequence[Choice]], most_bytes: int, least_bytes: in
                 taken[number, steps:][better] = index
         least = best
     first = max(0, -(-(least_bytes - sum(smallest)) // step))
-    if not np.isfinite(least[first:]).any():
-        first = 0
+    reachable = np.flatnonzero(np.isfinite(least))
+    first = min(first, int(reachable[-1]))
     place = first + int(np.argmin(least[first:]))
     result = []
     for number in reversed(range(len(parts))):

@@ -42,7 +42,7 @@ SIZES = {
     ),
 }  # fmt: skip
 FORM = {"bits": 4, "group_size": 64}
-READY = Ready("1", "nothing", [], "bfloat16", "full precision", 2, 512, 0.5)
+READY = Ready("1", "nothing", False, [], "bfloat16", "full precision", 2, 512, 0.5)
 SETTINGS = Settings(".", 100, 4, 0, None, "auto", "auto", {}, 512, 0, 0)
 TINY = ("--prompt-tokens", "3,8", "--depths", "0,5", "--new-tokens", "2", "--rounds", "2")
 

@@ -146,7 +146,7 @@ def test_more_context_less_precision_then_refusal() -> None:
         bits.append(chosen.form.key_bits)
     assert bits == sorted(bits, reverse=True)
     assert bits[-1] < FULL_BITS
-    with pytest.raises(ResourceError, match=r"--max-kv \d+, or at most \d+ tokens"):
+    with pytest.raises(ResourceError, match=r"--max-kv \d+, or with at most \d+ tokens"):
         fit(model, 4_900_000_000, 65_536, GPU_16_BIT)
     with pytest.raises(ResourceError, match=r"at 3 bits .*convert --bits 3"):
         fit(model, 4_000_000_000, 4096, GPU_16_BIT)

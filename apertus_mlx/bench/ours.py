@@ -19,7 +19,7 @@ from apertus_mlx.decode import decode, prefill
 from apertus_mlx.generate import load_speaker
 from apertus_mlx.inventory import take_inventory
 from apertus_mlx.load import DTYPES, compute_dtype
-from apertus_mlx.memory.machine import mlx_limits, on_gpu
+from apertus_mlx.memory.machine import mlx_limits
 from apertus_mlx.metal.enabled import enabled
 from apertus_mlx.model import Model
 from apertus_mlx.sampling import Sampler, SamplingParams
@@ -76,7 +76,7 @@ def _load(settings: Settings) -> Loaded:
     form = CacheConfig(**settings.form)
     kernels: list[str] = []
     if isinstance(speaker.model, Model):
-        backend = f"MLX on the {'GPU' if on_gpu() else 'CPU'}"
+        backend = f"MLX on the {'GPU' if speaker.model.on_gpu else 'CPU'}"
         dtype = DTYPES[settings.dtype] if settings.dtype else compute_dtype(inventory)
         found = enabled(inventory.config, inventory.specs, dtype)
         kernels = sorted(found.kernels) + ["compiled step"] * bool(found.compiled_step)
@@ -86,6 +86,7 @@ def _load(settings: Settings) -> Loaded:
     ready = Ready(
         version=__version__,
         backend=backend,
+        on_gpu=speaker.model.on_gpu,
         kernels=kernels,
         dtype=str(dtype).removeprefix("mlx.core."),
         cache=str(form),

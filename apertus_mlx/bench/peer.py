@@ -13,6 +13,7 @@ import mlx.core as mx
 from apertus_mlx.bench.sides import Loaded, Ready, Settings, serve
 from apertus_mlx.bench.stopwatch import Stopwatch
 from apertus_mlx.errors import ApertusError
+from apertus_mlx.memory.machine import on_gpu
 
 # More than any context holds: what is decoded has no end.
 ENDLESS = 2**31
@@ -74,7 +75,8 @@ def open_side(settings: Settings) -> Iterator[Loaded]:
     dtype = model.model.norm.weight.dtype
     ready = Ready(
         version=mlx_lm.__version__,
-        backend=f"MLX on the {'CPU' if mx.default_device() == mx.cpu else 'GPU'}",
+        backend=f"MLX on the {'GPU' if on_gpu() else 'CPU'}",
+        on_gpu=on_gpu(),
         kernels=[],
         dtype=str(dtype).removeprefix("mlx.core."),
         cache="full precision",

@@ -40,11 +40,13 @@ class Settings:
 class Ready:
     """What a side says once its model is loaded.
 
-    `kernels` are those of this package in use, `number_bytes` are those of a cached number.
+    `on_gpu`: whether MLX's GPU computes; `kernels` are those of this package in use, `number_bytes`
+    are those of a cached number.
     """
 
     version: str
     backend: str
+    on_gpu: bool
     kernels: list[str]
     dtype: str
     cache: str
@@ -137,6 +139,6 @@ def serve(open_side: Callable[[Settings], AbstractContextManager[Loaded]]) -> No
             answer(asdict(ready))
             for line in sys.stdin:
                 taken = seconds(Task(**json.loads(line)))
-                answer({"seconds": taken, "peak_memory_bytes": peak_bytes()})
+                answer({"seconds": taken, "peak_memory_bytes": peak_bytes(ready.on_gpu)})
     except ApertusError as error:
         answer({"error": type(error).__name__, "message": str(error)})

@@ -98,9 +98,10 @@ def bench(
     from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.cli.model_source import locate_model
     from apertus_mlx.cli.plot import check_plot
+    from apertus_mlx.compute import uses_host
     from apertus_mlx.errors import RejectedError, UsageError
     from apertus_mlx.inventory import take_inventory
-    from apertus_mlx.memory.machine import available_bytes
+    from apertus_mlx.memory.machine import available_bytes, on_gpu
 
     if plot is not None:
         check_plot(plot)
@@ -127,11 +128,13 @@ def bench(
     sides = 1 if against is None else 2
     if sides > 1:
         # Both models are in memory at once, so each side gets its share of it.
-        limit = request.limit_bytes or available_bytes()
+        limit = request.limit_bytes or available_bytes(
+            on_gpu() and not uses_host(compute.value, dtype.value if dtype else None)
+        )
         request = replace(request, limit_bytes=limit // sides)
     dtype_name = dtype.value if dtype else None
     fit = cache_options.choose_settings(
-        request, inventory, workload.context, dtype_name, compute.value
+        request, inventory, workload.context, dtype_name, compute.value, precision.value
     )
     settings = Settings(
         directory=str(directory),
@@ -144,7 +147,7 @@ def bench(
         form=asdict(fit.form),
         prefill_step=fit.prefill_step,
         buffer_cache_bytes=fit.buffer_cache_bytes,
-        wired_bytes=fit.footprint.total_bytes,
+        wired_bytes=fit.wired_bytes,
     )
     report = _measure(inventory, model or "embedded", workload, fit.form, settings, sides)
     if json:

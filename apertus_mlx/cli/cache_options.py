@@ -67,10 +67,13 @@ class MemoryGuard:
     `fit` is there once `choose` has been called.
     """
 
-    def __init__(self, request: MemoryRequest, dtype: str | None, compute: str) -> None:
+    def __init__(
+        self, request: MemoryRequest, dtype: str | None, compute: str, precision: str
+    ) -> None:
         self._request = request
         self._dtype = dtype
         self._compute = compute
+        self._precision = precision
         self._limits = contextlib.ExitStack()
         self.fit: Fit
 
@@ -84,9 +87,10 @@ class MemoryGuard:
         """See `choose_settings`."""
         from apertus_mlx.memory.machine import mlx_limits
 
-        self.fit = choose_settings(self._request, inventory, context, self._dtype, self._compute)
-        total_bytes = self.fit.footprint.total_bytes
-        self._limits.enter_context(mlx_limits(self.fit.buffer_cache_bytes, total_bytes))
+        self.fit = choose_settings(
+            self._request, inventory, context, self._dtype, self._compute, self._precision
+        )
+        self._limits.enter_context(mlx_limits(self.fit.buffer_cache_bytes, self.fit.wired_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,12 @@ def read_memory_request(
 
 
 def choose_settings(
-    request: MemoryRequest, inventory: Inventory, context: int, dtype: str | None, compute: str
+    request: MemoryRequest,
+    inventory: Inventory,
+    context: int,
+    dtype: str | None,
+    compute: str,
+    precision: str = "auto",
 ) -> Fit:
     """Settings with which `context` positions fit the limit or this machine; says what it chose.
 
@@ -160,13 +169,16 @@ def choose_settings(
     if request.form is not None:
         request.form.require_fit(config.head_dim)
     subject = inventory_subject(inventory, str(inventory.checkpoint.directory))
-    backend = choose_backend(subject, on_gpu(), dtype, uses_host(compute, dtype))
+    host = precision if uses_host(compute, dtype) else None
+    backend = choose_backend(subject, on_gpu(), dtype, host)
     context = min(context, config.max_position_embeddings)
-    limit = available_bytes() if request.limit_bytes is None else request.limit_bytes
+    limit = request.limit_bytes
+    if limit is None:
+        limit = available_bytes(on_gpu() and host is None)
     if request.force:
         form = request.form or FULL_PRECISION
         step = request.prefill_step or PREFILL_STEPS[0]
-        return Fit(form, step, footprint(subject, form, context, step, backend), limit)
+        return Fit(form, step, footprint(subject, form, context, step, backend), limit, backend)
     found = fit(subject, limit, context, backend, request.form, request.prefill_step)
     usual = (request.form or FULL_PRECISION, request.prefill_step or PREFILL_STEPS[0])
     if request.limit_bytes is not None or (found.form, found.prefill_step) != usual:

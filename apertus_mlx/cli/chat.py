@@ -72,7 +72,7 @@ def chat(
     request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
     dtype_name = dtype.value if dtype else None
     directory = locate_model(model, revision, offline)
-    with cache_options.MemoryGuard(request, dtype_name, compute.value) as memory:
+    with cache_options.MemoryGuard(request, dtype_name, compute.value, precision.value) as memory:
         speaker = open_speaker(
             directory,
             dtype_name,

@@ -112,7 +112,8 @@ def generate(
             )
             saved.require_use(prompt_ids)
 
-    with cache_options.MemoryGuard(request, dtype_name, compute.value) as memory:
+    guard = cache_options.MemoryGuard(request, dtype_name, compute.value, precision.value)
+    with guard as memory:
         speaker = open_speaker(directory, dtype_name, compute, precision, before_weights)
         loaded_s = time.perf_counter() - started
         if saved is None:

@@ -48,7 +48,9 @@ def plan(
     form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
     target = _device(device)
     subject = _subject(model, revision, offline)
-    report = make_report(subject, target, context, form, prefill_step, on_gpu=_on_gpu(device))
+    report = make_report(
+        subject, target, context, form, prefill_step, _on_gpu(device), _host(device)
+    )
     if json:
         print_json(report)
     else:
@@ -72,6 +74,15 @@ def _on_gpu(device: str | None) -> bool:
     from apertus_mlx.memory.machine import on_gpu
 
     return on_gpu()
+
+
+def _host(device: str | None) -> str | None:
+    """The precision of the CPU path, if it is what runs models on this machine."""
+    if device is not None:
+        return None
+    from apertus_mlx.compute import uses_host
+
+    return "auto" if uses_host("auto", None) else None
 
 
 def _subject(model: str | None, revision: str | None, offline: bool) -> Subject:

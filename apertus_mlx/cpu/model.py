@@ -12,6 +12,7 @@ import numpy as np
 from apertus_mlx import layout
 from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, make_layer_cache
 from apertus_mlx.config import ModelConfig
+from apertus_mlx.cpu.allocator import map_large_blocks
 from apertus_mlx.cpu.attention import Attention
 from apertus_mlx.cpu.cache import HostCache
 from apertus_mlx.cpu.runtime import Session
@@ -47,6 +48,7 @@ class HostModel:
     ) -> None:
         self.config = config = inventory.config
         self.precision = precision
+        map_large_blocks()
         tensors = Tensors(inventory, precision, on_bytes)
         self._rounded_bits = tensors.rounded_bits()
         # The head is the largest part: first, while nothing else is held.
@@ -90,6 +92,11 @@ class HostModel:
     def layers(self) -> range:
         """One entry per decoder layer."""
         return range(self.config.num_hidden_layers)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Never, whatever MLX has."""
+        return False
 
     def make_cache(self, form: CacheConfig = FULL_PRECISION) -> list[Cache]:
         """An empty cache of this form for each layer; see `Model.make_cache`."""

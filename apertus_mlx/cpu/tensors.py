@@ -13,15 +13,12 @@ import numpy.typing as npt
 
 from apertus_mlx import layout
 from apertus_mlx.cpu.runtime import Array
-from apertus_mlx.cpu.weights import Activations, Dense, Floats, Weight, pack, unpack
+from apertus_mlx.cpu.weights import Dense, Floats, Weight, activations_for, pack, unpack
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import OUTPUT_DIVISOR, XIELU_DEFAULTS, Inventory
 
 # How activations are rounded in products with quantized weights.
 Precision = Literal["auto", "float32", "int8"]
-# Up to so many bits, rounding activations to 8 bits adds less than a tenth of the loss (measured as
-# divergence from the unquantized model: 1 % at 4 bits, 4 % at 5, but 15 % at 6 bits).
-MAX_INT8_BITS = 5
 STORED_TYPES: dict[str, type[np.generic]] = {
     "BF16": np.uint16,
     "F16": np.float16,
@@ -67,19 +64,14 @@ class Tensors:
             values: Floats = np.array(wide.astype(mx.float32))
             return Dense(values * self._factor(path))
         scales, biases = self.floats(f"{path}.scales"), self.floats(f"{path}.biases")
-        activations = self._activations(spec.bits)
+        activations = activations_for(spec.bits, self._precision)
         return pack(words, scales, biases, spec.bits, spec.group_size, activations)
 
     def rounded_bits(self) -> list[int]:
         """The bits of those weights before whose products activations are rounded to int8."""
         specs = self._inventory.specs.values()
         codes = {spec.bits for spec in specs if spec.has_biases}
-        return sorted(bits for bits in codes if self._activations(bits) == "int8")
-
-    def _activations(self, bits: int) -> Activations:
-        if self._precision == "auto":
-            return "int8" if bits <= MAX_INT8_BITS else "float32"
-        return self._precision
+        return sorted(b for b in codes if activations_for(b, self._precision) == "int8")
 
     def _factor(self, path: str) -> Floats:
         """What the product of module `path` is multiplied by, one entry per row or for all."""

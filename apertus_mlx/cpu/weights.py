@@ -26,6 +26,9 @@ Words = npt.NDArray[np.uint32]
 Activations = Literal["float32", "int8"]
 
 PLANE_BITS = 4
+# Up to so many bits, rounding activations to 8 bits adds less than a tenth of the loss (measured as
+# divergence from the unquantized model: 1 % at 4 bits, 4 % at 5, but 15 % at 6 bits).
+MAX_INT8_BITS = 5
 # Whole zeros are close when they move weights by less than this share of their scale (rms);
 # rounding to codes moved them by 0.29, so the square of the error grows by less than 1 %.
 ZERO_ERROR = 0.025
@@ -85,7 +88,7 @@ def pack(
 ) -> Quantized:
     """Repack MLX's affine `words` `[rows, columns * bits / 32]`; 4 bits are taken as they are."""
     rows, groups = scales.shape
-    parts = _parts(bits, activations)
+    parts = parts_of(bits, activations)
     stream = words.view(np.uint8)
     packed = [stream] if parts == (Part(0, bits, bits),) else _repack(stream, bits, parts)
     columns = groups * group_size
@@ -177,7 +180,15 @@ class Part:
         return (1 << (self.stored_bits - 1)) - self.middle
 
 
-def _parts(bits: int, activations: Activations) -> tuple[Part, ...]:
+def activations_for(bits: int, precision: str) -> Activations:
+    """What activations are rounded to in products with weights of `bits`; see `HostModel`."""
+    if precision == "auto":
+        return "int8" if bits <= MAX_INT8_BITS else "float32"
+    return "int8" if precision == "int8" else "float32"
+
+
+def parts_of(bits: int, activations: Activations) -> tuple[Part, ...]:
+    """How codes of `bits` are stored: whole, or in planes."""
     if activations == "int8":
         return (Part(0, bits, next(width for width in (2, 4, 8) if bits <= width)),)
     return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -33,12 +34,20 @@ class Fit:
     prefill_step: int
     footprint: Footprint
     limit_bytes: int
+    backend: Backend
 
     @property
     def buffer_cache_bytes(self) -> int:
         """How many freed bytes MLX may keep: what the limit leaves, within reason."""
+        if self.backend.host:
+            return MIN_BUFFER_CACHE_BYTES
         left = self.limit_bytes - self.footprint.total_bytes
         return max(MIN_BUFFER_CACHE_BYTES, min(left, MAX_BUFFER_CACHE_BYTES))
+
+    @property
+    def wired_bytes(self) -> int:
+        """What a GPU shall keep resident; none of it is MLX's where the CPU path computes."""
+        return 0 if self.backend.host else self.footprint.total_bytes
 
 
 def fit(
@@ -61,7 +70,7 @@ def fit(
     for candidate, step in _settings(subject.config, context, form, prefill_step, bounds):
         needed = footprint(subject, candidate, context, step, backend)
         if needed.total_bytes <= limit_bytes:
-            return Fit(candidate, step, needed, limit_bytes)
+            return Fit(candidate, step, needed, limit_bytes, backend)
     raise ResourceError(_refusal(subject, limit_bytes, context, backend, form, prefill_step))
 
 
@@ -138,27 +147,29 @@ def _refusal(
     if fits >= LEAST_BOUND:
         bits = "" if smallest.key_bits == FULL_BITS else f"--kv-bits {smallest.key_bits} "
         bound = _largest_bound(subject, limit_bytes, context, smallest, backend)
+        ring = f"with --max-kv {bound}, or " if bound else ""
         return message + (
-            f"what would fit: {bits}--prefill-step {PREFILL_STEPS[-1]} with --max-kv {bound}, or "
-            f"at most {fits} tokens in all; --force tries anyway"
+            f"what would fit: {bits}--prefill-step {PREFILL_STEPS[-1]} {ring}"
+            f"with at most {fits} tokens in all; --force tries anyway"
         )
     short = min(context, LEAST_BOUND)
-    least = footprint(subject, smallest, short, PREFILL_STEPS[-1], backend)
-    beside = least.total_bytes - least.weights_bytes
+    least_bytes = _least_bytes(subject, short, backend, form, prefill_step)
     for width in (4, 3, 2):
-        weights = _quantized_bytes(subject.config, width)
-        if weights < subject.file_bytes and weights + beside <= limit_bytes:
+        other = _at_width(subject, width)
+        other_bytes = _least_bytes(other, short, backend, form, prefill_step)
+        # A width that this path keeps as it keeps the present one would help nobody.
+        if other_bytes < least_bytes and other_bytes <= limit_bytes:
             return message + (
-                f"what would fit: the model at {width} bits ({size_text(weights)}), "
-                f"apertus-mlx convert --bits {width}"
+                f"what would fit: the model at {width} bits ({short} tokens from "
+                f"{size_text(other_bytes)} on), apertus-mlx convert --bits {width} of its original"
             )
-    return message + f"it runs from {size_text(least.total_bytes)} on; take a smaller model"
+    return message + (f"{short} tokens run from {size_text(least_bytes)} on; take a smaller model")
 
 
 def _largest_bound(
     subject: Subject, limit_bytes: int, context: int, form: CacheConfig, backend: Backend
 ) -> int:
-    """The longest ring that stays under the limit, in steps of 32 positions."""
+    """The longest ring that stays under the limit, in steps of 32 positions; 0 if none does."""
     low, high = 0, context // STEP
     while low < high:
         middle = (low + high + 1) // 2
@@ -168,19 +179,32 @@ def _largest_bound(
             low = middle
         else:
             high = middle - 1
-    return max(low * STEP, form.least_bound)
+    return max(low * STEP, form.least_bound) if low else 0
 
 
-def _quantized_bytes(config: ModelConfig, bits: int) -> int:
-    spec = QuantSpec(bits, 64)
-    return sum(
-        spec.weight_bytes(matrix.rows, matrix.columns, 2)
-        if spec.fits(matrix.columns)
-        else 2 * matrix.rows * matrix.columns
-        for matrix in layout.matrices(config)
+def _least_bytes(
+    subject: Subject,
+    context: int,
+    backend: Backend,
+    form: CacheConfig | None,
+    prefill_step: int | None,
+) -> int:
+    """What the most frugal of all settings takes."""
+    return min(
+        footprint(subject, candidate, context, step, backend).total_bytes
+        for candidate, step in _settings(subject.config, context, form, prefill_step, False)
     )
 
 
+def _at_width(subject: Subject, bits: int) -> Subject:
+    """The model with all matrices in `bits`, where their columns divide into groups."""
+    spec = QuantSpec(bits, 64)
+    fitting = [m.path for m in layout.matrices(subject.config) if spec.fits(m.columns)]
+    return replace(subject, specs=dict.fromkeys(fitting, spec))
+
+
 def size_text(size_bytes: int) -> str:
-    """A size as people read it."""
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
+    """A size as people read it, never below what it is."""
+    unit, digits, name = (10**9, 2, "GB") if size_bytes >= 10**8 else (10**6, 1, "MB")
+    rounded = math.ceil(size_bytes * 10**digits / unit) / 10**digits
+    return f"{rounded:.{digits}f} {name}"

@@ -14,16 +14,20 @@ chunk, D the hidden size, I the MLP's, S positions seen and e bytes a number:
 The copies are rows in full precision, a chunk's and those before it, of which a ring or codes are
 made; those of all layers live until the chunk is done. A quantized cache computes scores in blocks
 of at most 8 MiB. When a cache grows, one layer of it is there twice.
+
+On the CPU path the whole process counts, with what `host` says of weights, libraries and loading;
+there it is an upper bound.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
 from apertus_mlx.cache.store import capacity_for
 from apertus_mlx.config import ModelConfig
+from apertus_mlx.memory import host
 from apertus_mlx.memory.subject import Subject
 from apertus_mlx.ops.segmented import MAX_SCORES_BYTES
 
@@ -41,15 +45,16 @@ class Backend:
     scores_in_blocks: float
     quantization: float
     fixed_bytes: int
-    # Whether it is the CPU path (`apertus_mlx.cpu`), which keeps weights in a form of its own.
-    host: bool = False
+    # Of the CPU path (`apertus_mlx.cpu`) the precision of activations; None where MLX computes.
+    host: str | None = None
 
 
 CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=3.0,
               fixed_bytes=1_500_000)  # fmt: skip
-# Python and the libraries are counted here: what is limited is then the whole process.
-HOST = Backend(4, mlp=4.0, residual=8.0, scores=0.0, scores_in_blocks=2.6, quantization=3.0,
-               fixed_bytes=110_000_000, host=True)  # fmt: skip
+HOST = Backend(4, mlp=5.6, residual=8.8, scores=1.5, scores_in_blocks=5.0, quantization=3.0,
+               fixed_bytes=5_000_000, host="auto")  # fmt: skip
+# In place, attention works on so many scores at a time, and holds them three times.
+HOST_SCORES, HOST_SCORES_COPIES = 2**21, 3.0
 GPU_16_BIT = Backend(2, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=12.0,
                      fixed_bytes=8_000_000)  # fmt: skip
 GPU_32_BIT = Backend(4, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=6.0,
@@ -64,11 +69,15 @@ class Footprint:
     kv_bytes: int
     prefill_bytes: int
     logits_bytes: int
+    # What the process takes in any case, and what passes while weights are loaded.
+    process_bytes: int = 0
+    loading_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """The peak: the last chunk of a prompt and the first logits do not coincide."""
-        return self.weights_bytes + self.kv_bytes + max(self.prefill_bytes, self.logits_bytes)
+        """The peak: loading, the last chunk of a prompt and the first logits do not coincide."""
+        running = self.kv_bytes + max(self.prefill_bytes, self.logits_bytes)
+        return self.process_bytes + self.weights_bytes + max(self.loading_bytes, running)
 
     def report(self) -> dict[str, Any]:
         """All parts by name."""
@@ -77,16 +86,23 @@ class Footprint:
             "kv_bytes": self.kv_bytes,
             "prefill_bytes": self.prefill_bytes,
             "logits_bytes": self.logits_bytes,
+            "process_bytes": self.process_bytes,
+            "loading_bytes": self.loading_bytes,
             "total_bytes": self.total_bytes,
         }
 
 
 def choose_backend(
-    subject: Subject, on_gpu: bool, dtype: str | None = None, host: bool = False
+    subject: Subject, on_gpu: bool, dtype: str | None = None, host: str | None = None
 ) -> Backend:
-    """How this checkpoint is computed: as the loader decides, unless `dtype` is asked for."""
+    """How this checkpoint is computed: as the loader decides, unless `dtype` is asked for.
+
+    `host`: precision of activations, if the CPU path computes, whatever MLX has.
+    """
+    if host is not None:
+        return replace(HOST, host=host)
     if not on_gpu:
-        return HOST if host else CPU
+        return CPU
     wide = dtype == "float32" if dtype else not subject.stored_16_bit
     return GPU_32_BIT if wide else GPU_16_BIT
 
@@ -96,15 +112,20 @@ def footprint(
 ) -> Footprint:
     """The peak of a run that ends with `context` positions, nearly all of them prompt."""
     config = subject.config
+    kv, prefill, logits = (
+        kv_bytes(config, form, context, backend.compute_bytes),
+        prefill_bytes(config, form, context, prefill_step, backend),
+        logits_bytes(config, form, context, backend),
+    )
+    if backend.host is None:
+        return Footprint(subject.weights_bytes(backend.compute_bytes), kv, prefill, logits)
     return Footprint(
-        weights_bytes=(
-            subject.host_weights_bytes()
-            if backend.host
-            else subject.weights_bytes(backend.compute_bytes)
-        ),
-        kv_bytes=kv_bytes(config, form, context, backend.compute_bytes),
-        prefill_bytes=prefill_bytes(config, form, context, prefill_step, backend),
-        logits_bytes=logits_bytes(config, form, context, backend),
+        host.weights_bytes(config, subject.specs, backend.host),
+        kv,
+        prefill,
+        logits,
+        host.fixed_bytes(config, subject.tokenizer_bytes),
+        host.loading_bytes(config, subject.specs, backend.host),
     )
 
 
@@ -136,12 +157,21 @@ def prefill_bytes(
         attention = backend.scores_in_blocks * min(scores, max(MAX_SCORES_BYTES, row))
         heads = 2 * config.num_key_value_heads * config.head_dim
         attention += backend.quantization * numbers * heads
+    elif backend.host is not None and form.bound is None:
+        attention = HOST_SCORES_COPIES * min(scores, HOST_SCORES * backend.compute_bytes)
     else:
         attention = backend.scores * scores
-    working = backend.mlp * mlp + max(1.1 * mlp, attention)
+    if backend.host is None:
+        working = backend.mlp * mlp + max(1.1 * mlp, attention)
+    else:
+        # Neither onnxruntime nor MLX gives memory back to the other.
+        working = backend.mlp * mlp + attention
     working += backend.residual * numbers * config.hidden_size
     copied = 2 * config.num_key_value_heads * config.head_dim * backend.compute_bytes
-    working += config.num_hidden_layers * copied * _rows_copied(form, context, length)
+    rows = _rows_copied(form, context, length)
+    if backend.host is not None and form.bound is not None:
+        rows = max(rows, length)
+    working += config.num_hidden_layers * copied * rows
     return int(working) + backend.fixed_bytes
 
 

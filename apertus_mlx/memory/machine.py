@@ -21,18 +21,21 @@ def on_gpu() -> bool:
     return bool(mx.default_device() != mx.cpu)
 
 
-def available_bytes() -> int:
-    """Memory that a run may take: what Metal recommends, else what the system has free."""
+def available_bytes(gpu: bool | None = None) -> int:
+    """Memory that a run may take: what Metal recommends, else what the system has free.
+
+    `gpu`: whether MLX's GPU is to compute it; None: where MLX has one.
+    """
     working_set = mx.device_info().get("max_recommended_working_set_size")
-    if isinstance(working_set, int) and on_gpu():
+    if isinstance(working_set, int) and (on_gpu() if gpu is None else gpu):
         return int(WORKING_SET_SHARE * working_set)
     free = [_linux_available(), _control_group_left(), _physical_bytes()]
     return int(AVAILABLE_SHARE * min(size for size in free if size is not None))
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held: MLX's on a GPU, else what was resident."""
-    if on_gpu():
+def peak_bytes(gpu: bool) -> int:
+    """The most memory that this process has held: MLX's where its `gpu` computes, else resident."""
+    if gpu:
         return mx.get_peak_memory()
     # What Linux says of a process's resources begins with its parent's peak.
     peak = _kilobytes(Path("/proc/self/status"), "VmHWM:")

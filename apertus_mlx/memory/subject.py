@@ -20,6 +20,10 @@ from apertus_mlx.safetensors_header import DTYPE_BITS, TensorInfo, parse_header
 from apertus_mlx.strict_json import parse_object
 from quant.spec import QuantSpec
 
+# Of the released sizes; of a remote model nobody asks.
+RELEASED_TOKENIZER_BYTES = 17_078_480
+TOKENIZER_FILE = "tokenizer.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -29,6 +33,7 @@ class Subject:
         name: how the user called it.
         file_bytes: size of all weight files together.
         stored_dtypes: the float types in which matrices that are not quantized are stored.
+        tokenizer_bytes: size of the tokenizer's file.
     """
 
     name: str
@@ -36,6 +41,7 @@ class Subject:
     specs: Mapping[str, QuantSpec]
     file_bytes: int
     stored_dtypes: frozenset[str]
+    tokenizer_bytes: int = RELEASED_TOKENIZER_BYTES
 
     @property
     def stored_16_bit(self) -> bool:
@@ -48,29 +54,6 @@ class Subject:
             _elements(shape) * _stored_bytes(dtypes, compute_bytes)
             for _, (dtypes, shape) in expected_tensors(self.config, dict(self.specs))
         )
-
-    def host_weights_bytes(self) -> int:
-        """Bytes of all weights in the CPU path: repacked codes, float32 scales and offsets.
-
-        Codes take 2, 4 or 8 bits there, above 5 bits in two planes with a scale each; what is not
-        affine is float32; rows of an untied embedding stay in the file. The largest matrix is there
-        twice while it is repacked, and a tenth is lost to padding and fragments (measured with
-        tests/benchmarks/generation.py at 0.5B and 1.5B, 2 to 6 bits).
-        """
-        sizes = []
-        for matrix in layout.matrices(self.config):
-            if matrix.path == layout.EMBEDDING and not self.config.tie_word_embeddings:
-                continue
-            spec = self.specs.get(matrix.path)
-            weights = matrix.rows * matrix.columns
-            if spec is None or not spec.has_biases:
-                sizes.append(4 * weights)
-                continue
-            stored_bits = next(bits for bits in (2, 4, 8) if spec.bits <= bits)
-            planes = 2 if spec.bits > 5 else 1
-            per_group = 4 * (planes + 1)
-            sizes.append(weights * stored_bits // 8 + weights // spec.group_size * per_group)
-        return int(1.1 * (sum(sizes) + max(sizes)))
 
     def read_per_token_bytes(self, compute_bytes: int) -> int:
         """Bytes of weights that one decoding step reads: all but an untied embedding."""
@@ -100,7 +83,15 @@ def inventory_subject(inventory: Inventory, name: str) -> Subject:
     kept = {
         key: tensor for key, tensor in checkpoint.tensors.items() if key not in inventory.dropped
     }
-    return Subject(name, inventory.config, inventory.specs, file_bytes, _stored_dtypes(kept))
+    tokenizer = checkpoint.directory / TOKENIZER_FILE
+    return Subject(
+        name,
+        inventory.config,
+        inventory.specs,
+        file_bytes,
+        _stored_dtypes(kept),
+        tokenizer.stat().st_size if tokenizer.is_file() else 0,
+    )
 
 
 def remote_subject(

@@ -7,6 +7,7 @@ uniform width of that size. q, k and v of a layer share a format, since they are
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from quant.spec import AFFINE_BITS, QuantSpec
 GROUP_SIZES = (DEFAULT_GROUP_SIZE, 128)
 # Windows to measure on.
 WINDOWS = 16
-# How far from the target a size may be.
+# How far below the target a size may be, where the widths leave a choice; above it is none.
 TOLERANCE = 0.01
 _JOINED = re.compile(r"\.[qkv]_proj$")
 
@@ -157,7 +158,13 @@ def find_units(plans: Plans) -> list[Unit]:
 def choose_formats(
     units: Sequence[Unit], damages: Damages, most_bytes: int
 ) -> dict[str, QuantSpec]:
-    """The format of each matrix, for the least damage in `most_bytes` or 1 % less."""
+    """The format of each matrix, for the least damage in `most_bytes` or at most 1 % less.
+
+    Where no choice comes that near, the size is the nearest one below `most_bytes`.
+
+    Raises:
+        ValueError: not even the smallest formats fit.
+    """
     formats = [list(unit.sizes_bytes) for unit in units]
     choices = [
         [
@@ -166,9 +173,7 @@ def choose_formats(
         ]
         for unit in units
     ]
-    smallest = sum(min(unit.sizes_bytes.values()) for unit in units)
-    most_bytes = max(most_bytes, smallest)
-    chosen = allocate(choices, most_bytes, int(most_bytes * (1 - TOLERANCE)))
+    chosen = allocate(choices, most_bytes, math.ceil(most_bytes * (1 - TOLERANCE)))
     return {
         path: formats[number][index]
         for number, index in enumerate(chosen)
@@ -197,7 +202,7 @@ def _check_reach(target: Target, units: Sequence[Unit], fixed_bytes: int, parame
     ends = [
         fixed_bytes + sum(end(unit.sizes_bytes.values()) for unit in units) for end in (min, max)
     ]
-    if not ends[0] <= wanted * (1 + TOLERANCE) or wanted > ends[1] * (1 + TOLERANCE):
+    if wanted < ends[0] or wanted > ends[1] * (1 + TOLERANCE):
         low, high = (8 * size / parameters for size in ends)
         raise UsageError(
             f"{target}: out of reach; this model takes from {low:.2f} to {high:.2f} bits per "
@@ -251,7 +256,7 @@ def _combined(plans: Plans, formats: Mapping[str, QuantSpec]) -> Plan:
 def _uniform_rival(
     plans: Plans, units: Sequence[Unit], damages: Damages, target_bytes: int
 ) -> QuantSpec | None:
-    """The uniform format that fits the target and promises most."""
+    """The uniform format that stays within the target and promises most."""
 
     def damage(spec: QuantSpec) -> float:
         return sum(damages[path][spec] for unit in units for path in unit.paths)
@@ -259,8 +264,7 @@ def _uniform_rival(
     fitting = [
         spec
         for spec, plan in plans.items()
-        if plan.weight_bytes <= target_bytes * (1 + TOLERANCE)
-        and all(spec in unit.sizes_bytes for unit in units)
+        if plan.weight_bytes <= target_bytes and all(spec in unit.sizes_bytes for unit in units)
     ]
     return min(fitting, key=damage, default=None)
 

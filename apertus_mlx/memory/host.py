@@ -1,0 +1,76 @@
+"""What the CPU path (`apertus_mlx.cpu`) holds: an upper bound, as there the process is limited.
+
+Beside libraries and tokenizer these are weights in a form of its own (`apertus_mlx.cpu.weights`):
+codes of 2, 4 or 8 bits or in planes of 4, and for each group the scale of each plane, an offset
+and, where activations are int8, the sum of its codes, four bytes each. What is not affine is
+float32; rows of an untied embedding stay in the file. While a matrix is read, its codes are there
+twice more; those of a stage (the head comes first, then each layer) are freed together.
+
+Measured on Linux (glibc, onnxruntime 1.32, two cores) with `tests/benchmarks/cpu_memory.py`, where
+the command stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from apertus_mlx import layout
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.cpu.weights import activations_for, parts_of
+from quant.spec import QuantSpec
+
+# Python, MLX, onnxruntime and the command line; and a layer's graphs.
+LIBRARIES_BYTES, LAYER_BYTES = 90_000_000, 250_000
+# A tokenizer, for each entry of the vocabulary and each byte of its file. Measured: 99 MB for
+# 131,072 entries in 3.9 MB, 190 MB for as many and 269,443 merges in 17.1 MB.
+ENTRY_BYTES, FILE_COPIES = 560, 7
+# While a matrix is read that becomes float32, in bytes a weight: from floats, from a float mode.
+FLOATS_LOADING_BYTES, MODE_LOADING_BYTES = 8, 16
+
+
+def fixed_bytes(config: ModelConfig, tokenizer_bytes: int) -> int:
+    """Bytes of what is neither weights nor grows with a prompt."""
+    tokenizer = ENTRY_BYTES * config.vocab_size + FILE_COPIES * tokenizer_bytes
+    return LIBRARIES_BYTES + LAYER_BYTES * config.num_hidden_layers + tokenizer
+
+
+def weights_bytes(config: ModelConfig, specs: Mapping[str, QuantSpec], precision: str) -> int:
+    """Bytes of all weights as onnxruntime keeps them."""
+    return sum(held for held, _ in _stages(config, specs, precision).values())
+
+
+def loading_bytes(config: ModelConfig, specs: Mapping[str, QuantSpec], precision: str) -> int:
+    """Bytes beyond those of the weights at the worst moment of loading; may be negative."""
+    held, worst = 0, 0
+    for own, passing in _stages(config, specs, precision).values():
+        held += own
+        worst = max(worst, held + passing)
+    return worst - held
+
+
+def _stages(
+    config: ModelConfig, specs: Mapping[str, QuantSpec], precision: str
+) -> dict[str, tuple[int, int]]:
+    """Of the head and of each layer the bytes that stay, and those that pass beside them."""
+    stages = {layout.HEAD: (0, 0)}
+    for matrix in layout.matrices(config):
+        stage = layout.HEAD
+        if matrix.path not in (layout.EMBEDDING, layout.HEAD):
+            stage = matrix.path.rsplit(".", 2)[0]
+        elif matrix.path == layout.EMBEDDING and not config.tie_word_embeddings:
+            continue
+        found = _matrix_bytes(matrix, specs.get(matrix.path), precision)
+        before = stages.get(stage, (0, 0))
+        stages[stage] = (before[0] + found[0], before[1] + found[1])
+    return stages
+
+
+def _matrix_bytes(matrix: layout.Matrix, spec: QuantSpec | None, precision: str) -> tuple[int, int]:
+    weights = matrix.rows * matrix.columns
+    if spec is None or not spec.has_biases:
+        return 4 * weights, (FLOATS_LOADING_BYTES if spec is None else MODE_LOADING_BYTES) * weights
+    activations = activations_for(spec.bits, precision)
+    planes = parts_of(spec.bits, activations)
+    codes = weights * sum(plane.stored_bits for plane in planes) // 8
+    numbers = len(planes) + (2 if activations == "int8" else 1)
+    return codes + 4 * numbers * (weights // spec.group_size), 2 * codes
