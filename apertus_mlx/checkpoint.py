@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.errors import NotFoundError, RejectedError
+from apertus_mlx.model_files import exists
 from apertus_mlx.safetensors_header import TensorInfo, read_header
 from apertus_mlx.strict_json import read_object
 
@@ -50,14 +51,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not directory.is_dir():
         raise NotFoundError(f"{directory}: no such folder")
     index = directory / INDEX_FILE
-    if index.is_file():
+    if exists(index):
         weight_map = read_weight_map(read_object(index), str(index))
         files = sorted(set(weight_map.values()))
         _refuse_stray_shards(directory, files)
     else:
         weight_map = None
         files = _weight_files(directory)
-    headers = {file: read_header(_inside(directory, file)) for file in files}
+    headers = {file: read_header(directory / file) for file in files}
     tensors = merge_headers(headers, weight_map, str(directory))
     return Checkpoint(directory, tuple(files), tensors)
 
@@ -143,20 +144,3 @@ def _refuse_stray_shards(directory: Path, files: list[str]) -> None:
             f"{directory}: {sorted(stray)[0]} is not named in {INDEX_FILE}; "
             "remove it or fetch the right index"
         )
-
-
-def _inside(directory: Path, file: str) -> Path:
-    """`directory/file`, if what it resolves to lies in the folder or in its Hub cache."""
-    path = directory / file
-    if not path.exists():
-        state = "is a broken link" if path.is_symlink() else "is missing"
-        raise RejectedError(f"{path}: {state}; fetch the checkpoint again")
-    root = directory.resolve()
-    # A Hub cache keeps <repo>/snapshots/<commit>/<file> as links into <repo>/blobs.
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
-    if not path.resolve().is_relative_to(root):
-        raise RejectedError(f"{path}: links to a file outside the model folder")
-    if not path.is_file():
-        raise RejectedError(f"{path}: is not a file")
-    return path

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from apertus_mlx.config_keys import KeyReader
 from apertus_mlx.errors import NotFoundError, RejectedError
+from apertus_mlx.model_files import exists
 from apertus_mlx.strict_json import read_object
 from quant.spec import QuantSpec
 
@@ -130,7 +131,7 @@ def read_config(directory: Path) -> ModelConfig:
     if not directory.is_dir():
         raise NotFoundError(f"{directory}: no such folder")
     path = directory / CONFIG_FILE
-    if not path.is_file():
+    if not exists(path):
         weights = any(directory.glob("*.safetensors"))
         found = "" if weights else " and no *.safetensors"
         raise RejectedError(f"{directory}: no config.json{found}; not a model folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -55,7 +54,8 @@ class KeyReader:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, "a number", value)
-        if not math.isfinite(value) or not low < value <= high:
+        # Neither NaN nor infinity passes, and an integer of any size can be compared.
+        if not low < value <= high:
             raise self.error(key, f"a number above {low} and up to {high}", value)
         return float(value)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apertus_mlx.config_keys import KeyReader
+from apertus_mlx.model_files import exists
 from apertus_mlx.strict_json import read_object
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -42,7 +43,7 @@ def read_generation_config(directory: Path, vocab_size: int) -> GenerationConfig
         RejectedError: the file is damaged, or a value is out of range (ids: of the vocabulary).
     """
     path = directory / GENERATION_CONFIG_FILE
-    if not path.is_file():
+    if not exists(path):
         return GenerationConfig()
     values = read_object(path)
     keys = KeyReader(values, str(path))

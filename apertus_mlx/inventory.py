@@ -11,6 +11,7 @@ from apertus_mlx import layout
 from apertus_mlx.checkpoint import Checkpoint, open_checkpoint
 from apertus_mlx.config import ModelConfig, read_config
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.model_files import open_file
 from apertus_mlx.safetensors_header import TensorInfo
 from quant.spec import QuantSpec
 
@@ -184,7 +185,7 @@ def _require_equal_head(checkpoint: Checkpoint, key: str, name: str) -> None:
 
 def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
     a, b = checkpoint.tensors[first], checkpoint.tensors[second]
-    with checkpoint.path(a).open("rb") as file_a, checkpoint.path(b).open("rb") as file_b:
+    with open_file(checkpoint.path(a)) as file_a, open_file(checkpoint.path(b)) as file_b:
         file_a.seek(a.offset)
         file_b.seek(b.offset)
         left = a.size_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from apertus_mlx import command_buffers
+from apertus_mlx.checkpoint import Checkpoint
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import (
     FLOAT_DTYPES,
@@ -22,6 +24,7 @@ from apertus_mlx.inventory import (
     take_inventory,
 )
 from apertus_mlx.model import Model
+from apertus_mlx.model_files import checked
 from apertus_mlx.scaled_linear import ScaledLinear
 from quant.spec import QuantSpec
 
@@ -106,6 +109,18 @@ def compute_dtype(inventory: Inventory) -> mx.Dtype:
     return mx.bfloat16 if stored <= {"BF16"} else mx.float32
 
 
+@contextmanager
+def _cut_files_named(path: Path, checkpoint: Checkpoint) -> Iterator[None]:
+    """Refuse a file that is no longer as long as its header says, whatever MLX makes of it."""
+    ends = (t.offset + t.size_bytes for t in checkpoint.tensors.values() if t.file == path.name)
+    try:
+        yield
+    except RuntimeError:
+        if checked(path).stat().st_size == max(ends):
+            raise
+        raise RejectedError(f"{path}: was changed while it was loaded; start again") from None
+
+
 def _read_arrays(
     inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, mx.array]]:
@@ -115,7 +130,9 @@ def _read_arrays(
     checkpoint = inventory.checkpoint
     done = 0
     for file in checkpoint.files:
-        loaded = mx.load(str(checkpoint.directory / file))
+        path = checkpoint.directory / file
+        with _cut_files_named(path, checkpoint):
+            loaded = mx.load(str(checked(path)), format="safetensors")
         assert isinstance(loaded, dict)
         for key in sorted(loaded):
             array = loaded.pop(key)
@@ -125,10 +142,11 @@ def _read_arrays(
             if mx.issubdtype(array.dtype, mx.floating):
                 kept = mx.float32 if key.endswith((OUTPUT_SCALE, OUTPUT_DIVISOR)) else compute
                 array = array.astype(kept).reshape(shape)
-                if not mx.isfinite(array).all():
-                    count = mx.sum(~mx.isfinite(array)).item()
-                    raise RejectedError(f"{checkpoint.directory}: {key}: {count} values not finite")
-            mx.eval(array)
+            with _cut_files_named(path, checkpoint):
+                mx.eval(array)
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+                count = mx.sum(~mx.isfinite(array)).item()
+                raise RejectedError(f"{checkpoint.directory}: {key}: {count} values not finite")
             done += checkpoint.tensors[key].size_bytes
             if on_bytes is not None:
                 on_bytes(done, checkpoint.size_bytes)

@@ -30,6 +30,13 @@ from apertus_mlx.compute import LanguageModel
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.errors import NotFoundError, RejectedError, ResourceError, UsageError
 from apertus_mlx.inventory import Inventory
+from apertus_mlx.model_files import (
+    MAX_TOKENIZER_BYTES,
+    checked,
+    exists,
+    open_file,
+    read_file,
+)
 from apertus_mlx.safetensors_header import TensorInfo, read_header
 from apertus_mlx.strict_json import parse_object
 
@@ -150,7 +157,7 @@ def fingerprint(inventory: Inventory) -> Fingerprint:
     for key in sorted(checkpoint.tensors):
         tensor = checkpoint.tensors[key]
         weights.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
-        with checkpoint.path(tensor).open("rb") as file:
+        with open_file(checkpoint.path(tensor)) as file:
             for start in (0, max(0, tensor.size_bytes // 2)):
                 file.seek(tensor.offset + start)
                 weights.update(file.read(min(SAMPLE_BYTES, tensor.size_bytes - start)))
@@ -167,7 +174,7 @@ def _files_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     for name in TEXT_FILES:
         path = directory / name
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_file(path, MAX_TOKENIZER_BYTES) if exists(path) else b""
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -222,8 +229,9 @@ def load_prompt_cache(
         NotFoundError: there is no such file.
         RejectedError: the file is damaged, or made under other conditions; the message names which.
     """
-    if not path.is_file():
+    if not path.exists():
         raise NotFoundError(f"{path}: no such prompt cache")
+    path = path.resolve()  # the user's own, so that a link may lead anywhere
     tensors = {tensor.name: tensor for tensor in read_header(path)}
     metadata = _read_metadata(path)
     if metadata.get("format") != FORMAT:
@@ -248,7 +256,7 @@ def load_prompt_cache(
     positions = _parse_positions(metadata.get("positions", ""), config, path)
     expected_arrays = dict(_expected(config, form, positions, dtype))
     _require_arrays(path, tensors, expected_arrays)
-    arrays = mx.load(str(path), format="safetensors")
+    arrays = mx.load(str(checked(path)), format="safetensors")
     assert isinstance(arrays, dict)
     tokens = [int(token) for token in np.array(arrays.pop(TOKENS))]
     if _tokens_digest(tokens) != metadata.get("tokens"):
@@ -324,7 +332,7 @@ def _require_arrays(
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = parse_object(file.read(length), f"{path}: header")
     metadata = header.get("__metadata__")

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apertus_mlx import native_errors
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.strict_json import LFS_POINTER_PREFIX, parse_object
+from apertus_mlx.model_files import LFS_POINTER, checked, open_file
+from apertus_mlx.strict_json import parse_object
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
@@ -48,10 +50,10 @@ def read_header(path: Path) -> list[TensorInfo]:
         RejectedError: the file is damaged, hostile or no safetensors file; nothing was allocated.
     """
     try:
-        file_size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER_PREFIX))
-            if start == LFS_POINTER_PREFIX:
+        with open_file(path) as file:
+            file_size = os.fstat(file.fileno()).st_size
+            start = file.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
                 raise RejectedError(
                     f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`"
                 )
@@ -139,10 +141,10 @@ def _is_offset(value: object) -> bool:
 
 
 def _pass_gatekeeper(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(os.fspath(path), framework="np"):
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RejectedError(f"{path}: refused by the safetensors library ({error})") from None
+    with (
+        native_errors.refused(f"{path}: refused by the safetensors library"),
+        safe_open(os.fspath(checked(path)), framework="np"),
+    ):
+        pass

@@ -7,33 +7,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from apertus_mlx.errors import RejectedError
-
-MAX_JSON_BYTES = 64 * 2**20
-LFS_POINTER_PREFIX = b"version https://git-lfs"
+from apertus_mlx.model_files import LFS_POINTER, MAX_TEXT_BYTES, read_file
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`.
+    """Return the JSON object in `path`, a file of a model folder.
 
     Raises:
-        RejectedError: the file is missing, empty, too large, a Git LFS pointer, or not one
-            JSON object in UTF-8 with unique keys. A byte order mark is accepted.
+        RejectedError: see `read_file`; or the file is empty, or not one JSON object in UTF-8 with
+            unique keys. A byte order mark is accepted.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise RejectedError(
-                f"{path}: {size} bytes is too large for a JSON file of a checkpoint"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise RejectedError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_object(data, str(path))
+    return parse_object(read_file(path, MAX_TEXT_BYTES), str(path))
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
     """Return the JSON object in `data`; `name` is what error messages call it."""
-    if data.startswith(LFS_POINTER_PREFIX):
+    if data.startswith(LFS_POINTER):
         raise RejectedError(f"{name}: is a Git LFS pointer, not the file; run `git lfs pull`")
     if not data.strip():
         raise RejectedError(f"{name}: is empty")

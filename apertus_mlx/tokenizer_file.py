@@ -14,9 +14,9 @@ import tokenizers
 
 from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.model_files import MAX_TOKENIZER_BYTES, read_file
 from apertus_mlx.rust_panics import guarded
 
-MAX_TOKENIZER_BYTES = 128 * 2**20
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 
 
@@ -54,17 +54,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_TOKENIZER_BYTES:
-            raise RejectedError(
-                f"{path}: {size} bytes, more than the {MAX_TOKENIZER_BYTES} allowed"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise RejectedError(f"{path}: cannot be read ({error.strerror})") from None
-    if data.startswith(b"version https://git-lfs"):
-        raise RejectedError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull`")
+    data = read_file(path, MAX_TOKENIZER_BYTES)
     if data.startswith(b"\xef\xbb\xbf"):
         raise RejectedError(f"{path}: starts with a byte order mark; save it as plain UTF-8")
     return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from apertus_mlx.model_files import exists, open_file
 from convert.plan import DTYPE_NAMES, Plan
 from convert.receipt import FLOOR, Receipt
 
@@ -81,11 +82,10 @@ def damage_table(quality: Receipt) -> list[str]:
 def license_of(directory: Path) -> str | None:
     """The licence that the source's README names in its front matter, if any."""
     path = directory / "README.md"
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
-    except OSError:
+    if not exists(path):
         return None
+    with open_file(path) as file:
+        text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
     if not text.startswith("---"):
         return None
     found = _LICENSE.search(text.split("\n---", 1)[0])

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.config_keys import KeyReader
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.model_files import (
+    MAX_TEXT_BYTES,
+    MAX_TOKENIZER_BYTES,
+    checked,
+    copy_file,
+    exists,
+)
 from apertus_mlx.strict_json import read_object
+from apertus_mlx.tokenizer_file import read_backend
 
 TOKENIZER = "tokenizer.json"
 # An allow-list: code, weights of other formats and whatever else lies there are never copied.
@@ -19,16 +26,14 @@ COPIED = (
     "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
     "USE_POLICY.md",
 )  # fmt: skip
-MAX_COMPANION_BYTES = 64 * 2**20
 
 
 def companion_files(directory: Path) -> Iterator[Path]:
     """The files of `directory` that go to the output as they are."""
     for name in COPIED:
         path = directory / name
-        if path.is_file():
-            if path.stat().st_size > MAX_COMPANION_BYTES:
-                raise RejectedError(f"{path}: {path.stat().st_size} bytes is too large")
+        if exists(path):
+            checked(path, _most_bytes(path))
             yield path
 
 
@@ -40,17 +45,16 @@ def check_companions(directory: Path, config: ModelConfig) -> None:
             `generation_config.json` names ids out of range.
     """
     path = directory / TOKENIZER
-    if not path.is_file():
+    if not exists(path):
         raise RejectedError(f"{directory}: no {TOKENIZER}; fetch the whole checkpoint")
-    if path.stat().st_size > MAX_COMPANION_BYTES:
-        raise RejectedError(f"{path}: {path.stat().st_size} bytes is too large for a tokenizer")
-    highest = _highest_id(path)
+    vocabulary = read_backend(path).get_vocab(with_added_tokens=True)
+    highest = max(vocabulary.values(), default=-1)
     if highest >= config.vocab_size:
         raise RejectedError(
             f"{path}: has token id {highest}, but the model has {config.vocab_size} (vocab_size)"
         )
     generation = directory / "generation_config.json"
-    if generation.is_file():
+    if exists(generation):
         keys = KeyReader(read_object(generation), str(generation))
         keys.integers("eos_token_id", 0, config.vocab_size - 1)
         keys.optional_integer("bos_token_id", 0, config.vocab_size - 1)
@@ -60,17 +64,8 @@ def check_companions(directory: Path, config: ModelConfig) -> None:
 def copy_companions(directory: Path, target: Path) -> None:
     """Copy the companion files into `target`."""
     for path in companion_files(directory):
-        shutil.copyfile(path, target / path.name)
+        copy_file(path, target / path.name, _most_bytes(path))
 
 
-def _highest_id(path: Path) -> int:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises bare Exception, and panics as BaseException
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise RejectedError(f"{path}: is not a tokenizer ({error})") from None
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    return max(vocabulary.values(), default=-1)
+def _most_bytes(path: Path) -> int:
+    return MAX_TOKENIZER_BYTES if path.name == TOKENIZER else MAX_TEXT_BYTES

@@ -12,6 +12,7 @@ from typing import Any
 
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.model_files import exists
 from apertus_mlx.strict_json import read_object
 from apertus_mlx.template import ChatTemplate, Message
 from apertus_mlx.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def differing(directory: Path, config: ModelConfig) -> list[str]:
         RejectedError: the file is damaged.
     """
     path = directory / GOLDEN
-    if not path.is_file():
+    if not exists(path):
         return []
     stored, now = read_object(path), golden_prompts(directory, config)
     if stored.get("format_version") != FORMAT_VERSION:

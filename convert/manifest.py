@@ -17,6 +17,7 @@ from typing import Any
 from apertus_mlx import __version__
 from apertus_mlx.config_keys import KeyReader
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.model_files import exists, open_file
 from apertus_mlx.strict_json import read_object
 
 MANIFEST = "apertus_mlx_manifest.json"
@@ -75,7 +76,7 @@ def read_manifest(directory: Path) -> Manifest:
         RejectedError: it is missing, damaged, or of a version that this package does not know.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not exists(path):
         raise RejectedError(f"{directory}: no {MANIFEST}; only folders made by convert have one")
     keys = KeyReader(read_object(path), str(path))
     version = keys.integer("format_version", 1, 2**31)
@@ -101,7 +102,7 @@ def read_manifest(directory: Path) -> Manifest:
 def sha256(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from apertus_mlx import layout
 from apertus_mlx.errors import UsageError
 from apertus_mlx.memory.devices import parse_size
+from apertus_mlx.model_files import read_own_file
 from apertus_mlx.strict_json import parse_object
 from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, QuantSpec
 
@@ -199,12 +200,9 @@ def read_recipe(path: Path) -> tuple[QuantSpec | None, tuple[Rule, ...]]:
     `false` or to a table with the same three keys.
     """
     name = str(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{name}: cannot be read ({error.strerror})") from None
-    if len(data) > MAX_RECIPE_BYTES:
-        raise UsageError(f"{name}: {len(data)} bytes is too large for a recipe")
+    if not path.exists():
+        raise UsageError(f"{name}: there is no such recipe")
+    data = read_own_file(path, MAX_RECIPE_BYTES)
     values: Mapping[str, Any]
     try:
         if path.suffix == ".json":

@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.model_files import checked, open_file
 from apertus_mlx.safetensors_header import TensorInfo
 
 # Source bytes that are in memory at once, unless one row is larger.
@@ -51,7 +53,7 @@ class Reader:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -62,9 +64,9 @@ class Reader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def raw(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Rows `start` to `stop` of `tensor` as the file holds them (16-bit floats as integers).
@@ -135,12 +137,9 @@ class Reader:
             done += count
 
     def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            try:
-                self._descriptors[file] = os.open(self._directory / file, os.O_RDONLY)
-            except OSError as error:
-                raise RejectedError(f"{file}: cannot be read ({error.strerror})") from None
-        return self._descriptors[file]
+        if file not in self._files:
+            self._files[file] = open_file(self._directory / file)
+        return self._files[file].fileno()
 
 
 def block_rows(row_bytes: int) -> int:
@@ -152,11 +151,6 @@ def file_states(directory: Path, files: Iterable[str]) -> dict[str, FileState]:
     """Size and modification time of each file."""
     states = {}
     for file in files:
-        try:
-            found = (directory / file).stat()
-        except OSError as error:
-            raise RejectedError(
-                f"{directory / file}: cannot be read any more ({error.strerror})"
-            ) from None
+        found = checked(directory / file).stat()
         states[file] = FileState(found.st_size, found.st_mtime_ns)
     return states

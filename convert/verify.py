@@ -11,6 +11,7 @@ from apertus_mlx.checkpoint import INDEX_FILE, open_checkpoint
 from apertus_mlx.config import CONFIG_FILE, ModelConfig, read_config
 from apertus_mlx.errors import NotFoundError, RejectedError
 from apertus_mlx.inventory import take_inventory
+from apertus_mlx.model_files import checked, exists, read_file
 from apertus_mlx.strict_json import read_object
 from convert import swift_contract as swift
 from convert.golden import GOLDEN, differing
@@ -56,10 +57,16 @@ def _check_manifest(directory: Path) -> Iterator[Finding]:
         return
     for name, record in manifest.files.items():
         path = directory / name
-        if not path.is_file() or path.is_symlink():
+        if not exists(path):
             yield Finding("error", name, "is missing")
-        elif path.stat().st_size != record.size_bytes:
-            text = f"has {path.stat().st_size} bytes, the manifest says {record.size_bytes}"
+            continue
+        try:
+            size_bytes = checked(path).stat().st_size
+        except RejectedError as error:
+            yield Finding("error", name, str(error))
+            continue
+        if size_bytes != record.size_bytes:
+            text = f"has {size_bytes} bytes, the manifest says {record.size_bytes}"
             yield Finding("error", name, text)
         elif sha256(path) != record.sha256:
             yield Finding("error", name, "was changed: its hash is not the manifest's")
@@ -67,7 +74,7 @@ def _check_manifest(directory: Path) -> Iterator[Finding]:
             yield Finding("warning", name, "is larger than a 32-bit process can map")
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
-        if path.is_dir() or name in manifest.files or name == MANIFEST:
+        if (path.is_dir() and not path.is_symlink()) or name in manifest.files or name == MANIFEST:
             continue
         # Released Swift versions load every safetensors file below the folder.
         level: swift.Level = "error" if name.endswith(".safetensors") else "warning"
@@ -83,7 +90,7 @@ def _check_model(directory: Path) -> list[Finding]:
         findings: list[Finding] = []
         for prompt in differing(directory, config):
             findings.append(Finding("error", GOLDEN, f"{prompt!r} has other token ids today"))
-        if not (directory / INDEX_FILE).is_file():
+        if not exists(directory / INDEX_FILE):
             findings.append(Finding("warning", INDEX_FILE, "absent"))
     except RejectedError as error:
         return [Finding("error", "weights", str(error))]
@@ -129,16 +136,16 @@ def _check_swift(
 
 
 def _check_tokenizer(directory: Path) -> list[Finding]:
-    if not (directory / "tokenizer.json").is_file():
+    if not exists(directory / "tokenizer.json"):
         return [Finding("warning", "tokenizer.json", "absent: text cannot be read or written")]
     path = directory / "tokenizer_config.json"
-    if not path.is_file():
+    if not exists(path):
         return [Finding("warning", path.name, "absent: swift-transformers needs it")]
     template = directory / "chat_template.jinja"
     text = None
-    if template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
-        text = template.read_text(encoding="utf-8", errors="replace")
     try:
+        if exists(template):
+            text = read_file(template, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
         return swift.check_tokenizer(read_object(path), text)
     except RejectedError as error:
-        return [Finding("error", path.name, str(error))]
+        return [Finding("error", "tokenizer", str(error))]

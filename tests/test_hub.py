@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hub_server
 import numpy as np
 import pytest
 from hub_server import CHUNK_BYTES, HubServer, Request, is_large, point_client_at, serving
@@ -28,8 +29,9 @@ from apertus_mlx.errors import (
     ResourceError,
     UsageError,
 )
-from apertus_mlx.hub import remote_headers
+from apertus_mlx.hub import remote_headers, snapshot
 from apertus_mlx.hub import transfer as hub_transfer
+from apertus_mlx.hub.listing import list_files
 
 REPO = "swiss-ai/Tiny"
 ROOT = Path(__file__).parent.parent
@@ -273,6 +275,61 @@ def test_a_damaged_transfer_is_not_kept(server: HubServer) -> None:
     server.repository(REPO).commit(model_files())
     server.spoil_large_file = True
     refused(lambda: hub.resolve(REPO), NotFoundError, "SHA-256")
+    assert contents(hub.resolve(REPO).directory) == model_files()
+
+
+def another_page(name: str, content: bytes) -> bytes:
+    return b"<html>login</html>" if name == "config.json" else content
+
+
+def another_value(name: str, content: bytes) -> bytes:
+    return content.replace(b'"seed": 0', b'"seed": 1') if name == "config.json" else content
+
+
+@pytest.mark.parametrize("rewrite", [another_page, another_value])
+def test_a_small_file_that_arrives_changed_is_not_kept(
+    server: HubServer, rewrite: Callable[[str, bytes], bytes]
+) -> None:
+    server.repository(REPO).commit(model_files())
+    server.rewrite = rewrite
+    refused(lambda: hub.resolve(REPO), NotFoundError, "config.json")
+    server.rewrite = lambda name, content: content
+    assert contents(hub.resolve(REPO).directory) == model_files()
+
+
+def test_what_the_client_fetches_by_itself_is_checked_too(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page in place of an answer also answers the client's own question for the hash."""
+    server.repository(REPO).commit(model_files())
+    honest = list_files(REPO)
+    git_id = hub_server._git_id
+    monkeypatch.setattr(hub_server, "_git_id", lambda content: git_id(content)[::-1])
+    monkeypatch.setattr(snapshot, "list_files", lambda repo_id, revision: honest)
+    asked = []
+
+    def changed_the_second_time(name: str, content: bytes) -> bytes:
+        asked.append(name)
+        return content if asked.count(name) < 2 else another_value(name, content)
+
+    server.rewrite = changed_the_second_time
+    refused(lambda: hub.resolve(REPO), NotFoundError, "config.json", "SHA-1")
+    server.rewrite = lambda name, content: content
+    assert contents(hub.resolve(REPO).directory) == model_files()
+
+
+def test_headers_refuse_a_config_that_arrives_changed(server: HubServer) -> None:
+    commit = server.repository(REPO).commit(model_files())
+    server.rewrite = another_value
+    refused(lambda: remote_headers.fetch_headers(REPO, commit), NotFoundError, "config.json")
+
+
+def test_a_file_cut_in_the_cache_is_fetched_again(server: HubServer) -> None:
+    server.repository(REPO).commit(model_files())
+    folder = hub.resolve(REPO).directory
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        blob = (folder / name).resolve()
+        blob.write_bytes(blob.read_bytes()[:-7])
     assert contents(hub.resolve(REPO).directory) == model_files()
 
 

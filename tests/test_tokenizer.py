@@ -148,7 +148,7 @@ def test_damaged_file_is_refused_in_one_line(tmp_path: Path, data: bytes, says: 
 
 
 def test_missing_file_and_directory_in_its_place(tmp_path: Path) -> None:
-    with pytest.raises(RejectedError, match=r"tokenizer\.json: cannot be read"):
+    with pytest.raises(RejectedError, match=r"tokenizer\.json: is missing"):
         load(tmp_path)
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(RejectedError, match=r"tokenizer\.json"):

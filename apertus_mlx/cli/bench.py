@@ -102,6 +102,7 @@ def bench(
     from apertus_mlx.errors import RejectedError, UsageError
     from apertus_mlx.inventory import take_inventory
     from apertus_mlx.memory.machine import available_bytes, on_gpu
+    from apertus_mlx.model_files import check_folder
 
     if plot is not None:
         check_plot(plot)
@@ -117,6 +118,8 @@ def bench(
     inventory = take_inventory(directory)
     if against is not None and "model_file" in inventory.config.asks_for_code:
         raise RejectedError(f"{directory}: config.json: model_file: mlx-lm would run that code")
+    if against is not None:
+        check_folder(directory)  # mlx-lm follows links and opens whatever has the right name
     workload = make_workload(
         prompt_tokens,
         depths,
@@ -181,7 +184,8 @@ def _measure(
         sides = []
         for side_name, module in SIDES[:count]:
             note(f"{side_name}: loading")
-            command = [sys.executable, "-m", module]
+            # -P: a module in the current folder must not take the place of one of ours.
+            command = [sys.executable, "-P", "-m", module]
             sides.append(stack.enter_context(closing(Side(side_name, command, settings))))
         taken = {}
         for task in workload.tasks:
@@ -205,7 +209,9 @@ def _measure(
 
 def _read_ahead(path: Path) -> None:
     """Have the system hold a file, so that no side loads it sooner than another."""
-    with path.open("rb") as file:
+    from apertus_mlx.model_files import open_file
+
+    with open_file(path) as file:
         while file.read(2**24):
             pass
 

@@ -16,6 +16,7 @@ from apertus_mlx.cpu.runtime import Array
 from apertus_mlx.cpu.weights import Dense, Floats, Weight, activations_for, pack, unpack
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import OUTPUT_DIVISOR, XIELU_DEFAULTS, Inventory
+from apertus_mlx.model_files import open_file
 
 # How activations are rounded in products with quantized weights.
 Precision = Literal["auto", "float32", "int8"]
@@ -124,17 +125,21 @@ class Tensors:
     def _read(self, name: str) -> Array:
         info = self._checkpoint.tensors[name]
         kind = STORED_TYPES[info.dtype]
-        count = math.prod(info.shape)
         self._bytes_read += info.size_bytes
         if self._on_bytes is not None:
             self._on_bytes(self._bytes_read, self._checkpoint.size_bytes)
-        flat: Array = np.fromfile(self._checkpoint.path(info), kind, count, offset=info.offset)
+        path = self._checkpoint.path(info)
+        flat: Array = np.empty(math.prod(info.shape), kind)
+        with open_file(path) as file:
+            file.seek(info.offset)
+            if file.readinto(flat.view(np.uint8).data) != info.size_bytes:  # type: ignore[attr-defined]
+                raise RejectedError(f"{path}: was changed while it was loaded; start again")
         return flat.reshape(info.shape)
 
     def _rows(self, name: str) -> Callable[[npt.NDArray[np.int64]], Array]:
         """A function that reads single rows of a matrix. Mapped, each would take 16 pages."""
         info = self._checkpoint.tensors[name]
-        file = self._checkpoint.path(info).open("rb")
+        file = open_file(self._checkpoint.path(info))
         kind = np.dtype(STORED_TYPES[info.dtype])
         count, columns = info.shape
         size_bytes = columns * kind.itemsize

@@ -22,8 +22,8 @@ KERNEL_LIMIT_S, MODEL_LIMIT_S = 180.0, 900.0
 
 
 def child_command(folder: Path, dtype: str) -> list[str]:
-    """What to start for the model in `folder`."""
-    return [sys.executable, "-m", "apertus_mlx.doctor.child", str(folder), dtype]
+    """What to start for the model in `folder`; with -P no module of the current folder is run."""
+    return [sys.executable, "-P", "-m", "apertus_mlx.doctor.child", str(folder), dtype]
 
 
 class AttendedDevice:

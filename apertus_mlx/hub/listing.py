@@ -6,9 +6,11 @@ Owns the form of repository ids and revisions, and which file names are needed.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from json import JSONDecodeError
+from typing import BinaryIO
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.hub.errors import explained, not_the_hub
@@ -45,7 +47,22 @@ class RemoteFile:
     name: str
     size_bytes: int
     sha256: str | None
+    # What git calls the content: of a file with a `sha256`, that of the pointer to it.
     blob_id: str
+
+    @property
+    def digest(self) -> str:
+        """What names the content, and the file in the client's cache."""
+        return self.sha256 or self.blob_id
+
+    def describes(self, file: BinaryIO) -> bool:
+        """Whether the rest of `file` is this content, by its length and hash."""
+        hashed = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size_bytes)
+        length = 0
+        while block := file.read(2**20):
+            hashed.update(block)
+            length += len(block)
+        return length == self.size_bytes and hashed.hexdigest() == self.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +131,22 @@ def list_files(repo_id: str, revision: str | None = None) -> Listing:
         name = sibling.rfilename
         if name not in _NAMES and not is_weights(name) and not _LICENSE.fullmatch(name):
             continue
-        sha256 = sibling.lfs.sha256 if sibling.lfs is not None else ""
+        sha256 = sibling.lfs.sha256 if sibling.lfs is not None else None
+        if sibling.size is None or not _is_digest(sha256, sibling.blob_id):
+            raise not_the_hub(repo_id)
         files.append(
             RemoteFile(
                 name=name,
-                size_bytes=sibling.size or 0,
-                sha256=sha256 if _SHA256.fullmatch(sha256) else None,
+                size_bytes=sibling.size,
+                sha256=sha256,
                 blob_id=sibling.blob_id or "",
             )
         )
     files.sort(key=lambda file: (is_weights(file.name), file.name))
     return Listing(repo_id, commit, tuple(files))
+
+
+def _is_digest(sha256: str | None, blob_id: str | None) -> bool:
+    if sha256 is not None:
+        return _SHA256.fullmatch(sha256) is not None
+    return blob_id is not None and COMMIT.fullmatch(blob_id) is not None

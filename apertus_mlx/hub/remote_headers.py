@@ -6,6 +6,7 @@ Imports nothing heavy: `huggingface_hub` is imported inside the functions.
 
 from __future__ import annotations
 
+import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +69,12 @@ def _fetch_json(listing: Listing, file: RemoteFile) -> bytes:
         raise RejectedError(
             f"{listing.repo_id}: {file.name} has {file.size_bytes} bytes, more than 16 MiB"
         )
-    return _fetch_range(listing, file, 0, file.size_bytes) if file.size_bytes else b""
+    content = _fetch_range(listing, file, 0, file.size_bytes)
+    if not file.describes(io.BytesIO(content)):
+        raise UnreachableError(
+            f"{listing.repo_id}: {file.name} arrived damaged (its hash differs); try again"
+        )
+    return content
 
 
 def _fetch_header(listing: Listing, file: RemoteFile) -> RawHeader:

@@ -5,24 +5,29 @@ Imports nothing heavy: `huggingface_hub` is imported inside the functions that n
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from apertus_mlx.checkpoint import INDEX_FILE, read_weight_map
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.hub.errors import UnreachableError
 from apertus_mlx.hub.listing import (
     COMMIT,
     Listing,
+    RemoteFile,
     check_request,
     is_repo_id,
     is_weights,
     list_files,
 )
 from apertus_mlx.hub.transfer import DownloadProgress, download
+from apertus_mlx.model_files import exists, read_file
+from apertus_mlx.strict_json import read_object
+
+MAX_REF_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ def resolve(
         listing = list_files(source, wanted)
         _check_is_model(listing)
         snapshot = folder / "snapshots" / listing.commit
-        missing = tuple(file for file in listing.files if not (snapshot / file.name).exists())
+        missing = tuple(file for file in listing.files if not _is_whole(snapshot, file))
         if missing:
             download(folder, listing, missing, progress)
     except UnreachableError as error:
@@ -108,6 +113,13 @@ def resolve(
         raise UnreachableError(f"{error}; --offline uses the cached commit {cached}") from error
     _record_ref(folder, wanted, listing.commit)
     return Snapshot(snapshot, source, listing.commit)
+
+
+def _is_whole(snapshot: Path, file: RemoteFile) -> bool:
+    try:
+        return (snapshot / file.name).stat().st_size == file.size_bytes
+    except OSError:
+        return False
 
 
 def _check_is_model(listing: Listing) -> None:
@@ -126,8 +138,8 @@ def _from_cache(folder: Path, repo_id: str, revision: str) -> Snapshot:
     commit = revision
     if not COMMIT.fullmatch(revision):
         try:
-            commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
+            commit = read_file(folder / "refs" / revision, MAX_REF_BYTES).decode().strip()
+        except (RejectedError, UnicodeDecodeError):
             commit = ""
     snapshot = folder / "snapshots" / commit
     if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
@@ -146,14 +158,14 @@ def _is_complete(snapshot: Path) -> bool:
     # Weights are fetched last, so complete weights mean a complete download of ours.
     if not (snapshot / "config.json").exists():
         return False
-    index = snapshot / "model.safetensors.index.json"
+    index = snapshot / INDEX_FILE
     if not index.exists():
         return any(is_weights(path.name) and path.exists() for path in snapshot.iterdir())
     try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError):
+        shards = set(read_weight_map(read_object(index), str(index)).values())
+    except RejectedError:
         return True  # a damaged index is the checkpoint reader's to report
-    return all(not is_weights(str(name)) or (snapshot / str(name)).exists() for name in shards)
+    return all(not is_weights(name) or (snapshot / name).exists() for name in shards)
 
 
 def _record_ref(folder: Path, revision: str, commit: str) -> None:
@@ -161,8 +173,8 @@ def _record_ref(folder: Path, revision: str, commit: str) -> None:
     if revision == commit:
         return
     ref = folder / "refs" / revision
-    with suppress(OSError):  # a read-only cache still serves
-        if ref.is_file() and ref.read_text(encoding="utf-8") == commit:
+    with suppress(OSError, RejectedError):  # a read-only cache still serves
+        if exists(ref) and read_file(ref, MAX_REF_BYTES) == commit.encode():
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
         beside = ref.with_name(f".{ref.name}.{threading.get_ident()}")

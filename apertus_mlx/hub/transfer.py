@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 
 from apertus_mlx.errors import ResourceError
@@ -65,9 +64,12 @@ def download(
 def _download_file(folder: Path, listing: Listing, file: RemoteFile) -> None:
     from huggingface_hub import constants, hf_hub_download
 
-    if file.sha256 is not None and file.size_bytes <= _HTTP_LIMIT_BYTES:
-        _download_blob(folder, listing, file, file.sha256)
-    # Finds the blob just fetched and links it into the snapshot, or fetches a small file.
+    linked = folder / "snapshots" / listing.commit / file.name
+    if linked.exists() and linked.stat().st_size != file.size_bytes:
+        linked.unlink()  # the client would take it as it is
+    if file.size_bytes <= _HTTP_LIMIT_BYTES:
+        _download_blob(folder, listing, file)
+    # Finds the blob just fetched and links it into the snapshot.
     hf_hub_download(
         listing.repo_id,
         file.name,
@@ -77,50 +79,81 @@ def _download_file(folder: Path, listing: Listing, file: RemoteFile) -> None:
         library_name="apertus-mlx",
         etag_timeout=constants.HF_HUB_ETAG_TIMEOUT,
     )
+    blob = linked.resolve()
+    if blob != (folder / "blobs" / file.digest).resolve():
+        # The answer to the client's own question names another content, as a login page does.
+        with blob.open("rb") as stream:
+            intact = file.describes(stream)
+        if not intact:
+            linked.unlink()
+            blob.unlink(missing_ok=True)
+            raise _damaged(listing, file)
 
 
-def _download_blob(folder: Path, listing: Listing, file: RemoteFile, sha256: str) -> None:
-    """Fetch a large file into the cache, resuming a partial one, and check its SHA-256.
+def _damaged(listing: Listing, file: RemoteFile) -> UnreachableError:
+    kind = "SHA-256" if file.sha256 else "git's SHA-1"
+    return UnreachableError(
+        f"{listing.repo_id}: {file.name} arrived damaged ({kind} differs); try again"
+    )
+
+
+def _download_blob(folder: Path, listing: Listing, file: RemoteFile) -> None:
+    """Fetch a file into the cache, resuming a partial one, and check its size and hash.
 
     Since 2.0 `hf_hub_download` discards what an interrupted run has fetched; its own transfer
     function still resumes, so that one is called here.
     """
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-    blob = folder / "blobs" / sha256
-    partial = blob.with_name(f"{sha256}.incomplete")
-    lock = folder.parent / ".locks" / folder.name / f"{sha256}.lock"
+    blob = folder / "blobs" / file.digest
+    partial = blob.with_name(f"{file.digest}.incomplete")
+    lock = folder.parent / ".locks" / folder.name / f"{file.digest}.lock"
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if blob.exists():
+        if blob.exists() and blob.stat().st_size == file.size_bytes:
             return
         if partial.exists() and partial.stat().st_size > file.size_bytes:
             partial.unlink()
-        with partial.open("ab") as stream:
-            http_get(
-                hf_hub_url(
-                    listing.repo_id,
-                    file.name,
-                    revision=listing.commit,
-                    endpoint=constants.ENDPOINT,
-                ),
-                stream,
-                resume_size=stream.tell(),
-                headers={**build_hf_headers(library_name="apertus-mlx"), **_IDENTITY},
-                expected_size=file.size_bytes,
-                displayed_filename=file.name,
-            )
-        with partial.open("rb") as stream:
-            intact = file_digest(stream, "sha256").hexdigest() == sha256
+        resumed = partial.exists()
+        _fetch(partial, listing, file)
+        intact = _is_intact(partial, file)
+        if resumed and not intact:
+            # What was there was no beginning of it: a page of a proxy, say.
+            partial.unlink()
+            _fetch(partial, listing, file)
+            intact = _is_intact(partial, file)
         if not intact:
             partial.unlink()
-            raise UnreachableError(
-                f"{listing.repo_id}: {file.name} arrived damaged (SHA-256 differs); try again"
-            )
+            raise _damaged(listing, file)
         partial.replace(blob)
+
+
+def _is_intact(partial: Path, file: RemoteFile) -> bool:
+    with partial.open("rb") as stream:
+        return file.describes(stream)
+
+
+def _fetch(partial: Path, listing: Listing, file: RemoteFile) -> None:
+    """Append to `partial` what it lacks of `file`."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    with partial.open("ab") as stream:
+        http_get(
+            hf_hub_url(
+                listing.repo_id,
+                file.name,
+                revision=listing.commit,
+                endpoint=constants.ENDPOINT,
+            ),
+            stream,
+            resume_size=stream.tell(),
+            headers={**build_hf_headers(library_name="apertus-mlx"), **_IDENTITY},
+            expected_size=file.size_bytes,
+            displayed_filename=file.name,
+        )
 
 
 def _check_disk_space(folder: Path, repo_id: str, files: tuple[RemoteFile, ...]) -> None:
@@ -137,7 +170,7 @@ def _check_disk_space(folder: Path, repo_id: str, files: tuple[RemoteFile, ...])
 def _bytes_on_disk(folder: Path, files: tuple[RemoteFile, ...]) -> int:
     total_bytes = 0
     for file in files:
-        blob = folder / "blobs" / (file.sha256 or file.blob_id or file.name)
+        blob = folder / "blobs" / file.digest
         for path in (blob, blob.with_name(f"{blob.name}.incomplete")):
             with suppress(OSError):
                 total_bytes += min(path.stat().st_size, file.size_bytes)

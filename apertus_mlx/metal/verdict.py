@@ -22,7 +22,8 @@ import mlx.core as mx
 from apertus_mlx import __version__
 from apertus_mlx.errors import RejectedError, ResourceError
 from apertus_mlx.metal.kernel import Kernel
-from apertus_mlx.strict_json import read_object
+from apertus_mlx.model_files import read_own_file
+from apertus_mlx.strict_json import parse_object
 
 CACHE_VARIABLE = "APERTUS_MLX_CACHE"
 FILE_NAME, LOCK_NAME = "kernels.json", "doctor.lock"
@@ -213,7 +214,7 @@ def _read() -> list[Verdict]:
     path = cache_folder() / FILE_NAME
     if not path.exists():
         return []
-    content = read_object(path)
+    content = parse_object(read_own_file(path), str(path))
     if content.get("format") != FORMAT or content.keys() != {"format", "verdicts"}:
         raise RejectedError(f"{path}: not a verdict of this version of apertus-mlx")
     try:

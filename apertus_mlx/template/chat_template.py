@@ -16,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 import jinja2
 
 from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.model_files import exists, read_file
 from apertus_mlx.strict_json import read_object
 from apertus_mlx.template.budget import Budget
 from apertus_mlx.template.marks import CLOSE, ESCAPE, MARK, OPEN, RESERVED, mark
@@ -98,7 +99,7 @@ class ChatTemplate:
             RejectedError: a file is damaged, or the template unusable.
         """
         config_path = directory / "tokenizer_config.json"
-        config = read_object(config_path) if config_path.exists() else {}
+        config = read_object(config_path) if exists(config_path) else {}
         source, path = _find_source(directory, config)
         if source is None:
             return None
@@ -323,20 +324,13 @@ def _texts(content: object) -> Iterator[str]:
 
 def _find_source(directory: Path, config: Mapping[str, object]) -> tuple[str | None, Path]:
     path = directory / "chat_template.jinja"
-    if path.exists():
+    if exists(path):
         try:
-            if (size := path.stat().st_size) > MAX_TEMPLATE_BYTES:
-                raise RejectedError(f"{path}: {size} bytes is too large for a chat template")
-            source = path.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise RejectedError(f"{path}: cannot be read ({error.strerror})") from None
+            return read_file(path, MAX_TEMPLATE_BYTES).decode("utf-8-sig"), path
         except UnicodeDecodeError:
             raise RejectedError(f"{path}: is not UTF-8 text") from None
-        if source.startswith("version https://git-lfs"):
-            raise RejectedError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull`")
-        return source, path
     path = directory / "chat_template.json"
-    if path.exists():
+    if exists(path):
         config = read_object(path)
     else:
         path = directory / "tokenizer_config.json"

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
+from apertus_mlx.model_files import read_own_file
 from apertus_mlx.strict_json import parse_object
 from apertus_mlx.template import ChatTemplate, Message
 from apertus_mlx.tokenizer import Tokenizer
@@ -214,13 +215,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise UsageError(f"{path}: {size} bytes; at most {MAX_FILE_BYTES} are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise NotFoundError(f"{path}: cannot be read ({error.strerror})") from None
+    return read_own_file(path, MAX_FILE_BYTES)
 
 
 def _documents(path: Path, data: bytes) -> list[Document]:

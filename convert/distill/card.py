@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apertus_mlx.model_files import exists, open_file
 from convert.card import MAX_CARD_BYTES, damage_table, license_of
 from convert.job import CARD
 from convert.receipt import Receipt
@@ -54,11 +55,10 @@ def make_card(
 
 def _front_matter(student: Path) -> list[str]:
     """The lines between and with the two rules at the top of the student's card, if it has any."""
-    try:
-        with (student / CARD).open("rb") as file:
-            lines = file.read(MAX_CARD_BYTES).decode("utf-8", "replace").splitlines()
-    except OSError:
+    if not exists(student / CARD):
         return []
+    with open_file(student / CARD) as file:
+        lines = file.read(MAX_CARD_BYTES).decode("utf-8", "replace").splitlines()
     if lines[:1] != ["---"] or "---" not in lines[1:]:
         return []
     return [*lines[: lines.index("---", 1) + 1], ""]

@@ -21,6 +21,7 @@ from apertus_mlx.checkpoint import INDEX_FILE, open_checkpoint
 from apertus_mlx.config import CONFIG_FILE, ModelConfig, read_config
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.model import Model
+from apertus_mlx.model_files import MAX_WEIGHTS_BYTES, copy_file, exists
 from apertus_mlx.strict_json import read_object
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
@@ -259,9 +260,9 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judg
 def _write_model(source: Path, output: Path, tensors: dict[str, mx.array]) -> None:
     """Copy the model in `source` with the bytes of some tensors exchanged."""
     checkpoint = open_checkpoint(source)
-    others = [file for file in (CONFIG_FILE, INDEX_FILE) if (source / file).exists()]
+    others = [file for file in (CONFIG_FILE, INDEX_FILE) if exists(source / file)]
     for file in (*checkpoint.files, *others):
-        shutil.copyfile(source / file, output / file)
+        copy_file(source / file, output / file, MAX_WEIGHTS_BYTES)
     copy_companions(source, output)
     for name, array in tensors.items():
         tensor = checkpoint.tensors[name]
