@@ -32,6 +32,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 # Bounds that no released model comes near; beyond them a config is damaged or hostile.
 MAX_LAYERS, MAX_WIDTH, MAX_VOCAB, MAX_CONTEXT = 1024, 2**20, 2**22, 2**24
+# Below the smallest normal float32 an epsilon is none, and rows of zeros become NaN.
+MIN_EPS = 1.2e-38
+# With a base up to 1 no pair turns more slowly than a radian for each token.
+MIN_THETA, MAX_THETA = 1.0, 1e12
+# Of positions; below it those of a long context are beyond what float32 tells apart.
+MIN_FACTOR, MAX_FACTOR = 1e-3, 1e6
 
 # Keys that transformers, MLX and training tools write and that do not change the forward pass.
 INERT_KEYS = frozenset(
@@ -225,7 +231,7 @@ def _parse_model(
         vocab_size=vocab_size,
         output_vocab_size=output_vocab_size,
         max_position_embeddings=keys.integer("max_position_embeddings", 1, MAX_CONTEXT),
-        rms_norm_eps=keys.number("rms_norm_eps", 0.0, 1.0),
+        rms_norm_eps=keys.number("rms_norm_eps", MIN_EPS, 1.0),
         tie_word_embeddings=tied,
         rope=_parse_rope(keys, name),
         dtype=_parse_dtype(keys, name),
@@ -250,7 +256,7 @@ def _parse_dtype(keys: KeyReader, name: str) -> str | None:
 
 def _parse_rope(keys: KeyReader, name: str) -> Rope:
     """Rope from `rope_parameters` (transformers 5) and/or `rope_theta` with `rope_scaling`."""
-    flat_theta = keys.optional_number("rope_theta", 0.0, 1e12)
+    flat_theta = keys.optional_number("rope_theta", MIN_THETA, MAX_THETA)
     new = keys.mapping("rope_parameters")
     old = keys.mapping("rope_scaling")
     readings = []
@@ -279,23 +285,23 @@ def _parse_rope_block(block: Mapping[str, Any], flat_theta: float | None, name: 
             f"{name}: rope_type: {kind[:60]!r} is not implemented; "
             "Apertus uses default, linear or llama3"
         )
-    theta = keys.optional_number("rope_theta", 0.0, 1e12) or flat_theta
+    theta = keys.optional_number("rope_theta", MIN_THETA, MAX_THETA) or flat_theta
     if theta is None:
         raise RejectedError(f"{name}: rope_theta: missing; the rotary base cannot be guessed")
     if kind == "default":
         rope = Rope(theta)
         # transformers keeps a factor of 1 beside the default type.
-        if (keys.optional_number("factor", 0.0, 1e6) or 1.0) != 1.0:
+        if (keys.optional_number("factor", MIN_FACTOR, MAX_FACTOR) or 1.0) != 1.0:
             raise RejectedError(f"{name}: factor: has no meaning without a rope_type")
     elif kind == "linear":
-        rope = Rope(theta, "linear", keys.number("factor", 0.0, 1e6))
+        rope = Rope(theta, "linear", keys.number("factor", MIN_FACTOR, MAX_FACTOR))
     else:
         rope = Rope(
             theta,
             "llama3",
-            keys.number("factor", 0.0, 1e6),
-            keys.number("low_freq_factor", 0.0, 1e6),
-            keys.number("high_freq_factor", 0.0, 1e6),
+            keys.number("factor", MIN_FACTOR, MAX_FACTOR),
+            keys.number("low_freq_factor", MIN_FACTOR, MAX_FACTOR),
+            keys.number("high_freq_factor", MIN_FACTOR, MAX_FACTOR),
             keys.integer("original_max_position_embeddings", 1, MAX_CONTEXT),
         )
         if rope.high_freq_factor <= rope.low_freq_factor:

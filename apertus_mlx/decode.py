@@ -87,7 +87,7 @@ def draw_tokens(
     being read, may therefore have been fed already.
 
     Raises:
-        RejectedError: the model computed no finite logits.
+        RejectedError: the model's logits are not finite, or all the same.
     """
 
     def draw(scores: Scores) -> tuple[mx.array, Scores]:
@@ -101,14 +101,21 @@ def draw_tokens(
         if index + 1 < max_tokens:
             following = draw(step(token))
         value = int(token)
-        # Where no logit is a number the first token is drawn: only then is a look worth its while.
-        if value == 0 and not mx.isfinite(scores.logits[0]).item():
+        # Where the logits tell nothing apart token 0 is drawn by greedy choice, so that besides
+        # the first time only then a look is worth its while.
+        if (index == 0 or value == 0) and not _tell_apart(scores.logits):
             raise RejectedError(
-                f"the model computed no finite logits at token {index + 1}: its weights are "
-                "damaged or overflow in this type; try --dtype float32"
+                f"the model computed no finite logits, or all equal, at token {index + 1}: its "
+                "weights are damaged or overflow in this type; try --dtype float32"
             )
         yield value
         if following is not None:
             token, scores = following
         if index % CLEAR_INTERVAL == CLEAR_INTERVAL - 1:
             mx.clear_cache()
+
+
+def _tell_apart(logits: mx.array) -> bool:
+    """Whether all logits are numbers, and not all the same one."""
+    several = logits.size == 1 or (logits.max() > logits.min())
+    return bool((mx.isfinite(logits).all() & several).item())

@@ -13,6 +13,7 @@ from apertus_mlx.config import ModelConfig, read_config
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.model_files import open_file
 from apertus_mlx.safetensors_header import TensorInfo
+from apertus_mlx.slopes import check_slopes
 from quant.spec import QuantSpec
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -42,11 +43,12 @@ class Inventory:
 
 
 def take_inventory(directory: Path) -> Inventory:
-    """Match the tensors of `directory` with its config, from headers alone.
+    """Match the tensors of `directory` with its config, from headers and xIELU's constants alone.
 
     Raises:
         RejectedError: a tensor is missing, unexpected, or of another shape or type than the config
-            says; or the weights are in a format that has to be converted first.
+            says; the weights are in a format that has to be converted first; or a constant of xIELU
+            is such that float32 cannot compute with it.
     """
     config = read_config(directory)
     checkpoint = open_checkpoint(directory)
@@ -82,6 +84,7 @@ def take_inventory(directory: Path) -> Inventory:
             raise RejectedError(
                 f"{name}: {key}: type {tensor.dtype}, expected {' or '.join(dtypes)}"
             )
+    check_slopes(checkpoint)
     return Inventory(config, checkpoint, specs, dropped, factors)
 
 

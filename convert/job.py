@@ -12,6 +12,7 @@ from typing import Any
 from apertus_mlx.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from apertus_mlx.config import CONFIG_FILE, read_config
 from apertus_mlx.errors import ApertusError, RejectedError
+from apertus_mlx.slopes import check_slopes
 from apertus_mlx.strict_json import read_object
 from convert import basis
 from convert.calibration.allocation import Allocation, allocate_bits
@@ -105,6 +106,7 @@ def prepare(
     checkpoint = open_checkpoint(directory)
     watched = [*checkpoint.files, CONFIG_FILE, TOKENIZER]
     source = recognise(config, checkpoint.tensors, str(directory))
+    check_slopes(checkpoint)
     check_companions(directory, config)
     check_template(directory, config)
     files = file_states(directory, watched)

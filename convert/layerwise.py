@@ -240,8 +240,11 @@ def open_weights(directory: Path, reader: Reader) -> SourceWeights:
     """
     from apertus_mlx.checkpoint import open_checkpoint
     from apertus_mlx.config import read_config
+    from apertus_mlx.slopes import check_slopes
     from convert.sources.recognise import recognise
 
     config = read_config(directory)
-    source = recognise(config, open_checkpoint(directory).tensors, str(directory))
+    checkpoint = open_checkpoint(directory)
+    source = recognise(config, checkpoint.tensors, str(directory))
+    check_slopes(checkpoint)
     return SourceWeights(source, reader)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from apertus_mlx.config import read_config
-from apertus_mlx.errors import UsageError
+from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
 from convert.calibration.texts import TextSet, language_windows
@@ -192,6 +192,12 @@ def _errors(
         for start in range(0, len(following), size):
             part = slice(start, start + size)
             logits = [row[part] @ head.T for row, head in zip(rows, heads, strict=True)]
+            for weights, values in zip((expected, found), logits, strict=True):
+                if not np.isfinite(values).all():
+                    raise RejectedError(
+                        f"{weights.source.name}: computes logits that are not finite; its weights "
+                        "are damaged or overflow"
+                    )
             parts.append(compare(logits[0], logits[1], following[part]))
         result.append(join(parts))
     return result

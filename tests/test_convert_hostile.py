@@ -201,7 +201,7 @@ REJECTED: dict[str, tuple[Change, str]] = {
     "9 width": (config_change(hidden_size=10**9), "hidden_size"),
     "10 no theta": (config_change(rope_theta=build.REMOVED), "rope_theta"),
     "10 disagreement": (
-        config_change(rope_parameters={"rope_type": "default", "rope_theta": 1.0}), "disagree",
+        config_change(rope_parameters={"rope_type": "default", "rope_theta": 10.0}), "disagree",
     ),
     "10 unknown rope": (config_change(rope_scaling={"rope_type": "yarn", "factor": 2}), "yarn"),
     "10 factor": (config_change(rope_scaling={"rope_type": "linear", "factor": 0}), "factor"),
@@ -363,8 +363,8 @@ def test_29_shards_without_an_index_are_accepted(
 
 
 def test_31_a_hub_cache_of_links_is_accepted(run: Callable[..., Result], tmp_path: Path) -> None:
-    source = build.write_checkpoint(tmp_path / "repo" / "snapshots" / "abc")
-    blobs = tmp_path / "repo" / "blobs"
+    source = build.write_checkpoint(tmp_path / "models--a--b" / "snapshots" / "abc")
+    blobs = tmp_path / "models--a--b" / "blobs"
     blobs.mkdir()
     for path in list(source.iterdir()):
         path.rename(blobs / path.name)

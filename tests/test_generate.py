@@ -13,7 +13,7 @@ from builders import config_4x, random_weights, write_checkpoint
 
 from apertus_mlx.chat import Conversation
 from apertus_mlx.embedded import model_dir
-from apertus_mlx.errors import ApertusError, RejectedError, UsageError
+from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generate import Generation, Piece, Result, Speaker, load_speaker
 from apertus_mlx.model import Model
 from apertus_mlx.sampling import SamplingParams
@@ -118,8 +118,18 @@ def test_logits_that_are_not_finite(tmp_path: Path) -> None:
     speaker = load_speaker(write_checkpoint(tmp_path, config), compute="mlx")
     assert isinstance(speaker.model, Model)
     speaker.model.model.norm.weight = mx.full((64,), float("nan"))
-    with pytest.raises(ApertusError, match="no finite logits"):
+    with pytest.raises(RejectedError, match="no finite logits"):
         list(Generation(speaker, [1, 100], GREEDY, 5))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_all_equal(tmp_path: Path, temperature: float) -> None:
+    config = config_4x(num_hidden_layers=1)
+    speaker = load_speaker(write_checkpoint(tmp_path, config), compute="mlx")
+    assert isinstance(speaker.model, Model)
+    speaker.model.model.norm.weight = mx.zeros(64)
+    with pytest.raises(RejectedError, match="all equal"):
+        list(Generation(speaker, [1, 100], SamplingParams(temperature=temperature, seed=0), 5))
 
 
 def test_measures(scripted: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
