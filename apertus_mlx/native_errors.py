@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from apertus_mlx.errors import ApertusError, RejectedError
+
+# Two threads that exchange stderr at once could put back each other's.
+_one_at_a_time = threading.RLock()
 
 
 def is_panic(error: BaseException) -> bool:
@@ -40,12 +44,14 @@ def refused(problem: str) -> Iterator[None]:
 @contextmanager
 def _panics_silent() -> Iterator[None]:
     """Hold back what is written to stderr; it is written after the body, unless that panics."""
-    try:
-        real = os.dup(2)
-    except OSError:  # closed: nothing can be written there anyway
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
+    with _one_at_a_time, ExitStack() as stack:
+        try:
+            real = os.dup(2)
+            stack.callback(os.close, real)
+            held = stack.enter_context(tempfile.TemporaryFile())
+        except OSError:  # no stderr, or nowhere to keep it: a panic is still caught
+            yield
+            return
         os.dup2(held.fileno(), 2)
         panicked = False
         try:
@@ -55,8 +61,7 @@ def _panics_silent() -> Iterator[None]:
             raise
         finally:
             os.dup2(real, 2)
-            os.close(real)
-            if not panicked and held.tell():
+            if not panicked and held.seek(0, os.SEEK_END):
                 held.seek(0)
                 with suppress(OSError):
                     os.write(2, held.read())

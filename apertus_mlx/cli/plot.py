@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def check_plot(path: Path) -> None:
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--plot {path}: its folder does not exist")
     try:
-        import matplotlib  # noqa: F401
+        # At its import matplotlib obeys a matplotlibrc of the current folder, a model's perhaps.
+        with chdir(Path(__file__).parent):
+            import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError("--plot: install matplotlib: pip install 'apertus-mlx[plot]'") from None
 

@@ -162,7 +162,8 @@ def change_template(seeds: Sequence[bytes], chance: random.Random) -> bytes:
 
 
 RECIPES = [
-    b'bits = 4\ngroup_size = 64\n[modules]\n"*.mlp.*" = {bits = 8, group_size = 32}\nlm_head = false\n',
+    b"bits = 4\ngroup_size = 64\n[modules]\n"
+    b'"*.mlp.*" = {bits = 8, group_size = 32}\nlm_head = false\n',
     b'mode = "mxfp4"\n[modules."model.layers.0.*"]\nbits = 6\ngroup_size = 128\n',
 ]
 
@@ -430,7 +431,7 @@ def attend(kind: str, seed: int, first: int, count: int) -> Counter[str]:
             answer.seek(0)
             place.truncate(0)
             child = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name if __spec__ else __name__, kind, "--seed",
+                [sys.executable, "-m", "tests.benchmarks.fuzz_files", kind, "--seed",
                  str(seed), "--first", str(first), "--executions", str(chunk), "--place",
                  place.name],
                 stdout=answer, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2],
