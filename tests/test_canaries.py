@@ -35,7 +35,6 @@ def fill(folder: Path, ran: Path) -> None:
     for name in ("matplotlibrc", "fifo.txt"):
         os.mkfifo(folder / name)
     (folder / "notes.txt").symlink_to(ran.parent / "private")
-    (folder / "\x1b[31m\x1b]0;owned\x07.txt").write_text("")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for folder in ("model", "student", "out"):
         fill(place / folder, place / "ran")
+    for folder in ("model", "out"):
+        (place / folder / "\x1b[31m\x1b]0;owned\x07.txt").write_text("")
     return place
 
 

@@ -173,6 +173,18 @@ def test_tokenizer_keys_that_swift_needs(tmp_path: Path) -> None:
     assert texts(tmp_path / "out") == []
 
 
+def test_what_was_fetched_from_the_hub_is_no_damage(folder: Path, tmp_path: Path) -> None:
+    """In the Hub client's cache every file of a folder is a link to its content."""
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in folder.iterdir():
+        blob = path.rename(repository / "blobs" / path.name.encode().hex())
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    assert texts(snapshot) == []
+
+
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         verify(tmp_path / "missing")
