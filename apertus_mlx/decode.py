@@ -96,14 +96,18 @@ def draw_tokens(
         return token, scores
 
     token, scores = draw(Scores(logits))
+    sound = _tell_apart(logits)
+    mx.async_eval(sound)  # known with the first token, before the step after it
     for index in range(max_tokens):
         following = None
         if index + 1 < max_tokens:
             following = draw(step(token))
         value = int(token)
-        # Where the logits tell nothing apart token 0 is drawn by greedy choice, so that besides
-        # the first time only then a look is worth its while.
-        if (index == 0 or value == 0) and not _tell_apart(scores.logits):
+        # Where the logits tell nothing apart token 0 is drawn by greedy choice, so that after the
+        # first time only then a look is worth its while.
+        if index and value == 0:
+            sound = _tell_apart(scores.logits)
+        if not sound.item():
             raise RejectedError(
                 f"the model computed no finite logits, or all equal, at token {index + 1}: its "
                 "weights are damaged or overflow in this type; try --dtype float32"
@@ -115,7 +119,7 @@ def draw_tokens(
             mx.clear_cache()
 
 
-def _tell_apart(logits: mx.array) -> bool:
-    """Whether all logits are numbers, and not all the same one."""
-    several = logits.size == 1 or (logits.max() > logits.min())
-    return bool((mx.isfinite(logits).all() & several).item())
+def _tell_apart(logits: mx.array) -> mx.array:
+    """Whether all logits are numbers, and not all the same one; shape `[]`."""
+    finite = mx.isfinite(logits).all()
+    return finite if logits.size == 1 else finite & (logits.max() > logits.min())

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from builders import config_4x, write_checkpoint
 
@@ -15,6 +16,7 @@ from apertus_mlx.config import read_config
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.generation_config import read_generation_config
 from apertus_mlx.inventory import take_inventory
+from apertus_mlx.load import load_model
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
 from convert.calibration.texts import read_texts
@@ -141,6 +143,8 @@ def test_links_into_a_hub_cache_elsewhere(tmp_path: Path) -> None:
         (folder / path.name).symlink_to(snapshot / path.name)
     assert take_inventory(folder).config == take_inventory(original).config
     load_tokenizer(folder)
+    ids = mx.array([[1, 80, 90]])
+    assert mx.array_equal(load_model(folder)(ids), load_model(original)(ids))
     copy_companions(folder, copies)
     for path in copies.iterdir():
         assert not path.is_symlink() and path.read_bytes() == (original / path.name).read_bytes()
