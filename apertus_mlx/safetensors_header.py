@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx import native_errors
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.model_files import LFS_POINTER, checked, open_file
+from apertus_mlx.rust_panics import PanicError, guarded
 from apertus_mlx.strict_json import parse_object
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -141,10 +141,11 @@ def _is_offset(value: object) -> bool:
 
 
 def _pass_gatekeeper(path: Path) -> None:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with (
-        native_errors.refused(f"{path}: refused by the safetensors library"),
-        safe_open(os.fspath(checked(path)), framework="np"),
-    ):
-        pass
+    real = checked(path)
+    try:
+        with guarded(safe_open, os.fspath(real), framework="np"):
+            pass
+    except (SafetensorError, PanicError, OSError, ValueError) as error:
+        raise RejectedError(f"{path}: refused by the safetensors library ({error})") from None

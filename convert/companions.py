@@ -14,9 +14,10 @@ from apertus_mlx.model_files import (
     checked,
     copy_file,
     exists,
+    read_file,
 )
+from apertus_mlx.rust_panics import guarded
 from apertus_mlx.strict_json import read_object
-from apertus_mlx.tokenizer_file import read_backend
 
 TOKENIZER = "tokenizer.json"
 # An allow-list: code, weights of other formats and whatever else lies there are never copied.
@@ -47,8 +48,7 @@ def check_companions(directory: Path, config: ModelConfig) -> None:
     path = directory / TOKENIZER
     if not exists(path):
         raise RejectedError(f"{directory}: no {TOKENIZER}; fetch the whole checkpoint")
-    vocabulary = read_backend(path).get_vocab(with_added_tokens=True)
-    highest = max(vocabulary.values(), default=-1)
+    highest = _highest_id(path)
     if highest >= config.vocab_size:
         raise RejectedError(
             f"{path}: has token id {highest}, but the model has {config.vocab_size} (vocab_size)"
@@ -65,6 +65,20 @@ def copy_companions(directory: Path, target: Path) -> None:
     """Copy the companion files into `target`."""
     for path in companion_files(directory):
         copy_file(path, target / path.name, _most_bytes(path))
+
+
+def _highest_id(path: Path) -> int:
+    from tokenizers import Tokenizer
+
+    data = read_file(path, MAX_TOKENIZER_BYTES)
+    try:
+        tokenizer = guarded(Tokenizer.from_buffer, data)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library has no class of its own
+        raise RejectedError(f"{path}: is not a tokenizer ({error})") from None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    return max(vocabulary.values(), default=-1)
 
 
 def _most_bytes(path: Path) -> int:
