@@ -265,7 +265,6 @@ class Readers:
         rich["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}|\s+"},
              "behavior": "Isolated", "invert": False}, rich["pre_tokenizer"]]}  # fmt: skip
-        rich["normalizer"] = {"type": "Replace", "pattern": {"Regex": "x+"}, "content": "y"}
         rich["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst",
                               "stride": 0}  # fmt: skip
         rich["padding"] = {
@@ -444,7 +443,10 @@ def attend(kind: str, seed: int, first: int, count: int) -> Counter[str]:
                 outcomes.update(json.loads(text))
                 first += chunk
                 continue
-            number = int(Path(place.name).read_bytes() or first)
+            reached = Path(place.name).read_bytes()
+            if not reached:
+                raise RuntimeError(f"{kind}: its sound files are refused")
+            number = int(reached)
             outcomes[f"{ending or f'crash: code {child.returncode}'}: {number}"] += 1
             # What came before it is done again, without it.
             if number > first:
