@@ -347,12 +347,15 @@ class Readers:
     def prompt_cache(self) -> tuple[list[bytes], Execute]:
         import mlx.core as mx
 
-        from apertus_mlx.cache import CacheConfig, make_layer_cache
+        from apertus_mlx.cache import CacheConfig
         from apertus_mlx.cache.config import STEP
+        from apertus_mlx.cached_prefix import CachedPrefix
         from apertus_mlx.inventory import take_inventory
+        from apertus_mlx.load import load_inventory
         from apertus_mlx.prompt_cache import fingerprint, load_prompt_cache, save_prompt_cache
 
         inventory = take_inventory(self.folder)
+        model = load_inventory(inventory)
         config, now = inventory.config, fingerprint(inventory)
         path = self.folder.parent / "prompt.safetensors"
         seeds = []
@@ -361,11 +364,9 @@ class Readers:
             (CacheConfig(bound=8), 10),
             (CacheConfig(key_bits=4, value_bits=8, window=0, sinks=0), 3 * STEP),
         ):
-            cache = make_layer_cache(form, config.head_dim)
-            shape = (1, config.num_key_value_heads, length, config.head_dim)
-            cache.update_and_fetch(mx.random.normal(shape), mx.random.normal(shape))
-            tokens = [1, *range(100, 99 + length)]
-            save_prompt_cache(path, [cache], form, tokens, now)
+            prefix = CachedPrefix(model, form)
+            prefix.begin([1, *range(100, 99 + length)]).read()
+            save_prompt_cache(path, prefix, now)
             seeds.append(path.read_bytes())
 
         def read(data: bytes) -> None:
