@@ -14,7 +14,7 @@ from apertus_mlx.config import ModelConfig
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.model_files import exists
 from apertus_mlx.strict_json import read_object
-from apertus_mlx.template import ChatTemplate, Message
+from apertus_mlx.template import ChatTemplate, Message, UnsupportedTemplateError
 from apertus_mlx.tokenizer import Tokenizer
 
 GOLDEN = "apertus_mlx_golden_prompts.json"
@@ -66,31 +66,27 @@ def golden_prompts(directory: Path, config: ModelConfig) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "texts": texts, "conversations": conversations}
 
 
-def check_template(directory: Path, config: ModelConfig) -> None:
-    """Refuse a chat template that would be copied and then could not be used.
+def check_template(directory: Path, config: ModelConfig) -> str | None:
+    """Refuse a chat template that is damaged; return what to say of one that only others can run.
 
-    A folder without a template is in order, and so is a tokenizer that only others can read.
+    A folder without a template is in order, and so is a tokenizer that this package cannot read.
 
     Raises:
-        RejectedError: the template is empty, cut off, or takes none of the conversations.
+        RejectedError: the template is empty, cut off, or leaves out what the user says.
     """
     try:
         tokenizer = Tokenizer.load(
             directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
         )
     except RejectedError:
-        return
-    template = ChatTemplate.load(directory, tokenizer)
-    if template is None:
-        return
-    errors: list[RejectedError] = []
-    for messages, think in CONVERSATIONS.values():
-        try:
-            template.render(messages, think=think)
-        except RejectedError as error:
-            errors.append(error)
-    if len(errors) == len(CONVERSATIONS):
-        raise errors[0]
+        return None
+    try:
+        template = ChatTemplate.load(directory, tokenizer)
+        if template is not None:
+            template.render(CONVERSATIONS["question"][0])
+    except UnsupportedTemplateError as error:
+        return f"apertus-mlx cannot chat with the output: {error}"
+    return None
 
 
 def write_golden(directory: Path, config: ModelConfig) -> None:

@@ -108,7 +108,7 @@ def prepare(
     source = recognise(config, checkpoint.tensors, str(directory))
     check_slopes(checkpoint)
     check_companions(directory, config)
-    check_template(directory, config)
+    template_note = check_template(directory, config)
     files = file_states(directory, watched)
     if source.tied_pair is not None and not _head_is_tied(checkpoint, source.tied_pair):
         if not request.allow_untied_head:
@@ -132,6 +132,8 @@ def prepare(
             plan = make_plan(source, request, max_shard_bytes, grids, size)
     if allocation is not None:
         plan = replace(plan, notes=(*plan.notes, allocation.note))
+    if template_note is not None:
+        plan = replace(plan, notes=(*plan.notes, template_note))
     if plan.calibrates and calibration is None:
         calibration = prepare_calibration(directory, config, calibration_texts)
     return Job(

@@ -114,8 +114,24 @@ def test_convert_refuses_a_template_that_is_cut_off(tmp_path: Path, end: int) ->
         prepare(source, Request(), "model")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% include 'x' %}",
+        "{{ bos_token | upper }}{{ messages[0].content }}",
+        "{{ messages[0].content | wordwrap }}",
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_convert_says_that_a_template_is_for_others_only(tmp_path: Path, text: str) -> None:
+    source = write_checkpoint(tmp_path / "model", config_4x())
+    (source / "chat_template.jinja").write_text(text, encoding="utf-8")
+    notes = prepare(source, Request(), "model").plan.notes
+    assert [note for note in notes if "cannot chat" in note and "chat_template.jinja" in note]
+
+
 def test_convert_takes_a_whole_template_and_none(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", config_4x())
-    prepare(source, Request(), "model")
+    whole = prepare(source, Request(), "model").plan.notes
     (source / "chat_template.jinja").unlink()
-    prepare(source, Request(), "model")
+    assert prepare(source, Request(), "model").plan.notes == whole == ()

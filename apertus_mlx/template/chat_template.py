@@ -29,6 +29,10 @@ _ESCAPED = re.compile(f"{ESCAPE}([012])")
 _UNMOVABLE = re.compile(r"[\s%{}]")
 
 
+class UnsupportedTemplateError(RejectedError):
+    """A sound template that asks for what the sandbox does not have, or refuses the messages."""
+
+
 class Message(TypedDict):
     """One turn of a conversation; the template decides which roles and contents it takes.
 
@@ -257,8 +261,14 @@ class ChatTemplate:
         reason = " ".join((reason or type(error).__name__).split())[:300]
         if isinstance(error, RecursionError):
             reason = "it calls itself without end"
-        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        return RejectedError(f"{self.name}{line}: the chat template failed: {reason}")
+        line = ""
+        kind: type[RejectedError] = UnsupportedTemplateError
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            line = f", line {error.lineno}"
+            # A filter or test that is missing here is a TemplateAssertionError.
+            if not isinstance(error, jinja2.TemplateAssertionError):
+                kind = RejectedError
+        return kind(f"{self.name}{line}: the chat template failed: {reason}")
 
 
 class _Escaped:
