@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Sequence
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.tokenizer import Tokenizer
-
-# Everything a terminal could take for an order, except line feed and tab.
-_TERMINAL_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class TextStream:
@@ -129,11 +125,3 @@ class _StopStrings:
     def held_back(self) -> str:
         """Return the text that could have begun a stop string."""
         return self._held
-
-
-def terminal_safe(text: str) -> str:
-    r"""Return `text` without control characters (C0, C1, DEL), except `\n` and `\t`.
-
-    Model output may hold escape sequences; a terminal must show text and obey nothing.
-    """
-    return _TERMINAL_CONTROL.sub("", text)

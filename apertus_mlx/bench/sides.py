@@ -103,7 +103,8 @@ class Side:
         assert self._process.stdin is not None and self._process.stdout is not None
         line = ""
         with suppress(BrokenPipeError):
-            print(json.dumps(question), file=self._process.stdin, flush=True)
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
             line = self._process.stdout.readline()
         if not line.endswith("\n"):
             raise self._ended()
@@ -132,7 +133,8 @@ def serve(open_side: Callable[[Settings], AbstractContextManager[Loaded]]) -> No
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def answer(value: dict[str, Any]) -> None:
-        print(json.dumps(value), file=answers, flush=True)
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
 
     try:
         with open_side(Settings(**json.loads(sys.stdin.readline()))) as (ready, seconds):

@@ -3,41 +3,60 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any
+
+from apertus_mlx import sink
 
 
 def main() -> None:
     """Entry point of `apertus-mlx`: run a command, turn failures into one line and an exit code."""
+    try:
+        code = _run()
+    except KeyboardInterrupt:
+        code = 130
+    sink.finish()
+    # What is left is Python's own end, where an interrupt would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run what the arguments say; returns the exit code."""
+    from apertus_mlx.cli.surroundings import check_surroundings, open_streams
+
+    no_stdout = open_streams()
+    sink.take_messages()
+    try:
+        check_surroundings(no_stdout)
+        return _command()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except BrokenPipeError:
+        return 0  # nobody reads the help any more
+    except Exception as error:
+        return _failed(error)
+
+
+def _command() -> int:
     import typer
 
     from apertus_mlx import command_buffers
     from apertus_mlx.cli.app import app
-    from apertus_mlx.errors import ApertusError
+    from apertus_mlx.errors import UsageError
 
     # typer's own class for wrong arguments; which package it lives in changes with its version.
-    wrong_usage = typer.BadParameter.__mro__[1]
-    debug = os.environ.get("APERTUS_MLX_DEBUG") == "1"
+    wrong_usage: Any = typer.BadParameter.__mro__[1]
     command_buffers.widen()
     try:
         # Outside its standalone mode typer returns the code of an Exit, an interrupt's among them.
-        sys.exit(app(standalone_mode=False, prog_name="apertus-mlx"))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except ApertusError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
-    except Exception as error:
-        if isinstance(error, wrong_usage):
-            _fail(_usage_message(error), 2)
-        if debug:
-            raise
-        _fail(
-            f"{type(error).__name__}: {error}. This is a bug; "
-            "APERTUS_MLX_DEBUG=1 shows where, please report it",
-            1,
-        )
+        code = app(standalone_mode=False, prog_name="apertus-mlx")
+    except typer.Abort:
+        return 130
+    except wrong_usage as error:
+        raise UsageError(_usage_message(error)) from None
+    return code if isinstance(code, int) else 0
 
 
 def _usage_message(error: Any) -> str:
@@ -45,7 +64,22 @@ def _usage_message(error: Any) -> str:
     return f"{error.format_message().rstrip('.')}; see `{command} --help`"
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
-    line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(exit_code)
+def _failed(error: Exception) -> int:
+    """Say in one line what happened; returns the exit code."""
+    from apertus_mlx.foreign_errors import explain
+
+    if os.environ.get("APERTUS_MLX_DEBUG") == "1":
+        import traceback
+
+        sink.note("".join(traceback.format_exception(error)), end="", keep=sink.LAYOUT)
+    known = explain(error)
+    if known is None:
+        message = (
+            f"{type(error).__name__}: {error}. This is a bug; "
+            "APERTUS_MLX_DEBUG=1 shows where, please report it"
+        )
+        code = 1
+    else:
+        message, code = str(known), known.exit_code
+    sink.note(f"error: {' '.join(message.split())}")
+    return code

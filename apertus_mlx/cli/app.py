@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from apertus_mlx import __version__
+from apertus_mlx import __version__, sink
 from apertus_mlx.cli.bench import bench
 from apertus_mlx.cli.chat import chat
 from apertus_mlx.cli.convert import convert
@@ -15,6 +15,7 @@ from apertus_mlx.cli.doctor import doctor
 from apertus_mlx.cli.eval import evaluate
 from apertus_mlx.cli.generate import generate
 from apertus_mlx.cli.inspect import inspect
+from apertus_mlx.cli.output import print_data
 from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
 
@@ -32,7 +33,7 @@ app.command("eval")(evaluate)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        print_data(__version__)
         raise typer.Exit
 
 
@@ -46,4 +47,4 @@ def root(
 ) -> None:
     """Run and quantize the Apertus language models with MLX."""
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        sink.put(context.get_help(), keep=sink.LAYOUT)

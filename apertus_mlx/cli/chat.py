@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from apertus_mlx import sink
 from apertus_mlx.cli import cache_options, options
 from apertus_mlx.cli.generate import summary
 from apertus_mlx.cli.output import note, print_data, print_pieces
+from apertus_mlx.cli.prompt_text import open_lines
 
 if TYPE_CHECKING:
     from apertus_mlx.generate import Speaker
@@ -68,6 +70,7 @@ def chat(
         )
 
     choose(GenerationConfig())
+    open_lines()
     form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
     request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
     dtype_name = dtype.value if dtype else None
@@ -115,7 +118,7 @@ def _converse(
             if command == "/exit":
                 break
             if command == "/help":
-                note(HELP)
+                sink.note(HELP, keep=sink.LAYOUT)
             elif command == "/reset":
                 conversation = Conversation(speaker, system, think, fit.form)
             elif command == "/undo":
@@ -159,7 +162,7 @@ def _input(prompt: str) -> str:
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(prompt)
     if prompt:
-        print(prompt, end="", file=sys.stderr, flush=True)
+        sink.note(prompt, end="")
     line = sys.stdin.readline()
     if not line:
         raise EOFError

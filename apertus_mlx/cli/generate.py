@@ -19,6 +19,7 @@ from apertus_mlx.cli.output import (
     print_pieces,
     token_progress,
 )
+from apertus_mlx.cli.prompt_text import read_prompt
 
 if TYPE_CHECKING:
     from apertus_mlx.generate import Generation, Result
@@ -86,7 +87,7 @@ def generate(
         raise UsageError("--raw takes no chat template, so neither --system nor --think")
     if stop and not all(stop):
         raise UsageError("--stop: an empty string would stop at once")
-    text = _read_stdin() if prompt is None or prompt == "-" else prompt
+    text = read_prompt() if prompt is None or prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty; pass it as an argument or on standard input")
 
@@ -193,10 +194,3 @@ def _prompt_ids(
     messages = [] if system is None else [Message(role="system", content=system)]
     messages.append(Message(role="user", content=text))
     return template.render(messages, think=think)
-
-
-def _read_stdin() -> str:
-    """Standard input as text; bytes that are no UTF-8 survive as surrogates."""
-    if sys.stdin.isatty():
-        note("reading the prompt from standard input; end it with Ctrl-D")
-    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")

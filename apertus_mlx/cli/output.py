@@ -1,4 +1,4 @@
-"""The one place that prints: data on stdout, everything else on stderr."""
+"""The forms in which commands show things: data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from apertus_mlx import sink
+
 if TYPE_CHECKING:
     from apertus_mlx.generate import Piece
 
@@ -21,24 +23,20 @@ _Progress = AbstractContextManager[Callable[..., None]]
 
 
 def print_data(text: str, end: str = "\n") -> None:
-    """Write a command's result to stdout at once; ends the program if nobody reads any more."""
-    try:
-        sys.stdout.write(text + end)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read has what they wanted (`| head`); nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    """Write a line of a command's result to stdout at once; see `sink.put`."""
+    sink.put(text, end)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Write one JSON object to stdout."""
-    print_data(json.dumps(value, ensure_ascii=False, indent=2))
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    text = json.dumps(value, ensure_ascii=encoding != "utf8", indent=2)
+    sink.put_exactly(sink.printable_json(text) + "\n")
 
 
 def note(text: str) -> None:
     """Write one line for the person to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    sink.note(text)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -62,19 +60,21 @@ def format_bytes(size_bytes: float) -> str:
 def print_pieces(pieces: Iterable[Piece]) -> None:
     """Write an answer to stdout as it comes, and the deliberation before it to stderr.
 
-    On a terminal without control characters: a model's text must not give it orders.
+    On a terminal with controls escaped: a model's text must not give it orders. Into a pipe or
+    file as it is.
     """
-    from apertus_mlx.text_stream import terminal_safe
-
+    exact = not sys.stdout.isatty()
     thinking = False
     for piece in pieces:
         if thinking and not piece.is_thought:
             note("")
         thinking = piece.is_thought
         if thinking:
-            print(terminal_safe(piece.text), end="", file=sys.stderr, flush=True)
+            sink.note(piece.text, end="", keep=sink.LAYOUT)
+        elif exact:
+            sink.put_exactly(piece.text)
         else:
-            print_data(terminal_safe(piece.text) if sys.stdout.isatty() else piece.text, end="")
+            sink.put(piece.text, end="", keep=sink.LAYOUT)
     if thinking:
         note("")
 
@@ -123,7 +123,7 @@ def _progress(
         if terminal:
             # A line that wraps could not be drawn over.
             line = line[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+            sink.redraw(line)
         else:
             note(line)
 
@@ -131,4 +131,4 @@ def _progress(
         yield update
     finally:
         if terminal and drawn:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            sink.redraw("")

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
 import onnxruntime as ort
 
-from apertus_mlx.errors import ApertusError
+from apertus_mlx.cpu.threads import thread_count
+from apertus_mlx.errors import UsageError
 
 Array = npt.NDArray[Any]
-THREADS_VARIABLE = "APERTUS_MLX_THREADS"
 
 _pool_threads: int | None = None
-
-
-def physical_cores() -> int:
-    """Cores this process may run on; two hardware threads of one core count once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, os.cpu_count() or 1)
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(path.read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, min(len(cores), _quota()))
-
-
-def _quota() -> int:
-    """Whole cores that a container's limit (cgroup v2) leaves; spinning beyond it stalls."""
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, int(limit) // int(period))
-    except (OSError, ValueError):
-        return os.cpu_count() or 1
 
 
 class Session:
@@ -81,7 +57,7 @@ class Session:
     def _require_process(self) -> None:
         # A forked child has the pool's locks, but none of its threads: it would wait for ever.
         if os.getpid() != self._process:
-            raise ApertusError(
+            raise UsageError(
                 "this model was loaded before the process forked; load it in the child, "
                 "or start children with the spawn method"
             )
@@ -117,14 +93,9 @@ def _start_pool() -> None:
     global _pool_threads  # noqa: PLW0603 - onnxruntime has one pool for the process
     if _pool_threads is not None:
         return
-    _pool_threads = _threads()
+    _pool_threads = thread_count()
     ort.set_global_thread_pool_sizes(_pool_threads, 1)
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
-
-
-def _threads() -> int:
-    stated = os.environ.get(THREADS_VARIABLE, "")
-    return int(stated) if stated.isdecimal() and int(stated) > 0 else physical_cores()

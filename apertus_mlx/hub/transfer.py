@@ -18,6 +18,7 @@ from pathlib import Path
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.hub.errors import UnreachableError, explained
 from apertus_mlx.hub.listing import Listing, RemoteFile
+from apertus_mlx.sink import note
 
 _CALLBACK_PERIOD_S = 0.5
 _LINE_PERIOD_S = 5.0
@@ -236,7 +237,7 @@ def _plain_lines(repo_id: str) -> Callable[[DownloadProgress], None]:
         if rate > 0:
             left_s = (progress.total_bytes - progress.done_bytes) / rate
             line += f", {rate / 1e6:.1f} MB/s, {left_s:.0f} s left"
-        print(line, file=sys.stderr, flush=True)
+        note(line)
 
     return report
 

@@ -25,6 +25,7 @@ from apertus_mlx.embedded.recipe.facts import LANGUAGES
 from apertus_mlx.embedded.recipe.tokenizer import VOCAB_SIZE
 from apertus_mlx.embedded.recipe.tokenizer import build as build_tokenizer
 from apertus_mlx.embedded.recipe.tokenizer import save as save_tokenizer
+from apertus_mlx.sink import note
 
 __all__ = ["CONFIG", "GENERATION_CONFIG", "load", "main", "reply", "save_weights"]
 
@@ -151,10 +152,6 @@ def _rate(progress: float) -> float:
     )
 
 
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _train(
     model: ApertusForCausalLM,
     tokenizer: Tokenizer,
@@ -183,11 +180,11 @@ def _train(
         step, seen = step + 1, seen + BATCH_TOKENS
         average = loss.item() if step == 1 else 0.95 * average + 0.05 * loss.item()
         if step % 20 == 0:
-            _log(f"step {step} tokens {seen} minutes {spent:.1f} loss {average:.4f}")
+            note(f"step {step} tokens {seen} minutes {spent:.1f} loss {average:.4f}")
         if time.monotonic() - last > 300:
             checkpoint()
             last = time.monotonic()
-    _log(f"finished: {step} steps, {seen} tokens, {spent:.1f} minutes, loss {average:.4f}")
+    note(f"finished: {step} steps, {seen} tokens, {spent:.1f} minutes, loss {average:.4f}")
 
 
 def reply(
@@ -273,15 +270,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def checkpoint() -> None:
         save_weights(model, weights)
-        _log(f"exam: {_describe(_sit_exam(model, tokenizer))}")
+        note(f"exam: {_describe(_sit_exam(model, tokenizer))}")
 
     _train(model, tokenizer, options.tokens, options.minutes, checkpoint)
     save_weights(model, weights)
     report = _sit_exam(load(weights), tokenizer)
-    _log(f"exam, weights as saved: {_describe(report)}")
+    note(f"exam, weights as saved: {_describe(report)}")
     for outcome in report.outcomes:
         if not outcome.right:
-            _log(f"wrong: {outcome.question.text} -> {outcome.answer}")
+            note(f"wrong: {outcome.question.text} -> {outcome.answer}")
     return 0
 
 

@@ -1,0 +1,91 @@
+"""What the system and other libraries raise in a situation of the user's, as errors of ours.
+
+The last resort: who knows more about the file or the request says more. What is no situation of
+the user's stays as it is, a bug.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from apertus_mlx.errors import ApertusError, NotFoundError, ResourceError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENXIO,
+         errno.ENODEV, errno.EBUSY, errno.ETXTBSY}  # fmt: skip
+_EXHAUSTED = {errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS, errno.EMFILE, errno.ENFILE}
+_NAMES = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+_NETWORK = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT,
+            errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL}  # fmt: skip
+# What MLX (nanobind), onnxruntime, the loader and Python's threads say when memory runs out. They
+# raise RuntimeError, ImportError or classes of their own.
+_MEMORY_WORDS = ("bad_alloc", "unable to allocate", "failed to allocate", "cannot allocate memory",
+                 "out of memory", "can't start new thread", "resource temporarily unavailable",
+                 "failed to map segment", "maximum allowed buffer size")  # fmt: skip
+
+
+def explain(error: BaseException) -> ApertusError | None:
+    """The error of ours that says what `error` means to a user; None where it is a bug.
+
+    Interrupts and exits are not errors: None.
+    """
+    if isinstance(error, ApertusError):
+        return error
+    if not isinstance(error, Exception):
+        return None
+    if out_of_memory(error):
+        return no_memory(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return UsageError(f"{error.object[:200]}: not UTF-8; give it another name")
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that there is not enough memory, whichever library raised it."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)
+    ):
+        return True
+    return not isinstance(error, ApertusError | OSError) and any(
+        word in str(error).lower() for word in _MEMORY_WORDS
+    )
+
+
+def no_memory(error: Exception) -> ResourceError:
+    """The error of ours for `error`, which is `out_of_memory`."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ResourceError(
+        f"not enough memory ({reason}); end other programs, raise the limit that is set for this "
+        "one, or take a model with fewer bits or a shorter context"
+    )
+
+
+def _explain_os_error(error: OSError) -> ApertusError | None:
+    code = error.errno
+    where = f"{_name(error.filename2 or error.filename)}: "
+    if error.filename is None:
+        where = ""
+    if code in _FULL:
+        return ResourceError(f"{where}the disk is full; make room and try again")
+    if code in _DISK:
+        return ResourceError(f"{where}cannot be read or written ({error.strerror})")
+    if code in _EXHAUSTED:
+        return ResourceError(f"{where}the system has nothing left to give ({error.strerror})")
+    if code in _NAMES:
+        return UsageError(f"{where}not a name that can be used here ({error.strerror})")
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error.strerror):
+        return ResourceError(f"{error.strerror}; TMPDIR names another")
+    if code in _ABSENT:
+        return NotFoundError(f"{where}not there ({error.strerror})")
+    if code in _NETWORK:
+        return NotFoundError(f"{where}not reachable ({error.strerror})")
+    return None
+
+
+def _name(name: object) -> str:
+    text = os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-90:]}"
