@@ -12,6 +12,7 @@ import mlx.core as mx
 from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.errors import ApertusError, UsageError
+from apertus_mlx.foreign_errors import no_memory, out_of_memory
 from apertus_mlx.inventory import Inventory
 from apertus_mlx.load import load_inventory
 from apertus_mlx.scores import Scores
@@ -99,6 +100,8 @@ def load_for(
 
         return HostModel(inventory, precision, on_bytes)
     except ImportError as error:
+        if out_of_memory(error):
+            raise no_memory(error) from None
         if compute == "cpu":
             raise UsageError(
                 f"--compute cpu: {error}; install it: pip install 'apertus-mlx[cpu]'"
@@ -108,6 +111,8 @@ def load_for(
         raise
     except Exception as error:
         # Another version of onnxruntime may lack a kernel; what it raises has no common base.
+        if out_of_memory(error):
+            raise no_memory(error) from None
         if compute == "cpu" or not type(error).__module__.startswith("onnxruntime"):
             raise
         reason = " ".join(str(error).split())[:200]

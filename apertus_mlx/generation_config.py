@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,37 @@ INERT_KEYS = frozenset(
         "transformers_version", "use_cache",
     }
 )  # fmt: skip
+# Sampling computes in float32. What is below its smallest normal number may count as 0 there, and
+# with a penalty below 1e-20 a logit could become infinite.
+SMALLEST_SHARE = 2.0**-126
+SMALLEST_PENALTY, LARGEST_PENALTY = 1e-20, 100.0
+LARGEST_TEMPERATURE = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a parameter of sampling may be, and how to say so."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+RANGES = {
+    "temperature": Range(
+        lambda value: 0 <= value <= LARGEST_TEMPERATURE, f"from 0 to {LARGEST_TEMPERATURE:g}"
+    ),
+    "top_p": Range(
+        lambda value: SMALLEST_SHARE <= value <= 1, f"above 0 ({SMALLEST_SHARE:.1e}) and up to 1"
+    ),
+    "min_p": Range(
+        lambda value: value == 0 or SMALLEST_SHARE <= value <= 1,
+        f"0 (off), or from {SMALLEST_SHARE:.1e} to 1",
+    ),
+    "repetition_penalty": Range(
+        lambda value: SMALLEST_PENALTY <= value <= LARGEST_PENALTY,
+        f"from {SMALLEST_PENALTY:g} to {LARGEST_PENALTY:g}",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +87,17 @@ def read_generation_config(directory: Path, vocab_size: int) -> GenerationConfig
     return GenerationConfig(
         eos_token_ids=keys.integers("eos_token_id", 0, vocab_size - 1),
         do_sample=keys.optional_boolean("do_sample"),
-        temperature=keys.optional_number("temperature", -1e-9, 100.0),
-        top_p=keys.optional_number("top_p", 0.0, 1.0),
+        temperature=_number(keys, "temperature"),
+        top_p=_number(keys, "top_p"),
         top_k=keys.optional_integer("top_k", 0, vocab_size),
-        min_p=keys.optional_number("min_p", -1e-9, 1.0),
-        repetition_penalty=keys.optional_number("repetition_penalty", 0.0, 100.0),
+        min_p=_number(keys, "min_p"),
+        repetition_penalty=_number(keys, "repetition_penalty"),
         ignored_keys=tuple(sorted(ignored)),
     )
+
+
+def _number(keys: KeyReader, key: str) -> float | None:
+    value = keys.optional_number(key, -math.inf, math.inf)
+    if value is not None and not RANGES[key].holds(value):
+        raise keys.error(key, f"a number {RANGES[key].words}", value)
+    return value

@@ -15,16 +15,19 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.errors import UsageError
-from apertus_mlx.generation_config import GenerationConfig
+from apertus_mlx.generation_config import RANGES, GenerationConfig
 from apertus_mlx.scores import Scores
 
 MAX_SEED = 2**63
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.8, 0.9
+# Below it even neighbours in float32 differ by a factor of 7 or more in probability (logits of 20):
+# the likeliest token is all there is.
+COLDEST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw a token; temperature 0 takes the most likely one.
+    """How to draw a token; a temperature below `COLDEST` takes the most likely one.
 
     Raises:
         UsageError: a value outside its range.
@@ -38,22 +41,16 @@ class SamplingParams:
     seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature <= 100, "temperature", self.temperature, "from 0 to 100")
-        _require(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and up to 1")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            _require(allowed.holds(value), name.replace("_", "-"), value, allowed.words)
         _require(self.top_k >= 0, "top-k", self.top_k, "0 (off) or more")
-        _require(0 <= self.min_p <= 1, "min-p", self.min_p, "from 0 to 1")
-        _require(
-            0 < self.repetition_penalty <= 100,
-            "repetition-penalty",
-            self.repetition_penalty,
-            "above 0 and up to 100",
-        )
         _require(0 <= self.seed < MAX_SEED, "seed", self.seed, "from 0 to 2^63 - 1")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < COLDEST or self.top_k == 1
 
 
 def resolve_params(
@@ -116,23 +113,32 @@ class Sampler:
 
 
 def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
-    """Divide positive and multiply negative logits of `seen` tokens (CTRL, arXiv 1909.05858)."""
+    """Divide positive and multiply negative logits of `seen` tokens (CTRL, arXiv 1909.05858).
+
+    In float32, whatever the logits are in: float16 ends at 65,504.
+    """
+    logits = logits.astype(mx.float32)
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(scores: Scores, params: SamplingParams) -> mx.array:
-    """Scale by temperature and set all but the likely tokens to minus infinity, in float32."""
-    logits = scores.logits.astype(mx.float32) / params.temperature
+    """Scale by temperature and set all but the likely tokens to minus infinity, in float32.
+
+    The largest comes out as 0. It is taken away before the division: what lies near it keeps its
+    digits, and nothing overflows but to a probability of 0.
+    """
+    logits = scores.logits.astype(mx.float32)
     size = logits.shape[-1]
+    largest = mx.max(logits)
     if 0 < params.top_k < size:
-        threshold = kth_largest(scores, params.top_k).astype(mx.float32) / params.temperature
+        threshold = kth_largest(scores, params.top_k).astype(mx.float32)
         logits = mx.where(logits < threshold, -math.inf, logits)
+    logits = (logits - largest) / params.temperature
     if params.top_p < 1:
         kept = nucleus(mx.softmax(logits), params.top_p)
         logits = mx.where(kept, logits, -math.inf)
     if params.min_p > 0:
-        floor = mx.max(logits) + math.log(params.min_p)
-        logits = mx.where(logits < floor, -math.inf, logits)
+        logits = mx.where(logits < math.log(params.min_p), -math.inf, logits)
     return logits
 
 
@@ -160,7 +166,7 @@ def nucleus(probabilities: mx.array, top_p: float) -> mx.array:
         values = np.asarray(probabilities)
         candidates = np.flatnonzero(values >= (1 - top_p) / size)
         order = candidates[np.argsort(-values[candidates])]
-        ranked = values[order]
+        ranked = values[order].astype(np.float64)
         chosen = np.zeros(size, np.bool_)
         chosen[order[np.cumsum(ranked) - ranked < top_p]] = True
         return mx.array(chosen)

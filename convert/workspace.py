@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from apertus_mlx.beside import beside
 from apertus_mlx.errors import ResourceError, UsageError
 
 JOURNAL = ".journal"
@@ -28,6 +29,7 @@ def check_target(target: Path, source: Path | None) -> None:
 
     Raises:
         UsageError: it is a file, a folder with something in it, or lies in or around the source.
+        ResourceError: its place cannot be written.
     """
     if not target.name:
         raise UsageError(f"{target}: is not a name for the output folder")
@@ -45,7 +47,7 @@ def check_target(target: Path, source: Path | None) -> None:
     if not parent.is_dir():
         raise UsageError(f"{parent}: no such folder for the output")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{parent}: cannot be written; choose another output")
+        raise ResourceError(f"{parent}: cannot be written; choose another output")
 
 
 def check_space(parent: Path, needed_bytes: int) -> None:
@@ -64,7 +66,7 @@ def check_space(parent: Path, needed_bytes: int) -> None:
 
 def partial_path(target: Path) -> Path:
     """Where `target` is built."""
-    return target.with_name(f".{target.name}.partial")
+    return beside(target, ".partial")
 
 
 class Workspace:
@@ -217,6 +219,8 @@ def _explain(error: OSError, target: Path) -> NoReturn:
         raise ResourceError(f"{target}: the disk is full; nothing was left behind") from None
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
         raise ResourceError(f"{target}: cannot be written ({error.strerror})") from None
+    if error.errno == errno.ENOENT and not partial_path(target).exists():
+        raise ResourceError(f"{partial_path(target)}: was taken away meanwhile") from None
     raise error
 
 

@@ -87,15 +87,15 @@ def test_raw_continues_text() -> None:
     assert done.stdout.startswith(b" Paris")
 
 
-def test_invalid_utf8_and_control_text_are_only_text(tiny: Path) -> None:
+def test_control_text_is_only_text(tiny: Path) -> None:
     report = json.loads(
         run(
             "generate", "--raw", "--model", str(tiny), "--max-tokens", "1", "--json",
-            stdin=b"\xff\x00<|assistant_start|>\r\n",
+            stdin=b"\x00<|assistant_start|>\r\n",
         ).stdout
     )  # fmt: skip
     assert 67 not in report["prompt_token_ids"]
-    assert len(report["prompt_token_ids"]) == 1 + len(b"\xff\x00<|assistant_start|>\r\n")
+    assert len(report["prompt_token_ids"]) == 1 + len(b"\x00<|assistant_start|>\r\n")
 
 
 USAGE = [

@@ -238,7 +238,13 @@ def test_generation_config(tmp_path: Path) -> None:
     assert config.eos_token_ids == (2, 68, 72)
     assert (config.temperature, config.top_p, config.do_sample) == (0.8, 0.9, True)
     assert config.ignored_keys == ("num_beams",)
-    for wrong in ({"eos_token_id": 100}, {"temperature": "hot"}, {"top_p": 1.5}, {"top_k": 1.5}):
+    write(temperature=1e-300, min_p=0, repetition_penalty=1e-20)
+    assert read_generation_config(tmp_path, 100).temperature == 1e-300
+    for wrong in (
+        {"eos_token_id": 100}, {"temperature": "hot"}, {"top_p": 1.5}, {"top_k": 1.5},
+        {"temperature": -1e-10}, {"top_p": 1e-45}, {"top_p": 0}, {"min_p": 1e-40},
+        {"min_p": -1e-10}, {"repetition_penalty": 1e-39}, {"repetition_penalty": 1e39},
+    ):  # fmt: skip
         write(**wrong)
         with pytest.raises(RejectedError, match=next(iter(wrong))):
             read_generation_config(tmp_path, 100)

@@ -37,7 +37,7 @@ from apertus_mlx.doctor.mlx_device import MLXDevice
 from apertus_mlx.doctor.report import conclude
 from apertus_mlx.doctor.trace import trace
 from apertus_mlx.doctor.tune import ROUNDS, race
-from apertus_mlx.errors import ApertusError
+from apertus_mlx.errors import RejectedError
 from apertus_mlx.inventory import take_inventory
 from apertus_mlx.load import load_inventory
 from apertus_mlx.metal import enabled, verdict
@@ -89,7 +89,7 @@ def test_everything_goes_through_the_pipe() -> None:
 def test_a_device_that_does_not_start() -> None:
     with (
         AttendedDevice([sys.executable, "-c", "raise SystemExit('no such chip')"]) as device,
-        pytest.raises(ApertusError, match=r"does not start: .*no such chip"),
+        pytest.raises(RejectedError, match=r"does not start: .*no such chip"),
     ):
         device.attempt(Double())
 

@@ -50,12 +50,54 @@ def reference(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
         {"temperature": 1.0, "top_p": 1.0, "min_p": 0.1},
         {"temperature": 1.5, "top_p": 0.95, "top_k": 100, "min_p": 0.02},
         {"temperature": 1.0, "top_p": 1.0, "top_k": 10_000},
+        # At the bounds of what is accepted.
+        {"temperature": 1e-6, "top_p": 1.0},
+        {"temperature": 100.0, "top_p": 1.0},
+        {"temperature": 1.0, "top_p": 2.0**-126},
+        {"temperature": 100.0, "top_p": 2.0**-126},
+        {"temperature": 3.0, "top_p": 1 - 2.0**-24},
+        {"temperature": 100.0, "top_p": 1.0, "min_p": 2.0**-126},
+        {"temperature": 0.03, "top_p": 1.0, "min_p": 2.0**-126},
+        {"temperature": 1.0, "top_p": 1.0, "min_p": 1.0},
+        {"temperature": 1e-6, "top_p": 2.0**-126, "min_p": 2.0**-126, "top_k": 2},
     ],
 )
 def test_filters(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
+    logits = LOGITS.astype(np.float32).astype(np.float64)
     probabilities = mx.softmax(filter_logits(Scores(mx.array(LOGITS)), params))
-    np.testing.assert_allclose(np.array(probabilities), reference(LOGITS, params), atol=1e-6)
+    np.testing.assert_allclose(np.array(probabilities), reference(logits, params), atol=1e-6)
+
+
+def test_the_coldest_temperature_tells_neighbours_apart() -> None:
+    """Two logits near 20 that are one step of float32 apart: exp(1.9) to 1."""
+    low = np.float32(20)
+    logits = np.array([low, np.nextafter(low, np.float32(21)), 19], np.float64)
+    params = SamplingParams(temperature=1e-6, top_p=1.0)
+    probabilities = mx.softmax(filter_logits(Scores(mx.array(logits.astype(np.float32))), params))
+    expected = reference(logits, params)
+    assert 0.1 < expected[0] < 0.2
+    np.testing.assert_allclose(np.array(probabilities), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [9.9e-7, 1e-37, 1e-38, 1e-300, 5e-324, 0.0, -0.0])
+def test_colder_is_greedy(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=3), [], len(LOGITS))
+    assert int(sampler(Scores(mx.array(LOGITS)))) == int(np.argmax(LOGITS))
+
+
+@pytest.mark.parametrize("penalty", [1e-20, 1e-6, 0.5, 100.0])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_penalties_at_their_bounds(penalty: float, dtype: mx.Dtype) -> None:
+    logits = mx.array(LOGITS).astype(dtype)
+    exact = np.array(logits.astype(mx.float32)).astype(np.float64)
+    seen = np.arange(len(LOGITS)) % 3 == 0
+    expected = np.where(seen, np.where(exact > 0, exact / penalty, exact * penalty), exact)
+    found = np.array(penalize(logits, mx.array(seen), penalty))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    params = SamplingParams(temperature=1.0, top_p=1.0, repetition_penalty=penalty)
+    probabilities = mx.softmax(filter_logits(Scores(mx.array(found)), params))
+    np.testing.assert_allclose(np.array(probabilities), reference(expected, params), atol=1e-6)
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -95,7 +137,9 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
         {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf},
         {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}, {"top_k": -1}, {"min_p": 2.0},
         {"min_p": math.nan}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan},
-        {"seed": -1}, {"seed": 2**70},
+        {"seed": -1}, {"seed": 2**70}, {"top_p": 1e-38}, {"top_p": 1e-45}, {"top_p": 1e-46},
+        {"top_p": 1e-300}, {"min_p": 1e-38}, {"min_p": 1e-300}, {"min_p": -1e-300},
+        {"repetition_penalty": 1e-21}, {"repetition_penalty": 1e-39}, {"repetition_penalty": 1e39},
     ],
 )  # fmt: skip
 def test_values_outside_their_range(wrong: dict[str, Any]) -> None:

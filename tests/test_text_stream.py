@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.errors import UsageError
-from apertus_mlx.text_stream import TextStream, terminal_safe
+from apertus_mlx.text_stream import TextStream
 from apertus_mlx.tokenizer import Tokenizer
 
 FAMILY = "👩‍👩‍👧‍👦"
@@ -142,8 +142,3 @@ def test_after_the_stop_nothing_more_appears(tokenizer: Tokenizer) -> None:
 def test_empty_stop_string_is_a_usage_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="stop string"):
         TextStream(tokenizer, ["x", ""])
-
-
-def test_terminal_safe_keeps_text_and_drops_orders() -> None:
-    assert terminal_safe("\x1b[31mred\x1b[0m\x9b2J\x07\r\x7f") == "[31mred[0m2J"
-    assert terminal_safe(f"a\tb\nc é {FAMILY} \xa0") == f"a\tb\nc é {FAMILY} \xa0"

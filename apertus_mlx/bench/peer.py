@@ -12,7 +12,9 @@ import mlx.core as mx
 
 from apertus_mlx.bench.sides import Loaded, Ready, Settings, serve
 from apertus_mlx.bench.stopwatch import Stopwatch
-from apertus_mlx.errors import ApertusError
+from apertus_mlx.bench.workload import Task
+from apertus_mlx.errors import ApertusError, RejectedError
+from apertus_mlx.foreign_errors import explain
 from apertus_mlx.memory.machine import on_gpu
 
 # More than any context holds: what is decoded has no end.
@@ -58,7 +60,8 @@ def open_side(settings: Settings) -> Iterator[Loaded]:
     """Load the model, and run it under the limits, as mlx-lm's commands do.
 
     Raises:
-        ApertusError: mlx-lm cannot load it.
+        RejectedError: mlx-lm cannot load it.
+        ResourceError: there is not enough memory.
     """
     import mlx_lm
     from mlx_lm.generate import generate_step, wired_limit
@@ -67,7 +70,7 @@ def open_side(settings: Settings) -> Iterator[Loaded]:
     try:
         model: Any = mlx_lm.load(settings.directory)[0]
     except Exception as error:
-        raise ApertusError(f"--against mlx-lm: it cannot load this model: {error}") from error
+        raise _blamed(error, "cannot load this model") from error
     if settings.dtype is not None:
         model.set_dtype(getattr(mx, settings.dtype))
         mx.eval(model.parameters())
@@ -85,8 +88,20 @@ def open_side(settings: Settings) -> Iterator[Loaded]:
         load_s=load_s,
     )
     watch = Stopwatch(MlxLm(model), settings.vocab_size, settings.new_tokens, settings.seed)
+
+    def seconds(task: Task) -> float:
+        try:
+            return watch.seconds(task)
+        except Exception as error:
+            raise _blamed(error, f"fails at {task}") from error
+
     with wired_limit(model):
-        yield ready, watch.seconds
+        yield ready, seconds
+
+
+def _blamed(error: Exception, what: str) -> ApertusError:
+    """What mlx-lm raised: no bug of ours, whatever it is."""
+    return explain(error) or RejectedError(f"--against mlx-lm: it {what}: {error}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 from apertus_mlx import errors
 from apertus_mlx.bench.workload import Task
 from apertus_mlx.errors import ApertusError, ResourceError
+from apertus_mlx.foreign_errors import explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,5 +143,10 @@ def serve(open_side: Callable[[Settings], AbstractContextManager[Loaded]]) -> No
             for line in sys.stdin:
                 taken = seconds(Task(**json.loads(line)))
                 answer({"seconds": taken, "peak_memory_bytes": peak_bytes(ready.on_gpu)})
-    except ApertusError as error:
-        answer({"error": type(error).__name__, "message": str(error)})
+    except Exception as error:
+        known = explain(error)
+        if known is None:
+            raise
+        # By the name in `errors` that it has or inherits.
+        kind = next(base.__name__ for base in type(known).__mro__ if hasattr(errors, base.__name__))
+        answer({"error": kind, "message": str(known)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -17,8 +18,8 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     sink.finish()
-    # What is left is Python's own end, where an interrupt would print a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # During Python's own end an interrupt would print a traceback.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

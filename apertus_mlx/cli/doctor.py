@@ -41,7 +41,7 @@ def doctor(
     Kernels are off until `--tune` has found them right and faster here. What is found out is kept
     for this chip, macOS and MLX. APERTUS_MLX_KERNELS=0 turns all of them off.
     """
-    from apertus_mlx.errors import ApertusError, UsageError
+    from apertus_mlx.errors import RejectedError, UsageError
 
     if reset:
         if tune or model is not None:
@@ -73,7 +73,7 @@ def doctor(
     else:
         _print_report(report)
     if not report.products_right:
-        raise ApertusError("MLX computes wrongly on this machine: reinstall it (pip install mlx)")
+        raise RejectedError("MLX computes wrongly on this machine: reinstall it (pip install mlx)")
 
 
 def _reset(json: bool) -> None:

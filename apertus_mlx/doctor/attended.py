@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.doctor.device import Agreement, Attempt, UnfitError
-from apertus_mlx.errors import ApertusError
+from apertus_mlx.errors import RejectedError, ResourceError
+from apertus_mlx.foreign_errors import out_of_memory
 from apertus_mlx.metal.kernel import Kernel
 
 # Most that one answer may take: about a kernel, and about the whole model, which is loaded first.
@@ -88,13 +89,16 @@ def _start(command: Sequence[str], limit_s: float) -> _Child:
     """A child that is ready.
 
     Raises:
-        ApertusError: it does not get so far; that is no kernel's fault.
+        RejectedError: it does not get so far; that is the machine's or MLX's fault, no kernel's.
+        ResourceError: the system killed it, or gave it too little memory.
     """
     child = _Child(command)
     try:
         child.receive(limit_s)
     except UnfitError as error:
-        raise ApertusError(f"the process that tries the kernels does not start: {error}") from None
+        scarce = "SIGKILL" in str(error) or out_of_memory(error)
+        kind = ResourceError if scarce else RejectedError
+        raise kind(f"the process that tries the kernels does not start: {error}") from None
     return child
 
 

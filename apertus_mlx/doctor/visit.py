@@ -37,8 +37,8 @@ def visit(
         on_stage: is told what comes next.
 
     Raises:
-        ResourceError: another doctor is at work, or the verdict cannot be written.
-        ApertusError: no process can be started that tries the kernels.
+        ResourceError: another doctor is at work, the verdict cannot be written, or memory lacks.
+        RejectedError: no process can be started that tries the kernels.
     """
     facts, products = gather_facts(), product_errors()
     kernels = kernels_for(inventory.config, inventory.specs, DTYPES[dtype])

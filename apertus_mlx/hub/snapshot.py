@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from apertus_mlx.beside import beside
 from apertus_mlx.checkpoint import INDEX_FILE, read_weight_map
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.hub.errors import UnreachableError
@@ -177,6 +178,6 @@ def _record_ref(folder: Path, revision: str, commit: str) -> None:
         if exists(ref) and read_file(ref, MAX_REF_BYTES) == commit.encode():
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
-        beside = ref.with_name(f".{ref.name}.{threading.get_ident()}")
-        beside.write_text(commit, encoding="utf-8")
-        beside.replace(ref)
+        written = beside(ref, f".{threading.get_ident()}")
+        written.write_text(commit, encoding="utf-8")
+        written.replace(ref)
