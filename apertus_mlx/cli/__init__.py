@@ -32,10 +32,8 @@ def _run() -> int:
     try:
         check_surroundings(no_stdout)
         return _command()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    except BrokenPipeError:
-        return 0  # nobody reads the help any more
+    except (SystemExit, BrokenPipeError):
+        return 0  # nobody reads any more; the exit is the sink's, or typer's where it prints help
     except Exception as error:
         return _failed(error)
 

@@ -8,15 +8,21 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import resource
 import sys
 from typing import TextIO
 
-from apertus_mlx.errors import UsageError
+from apertus_mlx.errors import ResourceError, UsageError
 
 # Variables that switch something, and those that hold whole numbers, of ours and of the Hub's.
 SWITCHES = ("APERTUS_MLX_DEBUG", "APERTUS_MLX_KERNELS")
 COUNTS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
 NAMES = ("APERTUS_MLX_CACHE", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HOME", "TMPDIR")
+
+# Addresses that the libraries take before any model, measured on Linux: 187 MB, and for each thread
+# of OpenBLAS, which numpy computes with, 41 MB more. Where it gets less, OpenBLAS waits for ever.
+LIBRARY_BYTES, BLAS_THREAD_BYTES = 192 * 2**20, 41 * 2**20
+MAX_BLAS_THREADS = 64
 
 
 def open_streams() -> bool:
@@ -60,6 +66,7 @@ def check_surroundings(no_stdout: bool) -> None:
     Raises:
         UsageError: stdout is closed, an argument is not UTF-8, the current folder is gone, or a
             variable of the environment has no sensible value.
+        ResourceError: memory is limited so far that the libraries cannot be loaded.
     """
     if no_stdout:
         raise UsageError("standard output is closed; send it somewhere, or to /dev/null")
@@ -84,6 +91,25 @@ def check_surroundings(no_stdout: bool) -> None:
 
     if os.environ.get(THREADS_VARIABLE):
         thread_count()
+    if sys.platform == "linux":
+        _require_addresses()
+
+
+def _require_addresses() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    threads = min(len(os.sched_getaffinity(0)), MAX_BLAS_THREADS)
+    stated = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if stated.isdecimal():
+        threads = max(1, min(threads, int(stated)))
+    needed = LIBRARY_BYTES + threads * BLAS_THREAD_BYTES
+    if limit < needed:
+        raise ResourceError(
+            f"memory is limited to {limit >> 20} MiB of addresses (ulimit -v), the libraries alone "
+            f"take {needed >> 20}; raise the limit"
+            + ("" if threads == 1 else ", or set OPENBLAS_NUM_THREADS=1")
+        )
 
 
 def _require_utf8(name: str, value: str) -> None:
