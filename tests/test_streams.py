@@ -21,8 +21,6 @@ def test_a_stdout_that_lacks_characters_gets_all_of_the_answer() -> None:
     assert done.stdout.decode("ascii").strip() == ANSWER.replace("ü", "\\xfc")
     done = command("generate", GOLD, "-t", "0", "--json", PYTHONIOENCODING="ascii")
     assert json.loads(done.stdout.decode("ascii"))["text"] == ANSWER
-    done = command("generate", GOLD, "-t", "0", PYTHONIOENCODING="latin-1")
-    assert done.stdout.decode("latin-1").strip() == ANSWER
 
 
 def test_one_byte_that_is_no_text() -> None:
@@ -39,7 +37,7 @@ def test_one_byte_that_is_no_text() -> None:
 
 
 def test_a_closed_stderr_takes_nothing_from_the_answer() -> None:
-    for redirect in ("2>&-", "2>/dev/full", "2</dev/null"):
+    for redirect in ("2>&-", "2>/dev/full"):
         done = command("generate", QUESTION, "-t", "0", redirect=redirect)
         assert (done.returncode, done.stdout.strip(), done.stderr) == (0, PARIS, b"")
 
