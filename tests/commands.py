@@ -19,7 +19,7 @@ def command(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run `apertus-mlx` under `sh`, with redirections such as `>&-` or `2>/dev/full`."""
     return subprocess.run(
-        ["sh", "-c", f'exec "$@" {redirect}', "sh", *COMMAND, *arguments],
+        ["/bin/sh", "-c", f'exec "$@" {redirect}', "sh", *COMMAND, *arguments],
         input=stdin,
         capture_output=True,
         cwd=cwd,

@@ -18,7 +18,7 @@ def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
     done = subprocess.run(
-        ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(folder), *COMMAND, "inspect"],
+        ["/bin/sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(folder), *COMMAND, "inspect"],
         capture_output=True,
         timeout=60,
         check=False,

@@ -34,7 +34,7 @@ def _run() -> int:
         return _command()
     except (SystemExit, BrokenPipeError):
         return 0  # nobody reads any more; the exit is the sink's, or typer's where it prints help
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the one place where all of them end
         return _failed(error)
 
 

@@ -11,7 +11,7 @@ from apertus_mlx import sink
 from apertus_mlx.cli import cache_options, options
 from apertus_mlx.cli.generate import summary
 from apertus_mlx.cli.output import note, print_data, print_pieces
-from apertus_mlx.cli.prompt_text import open_lines
+from apertus_mlx.cli.prompt_text import open_lines, require_short
 
 if TYPE_CHECKING:
     from apertus_mlx.generate import Speaker
@@ -107,6 +107,7 @@ def _converse(
         if question is None:
             pieces = conversation.retry(*settings)
         else:
+            require_short(question, speaker.tokenizer, speaker.context_length)
             pieces = conversation.ask(question, *settings)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
             print_pieces(pieces)

@@ -19,7 +19,7 @@ from apertus_mlx.cli.output import (
     print_pieces,
     token_progress,
 )
-from apertus_mlx.cli.prompt_text import read_prompt
+from apertus_mlx.cli.prompt_text import read_prompt, require_short
 
 if TYPE_CHECKING:
     from apertus_mlx.generate import Generation, Result
@@ -104,6 +104,7 @@ def generate(
         inventory: Inventory, tokenizer: Tokenizer, template: ChatTemplate | None
     ) -> None:
         nonlocal saved
+        require_short(text, tokenizer, inventory.config.max_position_embeddings)
         prompt_ids.extend(_prompt_ids(tokenizer, template, text, raw, system, think))
         require_room(len(prompt_ids), inventory.config.max_position_embeddings)
         memory.choose(inventory, len(prompt_ids) + max_tokens)
