@@ -315,10 +315,11 @@ def _without_cuts(history: list[Feed | int]) -> list[Feed]:
         if not isinstance(fed, int):
             kept.append(fed)
             continue
-        while fed:
+        left = fed
+        while left:
             last = kept.pop()
             length = last.ids.shape[1]
-            if length > fed:
-                kept.append(Feed(last.ids[:, : length - fed], last.scored))
-            fed = max(0, fed - length)
+            if length > left:
+                kept.append(Feed(last.ids[:, : length - left], last.scored))
+            left = max(0, left - length)
     return kept

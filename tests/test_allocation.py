@@ -93,7 +93,7 @@ def test_allocation_of_sizes_without_a_common_divisor() -> None:
 
 
 def test_no_size_is_above_its_target_and_none_needlessly_below() -> None:
-    """Random units beside all combinations, at targets from their smallest to above their largest."""
+    """Random units beside all combinations, at targets from the smallest to above the largest."""
     draw = random.Random(7)
     for _ in range(150):
         units, damages = [], {}
