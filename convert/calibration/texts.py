@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,16 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".json")
 MAX_FILE_BYTES = 64 * 2**20
 # One part in so many is kept to judge by.
 HELD_OUT = 4
+# Lines, sentences and stretches are held out in blocks, of which a language has at most so many;
+# a stretch has at least so many characters.
+MOST_BLOCKS, LEAST_STRETCH = 32, 40
 _PARAGRAPHS = re.compile(r"\n[ \t\r]*\n")
+_SENTENCES = re.compile(r"(?<=[.!?\u06d4\u0964])\s+|(?<=[\u3002\uff01\uff1f])")
 # What BCP 47 tags look like; whether the language exists is the user's affair.
 _LANGUAGE_TAG = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
+
+
+Content = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,10 @@ class Document:
     """A text, or the messages of a conversation."""
 
     language: str
-    content: str | tuple[Message, ...]
+    content: Content
+
+
+Cut = Callable[[Document], list[Content]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,8 @@ class TextSet:
     name: str
     sha256: str
     documents: tuple[Document, ...]
+    # Whether they were kept back from what a model is made with.
+    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +110,26 @@ def read_texts(paths: Sequence[Path] = ()) -> TextSet:
 
 
 def hold_out(texts: TextSet) -> tuple[TextSet, TextSet]:
-    """Texts to calibrate on, and every fourth paragraph or conversation to judge by.
+    """Texts to calibrate on, and a quarter to judge by; nothing is in both.
 
-    Where nothing would be left for one of the two, both are all texts.
+    Of each language every fourth document is held out; where there are fewer, every fourth
+    paragraph, else line, sentence or stretch of words. What is repeated, in whatever language,
+    counts once. Where nothing can be held out both are all texts, and the latter's name says so.
     """
     seen: list[Document] = []
     judged: list[Document] = []
-    chats = 0
-    for document in texts.documents:
-        if not isinstance(document.content, str):
-            (judged if chats % HELD_OUT == HELD_OUT - 1 else seen).append(document)
-            chats += 1
-            continue
-        paragraphs = [part for part in _PARAGRAPHS.split(document.content) if part.strip()]
-        # Of a text that is shorter than that, the last one.
-        every = min(HELD_OUT, max(len(paragraphs), 2))
-        kept = [part for i, part in enumerate(paragraphs) if i % every == every - 1]
-        rest = [part for i, part in enumerate(paragraphs) if i % every != every - 1]
-        seen.append(Document(document.language, "\n\n".join(rest)))
-        judged += [Document(document.language, part) for part in kept]
+    known: set[str] = set()
+    for language in dict.fromkeys(document.language for document in texts.documents):
+        own = [document for document in texts.documents if document.language == language]
+        _deal(own, known, seen, judged)
+    lines = {_key(line) for d in seen for line in _lines(d)}
+    judged = [kept for d in judged if (kept := _without(d, lines)) is not None]
     if not seen or not judged:
-        return texts, texts
+        name = f"{texts.name}, which it was made with: too short to hold a part out"
+        return texts, replace(texts, name=name)
     return (
-        TextSet(texts.name, texts.sha256, tuple(seen)),
-        TextSet(f"{texts.name}, held out", texts.sha256, tuple(judged)),
+        replace(texts, documents=tuple(seen)),
+        TextSet(f"{texts.name}, held out", texts.sha256, tuple(judged), held_out=True),
     )
 
 
@@ -195,6 +204,98 @@ def encode(document: Document, tokenizer: Tokenizer, template: ChatTemplate | No
     if template is None:
         raise RejectedError("the model has no chat template; give texts instead of conversations")
     return template.render(document.content, add_generation_prompt=False)
+
+
+def _deal(
+    documents: Sequence[Document], known: set[str], seen: list[Document], judged: list[Document]
+) -> None:
+    """Give each part of a language's documents that is not `known` yet to one of the two."""
+    found = {cut: {_key(part) for d in documents for part in cut(d)} - known for cut in CUTS}
+    cut = next(
+        (c for c in CUTS if len(found[c]) >= HELD_OUT), max(CUTS, key=lambda c: len(found[c]))
+    )
+    total = len(found[cut])
+    # Of fewer parts than four the last one; fine parts in blocks, for the sake of their context.
+    size = 1 if cut in (_whole, _paragraphs) else -(-total // MOST_BLOCKS)
+    every = min(HELD_OUT, max(-(-total // size), 2))
+    count = 0
+    for document in documents:
+        blocks: dict[int, list[Content]] = {}
+        for part in cut(document):
+            if (key := _key(part)) not in known:
+                known.add(key)
+                blocks.setdefault(count // size, []).append(part)
+                count += 1
+        rest = []
+        for number, parts in blocks.items():
+            if number % every == every - 1:
+                judged.append(_joined(document.language, parts, cut))
+            else:
+                rest += parts
+        if rest:
+            seen.append(_joined(document.language, rest, cut))
+
+
+def _joined(language: str, parts: Sequence[Content], cut: Cut) -> Document:
+    texts = [part for part in parts if isinstance(part, str)]
+    return Document(language, CUTS[cut].join(texts) if texts else parts[0])
+
+
+def _without(document: Document, lines: set[str]) -> Document | None:
+    """The document without some lines; None where nothing is left."""
+    kept = [line for line in _lines(document) if _key(line) not in lines]
+    if len(kept) == len(_lines(document)):
+        return document
+    texts = [line for line in kept if isinstance(line, str)]
+    return Document(document.language, "\n".join(texts)) if texts else None
+
+
+def _key(content: Content) -> str:
+    """What two parts have in common that differ in white space alone."""
+    return " ".join(str(content).split())
+
+
+def _whole(document: Document) -> list[Content]:
+    return [document.content]
+
+
+def _paragraphs(document: Document) -> list[Content]:
+    return _split(document, _PARAGRAPHS.split)
+
+
+def _lines(document: Document) -> list[Content]:
+    return _split(document, str.splitlines)
+
+
+def _sentences(document: Document) -> list[Content]:
+    return _split(
+        document, lambda text: [s for x in text.splitlines() for s in _SENTENCES.split(x)]
+    )
+
+
+def _stretches(document: Document) -> list[Content]:
+    def cut(text: str) -> list[str]:
+        # Each sentence once, or what repeats would be cut into parts that only look different.
+        text = " ".join(dict.fromkeys(map(str, _sentences(Document("", text)))))
+        size = max(LEAST_STRETCH, -(-len(text) // MOST_BLOCKS))
+        if len(set(text)) == 1:
+            return [text]
+        return textwrap.wrap(text, size) if len(text) >= 2 * LEAST_STRETCH else [text]
+
+    return _split(document, cut)
+
+
+def _split(document: Document, cut: Callable[[str], list[str]]) -> list[Content]:
+    """The parts of a text that are not blank; a conversation stays whole."""
+    if not isinstance(document.content, str):
+        return [document.content]
+    return [part for part in cut(document.content) if part.strip()]
+
+
+# Ways to cut a document, coarse ones first, with what joins the parts again.
+CUTS: dict[Cut, str] = {
+    _whole: "", _paragraphs: "\n\n", _lines: "\n", _sentences: " ", _stretches: " ",
+}  # fmt: skip
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
