@@ -22,6 +22,7 @@ from convert.calibration.calibrated import (
     make_codes,
     prepare_calibration,
 )
+from convert.calibration.little_text import choose
 from convert.card import license_of, make_card
 from convert.companions import (
     TOKENIZER,
@@ -130,12 +131,20 @@ def prepare(
         grids = find_grids(plan, reader)
         if grids:
             plan = make_plan(source, request, max_shard_bytes, grids, size)
-    if allocation is not None:
-        plan = replace(plan, notes=(*plan.notes, allocation.note))
-    if template_note is not None:
-        plan = replace(plan, notes=(*plan.notes, template_note))
-    if plan.calibrates and calibration is None:
-        calibration = prepare_calibration(directory, config, calibration_texts)
+        notes = [] if allocation is None else [allocation.note]
+        if template_note is not None:
+            notes.append(template_note)
+        if plan.calibrates:
+            calibration = calibration or prepare_calibration(directory, config, calibration_texts)
+            choice = choose(
+                plan,
+                lambda other: make_plan(source, other, max_shard_bytes, grids, size),
+                reader, directory, calibration, progress or (lambda done, total: None),
+            )  # fmt: skip
+            if choice is not None:
+                plan = choice.plan
+                notes.append(choice.note)
+        plan = replace(plan, notes=(*plan.notes, *notes))
     return Job(
         directory,
         source_name,

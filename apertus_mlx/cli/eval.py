@@ -51,13 +51,14 @@ def evaluate(
     """Measure how far each MODEL's predictions are from those of the reference."""
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.hub import locate
-    from convert.calibration.texts import read_texts
+    from convert.calibration.texts import hold_out, read_texts
     from convert.receipt import FLOOR, measure_all
 
     if plot is not None:
         check_plot(plot)
     labels = _labels(models)
-    texts = read_texts(text or [])
+    # Of the texts in the package those that no conversion calibrates on.
+    texts = read_texts(text) if text else hold_out(read_texts())[1]
     folders = _locate_all(models, revision, offline)
     origin = locate(reference, revision=reference_revision, offline=offline)
     with layer_progress("measuring") as update:

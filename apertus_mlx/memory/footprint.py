@@ -167,6 +167,9 @@ def prefill_bytes(
         # Neither onnxruntime nor MLX gives memory back to the other.
         working = backend.mlp * mlp + attention
     working += backend.residual * numbers * config.hidden_size
+    if backend.host is not None and context > 2 * length:
+        # onnxruntime's arena falls to pieces as attention asks for another size with each chunk.
+        working += working - attention
     copied = 2 * config.num_key_value_heads * config.head_dim * backend.compute_bytes
     rows = _rows_copied(form, context, length)
     if backend.host is not None and form.bound is not None:

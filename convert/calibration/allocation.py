@@ -114,7 +114,7 @@ def allocate_bits(
         "reached_bytes": plan.weight_bytes,
         "reached_bits_per_weight": round(plan.bits_per_weight, 6),
         "uniform": str(rival) if rival else None,
-        "held_out_kl": judged or None,
+        "held_out_kl": judged if judged and calibration.judged.held_out else None,
         "modules": {
             path: {
                 "bits": spec.bits,
@@ -132,7 +132,7 @@ def allocate_bits(
     return Allocation(
         replace(request, target=None, rules=request.rules + rules),
         record,
-        _note(target, plan, rival, judged),
+        _note(target, plan, rival, judged, calibration.judged.held_out),
     )
 
 
@@ -269,13 +269,22 @@ def _uniform_rival(
     return min(fitting, key=damage, default=None)
 
 
-def _note(target: Target, plan: Plan, rival: QuantSpec | None, judged: Mapping[str, float]) -> str:
+def _note(
+    target: Target,
+    plan: Plan,
+    rival: QuantSpec | None,
+    judged: Mapping[str, float],
+    held_out: bool,
+) -> str:
     text = f"{target}: {plan.bits_per_weight:.3f} bits per weight, {plan.weight_bytes:,} bytes"
     if not judged:
         return text
+    where = (
+        "on texts held out" if held_out else "on the text it was measured on, too short to divide,"
+    )
     kept = "the allocation" if judged["allocated"] <= judged["uniform"] else "that uniform width"
     return (
-        f"{text}; on texts held out the allocation's mean divergence is "
+        f"{text}; {where} the allocation's mean divergence is "
         f"{judged['allocated']:.4g}, that of {rival} everywhere {judged['uniform']:.4g}: "
         f"{kept} is taken"
     )

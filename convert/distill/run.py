@@ -163,7 +163,11 @@ def prepare(
     least, highest = HELD_OUT_WINDOWS
     count = min(max(round(len(sample.windows) * HELD_OUT_SHARE), least), highest)
     chosen = np.linspace(0, len(sample.windows) - 1, count).round().astype(int)
-    rest = np.delete(sample.windows, chosen, axis=0)[: max(1, tokens // window_tokens)]
+    rest = np.delete(sample.windows, chosen, axis=0)
+    repeated = (rest[:, None] == sample.windows[chosen][None]).all(-1).any(-1)
+    rest = rest[~repeated][: max(1, tokens // window_tokens)]
+    if not len(rest):
+        raise UsageError(f"{seen.name}: repeats itself; nothing is left to learn from")
     return make_job(
         teacher, student, teacher_name, options,
         Sample(rest, sample.name, sample.sha256, sample.seed), sample.windows[chosen], judged,
