@@ -62,13 +62,6 @@ def test_a_part_of_every_language_is_held_out() -> None:
     assert not [d for d in judged.documents if str(d.content) in calibrated]
 
 
-def test_a_single_text_is_both(tmp_path: Path) -> None:
-    path = tmp_path / "en.txt"
-    path.write_text("One paragraph.")
-    texts = read_texts([path])
-    assert hold_out(texts) == (texts, texts)
-
-
 def test_files_of_every_kind(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", config_4x())
     tokenizer = Tokenizer.load(model, vocab_size=384, bos_token_id=1)

@@ -1,4 +1,4 @@
-"""How far from the original a planned model would be, on the texts to judge by; nothing is written."""
+"""How far from the original a planned model would be, on texts to judge by; nothing is written."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ def choose(
     kept = plan if with_texts < without else plain
     return Choice(
         kept,
-        f"{calibration.sample.name}: {tokens:,} tokens are little to calibrate on ({ENOUGH_TOKENS:,} "
-        f"are enough); on texts held out the mean divergence is "
+        f"{calibration.sample.name}: {tokens:,} tokens are little to calibrate on, from "
+        f"{ENOUGH_TOKENS:,} on they are enough; on texts held out the mean divergence is "
         f"{with_texts:.4g}, without texts {without:.4g}: "
         f"{'the calibrated codes are' if kept is plan else f'method {method} is'} kept",
     )

@@ -116,21 +116,15 @@ def hold_out(texts: TextSet) -> tuple[TextSet, TextSet]:
     paragraph, else line, sentence or stretch of words. What is repeated, in whatever language,
     counts once. Where nothing can be held out both are all texts, and the latter's name says so.
     """
-    seen: list[Document] = []
-    judged: list[Document] = []
-    known: set[str] = set()
-    for language in dict.fromkeys(document.language for document in texts.documents):
-        own = [document for document in texts.documents if document.language == language]
-        _deal(own, known, seen, judged)
-    lines = {_key(line) for d in seen for line in _lines(d)}
-    judged = [kept for d in judged if (kept := _without(d, lines)) is not None]
-    if not seen or not judged:
-        name = f"{texts.name}, which it was made with: too short to hold a part out"
-        return texts, replace(texts, name=name)
-    return (
-        replace(texts, documents=tuple(seen)),
-        TextSet(f"{texts.name}, held out", texts.sha256, tuple(judged), held_out=True),
-    )
+    for first in range(len(CUTS)):
+        seen, judged = _divided(texts, list(CUTS)[first:])
+        if seen and judged:
+            return (
+                replace(texts, documents=tuple(seen)),
+                TextSet(f"{texts.name}, held out", texts.sha256, tuple(judged), held_out=True),
+            )
+    name = f"{texts.name}, which it was made with: too short to hold a part out"
+    return texts, replace(texts, name=name)
 
 
 def sample_windows(
@@ -206,14 +200,30 @@ def encode(document: Document, tokenizer: Tokenizer, template: ChatTemplate | No
     return template.render(document.content, add_generation_prompt=False)
 
 
+def _divided(texts: TextSet, cuts: Sequence[Cut]) -> tuple[list[Document], list[Document]]:
+    """Documents to calibrate on and to judge by, cut in the coarsest way that there is enough of."""
+    seen: list[Document] = []
+    judged: list[Document] = []
+    known: set[str] = set()
+    for language in dict.fromkeys(document.language for document in texts.documents):
+        own = [document for document in texts.documents if document.language == language]
+        _deal(own, cuts, known, seen, judged)
+    # Documents that differ may have lines in common.
+    lines = {_key(line) for d in seen for line in _lines(d)}
+    return seen, [kept for d in judged if (kept := _without(d, lines)) is not None]
+
+
 def _deal(
-    documents: Sequence[Document], known: set[str], seen: list[Document], judged: list[Document]
+    documents: Sequence[Document],
+    cuts: Sequence[Cut],
+    known: set[str],
+    seen: list[Document],
+    judged: list[Document],
 ) -> None:
     """Give each part of a language's documents that is not `known` yet to one of the two."""
-    found = {cut: {_key(part) for d in documents for part in cut(d)} - known for cut in CUTS}
-    cut = next(
-        (c for c in CUTS if len(found[c]) >= HELD_OUT), max(CUTS, key=lambda c: len(found[c]))
-    )
+    found = {cut: {_key(part) for d in documents for part in cut(d)} - known for cut in cuts}
+    most = max(cuts, key=lambda cut: len(found[cut]))
+    cut = next((cut for cut in cuts if len(found[cut]) >= HELD_OUT), most)
     total = len(found[cut])
     # Of fewer parts than four the last one; fine parts in blocks, for the sake of their context.
     size = 1 if cut in (_whole, _paragraphs) else -(-total // MOST_BLOCKS)

@@ -164,8 +164,9 @@ def prepare(
     count = min(max(round(len(sample.windows) * HELD_OUT_SHARE), least), highest)
     chosen = np.linspace(0, len(sample.windows) - 1, count).round().astype(int)
     rest = np.delete(sample.windows, chosen, axis=0)
-    repeated = (rest[:, None] == sample.windows[chosen][None]).all(-1).any(-1)
-    rest = rest[~repeated][: max(1, tokens // window_tokens)]
+    deciding = {window.tobytes() for window in sample.windows[chosen]}
+    fresh = [window.tobytes() not in deciding for window in rest]
+    rest = rest[fresh][: max(1, tokens // window_tokens)]
     if not len(rest):
         raise UsageError(f"{seen.name}: repeats itself; nothing is left to learn from")
     return make_job(
