@@ -75,7 +75,7 @@ def _highest_id(path: Path) -> int:
         tokenizer = guarded(Tokenizer.from_buffer, data)
     except MemoryError:
         raise
-    except Exception as error:  # the library has no class of its own
+    except Exception as error:  # noqa: BLE001 - the library has no class of its own
         raise RejectedError(f"{path}: is not a tokenizer ({error})") from None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return max(vocabulary.values(), default=-1)

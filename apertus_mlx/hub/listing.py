@@ -57,7 +57,10 @@ class RemoteFile:
 
     def describes(self, file: BinaryIO) -> bool:
         """Whether the rest of `file` is this content, by its length and hash."""
-        hashed = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size_bytes)
+        if self.sha256:
+            hashed = hashlib.sha256()
+        else:  # git's own name of the content
+            hashed = hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
         length = 0
         while block := file.read(2**20):
             hashed.update(block)

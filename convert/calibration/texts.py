@@ -201,7 +201,7 @@ def encode(document: Document, tokenizer: Tokenizer, template: ChatTemplate | No
 
 
 def _divided(texts: TextSet, cuts: Sequence[Cut]) -> tuple[list[Document], list[Document]]:
-    """Documents to calibrate on and to judge by, cut in the coarsest way that there is enough of."""
+    """Documents to calibrate on and to judge by, cut in the coarsest way that gives enough."""
     seen: list[Document] = []
     judged: list[Document] = []
     known: set[str] = set()

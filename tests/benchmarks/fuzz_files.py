@@ -398,7 +398,7 @@ def fuzz(
     warnings.simplefilter("error")
     outcomes: Counter[str] = Counter()
     change = CHANGES.get(kind, change_json)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+    with tempfile.TemporaryDirectory() as name:
         seeds, execute = getattr(Readers(Path(name)), kind)()
         for sound in seeds:
             with suppress(UsageError):  # as the template that takes no tools
