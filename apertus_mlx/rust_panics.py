@@ -31,9 +31,9 @@ def guarded(
     try:
         with _SILENCE.kept():
             return function(*args, **kwargs)
-    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
     except BaseException as error:
+        if type(error).__name__ != "PanicException":  # PyO3 exports no name to catch it by
+            raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PanicError(reason[:200]) from None
 
