@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -22,12 +21,13 @@ from apertus_mlx.cpu.weights import Floats
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A cache's buffer with attention bound to it.
+    """A cache's buffer with the attention of a `step` bound to it.
 
     Attention reads the whole buffer, every key once for the group of heads that shares it.
     `hidden` `[1, 1, capacity]`, added to the scores, is minus infinity where nothing stands yet.
     """
 
+    step: SingleStep
     buffer: Floats
     keys: Floats
     values: Floats
@@ -41,7 +41,6 @@ class SingleStep:
     def __init__(self, config: ModelConfig, stages: Sequence[Session]) -> None:
         self._kv_heads, self._width = config.num_key_value_heads, config.head_dim
         self._session = Session(attention_graphs.single_position(config), {})
-        self._memories: WeakKeyDictionary[HostCache, Memory] = WeakKeyDictionary()
         # The arrays below serve one step at a time.
         self._lock = threading.Lock()
 
@@ -103,9 +102,9 @@ class SingleStep:
         all_keys, all_values = cache.reserve(1, self._kv_heads, 1, self._width)
         buffer = cache.rows.buffer
         assert buffer is not None
-        memory = self._memories.get(cache)
+        memory = cache.bound
         # Memory moves when a cache grows.
-        if memory is None or memory.buffer is not buffer:
+        if not isinstance(memory, Memory) or memory.buffer is not buffer or memory.step is not self:
             keys, values = all_keys[0], all_values[0]
             hidden = np.zeros((1, 1, buffer.shape[2]), np.float32)
             by_group = (self._kv_heads, -1, self._width)
@@ -118,5 +117,5 @@ class SingleStep:
                 },
                 {"heads": self._heads.reshape(by_group)},
             )
-            memory = self._memories[cache] = Memory(buffer, keys, values, hidden, attention)
+            memory = cache.bound = Memory(self, buffer, keys, values, hidden, attention)
         return memory
