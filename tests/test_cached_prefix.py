@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from builders import config_4x, write_checkpoint
+from cache_sequences import interrupt_after
 
 from apertus_mlx.cache import Cache, CacheConfig, FullCache
 from apertus_mlx.cached_prefix import CachedPrefix
@@ -128,6 +129,36 @@ def test_nothing_speaks_on_after_undo(speaker: Speaker, form: CacheConfig) -> No
     prefix = CachedPrefix(speaker.model, form)
     fresh = Generation(speaker, result.prompt_token_ids, GREEDY, 30, prefix=prefix)
     assert answer == "".join(piece.text for piece in fresh)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [CacheConfig(bound=90), CacheConfig(4, 4, window=8), CacheConfig(8, 8, bound=120, window=8)],
+    ids=str,
+)
+def test_an_interrupt_before_any_bytecode(form: CacheConfig, model: LanguageModel) -> None:
+    """Where a chunk is read, or a step taken, that makes codes or goes around in a ring."""
+    held, following = [i * 7 % 380 for i in range(107)], [5, 6, 7, 8, 9] * 9
+    probe = [*held, 3, 3]
+    fresh = CachedPrefix(model, form)
+    fresh.begin(held).read()
+    expected = np.array(fresh.begin(probe).read())
+    for bytecode in range(1, 3000, 101):
+        prefix = CachedPrefix(model, form)
+        prefix.begin(held).read()
+        run = prefix.begin([*held, *following])
+        try:
+            with interrupt_after(bytecode):
+                run.read(step=40)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        found = np.array(prefix.begin(probe).read())
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        # Codes may be rounded otherwise where the chunks are others.
+        assert error < (1e-3 if form.quantized else 1e-5), bytecode
+    assert bytecode > 1000
 
 
 def test_undo_keeps_what_is_older(speaker: Speaker) -> None:
