@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apertus_mlx import layout
 from apertus_mlx.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from apertus_mlx.config import CONFIG_FILE, read_config
-from apertus_mlx.errors import ApertusError, RejectedError
+from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.slopes import check_slopes
 from apertus_mlx.strict_json import read_object
-from convert import basis
+from convert import basis, receipt
+from convert.calibration import allocation, calibrate, calibrated
 from convert.calibration.allocation import Allocation, allocate_bits
-from convert.calibration.calibrated import (
-    Calibration,
-    discard_codes,
-    make_codes,
-    prepare_calibration,
-)
+from convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
 from convert.calibration.little_text import choose
 from convert.card import license_of, make_card
 from convert.companions import (
@@ -33,24 +31,30 @@ from convert.companions import (
 from convert.execute import execute
 from convert.golden import check_template, write_golden
 from convert.grids import find_grids
+from convert.keep import Keep
 from convert.manifest import MANIFEST, make_manifest, sha256
 from convert.output_config import output_config, quantization_block
 from convert.plan import Plan
 from convert.planning import make_plan
 from convert.policy import Request
 from convert.reading import FileState, Reader, file_states
-from convert.receipt import measure
 from convert.shards import MAX_SHARD_BYTES
 from convert.sources.recognise import recognise
+from convert.sources.source import Source
 from convert.workspace import (
+    MEASURED,
     Workspace,
     check_space,
     check_target,
+    is_published,
     open_workspace,
-    partial_path,
 )
 
 CARD = "README.md"
+# Of what an interrupted run goes on from; an interrupted run of another version starts again.
+STATE_VERSION = 1
+# Folders beside the output while it is built.
+ALLOCATION, CALIBRATION, RECEIPT = "allocation", "calibration", "receipt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class Job:
     # Source files as they were when the plan was made.
     files: Mapping[str, FileState]
     asks_for_code: tuple[str, ...]
+    # Of everything that the output depends on.
+    fingerprint: str
     # What to calibrate on, where the method needs it.
     calibration: Calibration | None = None
     # How the formats were chosen, where only a size was asked for.
@@ -80,9 +86,17 @@ class Job:
     def output_bytes(self) -> int:
         """What the output folder will take on disk, nearly: weights, tokenizer, small files."""
         weights = sum(file.size_bytes for file in self.plan.files)
-        if self.plan.calibrates:
-            weights *= 2  # calibrated codes lie beside the output until they are written
         return weights + self.companion_bytes + 2**20
+
+    @property
+    def kept_bytes(self) -> int:
+        """Most that lies beside the output until it is done: codes, and what a run goes on from."""
+        if self.calibration is None:
+            return 0
+        measured = receipt.kept_bytes(self.plan.source.config, self.calibration.judged)
+        if not self.plan.calibrates:
+            return measured
+        return measured + calibrated.kept_bytes(self.plan, self.calibration.sample.windows.size)
 
 
 def prepare(
@@ -93,12 +107,26 @@ def prepare(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     calibration_texts: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
+    *,
+    target: Path | None = None,
+    resume: bool = False,
 ) -> Job:
-    """Recognise the checkpoint in `directory` and plan its conversion; writes nothing.
+    """Recognise the checkpoint in `directory` and plan its conversion.
 
-    `calibration_texts` are files and folders for the method gptq, for `smooth` and for a target;
-    without any they take the project's own. `progress` is told layers done and how many there
-    are, where a target has to be measured.
+    Only where the request has a size as its target is anything written: what has to be measured
+    for the plan stays where `target` will be built, for `convert`.
+
+    Args:
+        directory: the checkpoint.
+        request: what is asked for.
+        source_name: what the user calls the source.
+        commit: of a source from the Hub.
+        max_shard_bytes: most bytes of a file of weights.
+        calibration_texts: files and folders for the method gptq, for `smooth` and for a size;
+            without any they take the project's own.
+        progress: told layers done and how many there are, where something has to be measured.
+        target: the output folder; needed for a size only.
+        resume: whether to go on with what an interrupted run to `target` has measured.
 
     Raises:
         ApertusError: the checkpoint is damaged or not supported, or the request does not fit it.
@@ -122,11 +150,17 @@ def prepare(
         for matrix in source.matrices.values():
             matrix.check(reader)
         size = files[TOKENIZER].size_bytes
-        calibration = allocation = None
+        calibration = chosen = None
+        identity = [repr(request), str(max_shard_bytes), repr(sorted(files.items()))]
         if request.target is not None:
+            if target is None:
+                raise UsageError(f"{request.target}: is measured beside the output; name that")
             calibration = prepare_calibration(directory, config, calibration_texts)
-            allocation = allocate_bits(source, request, directory, calibration, progress)
-            request = allocation.request
+            identity.append(calibration.digest())
+            chosen = _allocate(
+                source, request, directory, calibration, target, resume, _digest(identity), progress
+            )
+            request = chosen.request
         plan = make_plan(source, request, max_shard_bytes, tokenizer_bytes=size)
         grids = find_grids(plan, reader)
         if grids:
@@ -153,8 +187,9 @@ def prepare(
         plan,
         files,
         config.asks_for_code,
+        _digest(identity),
         calibration,
-        allocation,
+        chosen,
     )
 
 
@@ -175,23 +210,69 @@ def convert(
         ResourceError: the disk is full or cannot be written.
         RejectedError: the source is damaged, or changed meanwhile.
     """
+    if resume and is_published(target, job.fingerprint):
+        return target
     check_target(target, job.directory)
-    if not partial_path(target).exists():
-        check_space(target.resolve().parent, job.output_bytes)
-    text = job.calibration.sample.sha256 if job.calibration else ""
-    fingerprint = job.plan.fingerprint() + _states_digest(job.files, text)
+    check_space(target, job.output_bytes, job.kept_bytes)
     on_layer = calibration_progress or (lambda done, total: None)
-    with open_workspace(target, fingerprint, resume) as workspace:
-        codes = None
-        if job.calibration is not None:
-            codes = make_codes(job.plan, job.directory, job.calibration, workspace.path, on_layer)
-        execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
-        discard_codes(workspace.path)
-        _write_companions(job, target.name, workspace, on_layer)
-        if file_states(job.directory, job.files) != job.files:
-            raise RejectedError(f"{job.directory}: changed while it was converted; start again")
+    taken_up = resume or job.allocation is not None
+    with open_workspace(target, job.fingerprint, taken_up) as workspace:
+        if not workspace.is_complete:
+            workspace.follow(job.plan.fingerprint())
+            codes = None
+            if job.calibration is not None and job.plan.calibrates:
+                codes = workspace.room(CALIBRATION)
+                make_codes(job.plan, job.directory, job.calibration, codes, on_layer)
+            execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
+            _write_companions(job, target.name, workspace, on_layer)
+            if file_states(job.directory, job.files) != job.files:
+                # Of what is there nobody knows which source it is made of.
+                workspace.discard()
+                raise RejectedError(f"{job.directory}: changed while it was converted; start again")
         workspace.publish()
     return target
+
+
+def _allocate(
+    source: Source,
+    request: Request,
+    directory: Path,
+    calibration: Calibration,
+    target: Path,
+    resume: bool,
+    fingerprint: str,
+    progress: Callable[[int, int], None] | None,
+) -> Allocation:
+    """Choose formats for a size; what is measured for it stays in the workspace of `target`."""
+    if not resume or not is_published(target, fingerprint):
+        check_target(target, directory)
+    wanted = request.target
+    assert wanted is not None
+    config, tokens = source.config, calibration.sample.windows.size
+    parameters = layout.parameter_count(config)
+    # A target beyond what the model can take is refused for that, a little later.
+    output_bytes = min(wanted.total_bytes(parameters), 2 * parameters)
+    # Scales are calibrated in 32 bits, which makes codes up to a quarter larger.
+    codes_bytes = output_bytes * 5 // 4 if request.method == "gptq" else 0
+    kept = max(
+        allocation.kept_bytes(config, tokens, codes_bytes),
+        receipt.kept_bytes(config, calibration.judged)
+        + (codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0),
+    )
+    check_space(target, output_bytes, kept)
+    with open_workspace(target, fingerprint, resume) as workspace:
+        keep = Keep(workspace.folder / MEASURED)
+        found = Allocation.load(keep, request)
+        if found is None:
+            folder = workspace.room(ALLOCATION)
+            found = allocate_bits(source, request, directory, calibration, folder, progress)
+            found.save(keep)
+            shutil.rmtree(folder)
+        return found
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([STATE_VERSION, *parts]).encode()).hexdigest()
 
 
 def _head_is_tied(checkpoint: Checkpoint, pair: tuple[Any, Any]) -> bool:
@@ -213,7 +294,10 @@ def _write_companions(
     license_id = license_of(job.directory)
     quality = None
     if job.calibration is not None:
-        quality = measure(path, job.directory, job.calibration.judged, progress=on_layer)
+        quality = receipt.measure(
+            path, job.directory, job.calibration.judged,
+            progress=on_layer, folder=workspace.room(RECEIPT),
+        )  # fmt: skip
     card = make_card(plan, name, job.source_name, job.commit, license_id, quality)
     (path / CARD).write_text(card, encoding="utf-8")
     origin = {
@@ -247,13 +331,6 @@ def _index(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_size": plan.weight_bytes, "total_parameters": plan.parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
-
-
-def _states_digest(files: Mapping[str, FileState], calibration_sha256: str) -> str:
-    text = calibration_sha256 + repr(
-        sorted((name, s.size_bytes, s.modified_ns) for name, s in files.items())
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from apertus_mlx.config import ModelConfig
 from apertus_mlx.inventory import XIELU_DEFAULTS
 from apertus_mlx.model import DecoderLayer
 from apertus_mlx.ops import plain
+from convert.keep import NOTHING, Keep
 from convert.reading import Reader, block_rows
 from convert.sources.source import MatrixSource, Source
 from quant.affine import round_scales
@@ -202,6 +203,7 @@ def hidden_states(
     groups: Sequence[Tokens],
     finish: Callable[[Array], Array] | None = None,
     progress: Callable[[int], None] | None = None,
+    keep: Keep = NOTHING,
 ) -> list[Array]:
     """Final hidden states of several sets of windows, each set of one length.
 
@@ -210,16 +212,23 @@ def hidden_states(
         groups: token ids `[windows, length]`.
         finish: applied to every product with a weight and to the residual stream.
         progress: told the number of layers done.
+        keep: where the streams are kept after each layer; an interrupted run goes on from there.
     """
-    embedding = weights.matrix(layout.EMBEDDING)
-    residuals = [embed(embedding, windows) for windows in groups]
-    del embedding
-    for index in range(weights.config.num_hidden_layers):
+    found = keep.load()
+    if found is None:
+        embedding = weights.matrix(layout.EMBEDDING)
+        first, residuals = 0, [embed(embedding, windows) for windows in groups]
+        del embedding
+    else:
+        first = int(found[0]["layers"])
+        residuals = [found[1][str(number)] for number in range(len(groups))]
+    for index in range(first, weights.config.num_hidden_layers):
         layer = Layer(weights, index, finish)
         for residual in residuals:
             run_layer(layer, residual)
             if finish is not None:
                 residual[:] = finish(residual)
+        keep.save({"layers": index + 1}, {str(n): array for n, array in enumerate(residuals)})
         if progress is not None:
             progress(index + 1)
     for residual in residuals:

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from apertus_mlx.config import read_config
+from apertus_mlx.config import ModelConfig, read_config
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
 from convert.calibration.texts import TextSet, language_windows
+from convert.keep import Keep
 from convert.layerwise import (
     Array,
     SourceWeights,
@@ -74,9 +75,10 @@ def measure(
     texts: TextSet,
     tokens_per_language: int = TOKENS_PER_LANGUAGE,
     progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
 ) -> Receipt:
     """Compare the model in `directory` with the one in `reference`; see `measure_all`."""
-    return measure_all([directory], reference, texts, tokens_per_language, progress)[0]
+    return measure_all([directory], reference, texts, tokens_per_language, progress, folder)[0]
 
 
 def measure_all(
@@ -85,6 +87,7 @@ def measure_all(
     texts: TextSet,
     tokens_per_language: int = TOKENS_PER_LANGUAGE,
     progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
 ) -> list[Receipt]:
     """Compare the models in `directories` with the one in `reference` on `texts`.
 
@@ -94,6 +97,8 @@ def measure_all(
         texts: what to predict.
         tokens_per_language: most tokens of each language.
         progress: told layers done, and how many there are.
+        folder: where an interrupted measurement of the same models and texts goes on from; None
+            keeps nothing.
 
     Raises:
         UsageError: the models have different vocabularies or tokenizers; the texts are too short.
@@ -127,13 +132,18 @@ def measure_all(
                 )
         layers = [weights.config.num_hidden_layers for weights in (expected, expected, *models)]
         counter = _Counter(progress, sum(layers))
-        hidden = hidden_states(expected, windows, None, counter.next)
-        rounded = hidden_states(expected, windows, to_bfloat16, counter.next)
+
+        def kept(name: str) -> Keep:
+            return Keep(folder / f"{name}.npz" if folder is not None else None)
+
+        hidden = hidden_states(expected, windows, None, counter.next, kept("expected"))
+        rounded = hidden_states(expected, windows, to_bfloat16, counter.next, kept("rounded"))
         floors = _damages(_errors(expected, hidden, expected, rounded, windows), labels)
         del rounded
         receipts = []
-        for found in models:
-            states = hidden_states(found, windows, None, counter.next)
+        for number, found in enumerate(models):
+            keep = kept(f"model-{number}")
+            states = hidden_states(found, windows, None, counter.next, keep)
             damages = _damages(_errors(expected, hidden, found, states, windows), labels)
             del states
             languages = {label: (damages[label], floors[label]) for label in by_language}
@@ -144,6 +154,12 @@ def measure_all(
                 )
             )  # fmt: skip
     return receipts
+
+
+def kept_bytes(config: ModelConfig, texts: TextSet) -> int:
+    """Most that `measure` keeps: three sets of streams, and the one that replaces another."""
+    languages = len({document.language for document in texts.documents})
+    return 4 * 4 * languages * TOKENS_PER_LANGUAGE * config.hidden_size
 
 
 def _damages(errors: list[TokenErrors], labels: list[str]) -> dict[str | None, Damage]:

@@ -1,8 +1,10 @@
 """The folder in which an output is built: beside its final name, locked, resumable, then renamed.
 
-`OUT` is built in `.OUT.partial`. A file lock on that folder keeps a second conversion out and goes
-with its process. The journal holds one line per finished step with a checksum of what it wrote, so
-that neither a kill nor a power loss can pass half a tensor for a whole one.
+`OUT` is built in `.OUT.partial`, which holds everything that a run writes: the output itself, what
+an interrupted run goes on from, and a journal. A file lock on that folder keeps a second run out
+and goes with its process. The journal names what the run was asked for, then holds one line per
+finished step with a checksum of what it wrote, so that neither a kill nor a power loss can pass
+half a tensor for a whole one.
 """
 
 from __future__ import annotations
@@ -11,17 +13,24 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 from apertus_mlx.beside import beside
-from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.errors import ApertusError, RejectedError, ResourceError, UsageError
+from apertus_mlx.whole_file import UNFINISHED, sync, whole_file
 
 JOURNAL = ".journal"
+# The output while it is built.
+OUTPUT = "output"
 # Room that a file system keeps for itself; asked for on top of the plan.
 SPARE_BYTES = 16 * 2**20
+# What had to be measured before a plan could be made; `--plan` leaves it.
+MEASURED = "measured.npz"
+# Lines of the journal beside those of steps.
+_REQUEST, _STEPS, _COMPLETE = "plan", "steps", "complete"
 
 
 def check_target(target: Path, source: Path | None) -> None:
@@ -50,16 +59,23 @@ def check_target(target: Path, source: Path | None) -> None:
         raise ResourceError(f"{parent}: cannot be written; choose another output")
 
 
-def check_space(parent: Path, needed_bytes: int) -> None:
-    """Refuse before the first byte what will not fit.
+def check_space(target: Path, output_bytes: int, kept_bytes: int) -> None:
+    """Refuse before the first byte what will not fit; what an interrupted run left counts.
+
+    Args:
+        target: the output folder.
+        output_bytes: what it will take.
+        kept_bytes: what lies beside it meanwhile, for the rest of the work and for resuming.
 
     Raises:
         ResourceError: the disk has less room than the plan needs.
     """
+    parent = target.resolve().parent
     free = shutil.disk_usage(parent).free
-    if free < needed_bytes + SPARE_BYTES:
+    if free + _held_bytes(partial_path(target)) < output_bytes + kept_bytes + SPARE_BYTES:
+        beside = f" and {_size(kept_bytes)} beside it until it is done" if kept_bytes else ""
         raise ResourceError(
-            f"{parent}: {free / 1e9:.2f} GB free, the output takes {needed_bytes / 1e9:.2f} GB; "
+            f"{parent}: {_size(free)} free, the output takes {_size(output_bytes)}{beside}; "
             "choose another disk or fewer bits"
         )
 
@@ -72,32 +88,75 @@ def partial_path(target: Path) -> Path:
 class Workspace:
     """The locked folder in which one output is being built."""
 
-    def __init__(self, target: Path, path: Path, done: dict[int, int]) -> None:
+    def __init__(self, target: Path, folder: Path) -> None:
         self.target = target
-        self.path = path
+        # Everything that a run writes lies in here.
+        self.folder = folder
+        # The output itself.
+        self.path = folder / OUTPUT
         # Step number -> checksum of its output bytes, for the steps that are finished.
-        self.done = done
-        self._journal = (path / JOURNAL).open("a", encoding="ascii")
+        self.done: dict[int, int] = {}
+        # Whether work lies here that took long, and that no failure may remove.
+        self.is_precious = any(name not in (JOURNAL, OUTPUT) for name in _names(folder))
+        self._lines = _read_journal(folder)
+        self._journal = (folder / JOURNAL).open("a", encoding="ascii")
+        self.path.mkdir(exist_ok=True)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run finished the output and only its name is missing."""
+        return _COMPLETE in self._lines
+
+    def room(self, name: str) -> Path:
+        """A folder for what a run that takes long has reached; from now on failures keep it all."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        self.is_precious = True
+        return folder
+
+    def follow(self, plan: str) -> None:
+        """Take up the finished steps of the plan with this fingerprint; those of another are void.
+
+        After that `done` is filled and `record` may be called.
+        """
+        heading = f"{_STEPS} {plan}"
+        if heading in self._lines:
+            self.done = _steps(self._lines[self._lines.index(heading) + 1 :])
+        steps = [f"{number} {checksum:08x}" for number, checksum in self.done.items()]
+        # Written anew, so that a torn last line does not run into the next one.
+        self._lines = [self._lines[0], heading, *steps]
+        self._journal.close()
+        _write_journal(self.folder, self._lines)
+        self._journal = (self.folder / JOURNAL).open("a", encoding="ascii")
 
     def record(self, step: int, checksum: int) -> None:
         """Note a step as finished, after its bytes are written."""
+        self.done[step] = checksum
         self._journal.write(f"{step} {checksum:08x}\n")
         self._journal.flush()
 
     def publish(self) -> None:
-        """Make everything durable and give the folder its final name in one move."""
-        self._journal.close()
-        (self.path / JOURNAL).unlink()
-        for file in sorted(self.path.iterdir()):
-            _sync(file)
-        _sync(self.path)
+        """Make everything durable and give the output its final name in one move."""
+        if not self.is_complete:
+            for file in sorted(self.path.iterdir()):
+                sync(file)
+            sync(self.path)
+            self._lines.append(_COMPLETE)
+            self._journal.write(f"{_COMPLETE}\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
+        for name in _names(self.folder) - {JOURNAL, MEASURED, OUTPUT}:
+            _remove(self.folder / name)
         try:
             self.path.rename(self.target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                # With another name for what appeared it goes on.
+                self.is_precious = True
                 raise UsageError(f"{self.target}: appeared meanwhile; nothing replaced") from None
             raise
-        _sync(self.target.parent)
+        sync(self.target.parent)
+        _clear(self.folder)
 
     def close(self) -> None:
         """Stop writing to the journal."""
@@ -106,32 +165,49 @@ class Workspace:
     def discard(self) -> None:
         """Remove everything."""
         self._journal.close()
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextmanager
 def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Workspace]:
     """Lock the folder in which `target` is built, fresh or as an interrupted run left it.
 
-    On a failure the folder is removed; on an interruption (Ctrl-C) it stays for `--resume`.
+    It stays after an interruption, and after a failure that leaves something to go on from: where
+    work took long, or where steps are done and the failure can be mended (a full disk, a bug of
+    ours). Such an error names `--resume`. After other failures the folder is removed.
+
+    Args:
+        target: the final name.
+        fingerprint: of everything that the output depends on.
+        resume: whether to go on with what an interrupted run left. What `--plan` has measured is
+            taken up in any case.
 
     Raises:
         UsageError: another conversion holds it, or one was interrupted and `resume` is false, or
             the interrupted one was a different conversion.
         ResourceError: the disk is full or cannot be written.
     """
-    path = partial_path(target)
-    with _disk_errors(target):
-        lock, created = _lock(path)
+    folder = partial_path(target)
+    with _disk_errors(folder):
+        lock = _lock(folder)
     try:
-        with _disk_errors(target):
-            done = _start(path, fingerprint, resume, created)
-            workspace = Workspace(target, path, done)
+        with _disk_errors(folder):
+            _start(folder, f"{_REQUEST} {fingerprint}", resume)
+            workspace = Workspace(target, folder)
         try:
-            with _disk_errors(target):
+            with _disk_errors(folder):
                 yield workspace
-        except Exception:
-            workspace.discard()
+        except Exception as error:
+            refused = isinstance(error, RejectedError | UsageError)
+            if not folder.exists():
+                raise
+            if not workspace.is_precious and (refused or not workspace.done):
+                workspace.discard()
+                raise
+            hint = f"--resume goes on where it stopped, {folder} holds it"
+            if isinstance(error, ApertusError):
+                raise type(error)(f"{error}; {hint}") from error
+            error.add_note(hint)
             raise
         finally:
             workspace.close()
@@ -139,94 +215,141 @@ def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Wor
         os.close(lock)
 
 
-def _lock(path: Path) -> tuple[int, bool]:
-    try:
-        path.mkdir()
-        created = True
-    except FileExistsError:
-        created = False
-    if path.is_symlink() or not path.is_dir():
-        raise UsageError(f"{path}: is in the way; remove it")
-    lock = os.open(path, os.O_RDONLY)
+def is_published(target: Path, fingerprint: str) -> bool:
+    """Whether an earlier run of the same request gave `target` its name and was killed just then.
+
+    What it left is removed.
+    """
+    folder = partial_path(target)
+    if not folder.is_dir() or OUTPUT in _names(folder) or JOURNAL not in _names(folder):
+        return False
+    lines = _read_journal(folder)
+    if lines[:1] != [f"{_REQUEST} {fingerprint}"] or _COMPLETE not in lines:
+        return False
+    _clear(folder)
+    return True
+
+
+def _lock(folder: Path) -> int:
+    with suppress(FileExistsError):
+        folder.mkdir()
+    if folder.is_symlink() or not folder.is_dir():
+        raise UsageError(f"{folder}: is in the way; remove it")
+    lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The other conversion may have renamed or removed the folder just before.
-        if not path.exists() or not os.path.samestat(os.fstat(lock), path.stat()):
+        # The other conversion may have removed the folder just before.
+        if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
             raise BlockingIOError
     except BlockingIOError:
         os.close(lock)
-        raise UsageError(f"{path}: another conversion to the same output is running") from None
-    return lock, created
+        raise UsageError(f"{folder}: another conversion to the same output is running") from None
+    return lock
 
 
-def _start(path: Path, fingerprint: str, resume: bool, created: bool) -> dict[int, int]:
-    journal = path / JOURNAL
-    names = {file.name for file in path.iterdir()}
-    if not names or created:
-        journal.write_text(f"plan {fingerprint}\n", encoding="ascii")
-        return {}
-    if JOURNAL not in names and not _is_finishing(path):
-        raise UsageError(f"{path}: is in the way and not ours; remove it")
-    if not resume:
-        raise UsageError(
-            f"{path}: an interrupted conversion; continue it with --resume, or remove that folder"
-        )
-    lines = (
-        journal.read_text(encoding="ascii", errors="replace").splitlines()
-        if (JOURNAL in names)
-        else []
-    )
-    if not lines or lines[0] != f"plan {fingerprint}":
-        if not lines or not lines[0].startswith("plan ") or len(lines[0]) < len(fingerprint) + 5:
-            # Killed before the first line was whole, or while it was being renamed.
-            for file in path.iterdir():
-                file.unlink()
-            journal.write_text(f"plan {fingerprint}\n", encoding="ascii")
-            return {}
-        raise UsageError(
-            f"{path}: was begun with other options or another source; remove it and start again"
-        )
+def _start(folder: Path, request: str, resume: bool) -> None:
+    """See that the folder's journal is that of `request`.
+
+    Raises:
+        UsageError: what lies there is not ours, or another run's, or may not be taken up.
+    """
+    names = _names(folder)
+    # Two files alone: a run was killed as it began, or as the last thing that it did.
+    if names - {f"{UNFINISHED}{JOURNAL}", MEASURED}:
+        lines = _read_journal(folder)
+        planned = MEASURED in names and not any(line.startswith(_STEPS) for line in lines)
+        if _COMPLETE not in lines or OUTPUT in names:
+            if not resume and not (planned and lines[:1] == [request]):
+                raise UsageError(
+                    f"{folder}: an interrupted conversion; continue it with --resume, or remove "
+                    "that folder"
+                )
+            if lines[:1] == [request]:
+                return
+            # A journal of which nothing is left says nothing about the rest.
+            if lines:
+                raise UsageError(
+                    f"{folder}: was begun with other options or another source; remove it and "
+                    "start again"
+                )
+    for name in names:
+        _remove(folder / name)
+    _write_journal(folder, [request])
+
+
+def _read_journal(folder: Path) -> list[str]:
+    """The whole lines of a folder's journal; none where it is empty or torn before the first."""
+    path = folder / JOURNAL
+    try:
+        regular = stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        regular = False
+    if not regular:
+        raise UsageError(f"{folder}: is in the way and not ours; remove it")
+    return path.read_text(encoding="ascii", errors="replace").split("\n")[:-1]
+
+
+def _write_journal(folder: Path, lines: list[str]) -> None:
+    text = "".join(f"{line}\n" for line in lines)
+    with whole_file(folder / JOURNAL) as unfinished:
+        unfinished.write_text(text, encoding="ascii")
+
+
+def _steps(lines: list[str]) -> dict[int, int]:
+    """The finished steps that lines of a journal tell of."""
     done = {}
-    for line in lines[1:]:
+    for line in lines:
         number, _, checksum = line.partition(" ")
-        if number.isdigit() and len(checksum) == 8:
+        if number.isdecimal() and len(checksum) == 8:
             try:
                 done[int(number)] = int(checksum, 16)
             except ValueError:
                 continue
-    # A torn last line must not run into the next one.
-    kept = "".join(f"{number} {checksum:08x}\n" for number, checksum in done.items())
-    journal.write_text(f"plan {fingerprint}\n{kept}", encoding="ascii")
     return done
 
 
-def _is_finishing(path: Path) -> bool:
-    """Whether the journal was already removed and only the renaming is missing."""
-    return all(file.is_file() for file in path.iterdir()) and (path / "config.json").exists()
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def _clear(folder: Path) -> None:
+    """Remove a folder whose output has its name; the rest is there as long as the journal is."""
+    for name in (JOURNAL, MEASURED):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _held_bytes(folder: Path) -> int:
+    """What the files below a folder take on disk."""
+    return sum(512 * entry.lstat().st_blocks for entry in folder.rglob("*"))
+
+
+def _size(size_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= factor / 10:
+            return f"{size_bytes / factor:.2f} {unit}"
+    return f"{size_bytes:,} bytes"
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What a disk can do to a run, in one line."""
     try:
         yield
     except OSError as error:
-        _explain(error, target)
-
-
-def _explain(error: OSError, target: Path) -> NoReturn:
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if error.errno in full:
-        raise ResourceError(f"{target}: the disk is full; nothing was left behind") from None
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-        raise ResourceError(f"{target}: cannot be written ({error.strerror})") from None
-    if error.errno == errno.ENOENT and not partial_path(target).exists():
-        raise ResourceError(f"{partial_path(target)}: was taken away meanwhile") from None
-    raise error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"{folder.parent}: the disk is full; make room or choose another disk"
+            ) from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise ResourceError(f"{error.filename or folder}: {error.strerror}") from None
+        if error.errno in (errno.ENOENT, errno.ESTALE) and not folder.is_dir():
+            raise ResourceError(f"{folder}: was taken away meanwhile; start again") from None
+        raise

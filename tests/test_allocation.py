@@ -206,7 +206,7 @@ def logits(weights: Weights, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def embedded() -> Iterator[Embedded]:
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
     with Reader(model_dir()) as reader:
         weights = open_weights(model_dir(), reader)
         matrices = list(layout.matrices(weights.config))
@@ -216,7 +216,7 @@ def embedded() -> Iterator[Embedded]:
         }
         damages = predict_damages(
             weights, {matrix.path: roundings for matrix in matrices},
-            recipe_windows(5, 8, LENGTH),
+            recipe_windows(5, 8, LENGTH), tmp_path_factory.mktemp("measured"),
         )  # fmt: skip
         units = [
             Unit((m.path,), {spec: spec.weight_bytes(m.rows, m.columns, 2) for spec in FORMATS})
@@ -275,7 +275,7 @@ def recipe_texts(seed: int, count: int) -> TextSet:
     return TextSet(f"recipe {seed}", str(seed), tuple(Document("en", text) for text in texts))
 
 
-def test_a_worse_allocation_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worse_allocation_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Predictions turned upside down: the uniform width of the same size is taken, and said so."""
 
     def misled(*arguments: object) -> Damages:
@@ -292,7 +292,7 @@ def test_a_worse_allocation_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
         source = open_weights(model_dir(), reader).source
     # A little above the uniform width, whose norms count.
     request = Request(target=Target(3.52), method="search")
-    found = allocate_bits(source, request, model_dir(), calibration)
+    found = allocate_bits(source, request, model_dir(), calibration, tmp_path)
     assert {rule.spec for rule in found.request.rules} == {QuantSpec(3, 64)}
     assert "that uniform width is taken" in found.note
     judged = found.record["held_out_kl"]
@@ -326,9 +326,10 @@ def test_convert_to_a_target(tmp_path: Path, texts: Path, method: str, tied: boo
     source = small(tmp_path / "source", tie_word_embeddings=tied)
     rules = (Rule("*.1.mlp.down_proj", QuantSpec(8, 32), "--set"),)
     request = Request(rules=rules, target=Target(4.1), method=method)
-    job = prepare(source, request, "source", calibration_texts=[texts])
+    target = tmp_path / "out"
+    job = prepare(source, request, "source", calibration_texts=[texts], target=target)
     assert default_name("source", request) == "source-MLX-4.1bpw"
-    folder = convert(job, tmp_path / "out")
+    folder = convert(job, target)
     assert not verify(folder).errors
     manifest = json.loads((folder / MANIFEST).read_text())
     # Norms and xIELU's parameters count.
@@ -410,7 +411,7 @@ def test_streams_of_the_whole_model(tmp_path: Path) -> None:
     with Reader(folder) as reader:
         seen: list[int] = []
         ends = trace_layers(
-            open_weights(folder, reader), windows, 0, lambda traces: None, seen.append
+            open_weights(folder, reader), windows, 0, lambda traces: None, seen.append, tmp_path
         )
     assert seen == [1, 2, 3, 4]
     expected = np.array(load_model(folder, "float32")(mx.array(windows))).reshape(18, -1)

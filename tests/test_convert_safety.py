@@ -59,7 +59,7 @@ def names(directory: Path) -> list[str]:
 
 def bytes_in(directory: Path) -> int:
     try:
-        return sum(file.stat().st_size for file in directory.iterdir())
+        return sum(file.stat().st_size for file in (directory / workspace.OUTPUT).iterdir())
     except FileNotFoundError:
         return 0
 
@@ -144,7 +144,7 @@ def test_damage_in_a_partial_output_is_found_and_redone(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(job, target, progress=interrupt)
-    shard = workspace.partial_path(target) / "model.safetensors"
+    shard = workspace.partial_path(target) / workspace.OUTPUT / "model.safetensors"
     with shard.open("r+b") as file:
         file.seek(len(job.plan.files[0].header) + 100)
         file.write(bytes(64))
@@ -207,7 +207,7 @@ def test_a_source_that_shrinks_meanwhile_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("after", [0, 3, 20])
-def test_a_disk_that_fails_leaves_nothing(
+def test_a_disk_that_fails_leaves_nothing_but_finished_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int
 ) -> None:
     source = build.write_checkpoint(tmp_path / "in")
@@ -224,10 +224,16 @@ def test_a_disk_that_fails_leaves_nothing(
         return original(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", failing)
-    with pytest.raises(ResourceError):
+    with pytest.raises(ResourceError) as caught:
         convert(job, tmp_path / "out")
-    assert names(tmp_path) == ["in"]
+    kept = after == 20
+    assert names(tmp_path) == ([".out.partial"] if kept else []) + ["in"]
+    assert ("--resume" in str(caught.value)) == kept
     assert build.tree(source) == before
+    monkeypatch.undo()
+    convert(job, tmp_path / "out", resume=kept)
+    convert(job, tmp_path / "whole")
+    assert build.tree(tmp_path / "out") == build.tree(tmp_path / "whole")
 
 
 def test_space_is_checked_before_the_first_byte(
@@ -237,7 +243,7 @@ def test_space_is_checked_before_the_first_byte(
     job = prepare(source, REQUEST, "source")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(ResourceError, match="GB free"):
+    with pytest.raises(ResourceError, match="10,000 bytes free"):
         convert(job, tmp_path / "out")
     assert names(tmp_path) == ["in"]
 

@@ -262,7 +262,7 @@ def test_a_student_learns(
     before = measure(student, teacher, job.judged).overall.kl_mean
     after = measure(out, teacher, job.judged).overall.kl_mean
     assert after < 0.8 * before
-    assert outcome.quality.overall.kl_mean == after
+    assert outcome.quality["overall"]["kl_mean"] == after
     data = [(folder / "model.safetensors").read_bytes() for folder in (student, out)]
     header = 8 + int.from_bytes(data[0][:8], "little")
     assert len(data[0]) == len(data[1]) and data[0][:header] == data[1][:header]

@@ -126,8 +126,9 @@ def convert(
     ] = False,
 ) -> None:
     """Convert SOURCE to MLX weights in the folder OUT, quantized where --bits is given."""
+    from apertus_mlx.cli.resumable import resumable
     from convert.job import convert as run
-    from convert.report import default_name, plan_as_json, plan_rows, summary
+    from convert.report import plan_as_json, plan_rows, summary
     from convert.workspace import check_target, partial_path
 
     request = _request(
@@ -140,7 +141,9 @@ def convert(
         raise UsageError("--calibration: only --method gptq, --smooth and targets use it")
     target_device = _read_device(device)
     if plan:
-        planned, name, commit = _plan_only(source, revision, offline, request, calibration or [])
+        planned, name, commit = _plan_only(
+            source, revision, offline, request, calibration or [], out, resume
+        )
         _require_fit(planned, target_device)
         if json:
             print_json(plan_as_json(planned, name, commit))
@@ -150,24 +153,20 @@ def convert(
             for line in lines:
                 print_data(line)
         return
-    if out is not None:
+    if out is not None and not (resume and partial_path(out).is_dir()):
         check_target(out, None)
-    job = _prepare(source, revision, offline, request, calibration or [])
+    job, target = _prepare(source, revision, offline, request, calibration or [], out, resume)
     _require_fit(job.plan, target_device)
-    target = out or Path(default_name(job.source_name, request))
     for line in job.plan.notes:
         note(line)
     if job.asks_for_code:
         note(f"config.json asks for code ({', '.join(job.asks_for_code)}); never run, not copied")
-    try:
-        with (
-            layer_progress("calibrating") as on_layer,
-            byte_progress("converting", job.plan.source_bytes) as update,
-        ):
-            run(job, target, resume, update, on_layer)
-    except KeyboardInterrupt:
-        note(f"interrupted; --resume goes on where it stopped, {partial_path(target)} holds it")
-        raise
+    with (
+        resumable(target),
+        layer_progress("calibrating") as on_layer,
+        byte_progress("converting", job.plan.source_bytes) as update,
+    ):
+        run(job, target, resume, update, on_layer)
     note(
         f"{format_bytes(job.plan.source_bytes)} -> {format_bytes(job.plan.weight_bytes)}, "
         f"{job.plan.bits_per_weight:.3f} bits per weight"
@@ -287,9 +286,15 @@ def _prepare(
     revision: str | None,
     offline: bool,
     request: Request,
-    calibration: Sequence[Path] = (),
-) -> Job:
+    calibration: Sequence[Path],
+    out: Path | None,
+    resume: bool,
+) -> tuple[Job, Path]:
+    """The job and its output folder; where a size is the target, it is measured for there."""
+    from apertus_mlx.cli.resumable import resumable
     from convert.job import prepare
+    from convert.report import default_name
+    from convert.workspace import partial_path
 
     commit = None
     if source is None:
@@ -306,10 +311,17 @@ def _prepare(
         else:
             folder = locate(source, revision=revision, offline=offline)
             name = folder.resolve().name
-    with layer_progress("measuring") as on_layer:
-        return prepare(
-            folder, request, name, commit, calibration_texts=calibration, progress=on_layer
-        )
+    target = out or Path(default_name(name, request))
+    partial = partial_path(target)
+    earlier = request.target is not None and not resume and partial.is_dir()
+    with resumable(target), layer_progress("measuring") as on_layer:
+        job = prepare(
+            folder, request, name, commit, calibration_texts=calibration, progress=on_layer,
+            target=target, resume=resume,
+        )  # fmt: skip
+    if earlier:
+        note(f"{partial}: what was measured there for the same request is used")
+    return job, target
 
 
 def _plan_only(
@@ -318,13 +330,18 @@ def _plan_only(
     offline: bool,
     request: Request,
     calibration: Sequence[Path],
+    out: Path | None,
+    resume: bool,
 ) -> tuple[Plan, str, str | None]:
     """The plan alone; for a Hub id from its headers, before anything is downloaded."""
     from apertus_mlx.hub import is_repo_id
+    from convert.workspace import partial_path
 
     remote = source is not None and not Path(source).expanduser().exists() and is_repo_id(source)
     if not remote or offline or source is None:
-        job = _prepare(source, revision, offline, request, calibration)
+        job, target = _prepare(source, revision, offline, request, calibration, out, resume)
+        if request.target is not None:
+            note(f"{partial_path(target)}: holds what was measured, for the conversion to use")
         return job.plan, job.source_name, job.commit
     from apertus_mlx.hub import fetch_headers
     from convert.remote import plan_remote

@@ -73,11 +73,11 @@ def distill(
 ) -> None:
     """Let STUDENT_DIR learn from TEACHER; writes a folder of the same format and size."""
     from apertus_mlx.cli.plot import check_plot
+    from apertus_mlx.cli.resumable import resumable
     from apertus_mlx.hub import locate
     from convert.distill.run import Observer, Options, prepare
     from convert.distill.run import distill as run
     from convert.distill.training import best
-    from convert.workspace import partial_path
 
     if not 0 < learning_rate <= 1:
         raise UsageError(f"--learning-rate {learning_rate}: expected above 0 and at most 1")
@@ -96,13 +96,8 @@ def distill(
     observer = Observer(
         _Log("asking the teacher", "tokens"), _TrainingLog(), _Log("measuring", "layers")
     )
-    try:
+    with resumable(target):
         outcome = run(job, target, resume, observer)
-    except KeyboardInterrupt:
-        note(f"interrupted; --resume goes on where it stopped, {partial_path(target)} holds it")
-        raise
-    if plot is not None:
-        _draw(plot, outcome.history, target.name)
     first, kept = outcome.history[0], best(outcome.history)
     note(
         f"divergence from the teacher on held-out text: {first.held_out_divergence:.4f} -> "
@@ -112,6 +107,9 @@ def distill(
         print_json(outcome.as_json(target))
     else:
         print_data(str(target))
+    # Last, since it can fail where the work has not.
+    if plot is not None:
+        _draw(plot, outcome.history, target.name)
 
 
 class _Log:

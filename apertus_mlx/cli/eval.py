@@ -52,7 +52,7 @@ def evaluate(
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.hub import locate
     from convert.calibration.texts import hold_out, read_texts
-    from convert.receipt import FLOOR, measure_all
+    from convert.receipt import measure_all
 
     if plot is not None:
         check_plot(plot)
@@ -64,11 +64,18 @@ def evaluate(
     with layer_progress("measuring") as update:
         found = measure_all(folders, origin, texts, tokens, update)
     receipts = dict(zip(labels, found, strict=True))
-    if plot is not None:
-        _draw(receipts, plot)
     if json:
         print_json(_as_json(receipts))
-        return
+    else:
+        _print(receipts)
+    # Last, since it can fail where the work has not.
+    if plot is not None:
+        _draw(receipts, plot)
+
+
+def _print(receipts: Mapping[str, Receipt]) -> None:
+    from convert.receipt import FLOOR
+
     one = len(receipts) == 1
     header = ["text", *HEADER] if one else ["model", "size", "text", *HEADER]
     print_table(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.whole_file import whole_file
 
 FORMATS = (".svg", ".png", ".pdf")
 
@@ -33,6 +34,8 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {path}: expected a name ending in {', '.join(FORMATS)}")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--plot {path}: its folder does not exist")
+    if path.is_dir():
+        raise UsageError(f"--plot {path}: is a folder")
     try:
         # At its import matplotlib obeys a matplotlibrc of the current folder, a model's perhaps.
         with chdir(Path(__file__).parent):
@@ -51,7 +54,7 @@ def save_plot(
     log_x: bool = False,
     log_y: bool = False,
 ) -> None:
-    """Draw `series` into the file `path`; its ending gives the format.
+    """Draw `series` into the file `path`, there whole or not at all; its ending gives the format.
 
     Raises:
         UsageError: see `check_plot`.
@@ -72,8 +75,10 @@ def save_plot(
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend()
+    # Without a date in the file, the same figures give the same bytes.
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     try:
-        # Without a date in the file, the same figures give the same bytes.
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        with whole_file(path) as beside:
+            figure.savefig(beside, metadata=metadata)
     except OSError as error:
         raise ResourceError(f"--plot {path}: {error.strerror}") from None

@@ -24,6 +24,7 @@ from apertus_mlx.errors import RejectedError, ResourceError
 from apertus_mlx.metal.kernel import Kernel
 from apertus_mlx.model_files import read_own_file
 from apertus_mlx.strict_json import parse_object
+from apertus_mlx.whole_file import whole_file
 
 CACHE_VARIABLE = "APERTUS_MLX_CACHE"
 FILE_NAME, LOCK_NAME = "kernels.json", "doctor.lock"
@@ -161,9 +162,8 @@ def store_verdict(verdict: Verdict) -> Path:
     kept = [*others, verdict][-MAX_VERDICTS:]
     text = json.dumps({"format": FORMAT, "verdicts": [asdict(one) for one in kept]}, indent=1)
     try:
-        beside = path.with_suffix(".new")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        with whole_file(path) as beside:
+            beside.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _not_written(path, error) from None
     return path

@@ -3,6 +3,7 @@
 Each matrix is measured in each format (`sensitivity`), the best combination is found
 (`quant.allocate`), and it is kept only if it is at least as good, on texts held out, as the best
 uniform width of that size. q, k and v of a layer share a format, since they are multiplied as one.
+All that is measured is kept, so that an interrupted run does not measure it again.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apertus_mlx.config import ModelConfig
 from apertus_mlx.errors import RejectedError, UsageError
-from convert.calibration.calibrated import Calibration
+from convert.calibration import gradients, judging
+from convert.calibration.calibrated import WINDOW_TOKENS, Calibration
 from convert.calibration.judging import Judge, scale_type_of, spread
 from convert.calibration.sensitivity import Damages, predict_damages
 from convert.calibration.smoothing import Rounding, rounding_of
 from convert.grids import find_grids
+from convert.keep import Keep
 from convert.layerwise import Array, SourceWeights
 from convert.plan import Plan, Step
 from convert.planning import make_plan
@@ -52,6 +56,25 @@ class Allocation:
     record: Mapping[str, Any]
     note: str
 
+    def save(self, keep: Keep) -> None:
+        """Keep it for `load`."""
+        record = {**self.record, "note": self.note}
+        keep.save(record, {})
+
+    @classmethod
+    def load(cls, keep: Keep, request: Request) -> Allocation | None:
+        """What was saved for `request`; None where nothing was."""
+        kept = keep.load()
+        if kept is None:
+            return None
+        record, _ = kept
+        note = record.pop("note")
+        formats = {
+            path: QuantSpec(module["bits"], module["group_size"])
+            for path, module in record["modules"].items()
+        }
+        return cls(_named(request, formats), record, note)
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -66,6 +89,7 @@ def allocate_bits(
     request: Request,
     directory: Path,
     calibration: Calibration,
+    folder: Path,
     progress: Progress | None = None,
 ) -> Allocation:
     """Choose formats so that the weights come to the target of `request`.
@@ -77,6 +101,7 @@ def allocate_bits(
         request: with a target.
         directory: of the source.
         calibration: texts to measure on, and others to judge by.
+        folder: where an interrupted run with the same arguments has kept what it measured.
         progress: told layers done and how many there are, in each part of the work.
 
     Raises:
@@ -94,20 +119,19 @@ def allocate_bits(
         fixed_bytes = sum(step.size_bytes for step in base.steps if step.path not in chosen_paths)
         target_bytes = target.total_bytes(base.parameters)
         _check_reach(target, units, fixed_bytes, base.parameters)
-        damages = _measure(plans, units, reader, calibration, report)
+        damages = _measure(plans, units, reader, calibration, folder, report)
         formats = choose_formats(units, damages, target_bytes - fixed_bytes)
         plan = _combined(plans, formats)
         rival = _uniform_rival(plans, units, damages, target_bytes)
         judged: dict[str, float] = {}
         if rival is not None and any(spec != rival for spec in formats.values()):
-            judge = Judge(SourceWeights(source, reader), directory, calibration, report)
+            judge = Judge(SourceWeights(source, reader), directory, calibration, report, folder)
             judged = {
                 "allocated": judge.divergence(plan),
                 "uniform": judge.divergence(plans[rival]),
             }
             if judged["uniform"] < judged["allocated"]:
                 plan, formats = plans[rival], dict.fromkeys(formats, rival)
-    rules = tuple(Rule(path, spec, str(target)) for path, spec in formats.items())
     record = {
         "target": str(target),
         "target_bytes": target_bytes,
@@ -130,10 +154,28 @@ def allocate_bits(
         },
     }
     return Allocation(
-        replace(request, target=None, rules=request.rules + rules),
+        _named(request, formats),
         record,
         _note(target, plan, rival, judged, calibration.judged.held_out),
     )
+
+
+def kept_bytes(config: ModelConfig, tokens: int, codes_bytes: int) -> int:
+    """Most that `allocate_bits` has on disk.
+
+    Args:
+        config: of the model.
+        tokens: of the calibration windows.
+        codes_bytes: what calibrated codes of the whole model take, 0 where there are none.
+    """
+    measured = min(tokens, WINDOWS * WINDOW_TOKENS)
+    return gradients.kept_bytes(config, measured) + judging.kept_bytes(config, codes_bytes)
+
+
+def _named(request: Request, formats: Mapping[str, QuantSpec]) -> Request:
+    """`request` with a rule for each format that was chosen, instead of its target."""
+    rules = tuple(Rule(path, spec, str(request.target)) for path, spec in formats.items())
+    return replace(request, target=None, rules=request.rules + rules)
 
 
 def find_units(plans: Plans) -> list[Unit]:
@@ -211,7 +253,12 @@ def _check_reach(target: Target, units: Sequence[Unit], fixed_bytes: int, parame
 
 
 def _measure(
-    plans: Plans, units: Sequence[Unit], reader: Reader, calibration: Calibration, report: Progress
+    plans: Plans,
+    units: Sequence[Unit],
+    reader: Reader,
+    calibration: Calibration,
+    folder: Path,
+    report: Progress,
 ) -> Damages:
     base = next(iter(plans.values()))
     scale_type: ScaleType = scale_type_of(base)
@@ -227,7 +274,7 @@ def _measure(
                     with_gptq.add(step.path)
     return predict_damages(
         unscaled_weights(base, reader), roundings, spread(calibration.sample.windows, WINDOWS),
-        with_gptq, scale_type, lambda done: report(done, 2 * depth),
+        folder, with_gptq, scale_type, lambda done: report(done, 2 * depth),
     )  # fmt: skip
 
 

@@ -7,13 +7,16 @@ first. Memory holds one layer, its second moments and the two streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from apertus_mlx import layout
+from apertus_mlx.config import ModelConfig
+from convert.keep import Keep
 from convert.layerwise import (
     Array,
     Layer,
@@ -39,6 +42,9 @@ ROW_SHARE = 0.6
 BLOCK_WEIGHTS = 1 << 24
 # Logits that are held at once.
 BLOCK_LOGITS = 1 << 24
+# What is kept of the first pass, and of the second.
+AHEAD, STREAMS = "ahead.npz", "streams.npz"
+STREAM_NAMES = ("original", "quantized", "uncertainty")
 
 
 @dataclass(slots=True)
@@ -74,8 +80,12 @@ def quantize_model(
     *,
     correction: float = CORRECTION,
     row_share: float = ROW_SHARE,
+    folder: Path | None = None,
 ) -> Iterator[tuple[str, AffineCodes]]:
     """Codes of the matrices in `specs`, in the order embedding, layers, head.
+
+    An interrupted run goes on after the last step of which all codes were taken: a layer of the
+    first pass, the embedding, a layer, the head. Codes of earlier steps do not come again.
 
     Args:
         weights: the original.
@@ -85,30 +95,36 @@ def quantize_model(
         progress: told how many of `passes(config)` steps are done.
         correction: see `CORRECTION`.
         row_share: see `ROW_SHARE`.
+        folder: where the streams are kept after each step; None keeps nothing.
     """
     config = weights.config
     report = progress or (lambda _: None)
-    embedding = weights.matrix(layout.EMBEDDING)
-    original = embed(embedding, windows)
-    hidden = hidden_states(weights, [windows], progress=report)[0]
-    head = embedding if config.tie_word_embeddings else weights.matrix(head_path(config))
-    uncertainty = _uncertainty(hidden, head)
-    if layout.EMBEDDING in specs:
-        second = _reader_moments(weights, head)
-        if config.tie_word_embeddings:
-            inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
-            second = row_share * second + (1 - row_share) * gptq.damped(inputs.T @ inputs)
-            del inputs
-        codes = _in_blocks(embedding, specs[layout.EMBEDDING], second, scale_type)
-        embedding = dequantize(codes)
-        yield layout.EMBEDDING, codes
-    quantized = embed(embedding, windows)
-    del embedding, head, hidden
-    for index in range(config.num_hidden_layers):
+    ahead, streams = (
+        Keep(folder / name if folder is not None else None) for name in (AHEAD, STREAMS)
+    )
+    found = streams.load()
+    if found is None:
+        original, quantized, uncertainty = yield from _begin(
+            weights, specs.get(layout.EMBEDDING), windows, scale_type, report, row_share, ahead
+        )
+        done = 0
+    else:
+        done = int(found[0]["layers"])
+        original, quantized, uncertainty = (found[1][name] for name in STREAM_NAMES)
+
+    def save(layers: int) -> None:
+        arrays = zip(STREAM_NAMES, (original, quantized, uncertainty), strict=True)
+        streams.save({"layers": layers}, dict(arrays))
+
+    if found is None:
+        save(0)
+    ahead.discard()
+    for index in range(done, config.num_hidden_layers):
         yield from _quantize_layer(
             Layer(weights, index), Layer(weights, index), specs, original, quantized,
             scale_type, correction,
         )  # fmt: skip
+        save(index + 1)
         report(config.num_hidden_layers + index + 1)
     if layout.HEAD in specs and not config.tie_word_embeddings:
         final_norm(weights, original)
@@ -119,6 +135,39 @@ def quantize_model(
             moments.add(mx.array(original[part] * root), mx.array(quantized[part] * root))
         head = weights.matrix(layout.HEAD)
         yield layout.HEAD, fit(head, specs[layout.HEAD], moments, scale_type, correction)
+
+
+def kept_bytes(config: ModelConfig, tokens: int) -> int:
+    """Most that `quantize_model` keeps on disk: two streams, and the two that replace them."""
+    return 4 * tokens * (4 * config.hidden_size + 2)
+
+
+def _begin(
+    weights: Weights,
+    spec: QuantSpec | None,
+    windows: Tokens,
+    scale_type: ScaleType,
+    report: Callable[[int], None],
+    row_share: float,
+    ahead: Keep,
+) -> Generator[tuple[str, AffineCodes], None, tuple[Array, Array, Array]]:
+    """Codes of the embedding, if it has a format; returns both streams and the uncertainty."""
+    config = weights.config
+    embedding = weights.matrix(layout.EMBEDDING)
+    original = embed(embedding, windows)
+    hidden = hidden_states(weights, [windows], progress=report, keep=ahead)[0]
+    head = embedding if config.tie_word_embeddings else weights.matrix(head_path(config))
+    uncertainty = _uncertainty(hidden, head)
+    if spec is not None:
+        second = _reader_moments(weights, head)
+        if config.tie_word_embeddings:
+            inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
+            second = row_share * second + (1 - row_share) * gptq.damped(inputs.T @ inputs)
+            del inputs
+        codes = _in_blocks(embedding, spec, second, scale_type)
+        embedding = dequantize(codes)
+        yield layout.EMBEDDING, codes
+    return original, embed(embedding, windows), uncertainty
 
 
 def passes(weights: Weights) -> int:

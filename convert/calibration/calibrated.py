@@ -1,11 +1,14 @@
 """The calibrated part of a conversion: which text, the codes of each matrix, and the receipt.
 
 Codes are made before anything is written, since layers depend on those before them while the output
-has an order of its own. Until they are written they lie in a folder beside the output.
+has an order of its own. Until the output is published they lie in a folder beside it, together with
+what an interrupted run goes on from: it repeats no layer but the one that it was at.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,16 +21,20 @@ from safetensors.numpy import save_file
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
+from apertus_mlx.whole_file import whole_file
+from convert.calibration import calibrate
 from convert.calibration.calibrate import passes, quantize_model
 from convert.calibration.smoothing import rounding_of, smoothing_scales
 from convert.calibration.texts import Sample, TextSet, hold_out, read_texts, sample_windows
+from convert.keep import Keep
 from convert.plan import CALIBRATION_TOKENS, Plan, Step
 from convert.reading import MLX_TYPES, Reader
 from convert.transformed import SCALES, transformed_weights, unscaled_weights
 from quant.affine import ScaleType
 
-FOLDER = ".calibrated"
+# In the folder of the codes: that all of them are there, and how far smoothing is.
 DONE = "done"
+SMOOTHING = "smoothing.npz"
 WINDOW_TOKENS = 512
 WINDOWS = CALIBRATION_TOKENS // WINDOW_TOKENS
 SEED = 0
@@ -41,6 +48,12 @@ class Calibration:
 
     sample: Sample
     judged: TextSet
+
+    def digest(self) -> str:
+        """Of all that a result depends on."""
+        windows = np.ascontiguousarray(self.sample.windows)
+        digest = hashlib.sha256(repr(windows.shape).encode() + windows.tobytes())
+        return digest.hexdigest() + self.sample.sha256 + self.judged.sha256
 
 
 def prepare_calibration(directory: Path, config: ModelConfig, paths: Sequence[Path]) -> Calibration:
@@ -62,59 +75,89 @@ def make_codes(
     plan: Plan,
     source: Path,
     calibration: Calibration,
-    workspace: Path,
+    folder: Path,
     progress: Callable[[int, int], None],
-) -> Path:
-    """Find what `plan` needs texts for: scales and codes; returns the folder that holds them.
+) -> None:
+    """Find what `plan` needs texts for: scales and codes, written into `folder`.
 
-    What an interrupted run has finished is used again.
+    The folder belongs to this plan and these texts; what an interrupted run has finished in it is
+    used again.
 
     Raises:
         RejectedError: a source value is not finite.
     """
-    folder = workspace / FOLDER
-    if (folder / DONE).exists():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     steps = {step.path: step for step in plan.steps if step.method == "gptq"}
     specs = {path: step.spec for path, step in steps.items() if step.spec is not None}
     scale_type: ScaleType = "BF16" if plan.dtype == "BF16" else "F32"
     if plan.dtype == "F16":
         scale_type = "F16"
+    states = [_is_whole(folder, path, part) for path in steps for part in PARTS]
+    if (folder / DONE).exists() and all(states):
+        return
+    if (folder / DONE).exists() or False in states:
+        # Files are whole or absent unless a disk failed; then the rest is not to be trusted either.
+        shutil.rmtree(folder)
+        folder.mkdir()
     windows = calibration.sample.windows
     with Reader(source) as reader:
         before = plan.source.config.num_hidden_layers if plan.request.smooth else 0
         total = before + (passes(unscaled_weights(plan, reader)) if specs else 0)
-        if plan.request.smooth:
+        if plan.request.smooth and not (folder / SCALES).exists():
+            keep = Keep(folder / SMOOTHING)
             scales = smoothing_scales(
                 unscaled_weights(plan, reader),
                 {step.path: rounding_of(step, scale_type) for step in plan.steps if step.spec},
-                windows, scale_type, lambda n: progress(n, total),
+                windows, scale_type, lambda n: progress(n, total), keep,
             )  # fmt: skip
-            save_file(scales, folder / SCALES)
+            with whole_file(folder / SCALES) as beside:
+                save_file(scales, beside)
+            keep.discard()
         if specs:
             weights = transformed_weights(plan, reader, folder)
             for path, codes in quantize_model(
-                weights, specs, windows, scale_type, lambda n: progress(before + n, total)
-            ):
+                weights, specs, windows, scale_type, lambda n: progress(before + n, total),
+                folder=folder,
+            ):  # fmt: skip
                 arrays = (codes.packed, codes.scales, codes.biases)
                 for part, array in zip(PARTS, arrays, strict=True):
-                    np.save(folder / f"{path}.{part}.npy", array)
-    (folder / DONE).touch()
-    return folder
+                    with whole_file(_code_file(folder, path, part)) as beside:
+                        np.save(beside, array)
+    with whole_file(folder / DONE) as beside:
+        beside.touch()
+    (folder / calibrate.STREAMS).unlink(missing_ok=True)
+
+
+def kept_bytes(plan: Plan, tokens: int) -> int:
+    """Most that `make_codes` has on disk at once: all codes, and what it goes on from."""
+    config = plan.source.config
+    codes = sum(
+        step.outputs[0].size_bytes + 4 * sum(math.prod(t.shape) for t in step.outputs[1:])
+        for step in plan.steps
+        if step.method == "gptq"
+    )
+    return codes + calibrate.kept_bytes(config, tokens)
 
 
 def read_codes(folder: Path, step: Step, start: int, stop: int) -> tuple[mx.array, ...]:
     """Rows of the tensors of a calibrated step."""
     arrays = []
     for part, tensor in zip(PARTS, step.outputs, strict=True):
-        rows = np.load(folder / f"{step.path}.{part}.npy", mmap_mode="r")[start:stop]
+        rows = np.load(_code_file(folder, step.path, part), mmap_mode="r")[start:stop]
         array = mx.array(np.ascontiguousarray(rows))
         arrays.append(array if part == "weight" else array.astype(MLX_TYPES[tensor.dtype]))
     return tuple(arrays)
 
 
-def discard_codes(workspace: Path) -> None:
-    """Remove what `make_codes` left."""
-    shutil.rmtree(workspace / FOLDER, ignore_errors=True)
+def _code_file(folder: Path, path: str, part: str) -> Path:
+    return folder / f"{path}.{part}.npy"
+
+
+def _is_whole(folder: Path, path: str, part: str) -> bool | None:
+    """Whether a file of codes is as long as it says; None where there is none."""
+    try:
+        np.load(_code_file(folder, path, part), mmap_mode="r")
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError):
+        return False
+    return True

@@ -3,20 +3,23 @@
 One pass forward and one back in float32, a layer at a time. The loss is that of tokens drawn from
 the model's own prediction, so the mean square of what its gradient says about an error is the
 error's curvature: half of it is the divergence to expect (the Fisher information). Residual streams
-wait on disk; memory holds one layer with its activations.
+wait on disk, from where an interrupted run goes on; memory holds one layer with its activations.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from apertus_mlx import layout
+from apertus_mlx.config import ModelConfig
 from apertus_mlx.model import XIELU, RotaryEmbedding
+from apertus_mlx.whole_file import whole_file
+from convert.keep import Keep
 from convert.layerwise import Array, Projection, Tokens, Weights, batches, embed, head_path
 
 # Logits that are held at once.
@@ -139,6 +142,7 @@ def trace_layers(
     seed: int,
     use: Callable[[list[Trace]], None],
     progress: Callable[[int], None],
+    folder: Path,
 ) -> Ends:
     """Run all layers forwards and backwards on `windows` `[windows, length]`.
 
@@ -146,42 +150,74 @@ def trace_layers(
         weights: of the model.
         windows: token ids.
         seed: of the tokens that are drawn from the predictions.
-        use: called with the traces of each layer, of all tokens, the last layer first.
+        use: called with the traces of each layer, of all tokens, the last layer first; not for
+            layers that an interrupted run has used.
         progress: told after each layer of both passes how many are done.
+        folder: for the residual streams (`kept_bytes`) and the state of the pass back.
     """
     config = weights.config
     depth = config.num_hidden_layers
     parts = list(batches(*windows.shape))
-    with tempfile.TemporaryFile() as file:
-        shape = (depth + 1, *windows.shape, config.hidden_size)
-        streams = np.memmap(file, np.float32, "w+", shape=shape)
-        streams[0] = embed(weights.matrix(layout.EMBEDDING), windows)
-        for index in range(depth):
-            layer = GradientLayer(weights, index)
-            for part in parts:
-                streams[index + 1, part] = np.array(layer(mx.array(streams[index, part])))
-            progress(index + 1)
-        scale = mx.array(weights.vector(f"{layout.FINAL_NORM}.weight"))
-        hidden, back = _differentiable(
-            lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps), mx.array(streams[depth])
-        )
-        states = _rows(hidden)
+    backward = Keep(folder / "backward.npz")
+    streams = [folder / f"stream-{index:04d}.npy" for index in range(depth + 1)]
+    whole = next((n for n, path in enumerate(streams) if not _is_whole(path)), depth + 1)
+    reached = max(0, whole - 1)
+    if whole == 0:
+        _save(streams[0], embed(weights.matrix(layout.EMBEDDING), windows))
+    for index in range(reached, depth):
+        layer = GradientLayer(weights, index)
+        before = np.load(streams[index], mmap_mode="r")
+        after = np.empty(before.shape, np.float32)
+        for part in parts:
+            after[part] = np.array(layer(mx.array(before[part])))
+        _save(streams[index + 1], after)
+        progress(index + 1)
+    scale = mx.array(weights.vector(f"{layout.FINAL_NORM}.weight"))
+    hidden, back = _differentiable(
+        lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps), mx.array(np.load(streams[depth]))
+    )
+    states = _rows(hidden)
+    kept = backward.load()
+    if kept is None:
         at_hidden, log_total = _loss_gradient(states, weights.matrix(head_path(config)), seed)
         gradient = np.array(back(mx.array(at_hidden).reshape(hidden.shape)))
-        del at_hidden, hidden, back
-        for index in reversed(range(depth)):
-            layer = GradientLayer(weights, index)
-            found = []
-            for part in parts:
-                before, traces = layer.back(
-                    mx.array(streams[index, part]), mx.array(gradient[part])
-                )
-                gradient[part] = np.array(before)
-                found.append(traces)
-            use([_joined(same) for same in zip(*found, strict=True)])
-            progress(2 * depth - index)
-        del streams
+        left = depth
+        backward.save({"left": left}, {"gradient": gradient, "log_total": log_total})
+        del at_hidden
+    else:
+        left = int(kept[0]["left"])
+        gradient, log_total = (kept[1][name] for name in ("gradient", "log_total"))
+    del hidden, back
+    for index in reversed(range(left)):
+        layer = GradientLayer(weights, index)
+        before = np.load(streams[index], mmap_mode="r")
+        found = []
+        for part in parts:
+            earlier, traces = layer.back(mx.array(before[part]), mx.array(gradient[part]))
+            gradient[part] = np.array(earlier)
+            found.append(traces)
+        use([_joined(same) for same in zip(*found, strict=True)])
+        backward.save({"left": index}, {"gradient": gradient, "log_total": log_total})
+        progress(2 * depth - index)
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)
+
+
+def kept_bytes(config: ModelConfig, tokens: int) -> int:
+    """What `trace_layers` has on disk: every residual stream, and two gradients."""
+    return 4 * tokens * (config.hidden_size * (config.num_hidden_layers + 3) + 2)
+
+
+def _save(path: Path, stream: Array) -> None:
+    with whole_file(path) as beside:
+        np.save(beside, stream)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    return True
 
 
 def _loss_gradient(hidden: Array, head: Array, seed: int) -> tuple[Array, Array]:

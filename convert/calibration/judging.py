@@ -1,8 +1,11 @@
-"""How far from the original a planned model would be, on texts to judge by; nothing is written."""
+"""How far from the original a planned model would be, on texts to judge by.
+
+Written is only what an interrupted run goes on from.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +16,12 @@ import numpy as np
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
+from convert.calibration import calibrate
 from convert.calibration.calibrated import SEED, WINDOW_TOKENS, Calibration, make_codes, read_codes
 from convert.calibration.gradients import BLOCK_LOGITS
 from convert.calibration.smoothing import rounding_of
 from convert.calibration.texts import sample_windows
+from convert.keep import Keep
 from convert.layerwise import Array, SourceWeights, Tokens, Weights, head_path, hidden_states
 from convert.plan import Plan
 from convert.transformed import transformed_weights
@@ -37,8 +42,8 @@ class Planned:
 
     weights: Weights
     plan: Plan
-    # Of calibrated codes; None where there are none.
-    codes: Path | None
+    # Where calibrated codes lie.
+    codes: Path
 
     @property
     def config(self) -> ModelConfig:
@@ -52,7 +57,6 @@ class Planned:
         if spec is None or step.transform not in ("quantize", "requantize"):
             return self.weights.matrix(path)
         if step.method == "gptq":
-            assert self.codes is not None
             codes, *others = read_codes(self.codes, step, 0, step.outputs[0].shape[0])
             scales, biases = (array.astype(mx.float32) for array in others)
             return np.array(mx.dequantize(codes, scales, biases, spec.group_size, spec.bits))
@@ -72,33 +76,59 @@ class Judge:
     """Measures plans for one source on the same windows."""
 
     def __init__(
-        self, source: SourceWeights, directory: Path, calibration: Calibration, progress: Progress
+        self,
+        source: SourceWeights,
+        directory: Path,
+        calibration: Calibration,
+        progress: Progress,
+        folder: Path,
     ) -> None:
         self._source, self._directory, self._progress = source, directory, progress
+        self._folder = folder
         sample = calibration.sample
         few = replace(sample, windows=spread(sample.windows, WINDOWS))
         self._calibration = replace(calibration, sample=few)
         self._windows = held_out_windows(directory, source.config, calibration)
-        self._expected = hidden_states(source, [self._windows], progress=self._layers)[0]
+        self._expected = hidden_states(
+            source, [self._windows], progress=self._layers, keep=Keep(folder / "expected.npz")
+        )[0]
 
     def divergence(self, plan: Plan) -> float:
         """Mean divergence of the predictions from those of the source, in nats."""
-        with tempfile.TemporaryDirectory() as folder:  # noqa: TID251
-            codes = None
-            if plan.calibrates:
-                codes = make_codes(
-                    plan, self._directory, self._calibration, Path(folder), self._progress
-                )
-            weights = transformed_weights(plan, self._source.reader, codes)
-            planned = Planned(weights, plan, codes)
-            found = hidden_states(planned, [self._windows], progress=self._layers)[0]
-            path = head_path(self._source.config)
-            return _divergence(
-                self._expected, self._source.matrix(path), found, planned.matrix(path)
-            )
+        name = plan.fingerprint()[:16]
+        keep = Keep(self._folder / f"{name}.npz")
+        kept = keep.load()
+        if kept is not None:
+            return float(kept[0]["divergence"])
+        folder = self._folder / name
+        folder.mkdir(exist_ok=True)
+        if plan.calibrates:
+            make_codes(plan, self._directory, self._calibration, folder, self._progress)
+        weights = transformed_weights(plan, self._source.reader, folder)
+        planned = Planned(weights, plan, folder)
+        found = hidden_states(
+            planned, [self._windows], progress=self._layers, keep=Keep(folder / "states.npz")
+        )[0]
+        path = head_path(self._source.config)
+        divergence = _divergence(
+            self._expected, self._source.matrix(path), found, planned.matrix(path)
+        )
+        keep.save({"divergence": divergence}, {})
+        shutil.rmtree(folder)
+        return divergence
 
     def _layers(self, done: int) -> None:
         self._progress(done, self._source.config.num_hidden_layers)
+
+
+def kept_bytes(config: ModelConfig, codes_bytes: int) -> int:
+    """Most that judging a plan has on disk: its calibration and three sets of hidden states.
+
+    `codes_bytes` is what its calibrated codes take.
+    """
+    tokens = WINDOWS * WINDOW_TOKENS
+    states = 3 * 4 * tokens * config.hidden_size
+    return states + (codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0)
 
 
 def spread(windows: Tokens, count: int) -> Tokens:

@@ -2,12 +2,13 @@
 
 To second order the divergence of the predictions, for an error that moves a matrix's output by d,
 is half the mean of `(g . d)^2` over tokens, g being the gradient of `gradients`. The error is the
-real one of each format.
+real one of each format. What is measured is kept after each layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from apertus_mlx import layout
 from convert.calibration.gradients import BLOCK_LOGITS, Ends, Trace, trace_layers
 from convert.calibration.smoothing import Rounding
+from convert.keep import Keep
 from convert.layerwise import Array, Tokens, Weights, head_path
 from quant import gptq
 from quant.affine import ScaleType, dequantize
@@ -33,6 +35,7 @@ def predict_damages(
     weights: Weights,
     roundings: Mapping[str, Roundings],
     windows: Tokens,
+    folder: Path,
     gptq_paths: Collection[str] = (),
     scale_type: ScaleType = "BF16",
     progress: Callable[[int], None] | None = None,
@@ -43,12 +46,19 @@ def predict_damages(
         weights: of the model.
         roundings: by module path, the formats to try, each with what it makes of rows.
         windows: calibration tokens `[windows, length]`.
+        folder: where an interrupted run with the same arguments has kept what it measured.
         gptq_paths: matrices that GPTQ will quantize: what it gains over rounding is counted.
         scale_type: what scales and biases will be stored in.
         progress: told how many of twice the layers are done.
     """
     config = weights.config
-    damages: Damages = {}
+    keep = Keep(folder / "damages.npz")
+    kept, _ = keep.load() or ({}, {})
+    damages: Damages = {
+        path: dict(zip(roundings[path], values, strict=True)) for path, values in kept.items()
+    }
+    if damages.keys() >= roundings.keys():
+        return damages
 
     def look(traces: list[Trace]) -> None:
         for trace in traces:
@@ -64,8 +74,12 @@ def predict_damages(
                     spec: left * _damage(rounding(weight, squares) - weight, trace.inputs, gradient)
                     for spec, rounding in roundings[path].items()
                 }
+        save()
 
-    ends = trace_layers(weights, windows, SEED, look, progress or (lambda _: None))
+    def save() -> None:
+        keep.save({path: list(found.values()) for path, found in damages.items()}, {})
+
+    ends = trace_layers(weights, windows, SEED, look, progress or (lambda _: None), folder)
     for path in {layout.EMBEDDING, head_path(config)} & roundings.keys():
         weight = weights.matrix(path)
         uses = (path == layout.EMBEDDING, path == head_path(config))
@@ -78,6 +92,7 @@ def predict_damages(
             spec: left * _end_damage(weight, rounding, ends, windows.reshape(-1), *uses)
             for spec, rounding in roundings[path].items()
         }
+    save()
     return damages
 
 

@@ -21,6 +21,7 @@ from convert.basis import (
     VALUES,
     value_owners,
 )
+from convert.keep import NOTHING, Keep
 from convert.layerwise import Array, Layer, Tokens, Weights, batches, embed
 from convert.plan import Step
 from convert.reading import MLX_TYPES
@@ -28,6 +29,7 @@ from quant import search
 from quant.affine import ScaleType, dequantize, round_scales
 from quant.transforms import Float, choose_scales
 
+_STREAM = "stream"
 Rounding = Callable[[Array, Float], Array]
 
 
@@ -37,6 +39,7 @@ def smoothing_scales(
     windows: Tokens,
     scale_type: ScaleType = "BF16",
     progress: Callable[[int], None] | None = None,
+    keep: Keep = NOTHING,
 ) -> dict[str, Array]:
     """Scales by the name of the norm or the path of the v that gives them up.
 
@@ -49,11 +52,17 @@ def smoothing_scales(
         windows: calibration tokens `[windows, length]`.
         scale_type: what the weights of norms will be stored in.
         progress: told how many layers are done.
+        keep: where scales and stream are kept after each layer; an interrupted run goes on there.
     """
     found: dict[str, Array] = {}
     owners = value_owners(weights.config)
-    residual = embed(weights.matrix(layout.EMBEDDING), windows)
-    for index in range(weights.config.num_hidden_layers):
+    kept = keep.load()
+    if kept is None:
+        done, residual = 0, embed(weights.matrix(layout.EMBEDDING), windows)
+    else:
+        done, found = int(kept[0]["layers"]), kept[1]
+        residual = found.pop(_STREAM)
+    for index in range(done, weights.config.num_hidden_layers):
         layer = Layer(weights, index)
         for giver, moments in _run(layer, residual).items():
             readers = [name for name in SMOOTHED[giver] if f"{layer.path}.{name}" in rounding]
@@ -71,6 +80,7 @@ def smoothing_scales(
                 found[path] = (
                     _storable(weights.vector(path), scales, scale_type) if is_norm else scales
                 )
+        keep.save({"layers": index + 1}, {**found, _STREAM: residual})
         if progress is not None:
             progress(index + 1)
     return found

@@ -50,8 +50,11 @@ class Resources:
         return learned + self._kept_bytes // layers + table + LOGITS_COPIES * logits
 
     def disk_bytes(self, tokens: int, k: int) -> int:
-        """Room for the teacher's answers to `tokens`, the saved state and the best weights."""
-        state = 16 * parameter_count(self.config) if self.trained == "weights" else 0
+        """Room for the teacher's answers to `tokens`, the saved states and the best weights.
+
+        A state is the weights and two moments of each; the next one is beside it for a moment.
+        """
+        state = 28 * parameter_count(self.config) if self.trained == "weights" else 0
         return state + tokens * answer_bytes(k)
 
     def require(self) -> None:

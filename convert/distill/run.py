@@ -1,7 +1,8 @@
 """One distillation, from folders to a folder: check, ask the teacher, train, describe, publish.
 
-Whatever a run has reached lies in the folder in which the output is built, so that it can go on
-after an interruption: the teacher's answers, the last saved state and the best weights.
+Whatever a run has reached lies beside the output while that is built, so that it can go on after an
+interruption or a failure: the teacher's answers, the last saved state and the best weights. Answers
+do not depend on how the student learns: a run that goes on with other options keeps them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,26 @@ from convert.distill.student import (
     recompute_layers,
     stored_tensors,
 )
-from convert.distill.teacher_cache import TeacherCache
+from convert.distill.teacher_cache import TeacherCache, lot_bytes
 from convert.distill.training import Judgement, Schedule, Training, best
 from convert.golden import write_golden
 from convert.job import CARD
 from convert.layerwise import open_weights
 from convert.manifest import MANIFEST, make_manifest, read_manifest
 from convert.reading import FileState, Reader, file_states
-from convert.receipt import Receipt, measure
-from convert.workspace import check_space, check_target, open_workspace, partial_path
+from convert.receipt import Receipt, kept_bytes, measure
+from convert.workspace import (
+    Workspace,
+    check_space,
+    check_target,
+    is_published,
+    open_workspace,
+)
 
-FOLDER = ".distillation"
+# Folders beside the output while it is built.
+DISTILLATION, RECEIPT = "distillation", "receipt"
+# Of what an interrupted run goes on from; an interrupted run of another version starts again.
+STATE_VERSION = 1
 # Least and most windows that decide which weights are best, and their share between.
 HELD_OUT_WINDOWS = (1, 32)
 HELD_OUT_SHARE = 1 / 20
@@ -115,13 +125,14 @@ SILENT = Observer(lambda *_: None, lambda *_: None, lambda *_: None)
 class Outcome:
     """What came of a distillation."""
 
-    record: dict[str, Any]
+    record: Mapping[str, Any]
     history: tuple[Judgement, ...]
-    quality: Receipt
+    # The receipt as the manifest has it.
+    quality: Mapping[str, Any]
 
     def as_json(self, target: Path) -> dict[str, Any]:
         """For `--json`."""
-        return {"output": str(target), **self.record, "quality": self.quality.as_json()}
+        return {"output": str(target), **self.record, "quality": self.quality}
 
 
 def prepare(
@@ -215,30 +226,47 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
         ResourceError: the disk is full or cannot be written.
         RejectedError: a folder is damaged, or changed meanwhile.
     """
+    fingerprint = _fingerprint(job)
+    if resume and is_published(target, fingerprint):
+        return _outcome(target)
     for source in (job.teacher, job.student):
         check_target(target, source)
-    if not partial_path(target).exists():
-        check_space(target.resolve().parent, _needed_bytes(job))
-    with open_workspace(target, _fingerprint(job), resume) as workspace:
-        path = workspace.path
-        student, history = _train(job, path / FOLDER, observer)
-        _write_model(job.student, path, dict(stored_tensors(student)))
-        quality = measure(path, job.teacher, job.judged, progress=observer.measuring)
-        record = _record(job, history)
-        _describe(job.student, path, target.name, record, quality)
-        for source, states in (
-            (job.teacher, job.teacher_files), (job.student, job.student_files)
-        ):  # fmt: skip
-            if file_states(source, states) != states:
-                raise RejectedError(f"{source}: changed meanwhile; start again")
-        shutil.rmtree(path / FOLDER)
+    check_space(target, *_needed_bytes(job))
+    with open_workspace(target, fingerprint, resume) as workspace:
+        if not workspace.is_complete:
+            _build(job, workspace, observer)
         workspace.publish()
-    return Outcome(record, tuple(history), quality)
+    return _outcome(target)
+
+
+def _build(job: Job, workspace: Workspace, observer: Observer) -> None:
+    """Train, write the student, judge and describe it."""
+    path = workspace.path
+    student, history = _train(job, workspace.room(DISTILLATION), observer)
+    _write_model(job.student, path, dict(stored_tensors(student)))
+    # Streams of a student that learned with other options are not this one's.
+    room = workspace.room(f"{RECEIPT}-{_training_name(job)}")
+    quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=room)
+    _describe(job.student, path, workspace.target.name, _record(job, history), quality)
+    for source, states in (
+        (job.teacher, job.teacher_files), (job.student, job.student_files)
+    ):  # fmt: skip
+        if file_states(source, states) != states:
+            # Of what is there nobody knows which source it is made of.
+            workspace.discard()
+            raise RejectedError(f"{source}: changed meanwhile; start again")
+
+
+def _outcome(folder: Path) -> Outcome:
+    """What the manifest of a finished folder says."""
+    manifest = read_object(folder / MANIFEST)
+    record = manifest["distillation"]
+    history = tuple(Judgement(**judgement) for judgement in record["history"])
+    return Outcome(record, history, manifest["quality"])
 
 
 def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judgement]]:
     """Ask the teacher and train; the student with its best weights, and how it got there."""
-    folder.mkdir(exist_ok=True)
     resources = job.resources
     size = resources.batch_windows
     lessons = TeacherCache(folder / "lessons", _batches(job.sample.windows, size))
@@ -255,7 +283,9 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judg
         recompute_layers(student)
     options = job.options
     schedule = Schedule(options.epochs, options.learning_rate, options.text_share, options.seed)
-    training = Training(student, lessons, held_out, schedule, folder)
+    own = folder / _training_name(job)
+    own.mkdir(exist_ok=True)
+    training = Training(student, lessons, held_out, schedule, own)
     history = training.run(
         lambda done, loss, judged: observer.training(done, training.tokens, loss, judged)
     )
@@ -329,19 +359,28 @@ def _batches(windows: Tokens, size: int) -> list[Tokens]:
     return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 
-def _needed_bytes(job: Job) -> int:
-    """Disk for the output and for what lies beside it until it is done."""
+def _needed_bytes(job: Job) -> tuple[int, int]:
+    """Disk for the output, and for what lies beside it until it is done."""
     weights = sum(state.size_bytes for state in job.student_files.values())
     tokens = job.sample.windows.size + job.held_out.size
-    return weights + job.resources.disk_bytes(tokens, job.options.top_k)
+    config = read_config(job.teacher)
+    kept = job.resources.disk_bytes(tokens, job.options.top_k)
+    kept += max(lot_bytes(config, tokens), kept_bytes(config, job.judged))
+    return weights, kept
 
 
 def _fingerprint(job: Job) -> str:
-    text = json.dumps(asdict(job.options), sort_keys=True)
+    """Of the teacher's answers and the student as it was; see `_training_name` for the rest."""
+    text = json.dumps([STATE_VERSION, job.options.top_k, job.resources.batch_windows])
     for states in (job.teacher_files, job.student_files):
         text += repr(sorted((n, s.size_bytes, s.modified_ns) for n, s in states.items()))
     digest = hashlib.sha256(text.encode())
     for windows in (job.sample.windows, job.held_out):
         digest.update(repr(windows.shape).encode() + np.ascontiguousarray(windows).tobytes())
-    # As long as a conversion's: a shorter one counts as torn.
-    return f"{'distill':-<16}{digest.hexdigest()}"
+    return f"distill {digest.hexdigest()} {job.judged.sha256}"
+
+
+def _training_name(job: Job) -> str:
+    """The folder of a training with these options."""
+    text = json.dumps(asdict(job.options), sort_keys=True)
+    return f"training-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

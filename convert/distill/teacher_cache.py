@@ -1,11 +1,13 @@
 """What the teacher says, kept on disk: for each token its likeliest successors and their shares.
 
 The teacher runs once, layer by layer, so that it may be larger than memory. Its answers lie in one
-file per batch, each complete or absent; a run that was cut off goes on where files are missing.
+file per batch, each complete or absent; a run that was cut off goes on where files are missing, at
+the layer that it had reached.
 """
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.config import ModelConfig
+from apertus_mlx.whole_file import whole_file
+from convert.keep import Keep
 from convert.layerwise import Projection, SourceWeights, Tokens, head_path, hidden_states
 
 # Tokens whose hidden states are held at once; for each lot the teacher's layers are read again.
@@ -36,6 +41,11 @@ class Lesson:
 def answer_bytes(k: int) -> int:
     """What the answer to one token takes on disk."""
     return 4 * k + 2 * (k + 1)
+
+
+def lot_bytes(config: ModelConfig, tokens: int) -> int:
+    """What `TeacherCache.fill` keeps of a lot on its way through the layers, twice for a moment."""
+    return 2 * 4 * min(tokens, LOT_TOKENS) * config.hidden_size
 
 
 class TeacherCache:
@@ -62,17 +72,23 @@ class TeacherCache:
             progress: told the number of tokens that are done.
         """
         self._folder.mkdir(exist_ok=True)
-        missing = [i for i in range(len(self)) if not self._path(i).exists()]
+        missing = [i for i in range(len(self)) if not self._is_whole(i)]
         done = self.tokens - sum(self._batches[i].size for i in missing)
         head = Projection(teacher.matrix(head_path(teacher.config))) if missing else None
         while missing:
             assert head is not None
             lot, missing = self._next_lot(missing)
-            hidden = hidden_states(teacher, [self._batches[i] for i in lot])
+            state = self._folder / f"states-{lot[0]:06d}-{lot[-1]:06d}.npz"
+            for other in self._folder.glob("states-*"):
+                if other != state:
+                    other.unlink()
+            keep = Keep(state)
+            hidden = hidden_states(teacher, [self._batches[i] for i in lot], keep=keep)
             for index, states in zip(lot, hidden, strict=True):
                 self._save(index, *_answers(states, head, k))
                 done += self._batches[index].size
                 progress(done)
+            keep.discard()
 
     def lesson(self, index: int) -> Lesson:
         """Batch `index` with the teacher's answers."""
@@ -90,9 +106,15 @@ class TeacherCache:
         return self._folder / f"{index:06d}.npz"
 
     def _save(self, index: int, likeliest: np.ndarray, shares: np.ndarray) -> None:
-        unfinished = self._folder / "unfinished.npz"
-        np.savez(unfinished, likeliest=likeliest, shares=shares)
-        unfinished.rename(self._path(index))
+        with whole_file(self._path(index)) as beside:
+            np.savez(beside, likeliest=likeliest, shares=shares)
+
+    def _is_whole(self, index: int) -> bool:
+        try:
+            with np.load(self._path(index)) as saved:
+                return {"likeliest", "shares"} <= set(saved.files)
+        except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):
+            return False
 
 
 def _answers(states: np.ndarray, head: Projection, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model import Model
+from apertus_mlx.whole_file import whole_file
 from convert.distill import objective
 from convert.distill.student import CODES, Quantized, learning_modules
 from convert.distill.teacher_cache import Lesson, TeacherCache
@@ -120,7 +121,9 @@ class Training:
             if state.step % self._interval == 0 or state.step == self.steps:
                 self._take_stock(state)
             progress(state.tokens, value, state.history)
-        self._student.update(_load(self._folder / BEST_FILE)[0])
+        kept = _load(self._folder / BEST_FILE)
+        assert kept is not None
+        self._student.update(kept[0])
         return state.history
 
     def _take_stock(self, state: _State) -> None:
@@ -150,10 +153,10 @@ class Training:
         return order[position]
 
     def _resume(self) -> _State:
-        path = self._folder / STATE_FILE
-        if not path.exists():
+        saved, kept = (_load(self._folder / name) for name in (STATE_FILE, BEST_FILE))
+        if saved is None or kept is None:
             return _State(0, 0, 0.0, [])
-        arrays, metadata = _load(path)
+        arrays, metadata = saved
         self._student.update(arrays["student"])
         self._optimizer.state = arrays["optimizer"]
         values = json.loads(metadata["state"])
@@ -218,12 +221,17 @@ def _is_stale(history: Sequence[Judgement]) -> bool:
 
 def _save(path: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
     """Write a tree of arrays; the file is there complete or not at all."""
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    mx.save_safetensors(str(unfinished), dict(tree_flatten(arrays)), metadata)
-    unfinished.rename(path)
+    with whole_file(path) as beside:
+        mx.save_safetensors(str(beside), dict(tree_flatten(arrays)), metadata)
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    loaded: Any = mx.load(str(path), return_metadata=True)
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """A tree of arrays and its metadata; None where there is no whole file."""
+    if not path.exists():
+        return None
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+    except RuntimeError:
+        return None
     arrays, metadata = loaded
     return tree_unflatten(list(arrays.items())), metadata

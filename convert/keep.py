@@ -1,0 +1,61 @@
+"""What a long piece of work has reached, in a file: an interrupted one goes on from there."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx.whole_file import whole_file
+
+_FACTS = "facts"
+
+
+class Keep:
+    """Arrays and plain facts in one file, of which a later saving replaces all.
+
+    The file is there whole or not at all; one that is damaged counts as absent. Without a path
+    nothing is kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def save(self, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace what was kept.
+
+        Args:
+            facts: what JSON can say; its numbers come back exactly.
+            arrays: by name.
+        """
+        if self._path is None:
+            return
+        with whole_file(self._path) as beside, beside.open("wb") as file:
+            text: Any = np.array(json.dumps(dict(facts)))
+            named: Any = {_FACTS: text, **arrays}
+            np.savez(file, **named)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None:
+        """Facts and arrays as they were saved last; None where there is nothing whole."""
+        if self._path is None:
+            return None
+        try:
+            # Reading compares each array with its checksum.
+            with np.load(self._path) as saved:
+                arrays = {name: saved[name] for name in saved.files}
+            return json.loads(str(arrays.pop(_FACTS))), arrays
+        except (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return None
+
+    def discard(self) -> None:
+        """Forget what was kept."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+NOTHING = Keep(None)
