@@ -231,9 +231,10 @@ def test_a_disk_that_fails_leaves_nothing_but_finished_steps(
     assert ("--resume" in str(caught.value)) == kept
     assert build.tree(source) == before
     monkeypatch.undo()
+    (tmp_path / "whole").mkdir()
     convert(job, tmp_path / "out", resume=kept)
-    convert(job, tmp_path / "whole")
-    assert build.tree(tmp_path / "out") == build.tree(tmp_path / "whole")
+    convert(job, tmp_path / "whole" / "out")
+    assert build.tree(tmp_path / "out") == build.tree(tmp_path / "whole" / "out")
 
 
 def test_space_is_checked_before_the_first_byte(

@@ -1,0 +1,75 @@
+"""The kinds of work that can go on after a kill, each small enough to be done many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from convert.distill.run import SILENT, Observer, Options, distill
+from convert.distill.run import prepare as prepare_distillation
+from convert.job import convert, prepare
+from convert.policy import Request, Target
+from quant.spec import QuantSpec
+from tests.builders import config_4x, write_checkpoint
+
+TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(60))
+REQUESTS = {
+    "plain": Request(QuantSpec(4, 64)),
+    "gptq": Request(QuantSpec(3, 32), method="gptq", smooth=True, rotate=True),
+    "target": Request(target=Target(4.5), method="gptq"),
+}
+KINDS = (*REQUESTS, "distill")
+# What is told how far things are: a word for the part of the work, and where in it.
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One conversion or distillation of a small model."""
+
+    kind: str
+    source: Path
+    text: Path
+    student: Path
+
+    def run(self, target: Path, resume: bool = False, progress: Progress = lambda _: None) -> None:
+        """Do it, or go on with it."""
+        if self.kind == "distill":
+            observer = Observer(
+                *(lambda *how_far, n=name: progress(f"{n} {how_far[0]}") for name in vars_of(SILENT))
+            )
+            job = prepare_distillation(
+                self.source, self.student, "source", Options(epochs=2), [self.text], 1024, 32
+            )
+            distill(job, target, resume, observer)
+            return
+        conversion = prepare(
+            self.source, REQUESTS[self.kind], "source", max_shard_bytes=60_000,
+            calibration_texts=[self.text], target=target, resume=resume,
+            progress=lambda done, _: progress(f"measuring {done}"),
+        )  # fmt: skip
+        convert(
+            conversion, target, resume, lambda done: progress(f"writing {done}"),
+            lambda done, _: progress(f"calibrating {done}"),
+        )  # fmt: skip
+
+
+def vars_of(observer: Observer) -> tuple[str, ...]:
+    """The parts of a distillation."""
+    return tuple(observer.__dataclass_fields__)
+
+
+def make_work(kind: str, folder: Path) -> Work:
+    """A model, a text and, for distillation, a student, all in `folder`."""
+    config = config_4x(num_hidden_layers=3, vocab_size=352)
+    source = folder / "source"
+    if not source.exists():
+        write_checkpoint(source, config, dtype=mx.bfloat16)
+        (folder / "en.txt").write_text(TEXT)
+    student = folder / "student"
+    if kind == "distill" and not student.exists():
+        convert(prepare(source, Request(QuantSpec(2, 32)), "source"), student)
+    return Work(kind, source, folder / "en.txt", student)
