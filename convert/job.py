@@ -210,15 +210,15 @@ def convert(
         ResourceError: the disk is full or cannot be written.
         RejectedError: the source is damaged, or changed meanwhile.
     """
-    if resume and is_published(target, job.fingerprint):
+    if resume and is_published(target, job.fingerprint, job.plan.fingerprint()):
         return target
     check_target(target, job.directory)
     check_space(target, job.output_bytes, job.kept_bytes)
     on_layer = calibration_progress or (lambda done, total: None)
     taken_up = resume or job.allocation is not None
     with open_workspace(target, job.fingerprint, taken_up) as workspace:
+        workspace.follow(job.plan.fingerprint())
         if not workspace.is_complete:
-            workspace.follow(job.plan.fingerprint())
             codes = None
             if job.calibration is not None and job.plan.calibrates:
                 codes = workspace.room(CALIBRATION)

@@ -115,16 +115,18 @@ class Workspace:
         return folder
 
     def follow(self, plan: str) -> None:
-        """Take up the finished steps of the plan with this fingerprint; those of another are void.
+        """Take up what was done for the plan with this fingerprint; what was for another is void.
 
-        After that `done` is filled and `record` may be called.
+        After that `done` and `is_complete` say how far it is, and `record` may be called.
         """
         heading = f"{_STEPS} {plan}"
+        complete: list[str] = []
         if heading in self._lines:
             self.done = _steps(self._lines[self._lines.index(heading) + 1 :])
+            complete = [_COMPLETE] if self.is_complete else []
         steps = [f"{number} {checksum:08x}" for number, checksum in self.done.items()]
         # Written anew, so that a torn last line does not run into the next one.
-        self._lines = [self._lines[0], heading, *steps]
+        self._lines = [self._lines[0], heading, *steps, *complete]
         self._journal.close()
         _write_journal(self.folder, self._lines)
         self._journal = (self.folder / JOURNAL).open("a", encoding="ascii")
@@ -215,16 +217,23 @@ def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Wor
         os.close(lock)
 
 
-def is_published(target: Path, fingerprint: str) -> bool:
+def is_published(target: Path, fingerprint: str, plan: str | None = None) -> bool:
     """Whether an earlier run of the same request gave `target` its name and was killed just then.
 
     What it left is removed.
+
+    Args:
+        target: the final name.
+        fingerprint: see `open_workspace`.
+        plan: see `Workspace.follow`; None where it is not known, but follows from the fingerprint.
     """
     folder = partial_path(target)
     if not folder.is_dir() or OUTPUT in _names(folder) or JOURNAL not in _names(folder):
         return False
     lines = _read_journal(folder)
     if lines[:1] != [f"{_REQUEST} {fingerprint}"] or _COMPLETE not in lines:
+        return False
+    if plan is not None and f"{_STEPS} {plan}" not in lines:
         return False
     _clear(folder)
     return True

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from convert.distill.run import SILENT, Observer, Options, distill
+from convert.distill.run import Observer, Options, distill
 from convert.distill.run import prepare as prepare_distillation
 from convert.job import convert, prepare
 from convert.policy import Request, Target
 from quant.spec import QuantSpec
 from tests.builders import config_4x, write_checkpoint
 
-TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(60))
+TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(20))
 REQUESTS = {
     "plain": Request(QuantSpec(4, 64)),
-    "gptq": Request(QuantSpec(3, 32), method="gptq", smooth=True, rotate=True),
-    "target": Request(target=Target(4.5), method="gptq"),
+    "gptq": Request(QuantSpec(3, 32), method="gptq", smooth=True),
+    "target": Request(target=Target(4.5, group_size=32), method="gptq"),
 }
 KINDS = (*REQUESTS, "distill")
 # What is told how far things are: a word for the part of the work, and where in it.
@@ -39,7 +39,9 @@ class Work:
         """Do it, or go on with it."""
         if self.kind == "distill":
             observer = Observer(
-                *(lambda *how_far, n=name: progress(f"{n} {how_far[0]}") for name in vars_of(SILENT))
+                lambda done, _: progress(f"asking {done}"),
+                lambda done, *_: progress(f"learning {done}"),
+                lambda done, _: progress(f"judging {done}"),
             )
             job = prepare_distillation(
                 self.source, self.student, "source", Options(epochs=2), [self.text], 1024, 32
@@ -57,14 +59,9 @@ class Work:
         )  # fmt: skip
 
 
-def vars_of(observer: Observer) -> tuple[str, ...]:
-    """The parts of a distillation."""
-    return tuple(observer.__dataclass_fields__)
-
-
 def make_work(kind: str, folder: Path) -> Work:
     """A model, a text and, for distillation, a student, all in `folder`."""
-    config = config_4x(num_hidden_layers=3, vocab_size=352)
+    config = config_4x(vocab_size=352)
     source = folder / "source"
     if not source.exists():
         write_checkpoint(source, config, dtype=mx.bfloat16)

@@ -347,7 +347,7 @@ def test_another_request_does_not_resume(
     with pytest.raises(UsageError, match="--resume"):
         distill(make_job(teacher, student, texts), tmp_path / "out")
     with pytest.raises(UsageError, match="other options"):
-        distill(make_job(teacher, student, texts, learning_rate=0.1), tmp_path / "out", resume=True)
+        distill(make_job(teacher, student, texts, top_k=7), tmp_path / "out", resume=True)
 
 
 def test_a_kill_leaves_nothing_half(

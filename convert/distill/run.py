@@ -227,12 +227,13 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
         RejectedError: a folder is damaged, or changed meanwhile.
     """
     fingerprint = _fingerprint(job)
-    if resume and is_published(target, fingerprint):
+    if resume and is_published(target, fingerprint, _training_name(job)):
         return _outcome(target)
     for source in (job.teacher, job.student):
         check_target(target, source)
     check_space(target, *_needed_bytes(job))
     with open_workspace(target, fingerprint, resume) as workspace:
+        workspace.follow(_training_name(job))
         if not workspace.is_complete:
             _build(job, workspace, observer)
         workspace.publish()
