@@ -96,8 +96,6 @@ class Workspace:
         self.path = folder / OUTPUT
         # Step number -> checksum of its output bytes, for the steps that are finished.
         self.done: dict[int, int] = {}
-        # Whether work lies here that took long, and that no failure may remove.
-        self.is_precious = any(name not in (JOURNAL, OUTPUT) for name in _names(folder))
         self._lines = _read_journal(folder)
         self._journal = (folder / JOURNAL).open("a", encoding="ascii")
         self.path.mkdir(exist_ok=True)
@@ -107,11 +105,19 @@ class Workspace:
         """Whether an earlier run finished the output and only its name is missing."""
         return _COMPLETE in self._lines
 
+    @property
+    def is_precious(self) -> bool:
+        """Whether work lies here that took long, and that no failure may remove."""
+        return self.is_complete or any(
+            path.is_file() and not path.name.startswith(UNFINISHED)
+            for name in _names(self.folder) - {JOURNAL, OUTPUT}
+            for path in (self.folder / name, *(self.folder / name).rglob("*"))
+        )
+
     def room(self, name: str) -> Path:
-        """A folder for what a run that takes long has reached; from now on failures keep it all."""
+        """A folder for what work that takes long has reached; no failure removes what is in it."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        self.is_precious = True
         return folder
 
     def follow(self, plan: str) -> None:
@@ -121,6 +127,7 @@ class Workspace:
         """
         heading = f"{_STEPS} {plan}"
         complete: list[str] = []
+        self.done = {}
         if heading in self._lines:
             self.done = _steps(self._lines[self._lines.index(heading) + 1 :])
             complete = [_COMPLETE] if self.is_complete else []
@@ -153,8 +160,6 @@ class Workspace:
             self.path.rename(self.target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                # With another name for what appeared it goes on.
-                self.is_precious = True
                 raise UsageError(f"{self.target}: appeared meanwhile; nothing replaced") from None
             raise
         sync(self.target.parent)

@@ -1,0 +1,148 @@
+"""The folder in which an output is built: its journal, what lies in the way, and its room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from apertus_mlx.errors import RejectedError, ResourceError, UsageError
+from convert.workspace import (
+    JOURNAL,
+    OUTPUT,
+    check_space,
+    is_published,
+    open_workspace,
+    partial_path,
+)
+
+PRINT = "f" * 64
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """An output that was interrupted after two steps and with something that took long."""
+    target = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), open_workspace(target, PRINT, False) as workspace:
+        workspace.follow("steps")
+        for step in (0, 1):
+            workspace.record(step, 7 + step)
+        (workspace.room("calibration") / "deep").mkdir()
+        (workspace.room("calibration") / "codes").write_bytes(b"codes")
+        raise KeyboardInterrupt
+    return target
+
+
+def test_a_journal_says_how_far_it_is(target: Path) -> None:
+    with open_workspace(target, PRINT, True) as workspace:
+        workspace.follow("steps")
+        assert workspace.done == {0: 7, 1: 8}
+        workspace.follow("other steps")
+        assert not workspace.done
+
+
+@pytest.mark.parametrize("left", [0, 1, 20])
+def test_a_torn_journal_starts_again(target: Path, left: int) -> None:
+    journal = partial_path(target) / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:left])
+    with pytest.raises(UsageError, match="--resume"), open_workspace(target, PRINT, False):
+        pass
+    with open_workspace(target, PRINT, True) as workspace:
+        assert {path.name for path in workspace.folder.iterdir()} == {JOURNAL, OUTPUT}
+        workspace.follow("steps")
+        assert not workspace.done
+
+
+def test_a_torn_last_line_is_a_step_that_was_not_finished(target: Path) -> None:
+    journal = partial_path(target) / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-3])
+    with open_workspace(target, PRINT, True) as workspace:
+        workspace.follow("steps")
+        assert workspace.done == {0: 7}
+        workspace.record(1, 8)
+        assert journal.read_text().endswith("0 00000007\n1 00000008\n")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder", "none"])
+def test_a_journal_that_is_no_file_of_ours(target: Path, tmp_path: Path, kind: str) -> None:
+    """Neither waited for, nor written through, nor removed."""
+    journal = partial_path(target) / JOURNAL
+    (tmp_path / "precious").write_text(journal.read_text())
+    journal.unlink()
+    if kind == "fifo":
+        os.mkfifo(journal)
+    elif kind == "link":
+        journal.symlink_to(tmp_path / "precious")
+    elif kind == "folder":
+        journal.mkdir()
+    before = (tmp_path / "precious").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="not ours"), open_workspace(target, PRINT, resume):
+            pass
+    assert (tmp_path / "precious").read_bytes() == before
+    assert (partial_path(target) / "calibration" / "codes").exists()
+
+
+def test_a_partial_folder_that_is_taken_away(target: Path) -> None:
+    with (
+        pytest.raises(ResourceError, match="taken away") as caught,
+        open_workspace(target, PRINT, True) as workspace,
+    ):
+        shutil.rmtree(workspace.folder)
+        (workspace.path / "model.safetensors").write_bytes(b"")
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_refusal_before_any_work_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RejectedError, match=r"^damaged$"),
+        open_workspace(tmp_path / "out", PRINT, False) as workspace,
+    ):
+        workspace.room("calibration")
+        raise RejectedError("damaged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_after_long_work_keeps_it(target: Path) -> None:
+    with (
+        pytest.raises(RejectedError, match="damaged; --resume"),
+        open_workspace(target, PRINT, True),
+    ):
+        raise RejectedError("damaged")
+    assert (partial_path(target) / "calibration" / "codes").exists()
+
+
+def test_a_run_that_was_killed_with_its_last_breath(tmp_path: Path) -> None:
+    """The output has its name; only the journal was still there."""
+    target = tmp_path / "out"
+    with open_workspace(target, PRINT, False) as workspace:
+        workspace.follow("steps")
+        kept = (workspace.folder / JOURNAL).read_text() + "complete\n"
+        (workspace.path / "model.safetensors").write_bytes(b"weights")
+        workspace.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    folder = partial_path(target)
+    for other in ((PRINT, "other steps"), ("e" * 64, "steps")):
+        folder.mkdir(exist_ok=True)
+        (folder / JOURNAL).write_text(kept)
+        assert not is_published(target, *other)
+    assert is_published(target, PRINT, "steps")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # Nor is it in the way of a new one, once the output is gone.
+    folder.mkdir()
+    (folder / JOURNAL).write_text(kept)
+    shutil.rmtree(target)
+    with open_workspace(target, "e" * 64, False) as workspace:
+        workspace.publish()
+
+
+def test_what_is_there_already_needs_no_room(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (partial_path(target) / OUTPUT / "model.safetensors").open("wb") as file:
+        file.write(bytes(2**20))
+    usage = shutil.disk_usage(target.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=17 * 2**20))
+    check_space(target, 2**20, 2**20)
+    with pytest.raises(ResourceError, match=r"17.83 MB free, the output takes 2.10 MB and 2.10 MB"):
+        check_space(target, 2 * 2**20, 2 * 2**20)
