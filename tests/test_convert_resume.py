@@ -56,7 +56,7 @@ class Counted:
             (calibrate, "_uncertainty", lambda *_: "embedding"),
             (calibrate, "fit", lambda weight, *_: "fit head" if len(weight) == 352 else ""),
             (smoothing, "_run", lambda layer, *_: f"smooth {layer.path}"),
-            (layerwise, "run_layer", lambda layer, *_: f"run {getattr(layer, 'path', 'norm')}"),
+            (layerwise, "run_layer", lambda layer, *_: getattr(layer, "path", "")),
             (gradients, "GradientLayer", lambda _, index: f"trace {index}"),
             (gradients, "_loss_gradient", lambda *_: "loss"),
         ):  # fmt: skip
@@ -78,7 +78,7 @@ def test_going_on_repeats_at_most_one_layer(
     kind: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     wholes: Callable[[str], dict[str, bytes]],
 ) -> None:  # fmt: skip
-    """Interrupted at every seventh layer or so, each time in the middle of the work on it."""
+    """Interrupted after every few layers, each time in the middle of the work on one."""
     expected = wholes(kind)
     target = tmp_path / "out"
     work = make_work(kind, models)
@@ -91,8 +91,9 @@ def test_going_on_repeats_at_most_one_layer(
     runs = 0
     while not target.exists():
         runs += 1
+        assert runs < 40
         with monkeypatch.context() as patch:
-            counted = Counted(patch, stop_at=7)
+            counted = Counted(patch, stop_at=7 if kind == "gptq" else 16)
             try:
                 work.run(target, resume=True)
             except KeyboardInterrupt:
@@ -100,28 +101,26 @@ def test_going_on_repeats_at_most_one_layer(
             done += counted.done
     assert tree(target) == expected
     assert {*done} == {*total}
-    # The final norm of a pass that had ended is a layer of a hundredth of the work.
-    layers = [[name for name in names if "norm" not in name] for names in (done, total)]
     assert runs > 2
-    assert len(layers[0]) <= len(layers[1]) + runs - 1
+    assert len(done) <= len(total) + runs - 1
 
 
 @pytest.mark.parametrize(
-    "error",
-    [RuntimeError("ours"), OSError(errno.ENOSPC, "full"), OSError(errno.EROFS, "read-only"),
-     MemoryError()],
-)  # fmt: skip
-@pytest.mark.parametrize(("kind", "module", "place"), [
-    ("gptq", job, "make_card"), ("gptq", execute, "read_codes"),
-    ("gptq", calibrate, "final_norm"), ("target", allocation, "_uniform_rival"),
-])  # fmt: skip
+    ("kind", "module", "place", "error"),
+    [
+        ("gptq", job, "make_card", RuntimeError("ours")),
+        ("gptq", job, "make_card", OSError(errno.ENOSPC, "full")),
+        ("gptq", job, "make_card", OSError(errno.EROFS, "read-only")),
+        ("gptq", execute, "read_codes", MemoryError()),
+        ("gptq", calibrate, "final_norm", RuntimeError("ours")),
+        ("target", allocation, "_uniform_rival", RuntimeError("ours")),
+    ],
+)
 def test_a_failure_keeps_what_took_long(
     kind: str, module: Any, place: str, error: Exception, models: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, wholes: Callable[[str], dict[str, bytes]],
 ) -> None:  # fmt: skip
     """A bug of ours and a disk that fails alike; the error says how to go on."""
-    if not isinstance(error, RuntimeError) and module is not job:
-        pytest.skip("one place is enough for the others")
     target = tmp_path / "out"
     work = make_work(kind, models)
 
@@ -182,7 +181,7 @@ def test_what_a_plan_measured_is_used_by_the_conversion(
     assert not target.exists()
     assert f"{partial_path(target)}: holds what was measured" in capsys.readouterr().err
     with pytest.raises(UsageError, match="interrupted"):
-        command(work, target, "--bits", "4")
+        command(work, target, "--bits", "4", "--method", "gptq")
     with monkeypatch.context() as patch:
         patch.setattr(allocation, "predict_damages", None)
         patch.setattr(allocation, "Judge", None)
@@ -200,17 +199,17 @@ def test_a_plan_that_cannot_be_leaves_nothing(models: Path, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", [0, 60])
 @pytest.mark.parametrize(
-    "pattern",
-    ["streams.npz", "*.up_proj.weight.npy", "damages.npz", "backward.npz", "stream-0001.npy"],
-)
+    ("size", "pattern"),
+    [(0, "streams.npz"), (60, "*.up_proj.weight.npy"), (60, "damages.npz"),
+     (0, "backward.npz")],
+)  # fmt: skip
 def test_a_torn_file_counts_as_absent(
     size: int, pattern: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     wholes: Callable[[str], dict[str, bytes]],
 ) -> None:  # fmt: skip
     """As after a power loss on a disk that does not keep its promises."""
-    kind = "target" if pattern in ("damages.npz", "backward.npz", "stream-0001.npy") else "gptq"
+    kind = "target" if pattern in ("damages.npz", "backward.npz") else "gptq"
     place = (sensitivity, "_end_damage") if kind == "target" else (calibrate, "final_norm")
     target = tmp_path / "out"
     work = make_work(kind, models)

@@ -24,6 +24,8 @@ from convert.layerwise import Array, Projection, Tokens, Weights, batches, embed
 
 # Logits that are held at once.
 BLOCK_LOGITS = 1 << 24
+# How far the pass back is.
+BACKWARD = "backward.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def trace_layers(
     config = weights.config
     depth = config.num_hidden_layers
     parts = list(batches(*windows.shape))
-    backward = Keep(folder / "backward.npz")
+    backward = Keep(folder / BACKWARD)
     streams = [folder / f"stream-{index:04d}.npy" for index in range(depth + 1)]
     whole = next((n for n, path in enumerate(streams) if not _is_whole(path)), depth + 1)
     reached = max(0, whole - 1)

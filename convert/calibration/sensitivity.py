@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx import layout
-from convert.calibration.gradients import BLOCK_LOGITS, Ends, Trace, trace_layers
+from convert.calibration.gradients import BACKWARD, BLOCK_LOGITS, Ends, Trace, trace_layers
 from convert.calibration.smoothing import Rounding
 from convert.keep import Keep
 from convert.layerwise import Array, Tokens, Weights, head_path
@@ -53,7 +53,12 @@ def predict_damages(
     """
     config = weights.config
     keep = Keep(folder / "damages.npz")
-    kept, _ = keep.load() or ({}, {})
+    found = keep.load()
+    if found is None:
+        # Whatever the pass back had gone by would be missing.
+        Keep(folder / BACKWARD).discard()
+        keep.save({}, {})
+    kept, _ = found or ({}, {})
     damages: Damages = {
         path: dict(zip(roundings[path], values, strict=True)) for path, values in kept.items()
     }
