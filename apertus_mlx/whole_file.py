@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Before the name of a file that is being written; its ending stays, since some writers go by it.
-UNFINISHED = ".unfinished-"
+from apertus_mlx.beside import beside
+
+# In the name of a file that is being written.
+UNFINISHED = ".unfinished"
 
 
 @contextmanager
@@ -22,17 +24,22 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))
-    beside = path.with_name(f"{UNFINISHED}{path.name}")
+    unfinished = unfinished_path(path)
     # Whatever has that name, a link to another file for instance, is not written through.
-    beside.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
     try:
-        yield beside
-        sync(beside)
-        beside.replace(path)
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where `path` is written; its ending stays, since some writers go by it."""
+    return beside(path, f"{UNFINISHED}{path.suffix}")
 
 
 def sync(path: Path) -> None:

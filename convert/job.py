@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.slopes import check_slopes
 from apertus_mlx.strict_json import read_object
 from convert import basis, receipt
-from convert.calibration import allocation, calibrate, calibrated
+from convert.calibration import allocation, calibrate, calibrated, judging
 from convert.calibration.allocation import Allocation, allocate_bits
 from convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
-from convert.calibration.little_text import choose
+from convert.calibration.little_text import choose, is_little, without_judging
 from convert.card import license_of, make_card
 from convert.companions import (
     TOKENIZER,
@@ -46,15 +46,17 @@ from convert.workspace import (
     Workspace,
     check_space,
     check_target,
+    clear_published,
     is_published,
     open_workspace,
+    partial_path,
 )
 
 CARD = "README.md"
 # Of what an interrupted run goes on from; an interrupted run of another version starts again.
 STATE_VERSION = 1
 # Folders beside the output while it is built.
-ALLOCATION, CALIBRATION, RECEIPT = "allocation", "calibration", "receipt"
+ALLOCATION, CHOICE, CALIBRATION, RECEIPT = "allocation", "choice", "calibration", "receipt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class Job:
     calibration: Calibration | None = None
     # How the formats were chosen, where only a size was asked for.
     allocation: Allocation | None = None
+    # Whether something had to be measured for the plan, where the output will lie.
+    is_begun: bool = False
 
     @property
     def companion_bytes(self) -> int:
@@ -113,8 +117,8 @@ def prepare(
 ) -> Job:
     """Recognise the checkpoint in `directory` and plan its conversion.
 
-    Only where the request has a size as its target is anything written: what has to be measured
-    for the plan stays where `target` will be built, for `convert`.
+    Where formats have to be found for a size, or there is little text to calibrate on, something is
+    written: what is measured for the plan stays where `target` will be built, for `convert`.
 
     Args:
         directory: the checkpoint.
@@ -125,7 +129,7 @@ def prepare(
         calibration_texts: files and folders for the method gptq, for `smooth` and for a size;
             without any they take the project's own.
         progress: told layers done and how many there are, where something has to be measured.
-        target: the output folder; needed for a size only.
+        target: the output folder; may be left out where nothing has to be measured.
         resume: whether to go on with what an interrupted run to `target` has measured.
 
     Raises:
@@ -150,34 +154,45 @@ def prepare(
         for matrix in source.matrices.values():
             matrix.check(reader)
         size = files[TOKENIZER].size_bytes
+        report = progress or (lambda done, total: None)
         calibration = chosen = None
         identity = [repr(request), str(max_shard_bytes), repr(sorted(files.items()))]
         if request.target is not None:
-            if target is None:
-                raise UsageError(f"{request.target}: is measured beside the output; name that")
             calibration = prepare_calibration(directory, config, calibration_texts)
             identity.append(calibration.digest())
-            chosen = _allocate(
-                source, request, directory, calibration, target, resume, _digest(identity), progress
-            )
+            needed = _space_for_target(source, request, calibration)
+            with _measuring(directory, target, _digest(identity), resume, ALLOCATION, needed) as to:
+                chosen = _allocate(source, request, directory, calibration, to, report)
             request = chosen.request
         plan = make_plan(source, request, max_shard_bytes, tokenizer_bytes=size)
         grids = find_grids(plan, reader)
         if grids:
             plan = make_plan(source, request, max_shard_bytes, grids, size)
-        notes = [] if allocation is None else [allocation.note]
+        if plan.calibrates and calibration is None:
+            calibration = prepare_calibration(directory, config, calibration_texts)
+        if chosen is None:
+            identity += [plan.fingerprint(), calibration.digest() if calibration else ""]
+        notes = [] if chosen is None else [chosen.note]
         if template_note is not None:
             notes.append(template_note)
-        if plan.calibrates:
-            calibration = calibration or prepare_calibration(directory, config, calibration_texts)
-            choice = choose(
-                plan,
-                lambda other: make_plan(source, other, max_shard_bytes, grids, size),
-                reader, directory, calibration, progress or (lambda done, total: None),
-            )  # fmt: skip
-            if choice is not None:
-                plan = choice.plan
-                notes.append(choice.note)
+        choice = None
+        is_begun = chosen is not None
+        if plan.calibrates and calibration is not None:
+
+            def make(other: Request) -> Plan:
+                return make_plan(source, other, max_shard_bytes, grids, size)
+
+            if not is_little(calibration):
+                choice = without_judging(plan, make, calibration)
+            else:
+                needed = _space(plan, calibration)
+                begun = resume or is_begun
+                is_begun = True
+                with _measuring(directory, target, _digest(identity), begun, CHOICE, needed) as to:
+                    choice = choose(plan, make, reader, directory, calibration, report, to)
+        if choice is not None:
+            plan = choice.plan
+            notes.append(choice.note)
         plan = replace(plan, notes=(*plan.notes, *notes))
     return Job(
         directory,
@@ -190,6 +205,7 @@ def prepare(
         _digest(identity),
         calibration,
         chosen,
+        is_begun,
     )
 
 
@@ -211,12 +227,12 @@ def convert(
         RejectedError: the source is damaged, or changed meanwhile.
     """
     if resume and is_published(target, job.fingerprint, job.plan.fingerprint()):
+        clear_published(target)
         return target
     check_target(target, job.directory)
     check_space(target, job.output_bytes, job.kept_bytes)
     on_layer = calibration_progress or (lambda done, total: None)
-    taken_up = resume or job.allocation is not None
-    with open_workspace(target, job.fingerprint, taken_up) as workspace:
+    with open_workspace(target, job.fingerprint, resume or job.is_begun) as workspace:
         workspace.follow(job.plan.fingerprint())
         if not workspace.is_complete:
             codes = None
@@ -233,19 +249,55 @@ def convert(
     return target
 
 
+@contextmanager
+def _measuring(
+    directory: Path,
+    target: Path | None,
+    fingerprint: str,
+    resume: bool,
+    name: str,
+    needed: tuple[int, int],
+) -> Iterator[Path]:
+    """The folder, where `target` will lie, of what has to be measured before there is a plan."""
+    if target is None:
+        raise UsageError(f"{directory}: something has to be measured for it beside the output")
+    if resume and is_published(target, fingerprint):
+        yield partial_path(target) / MEASURED / name
+        return
+    check_target(target, directory)
+    check_space(target, *needed)
+    with (
+        open_workspace(target, fingerprint, resume) as workspace,
+        workspace.measuring(name) as folder,
+    ):
+        yield folder
+
+
 def _allocate(
     source: Source,
     request: Request,
     directory: Path,
     calibration: Calibration,
-    target: Path,
-    resume: bool,
-    fingerprint: str,
-    progress: Callable[[int, int], None] | None,
+    folder: Path,
+    progress: Callable[[int, int], None],
 ) -> Allocation:
-    """Choose formats for a size; what is measured for it stays in the workspace of `target`."""
-    if not resume or not is_published(target, fingerprint):
-        check_target(target, directory)
+    """Choose formats for a size, or read from `folder` how that was done before."""
+    keep = Keep(folder / "allocation.npz")
+    found = Allocation.load(keep, request)
+    if found is None:
+        found = allocate_bits(source, request, directory, calibration, folder, progress)
+        found.save(keep)
+    # What it took is no longer needed.
+    for entry in folder.iterdir():
+        if entry.is_file() and entry.name != "allocation.npz":
+            entry.unlink()
+    return found
+
+
+def _space_for_target(
+    source: Source, request: Request, calibration: Calibration
+) -> tuple[int, int]:
+    """Room for the output of a request for a size, and for what lies beside it until it is done."""
     wanted = request.target
     assert wanted is not None
     config, tokens = source.config, calibration.sample.windows.size
@@ -259,16 +311,17 @@ def _allocate(
         receipt.kept_bytes(config, calibration.judged)
         + (codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0),
     )
-    check_space(target, output_bytes, kept)
-    with open_workspace(target, fingerprint, resume) as workspace:
-        keep = Keep(workspace.folder / MEASURED)
-        found = Allocation.load(keep, request)
-        if found is None:
-            folder = workspace.room(ALLOCATION)
-            found = allocate_bits(source, request, directory, calibration, folder, progress)
-            found.save(keep)
-            shutil.rmtree(folder)
-        return found
+    return output_bytes, kept
+
+
+def _space(plan: Plan, calibration: Calibration) -> tuple[int, int]:
+    """The same for a plan that is there."""
+    config, tokens = plan.source.config, calibration.sample.windows.size
+    measured = max(
+        receipt.kept_bytes(config, calibration.judged),
+        judging.kept_bytes(config, plan.weight_bytes * 5 // 4),
+    )
+    return plan.weight_bytes, measured + calibrated.kept_bytes(plan, tokens)
 
 
 def _digest(parts: Sequence[str]) -> str:

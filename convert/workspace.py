@@ -20,15 +20,15 @@ from pathlib import Path
 
 from apertus_mlx.beside import beside
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError, UsageError
-from apertus_mlx.whole_file import UNFINISHED, sync, whole_file
+from apertus_mlx.whole_file import UNFINISHED, sync, unfinished_path, whole_file
 
 JOURNAL = ".journal"
 # The output while it is built.
 OUTPUT = "output"
 # Room that a file system keeps for itself; asked for on top of the plan.
 SPARE_BYTES = 16 * 2**20
-# What had to be measured before a plan could be made; `--plan` leaves it.
-MEASURED = "measured.npz"
+# A folder of what had to be measured before a plan could be made; `--plan` leaves it.
+MEASURED = "measured"
 # Lines of the journal beside those of steps.
 _REQUEST, _STEPS, _COMPLETE = "plan", "steps", "complete"
 
@@ -109,7 +109,7 @@ class Workspace:
     def is_precious(self) -> bool:
         """Whether work lies here that took long, and that no failure may remove."""
         return self.is_complete or any(
-            path.is_file() and not path.name.startswith(UNFINISHED)
+            path.is_file() and UNFINISHED not in path.name
             for name in _names(self.folder) - {JOURNAL, OUTPUT}
             for path in (self.folder / name, *(self.folder / name).rglob("*"))
         )
@@ -119,6 +119,18 @@ class Workspace:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         return folder
+
+    @contextmanager
+    def measuring(self, name: str) -> Iterator[Path]:
+        """A folder for what has to be measured for a plan; afterwards it counts as measured."""
+        done = self.folder / MEASURED / name
+        if done.is_dir():
+            yield done
+            return
+        room = self.room(name)
+        yield room
+        self.room(MEASURED)
+        room.rename(done)
 
     def follow(self, plan: str) -> None:
         """Take up what was done for the plan with this fingerprint; what was for another is void.
@@ -225,7 +237,7 @@ def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Wor
 def is_published(target: Path, fingerprint: str, plan: str | None = None) -> bool:
     """Whether an earlier run of the same request gave `target` its name and was killed just then.
 
-    What it left is removed.
+    What was measured for it is still there, until `clear_published`.
 
     Args:
         target: the final name.
@@ -238,10 +250,12 @@ def is_published(target: Path, fingerprint: str, plan: str | None = None) -> boo
     lines = _read_journal(folder)
     if lines[:1] != [f"{_REQUEST} {fingerprint}"] or _COMPLETE not in lines:
         return False
-    if plan is not None and f"{_STEPS} {plan}" not in lines:
-        return False
-    _clear(folder)
-    return True
+    return plan is None or f"{_STEPS} {plan}" in lines
+
+
+def clear_published(target: Path) -> None:
+    """Remove what is left where `is_published`."""
+    _clear(partial_path(target))
 
 
 def _lock(folder: Path) -> int:
@@ -268,8 +282,8 @@ def _start(folder: Path, request: str, resume: bool) -> None:
         UsageError: what lies there is not ours, or another run's, or may not be taken up.
     """
     names = _names(folder)
-    # Two files alone: a run was killed as it began, or as the last thing that it did.
-    if names - {f"{UNFINISHED}{JOURNAL}", MEASURED}:
+    # These alone: a run was killed as it began, or as the last thing that it did.
+    if names - {unfinished_path(folder / JOURNAL).name, MEASURED}:
         lines = _read_journal(folder)
         planned = MEASURED in names and not any(line.startswith(_STEPS) for line in lines)
         if _COMPLETE not in lines or OUTPUT in names:
@@ -328,8 +342,7 @@ def _names(folder: Path) -> set[str]:
 
 def _clear(folder: Path) -> None:
     """Remove a folder whose output has its name; the rest is there as long as the journal is."""
-    for name in (JOURNAL, MEASURED):
-        (folder / name).unlink(missing_ok=True)
+    (folder / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

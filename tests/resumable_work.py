@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import mlx.core as mx
 
+from convert.calibration import little_text
 from convert.distill.run import Observer, Options, distill
 from convert.distill.run import prepare as prepare_distillation
 from convert.job import convert, prepare
@@ -48,11 +50,14 @@ class Work:
             )
             distill(job, target, resume, observer)
             return
-        conversion = prepare(
-            self.source, REQUESTS[self.kind], "source", max_shard_bytes=60_000,
-            calibration_texts=[self.text], target=target, resume=resume,
-            progress=lambda done, _: progress(f"measuring {done}"),
-        )  # fmt: skip
+        # The target's text is little, and judged; of the other kind it is enough.
+        enough = 1 if self.kind == "gptq" else little_text.ENOUGH_TOKENS
+        with patch.object(little_text, "ENOUGH_TOKENS", enough):
+            conversion = prepare(
+                self.source, REQUESTS[self.kind], "source", max_shard_bytes=60_000,
+                calibration_texts=[self.text], target=target, resume=resume,
+                progress=lambda done, _: progress(f"measuring {done}"),
+            )  # fmt: skip
         convert(
             conversion, target, resume, lambda done: progress(f"writing {done}"),
             lambda done, _: progress(f"calibrating {done}"),

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from convert_builders import tree
 
-from apertus_mlx.errors import UsageError
+from apertus_mlx.errors import ResourceError, UsageError
 from convert.distill import objective, run, teacher_cache
 from convert.distill.run import Job, Observer, Options, distill, prepare
 from convert.workspace import partial_path
@@ -67,7 +67,7 @@ def test_a_failure_after_the_training_keeps_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(run, place, fail)
-        with pytest.raises(Exception) as caught:
+        with pytest.raises((type(error), ResourceError)) as caught:
             distill(job(work), target)
     said = [str(caught.value), *getattr(caught.value, "__notes__", [])]
     assert any("--resume" in text for text in said)

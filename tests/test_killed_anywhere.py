@@ -85,7 +85,7 @@ def test_a_kill_at_any_moment_loses_nothing(
         target = copy / "out"
         assert {path.name for path in copy.iterdir()} <= {"out", partial_path(target).name}
         assert not target.exists() or tree(target) == expected
-        for torn in partial_path(target).rglob(".unfinished-*"):
+        for torn in partial_path(target).rglob("*.unfinished*"):
             os.truncate(torn, draw.randint(0, torn.stat().st_size))
         if partial_path(target).exists() or not target.exists():
             work.run(target, resume=True)

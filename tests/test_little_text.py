@@ -33,7 +33,9 @@ def test_the_better_of_the_two_is_kept(
     text.write_text("\n\n".join(f"Bird {n} sings by the sea today, {n * 7}." for n in range(12)))
     judged = hold_out(read_texts([text]))[1]
     requests = {m: Request(QuantSpec(2, 32), method=m) for m in ("search", "gptq")}
-    kept = prepare(source, requests["gptq"], "source", calibration_texts=[text])
+    kept = prepare(
+        source, requests["gptq"], "source", calibration_texts=[text], target=tmp_path / "kept"
+    )
     monkeypatch.setattr(little_text, "ENOUGH_TOKENS", 1)
     divergences = {}
     for method, request in requests.items():

@@ -34,7 +34,7 @@ def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 def test_nothing_is_written_through_a_link_that_lies_beside(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
-    (tmp_path / ".unfinished-report.txt").symlink_to(tmp_path / "mine")
+    (tmp_path / ".report.txt.unfinished.txt").symlink_to(tmp_path / "mine")
     with whole_file(tmp_path / "report.txt") as beside:
         beside.write_text("new")
     assert (tmp_path / "mine").read_text() == "precious"

@@ -25,7 +25,10 @@ PRINT = "f" * 64
 def target(tmp_path: Path) -> Path:
     """An output that was interrupted after two steps and with something that took long."""
     target = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), open_workspace(target, PRINT, False) as workspace:
+    with (  # noqa: PT012 - the work is what is interrupted
+        pytest.raises(KeyboardInterrupt),
+        open_workspace(target, PRINT, False) as workspace,
+    ):
         workspace.follow("steps")
         for step in (0, 1):
             workspace.record(step, 7 + step)
@@ -86,7 +89,7 @@ def test_a_journal_that_is_no_file_of_ours(target: Path, tmp_path: Path, kind: s
 
 
 def test_a_partial_folder_that_is_taken_away(target: Path) -> None:
-    with (
+    with (  # noqa: PT012 - either line may fail
         pytest.raises(ResourceError, match="taken away") as caught,
         open_workspace(target, PRINT, True) as workspace,
     ):
@@ -96,7 +99,7 @@ def test_a_partial_folder_that_is_taken_away(target: Path) -> None:
 
 
 def test_a_refusal_before_any_work_leaves_nothing(tmp_path: Path) -> None:
-    with (
+    with (  # noqa: PT012 - a room alone is no work
         pytest.raises(RejectedError, match=r"^damaged$"),
         open_workspace(tmp_path / "out", PRINT, False) as workspace,
     ):

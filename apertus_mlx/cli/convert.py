@@ -313,13 +313,13 @@ def _prepare(
             name = folder.resolve().name
     target = out or Path(default_name(name, request))
     partial = partial_path(target)
-    earlier = request.target is not None and not resume and partial.is_dir()
+    earlier = not resume and partial.is_dir()
     with resumable(target), layer_progress("measuring") as on_layer:
         job = prepare(
             folder, request, name, commit, calibration_texts=calibration, progress=on_layer,
             target=target, resume=resume,
         )  # fmt: skip
-    if earlier:
+    if earlier and job.is_begun:
         note(f"{partial}: what was measured there for the same request is used")
     return job, target
 
@@ -340,7 +340,7 @@ def _plan_only(
     remote = source is not None and not Path(source).expanduser().exists() and is_repo_id(source)
     if not remote or offline or source is None:
         job, target = _prepare(source, revision, offline, request, calibration, out, resume)
-        if request.target is not None:
+        if job.is_begun:
             note(f"{partial_path(target)}: holds what was measured, for the conversion to use")
         return job.plan, job.source_name, job.commit
     from apertus_mlx.hub import fetch_headers

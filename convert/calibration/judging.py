@@ -89,9 +89,6 @@ class Judge:
         few = replace(sample, windows=spread(sample.windows, WINDOWS))
         self._calibration = replace(calibration, sample=few)
         self._windows = held_out_windows(directory, source.config, calibration)
-        self._expected = hidden_states(
-            source, [self._windows], progress=self._layers, keep=Keep(folder / "expected.npz")
-        )[0]
 
     def divergence(self, plan: Plan) -> float:
         """Mean divergence of the predictions from those of the source, in nats."""
@@ -100,6 +97,10 @@ class Judge:
         kept = keep.load()
         if kept is not None:
             return float(kept[0]["divergence"])
+        expected = hidden_states(
+            self._source, [self._windows], progress=self._layers,
+            keep=Keep(self._folder / "expected.npz"),
+        )[0]  # fmt: skip
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
         if plan.calibrates:
@@ -110,9 +111,7 @@ class Judge:
             planned, [self._windows], progress=self._layers, keep=Keep(folder / "states.npz")
         )[0]
         path = head_path(self._source.config)
-        divergence = _divergence(
-            self._expected, self._source.matrix(path), found, planned.matrix(path)
-        )
+        divergence = _divergence(expected, self._source.matrix(path), found, planned.matrix(path))
         keep.save({"divergence": divergence}, {})
         shutil.rmtree(folder)
         return divergence

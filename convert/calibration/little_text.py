@@ -16,7 +16,7 @@ from convert.calibration.calibrated import Calibration
 from convert.calibration.judging import Judge
 from convert.layerwise import SourceWeights
 from convert.plan import Plan
-from convert.policy import Request
+from convert.policy import Method, Request
 from convert.reading import Reader
 
 ENOUGH_TOKENS = 4096
@@ -30,6 +30,31 @@ class Choice:
     note: str
 
 
+def is_little(calibration: Calibration) -> bool:
+    """Whether `choose` has to judge."""
+    return calibration.judged.held_out and calibration.sample.windows.size < ENOUGH_TOKENS
+
+
+def without_judging(
+    plan: Plan, make: Callable[[Request], Plan], calibration: Calibration
+) -> Choice | None:
+    """The plan without texts where nothing could be held out; None where text is enough.
+
+    Args:
+        plan: calibrated.
+        make: makes the plan of another request for the same source.
+        calibration: the texts; not `is_little`.
+    """
+    if calibration.judged.held_out:
+        return None
+    plain, method = _without_texts(plan, make)
+    return Choice(
+        plain,
+        f"{calibration.sample.name}: {calibration.sample.windows.size:,} tokens, of which no part "
+        f"could be held out to judge by; not calibrated, method {method} is kept",
+    )
+
+
 def choose(
     plan: Plan,
     make: Callable[[Request], Plan],
@@ -37,36 +62,33 @@ def choose(
     directory: Path,
     calibration: Calibration,
     progress: Callable[[int, int], None],
-) -> Choice | None:
-    """The better of a calibrated `plan` and the same without texts; None where text is enough.
+    folder: Path,
+) -> Choice:
+    """The better of a calibrated `plan` and the same without texts.
 
     Args:
         plan: calibrated.
         make: makes the plan of another request for the same source.
         reader: of the source.
         directory: of the source.
-        calibration: the texts.
+        calibration: the texts; `is_little`.
         progress: told layers done and how many there are.
+        folder: where an interrupted run with the same arguments has kept what it measured.
     """
-    tokens = calibration.sample.windows.size
-    if tokens >= ENOUGH_TOKENS and calibration.judged.held_out:
-        return None
-    request = plan.request
-    method = "search" if request.method == "gptq" else request.method
-    plain = make(replace(request, method=method, smooth=False))
-    if not calibration.judged.held_out:
-        return Choice(
-            plain,
-            f"{calibration.sample.name}: {tokens:,} tokens, of which no part could be held out to "
-            f"judge by; not calibrated, method {method} is kept",
-        )
-    judge = Judge(SourceWeights(plan.source, reader), directory, calibration, progress)
+    plain, method = _without_texts(plan, make)
+    judge = Judge(SourceWeights(plan.source, reader), directory, calibration, progress, folder)
     with_texts, without = judge.divergence(plan), judge.divergence(plain)
     kept = plan if with_texts < without else plain
     return Choice(
         kept,
-        f"{calibration.sample.name}: {tokens:,} tokens are little to calibrate on, from "
-        f"{ENOUGH_TOKENS:,} on they are enough; on texts held out the mean divergence is "
-        f"{with_texts:.4g}, without texts {without:.4g}: "
+        f"{calibration.sample.name}: {calibration.sample.windows.size:,} tokens are little to "
+        f"calibrate on, from {ENOUGH_TOKENS:,} on they are enough; on texts held out the mean "
+        f"divergence is {with_texts:.4g}, without texts {without:.4g}: "
         f"{'the calibrated codes are' if kept is plan else f'method {method} is'} kept",
     )
+
+
+def _without_texts(plan: Plan, make: Callable[[Request], Plan]) -> tuple[Plan, str]:
+    request = plan.request
+    method: Method = "search" if request.method == "gptq" else request.method
+    return make(replace(request, method=method, smooth=False)), method

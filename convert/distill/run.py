@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +48,7 @@ from convert.workspace import (
     Workspace,
     check_space,
     check_target,
+    clear_published,
     is_published,
     open_workspace,
 )
@@ -228,6 +228,7 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
     """
     fingerprint = _fingerprint(job)
     if resume and is_published(target, fingerprint, _training_name(job)):
+        clear_published(target)
         return _outcome(target)
     for source in (job.teacher, job.student):
         check_target(target, source)
