@@ -256,8 +256,8 @@ def test_every_method(
     """What is written is close to the model that it was, and mlx-lm runs it."""
     source = request.getfixturevalue(name)
     asked = Request(QuantSpec(8, 32), method=method, smooth=True, rotate=True)  # type: ignore[arg-type]
-    job = prepare(source, asked, "source", calibration_texts=[texts])
-    target = convert(job, tmp_path / "out")
+    target = tmp_path / "out"
+    convert(prepare(source, asked, "source", calibration_texts=[texts], target=target), target)
     expected = our_logits(source)
     assert off(our_logits(target), expected) < 0.1
     assert off(their_logits(target), our_logits(target)) < 1e-4
@@ -284,8 +284,8 @@ def test_smoothing_saves_a_model_with_outliers(method: str, texts: Path, tmp_pat
     errors = []
     for smooth in (False, True):
         asked = Request(QuantSpec(3, 32), method=method, smooth=smooth)  # type: ignore[arg-type]
-        job = prepare(source, asked, "source", calibration_texts=[texts])
-        target = convert(job, tmp_path / f"out{smooth}")
+        target = tmp_path / f"out{smooth}"
+        convert(prepare(source, asked, "source", calibration_texts=[texts], target=target), target)
         errors.append(np.square(our_logits(target) - expected).mean())
     # GPTQ makes up for much of it by itself.
     assert errors[1] < (1 if method == "gptq" else 0.8) * errors[0]
@@ -295,7 +295,8 @@ def test_an_interrupted_run_goes_on(
     untied: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Request(QuantSpec(3, 32), smooth=True, rotate=True)
-    job = prepare(untied, asked, "source", calibration_texts=[texts])
+    torn = tmp_path / "torn"
+    job = prepare(untied, asked, "source", calibration_texts=[texts], target=torn)
     whole = convert(job, tmp_path / "whole")
 
     def interrupt(done: int) -> None:
@@ -303,14 +304,18 @@ def test_an_interrupted_run_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(job, tmp_path / "torn", progress=interrupt)
+        convert(job, torn, progress=interrupt)
     for change in ({"smooth": True}, {"rotate": True}):
         asked = Request(QuantSpec(3, 32), **change)
-        other = prepare(untied, asked, "source", calibration_texts=[texts])
         with pytest.raises(UsageError, match="other options"):
-            convert(other, tmp_path / "torn", resume=True)
+            convert(
+                prepare(
+                    untied, asked, "source", calibration_texts=[texts], target=torn, resume=True
+                ),
+                torn, resume=True,
+            )  # fmt: skip
     monkeypatch.setattr("convert.calibration.calibrated.smoothing_scales", None)
-    resumed = convert(job, tmp_path / "torn", resume=True)
+    resumed = convert(job, torn, resume=True)
     files = [folder / "model.safetensors" for folder in (resumed, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
 

@@ -13,6 +13,7 @@ from convert.workspace import (
     JOURNAL,
     OUTPUT,
     check_space,
+    clear_published,
     is_published,
     open_workspace,
     partial_path,
@@ -131,7 +132,8 @@ def test_a_run_that_was_killed_with_its_last_breath(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / JOURNAL).write_text(kept)
         assert not is_published(target, *other)
-    assert is_published(target, PRINT, "steps")
+    assert is_published(target, PRINT, "steps") and is_published(target, PRINT)
+    clear_published(target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # Nor is it in the way of a new one, once the output is gone.
     folder.mkdir()
