@@ -272,7 +272,8 @@ def recipe_texts(seed: int, count: int) -> TextSet:
     """Documents that the embedded model knows."""
     found = itertools.islice(documents(seed), count)
     texts = ["".join(segment.text for segment in document) for document in found]
-    return TextSet(f"recipe {seed}", str(seed), tuple(Document("en", text) for text in texts))
+    parts = tuple(Document("en", text) for text in texts)
+    return TextSet(f"recipe {seed}", str(seed), parts, held_out=True)
 
 
 def test_a_worse_allocation_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
