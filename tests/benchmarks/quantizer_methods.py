@@ -167,13 +167,15 @@ def ours(directory: Path, request: Request, windows: np.ndarray) -> Made:
         Sample(windows, "recipe", "", CALIBRATION_SEED),
         TextSet("recipe", "", tuple(islice(recipe_texts(CHECK_SEED), CHECK_DOCUMENTS))),
     )
-    if request.target is not None:
-        request = allocate_bits(source, request, directory, calibration).request
-    plan = make_plan(source, request)
-    with tempfile.TemporaryDirectory() as folder, Reader(directory) as reader:
-        codes = None
+    with tempfile.TemporaryDirectory() as place, Reader(directory) as reader:
+        measured, codes = (Path(place) / name for name in ("measured", "codes"))
+        measured.mkdir()
+        codes.mkdir()
+        if request.target is not None:
+            request = allocate_bits(source, request, directory, calibration, measured).request
+        plan = make_plan(source, request)
         if plan.calibrates:
-            codes = make_codes(plan, directory, calibration, Path(folder), lambda *_: None)
+            make_codes(plan, directory, calibration, codes, lambda *_: None)
         planned = Planned(transformed_weights(plan, reader, codes), plan, codes)
         return Made(
             {matrix.path: planned.matrix(matrix.path) for matrix in layout.matrices(source.config)},
