@@ -202,9 +202,13 @@ def test_a_plan_that_cannot_be_leaves_nothing(models: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("size", "pattern"),
-    [(0, "streams.npz"), (60, "*.up_proj.weight.npy"), pytest.param(60, "damages.npz", marks=pytest.mark.nightly),
-     pytest.param(0, "backward.npz", marks=pytest.mark.nightly)],
-)  # fmt: skip
+    [
+        (0, "streams.npz"),
+        (60, "*.up_proj.weight.npy"),
+        pytest.param(60, "damages.npz", marks=pytest.mark.nightly),
+        pytest.param(0, "backward.npz", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_torn_file_counts_as_absent(
     size: int, pattern: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     wholes: Callable[[str], dict[str, bytes]],
