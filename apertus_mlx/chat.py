@@ -110,12 +110,16 @@ class Conversation:
             on_prefill,
         )
         older = shared_length(self._prefix.tokens, prompt[:-1])
-        # A turn that is answered again finds its own question in the cache.
-        self._older[turn] = min(older, self._older.get(turn, older))
+        if turn < len(self.messages):
+            # A turn that is answered again finds its own question in the cache.
+            older = min(older, self._older.get(turn, 0))
         answer = Message(role="assistant", content="")
         self._run = run
-        # From here on, so that an interrupt at any point leaves what there was.
+        # An interrupt between these lines leaves no turn, or one that `undo` forgets together with
+        # all that is older: never one whose tokens stay.
+        self._older.pop(turn, None)
         self.messages[turn:] = [question, answer]
+        self._older[turn] = older
         for piece in run:
             if not piece.is_thought:
                 answer["content"] = f"{answer['content']}{piece.text}"

@@ -78,7 +78,7 @@ class HostCache(FullCache):
         super().__init__(joined=True)
         self.rows: HostStore = HostStore()
         # What `SingleStep` has made for this memory; here, as it is to live as long as the cache.
-        self.bound: object = None
+        self.step_memory: object = None
 
     def reserve(self, batch: int, kv_heads: int, count: int, width: int) -> tuple[Floats, Floats]:
         """All keys and all values `[B, kv_heads, capacity, width]`, with room for `count` more.

@@ -102,7 +102,7 @@ class SingleStep:
         all_keys, all_values = cache.reserve(1, self._kv_heads, 1, self._width)
         buffer = cache.rows.buffer
         assert buffer is not None
-        memory = cache.bound
+        memory = cache.step_memory
         # Memory moves when a cache grows.
         if not isinstance(memory, Memory) or memory.buffer is not buffer or memory.step is not self:
             keys, values = all_keys[0], all_values[0]
@@ -117,5 +117,5 @@ class SingleStep:
                 },
                 {"heads": self._heads.reshape(by_group)},
             )
-            memory = cache.bound = Memory(self, buffer, keys, values, hidden, attention)
+            memory = cache.step_memory = Memory(self, buffer, keys, values, hidden, attention)
         return memory

@@ -7,7 +7,7 @@ float32; rows of an untied embedding stay in the file. While a matrix is read, i
 twice more; those of a stage (the head comes first, then each layer) are freed together.
 
 Measured on Linux (glibc, onnxruntime 1.32, two cores) with `tests/benchmarks/cpu_memory.py`, where
-the command stands.
+the command stands. Nobody has measured it on macOS.
 """
 
 from __future__ import annotations

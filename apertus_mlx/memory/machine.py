@@ -22,7 +22,9 @@ def on_gpu() -> bool:
 
 
 def available_bytes(gpu: bool | None = None) -> int:
-    """Memory that a run may take: what Metal recommends, else what the system has free.
+    """Memory that a run may take: what Metal recommends, else what the system says is free.
+
+    Only Linux says that; elsewhere it is the machine's whole memory, less a tenth.
 
     `gpu`: whether MLX's GPU is to compute it; None: where MLX has one.
     """
