@@ -1,9 +1,12 @@
 """What is done where there is too little text to rely on calibration: the better of two is kept.
 
-Codes fitted to a few hundred tokens fit those tokens; on other text the best scales for the weights
-alone may be closer to the original. On the embedded model at 4 bits calibration began to win from
-some hundred tokens on; below `ENOUGH_TOKENS` both are judged, on the texts held out. Where nothing
-could be held out nothing shows that calibration helps, and it is left out.
+Codes fitted to a sentence fit that sentence; on other text the best scales for the weights alone
+may be closer to the original. On the embedded model at 4 bits, judged on texts of twenty languages,
+search diverges by 0.0857 nats. Calibrated on one sentence (13 tokens) it is 0.0948, on the same
+sentence 40 times (442 tokens) 0.0988; on 64, 256, 1,024 and 4,096 tokens of the package's texts
+0.0605, 0.0563, 0.0394 and 0.0283. So it is what the text says that counts, not its length alone:
+below `ENOUGH_TOKENS`, well above what was seen to do harm, both are judged on the texts held out.
+Where nothing could be held out nothing shows that calibration helps, and it is left out.
 """
 
 from __future__ import annotations
