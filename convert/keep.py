@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.whole_file import whole_file
+from convert.array_file import load_arrays, save_arrays
 
 _FACTS = "facts"
 
@@ -35,22 +34,15 @@ class Keep:
         """
         if self._path is None:
             return
-        with whole_file(self._path) as beside, beside.open("wb") as file:
-            text: Any = np.array(json.dumps(dict(facts)))
-            named: Any = {_FACTS: text, **arrays}
-            np.savez(file, **named)
+        save_arrays(self._path, {_FACTS: np.array(json.dumps(dict(facts))), **arrays})
 
     def load(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None:
         """Facts and arrays as they were saved last; None where there is nothing whole."""
         if self._path is None:
             return None
-        try:
-            # Reading compares each array with its checksum.
-            with np.load(self._path) as saved:
-                arrays = {name: saved[name] for name in saved.files}
-            return json.loads(str(arrays.pop(_FACTS))), arrays
-        except (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            return None
+        arrays = load_arrays(self._path)
+        facts = None if arrays is None else arrays.pop(_FACTS, None)
+        return None if arrays is None or facts is None else (json.loads(str(facts)), arrays)
 
     def discard(self) -> None:
         """Forget what was kept."""

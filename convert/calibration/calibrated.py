@@ -22,6 +22,7 @@ from apertus_mlx.config import ModelConfig
 from apertus_mlx.template import ChatTemplate
 from apertus_mlx.tokenizer import Tokenizer
 from apertus_mlx.whole_file import whole_file
+from convert.array_file import is_whole, map_array, save_array
 from convert.calibration import calibrate
 from convert.calibration.calibrate import passes, quantize_model
 from convert.calibration.smoothing import rounding_of, smoothing_scales
@@ -91,7 +92,7 @@ def make_codes(
     scale_type: ScaleType = "BF16" if plan.dtype == "BF16" else "F32"
     if plan.dtype == "F16":
         scale_type = "F16"
-    states = [_is_whole(folder, path, part) for path in steps for part in PARTS]
+    states = [is_whole(_code_file(folder, path, part)) for path in steps for part in PARTS]
     if (folder / DONE).exists() and all(states):
         return
     if (folder / DONE).exists() or False in states:
@@ -120,8 +121,7 @@ def make_codes(
             ):  # fmt: skip
                 arrays = (codes.packed, codes.scales, codes.biases)
                 for part, array in zip(PARTS, arrays, strict=True):
-                    with whole_file(_code_file(folder, path, part)) as beside:
-                        np.save(beside, array)
+                    save_array(_code_file(folder, path, part), array)
     with whole_file(folder / DONE) as beside:
         beside.touch()
     (folder / calibrate.STREAMS).unlink(missing_ok=True)
@@ -142,7 +142,7 @@ def read_codes(folder: Path, step: Step, start: int, stop: int) -> tuple[mx.arra
     """Rows of the tensors of a calibrated step."""
     arrays = []
     for part, tensor in zip(PARTS, step.outputs, strict=True):
-        rows = np.load(_code_file(folder, step.path, part), mmap_mode="r")[start:stop]
+        rows = map_array(_code_file(folder, step.path, part))[start:stop]
         array = mx.array(np.ascontiguousarray(rows))
         arrays.append(array if part == "weight" else array.astype(MLX_TYPES[tensor.dtype]))
     return tuple(arrays)
@@ -150,14 +150,3 @@ def read_codes(folder: Path, step: Step, start: int, stop: int) -> tuple[mx.arra
 
 def _code_file(folder: Path, path: str, part: str) -> Path:
     return folder / f"{path}.{part}.npy"
-
-
-def _is_whole(folder: Path, path: str, part: str) -> bool | None:
-    """Whether a file of codes is as long as it says; None where there is none."""
-    try:
-        np.load(_code_file(folder, path, part), mmap_mode="r")
-    except FileNotFoundError:
-        return None
-    except (ValueError, EOFError):
-        return False
-    return True

@@ -18,7 +18,7 @@ import numpy as np
 from apertus_mlx import layout
 from apertus_mlx.config import ModelConfig
 from apertus_mlx.model import XIELU, RotaryEmbedding
-from apertus_mlx.whole_file import whole_file
+from convert.array_file import is_whole, map_array, save_array
 from convert.keep import Keep
 from convert.layerwise import Array, Projection, Tokens, Weights, batches, embed, head_path
 
@@ -162,21 +162,22 @@ def trace_layers(
     parts = list(batches(*windows.shape))
     backward = Keep(folder / BACKWARD)
     streams = [folder / f"stream-{index:04d}.npy" for index in range(depth + 1)]
-    whole = next((n for n, path in enumerate(streams) if not _is_whole(path)), depth + 1)
+    whole = next((n for n, path in enumerate(streams) if not is_whole(path)), depth + 1)
     reached = max(0, whole - 1)
     if whole == 0:
-        _save(streams[0], embed(weights.matrix(layout.EMBEDDING), windows))
+        save_array(streams[0], embed(weights.matrix(layout.EMBEDDING), windows))
     for index in range(reached, depth):
         layer = GradientLayer(weights, index)
-        before = np.load(streams[index], mmap_mode="r")
+        before = map_array(streams[index])
         after = np.empty(before.shape, np.float32)
         for part in parts:
             after[part] = np.array(layer(mx.array(before[part])))
-        _save(streams[index + 1], after)
+        save_array(streams[index + 1], after)
         progress(index + 1)
     scale = mx.array(weights.vector(f"{layout.FINAL_NORM}.weight"))
     hidden, back = _differentiable(
-        lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps), mx.array(np.load(streams[depth]))
+        lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps),
+        mx.array(map_array(streams[depth])),
     )
     states = _rows(hidden)
     kept = backward.load()
@@ -192,7 +193,7 @@ def trace_layers(
     del hidden, back
     for index in reversed(range(left)):
         layer = GradientLayer(weights, index)
-        before = np.load(streams[index], mmap_mode="r")
+        before = map_array(streams[index])
         found = []
         for part in parts:
             earlier, traces = layer.back(mx.array(before[part]), mx.array(gradient[part]))
@@ -207,19 +208,6 @@ def trace_layers(
 def kept_bytes(config: ModelConfig, tokens: int) -> int:
     """What `trace_layers` has on disk: every residual stream, and two gradients."""
     return 4 * tokens * (config.hidden_size * (config.num_hidden_layers + 3) + 2)
-
-
-def _save(path: Path, stream: Array) -> None:
-    with whole_file(path) as beside:
-        np.save(beside, stream)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
-        return False
-    return True
 
 
 def _loss_gradient(hidden: Array, head: Array, seed: int) -> tuple[Array, Array]:

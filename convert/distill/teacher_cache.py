@@ -7,7 +7,6 @@ the layer that it had reached.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.config import ModelConfig
-from apertus_mlx.whole_file import whole_file
+from apertus_mlx.errors import ResourceError
+from convert.array_file import load_arrays, save_arrays
 from convert.keep import Keep
 from convert.layerwise import Projection, SourceWeights, Tokens, head_path, hidden_states
 
@@ -92,10 +92,14 @@ class TeacherCache:
 
     def lesson(self, index: int) -> Lesson:
         """Batch `index` with the teacher's answers."""
-        with np.load(self._path(index)) as saved:
-            shares = saved["shares"].astype(np.float32)
-            likeliest = mx.array(saved["likeliest"])
+        answers = load_arrays(self._path(index))
+        if answers is None:
+            raise ResourceError(
+                f"{self._path(index)}: was damaged or taken away meanwhile; --resume makes it anew"
+            )
+        shares = answers["shares"].astype(np.float32)
         shares /= shares.sum(-1, keepdims=True)
+        likeliest = mx.array(answers["likeliest"])
         return Lesson(mx.array(self._batches[index]), likeliest, mx.array(shares))
 
     def _next_lot(self, missing: list[int]) -> tuple[list[int], list[int]]:
@@ -106,15 +110,11 @@ class TeacherCache:
         return self._folder / f"{index:06d}.npz"
 
     def _save(self, index: int, likeliest: np.ndarray, shares: np.ndarray) -> None:
-        with whole_file(self._path(index)) as beside:
-            np.savez(beside, likeliest=likeliest, shares=shares)
+        save_arrays(self._path(index), {"likeliest": likeliest, "shares": shares})
 
     def _is_whole(self, index: int) -> bool:
-        try:
-            with np.load(self._path(index)) as saved:
-                return {"likeliest", "shares"} <= set(saved.files)
-        except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):
-            return False
+        answers = load_arrays(self._path(index))
+        return answers is not None and {"likeliest", "shares"} <= answers.keys()
 
 
 def _answers(states: np.ndarray, head: Projection, k: int) -> tuple[np.ndarray, np.ndarray]:
