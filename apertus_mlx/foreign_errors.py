@@ -14,16 +14,17 @@ from apertus_mlx.errors import ApertusError, NotFoundError, ResourceError, Usage
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENXIO,
          errno.ENODEV, errno.EBUSY, errno.ETXTBSY}  # fmt: skip
-_EXHAUSTED = {errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS, errno.EMFILE, errno.ENFILE}
+_EXHAUSTED = {errno.EAGAIN, errno.ENOBUFS, errno.EMFILE, errno.ENFILE}
 _NAMES = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _NETWORK = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT,
             errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL}  # fmt: skip
-# What MLX (nanobind), onnxruntime, the loader and Python's threads say when memory runs out. They
+# What MLX (nanobind), Metal, onnxruntime, the loader and Python's threads say when memory runs out. They
 # raise RuntimeError, ImportError or classes of their own.
 _MEMORY_WORDS = ("bad_alloc", "unable to allocate", "failed to allocate", "cannot allocate memory",
                  "out of memory", "can't start new thread", "resource temporarily unavailable",
-                 "failed to map segment", "maximum allowed buffer size")  # fmt: skip
+                 "failed to map segment", "maximum allowed buffer size",
+                 "insufficient memory", "outofmemory")  # fmt: skip
 
 
 def explain(error: BaseException) -> ApertusError | None:
@@ -47,7 +48,7 @@ def explain(error: BaseException) -> ApertusError | None:
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that there is not enough memory, whichever library raised it."""
     if isinstance(error, MemoryError) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)
+        isinstance(error, OSError) and error.errno == errno.ENOMEM
     ):
         return True
     return not isinstance(error, ApertusError | OSError) and any(

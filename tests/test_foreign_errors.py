@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -33,7 +34,8 @@ def test_errors_of_the_system(code: int, kind: type[ApertusError]) -> None:
     error = explain(OSError(code, os.strerror(code), "some/file"))
     assert type(error) is kind
     assert "\n" not in str(error)
-    assert code in (errno.ENOMEM, errno.EAGAIN) or "some/file" in str(error)
+    assert ("not enough memory" in str(error)) == (code == errno.ENOMEM)
+    assert code == errno.ENOMEM or "some/file" in str(error)
 
 
 def test_memory_that_is_not_there() -> None:
@@ -45,8 +47,28 @@ def test_memory_that_is_not_there() -> None:
         with pytest.raises(MemoryError) as caught:
             asked()
         assert isinstance(explain(caught.value), ResourceError), caught.value
-    assert isinstance(explain(RuntimeError("std::bad_alloc")), ResourceError)
-    assert isinstance(explain(RuntimeError("can't start new thread")), ResourceError)
+
+
+@pytest.mark.skipif(not mx.metal.is_available(), reason="on a processor MLX crashes instead")
+def test_memory_that_metal_has_not() -> None:
+    with pytest.raises(Exception, match=r".") as caught:
+        mx.eval(mx.zeros((2**20, 2**18)))
+    assert isinstance(explain(caught.value), ResourceError), caught.value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "std::bad_alloc",
+        "can't start new thread",
+        "[METAL] Command buffer execution failed: Insufficient Memory "
+        "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+        "[metal::malloc] Attempting to allocate 137438953472 bytes which is greater than the "
+        "maximum allowed buffer size of 9534832640 bytes.",
+    ],
+)
+def test_words_that_only_another_machine_says(words: str) -> None:
+    assert isinstance(explain(RuntimeError(words)), ResourceError)
 
 
 def test_names_that_are_no_text() -> None:
