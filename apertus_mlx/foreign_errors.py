@@ -19,8 +19,8 @@ _NAMES = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.EEXIST, errno.EN
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _NETWORK = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT,
             errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL}  # fmt: skip
-# What MLX (nanobind), Metal, onnxruntime, the loader and Python's threads say when memory runs out. They
-# raise RuntimeError, ImportError or classes of their own.
+# What MLX (nanobind), Metal, onnxruntime, the loader and Python's threads say when memory runs
+# out. They raise RuntimeError, ImportError or classes of their own.
 _MEMORY_WORDS = ("bad_alloc", "unable to allocate", "failed to allocate", "cannot allocate memory",
                  "out of memory", "can't start new thread", "resource temporarily unavailable",
                  "failed to map segment", "maximum allowed buffer size",
