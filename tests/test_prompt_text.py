@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+from chat_tokenizers import load_tokenizer, write_tokenizer
 from commands import command, refusal
+
+from apertus_mlx.cli.prompt_text import require_short
+from apertus_mlx.errors import UsageError
+from apertus_mlx.tokenizer import Tokenizer
 
 
 def test_a_prompt_far_beyond_the_context_is_not_encoded() -> None:
@@ -17,3 +25,25 @@ def test_a_prompt_far_beyond_the_context_is_not_encoded() -> None:
 
 def test_standard_input_that_never_ends() -> None:
     assert "64 MiB" in refusal(command("generate", redirect="</dev/zero"), 2)
+
+
+def test_a_short_prompt_needs_no_look_at_the_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    asked: list[str] = []
+    least = Tokenizer.least_tokens
+
+    def noted(self: Tokenizer, text: str) -> int:
+        asked.append(text)
+        return least(self, text)
+
+    monkeypatch.setattr(Tokenizer, "least_tokens", noted)
+    # As many bytes as the context has positions: é has two, half a surrogate pair three.
+    for text in ("", "x" * 6, "é" * 3, "\udcff" * 2):
+        require_short(text, tokenizer, 6)
+    assert not asked
+    require_short("x" * 7, tokenizer, 6)
+    assert asked == ["x" * 7]
+    with pytest.raises(UsageError, match="tokens or more"):
+        require_short("x" * 10_000, tokenizer, 6)

@@ -46,6 +46,8 @@ def require_short(text: str, tokenizer: Tokenizer, context: int) -> None:
     Raises:
         UsageError: even in its vocabulary's longest tokens it does not fit.
     """
+    if len(text.encode("utf-8", "surrogatepass")) <= context:
+        return  # no token is shorter than a byte, and knowing the longest takes a second
     least = tokenizer.least_tokens(text)
     if least > context:
         raise UsageError(
