@@ -137,8 +137,12 @@ def _open(path: Path, real: Path, most_bytes: int) -> BinaryIO:
 
 def _read(path: Path, file: BinaryIO, most_bytes: int) -> bytes:
     try:
-        # Some files have more than they say, such as those in /proc.
-        data = file.read(most_bytes + 1)
+        # What is asked for is allocated at once, so the most only of a file that has more than it
+        # says, such as those in /proc.
+        size = min(os.fstat(file.fileno()).st_size, most_bytes)
+        data = file.read(size + 1)
+        if len(data) > size:
+            data += file.read(most_bytes + 1 - len(data))
     except OSError as error:
         raise _unreadable(path, error) from None
     if len(data) > most_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,19 @@ def test_a_file_with_more_than_it_says(tmp_path: Path) -> None:
         pytest.skip("no /proc here")
     with pytest.raises(RejectedError, match="at most 10 bytes"):
         model_files.read_own_file(path, 10)
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    try:
+        assert model_files.read_file(path) == b"x" * 1000
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2**20
+    assert model_files.read_file(path, 1000) == b"x" * 1000
 
 
 def test_a_folder_that_another_program_reads(tmp_path: Path) -> None:
