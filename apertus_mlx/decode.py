@@ -87,7 +87,9 @@ def draw_tokens(
     being read, may therefore have been fed already.
 
     Raises:
-        RejectedError: the model's logits are not finite, or all the same.
+        RejectedError: the logits of the first token, or of a later one where id 0 was drawn, are
+            not finite or all the same. Greedy choice draws 0 from such logits; drawing by chance
+            may take any id, so there they can stay unseen after the first token.
     """
 
     def draw(scores: Scores) -> tuple[mx.array, Scores]:

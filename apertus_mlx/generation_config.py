@@ -40,9 +40,7 @@ RANGES = {
     "temperature": Range(
         lambda value: 0 <= value <= LARGEST_TEMPERATURE, f"from 0 to {LARGEST_TEMPERATURE:g}"
     ),
-    "top_p": Range(
-        lambda value: SMALLEST_SHARE <= value <= 1, f"above 0 ({SMALLEST_SHARE:.1e}) and up to 1"
-    ),
+    "top_p": Range(lambda value: SMALLEST_SHARE <= value <= 1, f"from {SMALLEST_SHARE:.1e} to 1"),
     "min_p": Range(
         lambda value: value == 0 or SMALLEST_SHARE <= value <= 1,
         f"0 (off), or from {SMALLEST_SHARE:.1e} to 1",

@@ -131,4 +131,8 @@ def _check_added_tokens(path: Path, backend: tokenizers.Tokenizer) -> None:
                 "single_word, which loses text"
             )
         if token.special and not is_control_text(token.content):
-            raise RejectedError(f"{path}: added_tokens stands in a form that is not supported")
+            raise RejectedError(
+                f"{path}: added token {token_id} ({token.content!r}) is flagged special, which "
+                "only <…> and […] can be, and added_tokens stands in a form in which that cannot "
+                "be mended; save the file again with the tokenizers library"
+            )

@@ -118,3 +118,10 @@ def test_a_second_list_of_added_tokens_changes_nothing(tmp_path: Path, place: st
         return
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert 17 not in tokenizer.special_ids
+
+
+def test_a_flag_that_is_found_too_late_names_the_token_and_the_way_out(tmp_path: Path) -> None:
+    data = with_latex(special=True).replace('"added_tokens"', '"added\\u005ftokens"')
+    (tmp_path / "tokenizer.json").write_text(data, encoding="utf-8")
+    with pytest.raises(RejectedError, match=r"token 14 \(.*begin\{.*save the file again"):
+        Tokenizer.load(tmp_path, vocab_size=vocab_size(), bos_token_id=1)

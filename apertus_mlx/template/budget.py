@@ -67,22 +67,14 @@ class Budget:
         self.hold(sys.getsizeof(text))
         return text
 
-    def look(self, value: object, doing: str) -> tuple[int, int]:
-        """Charge for looking at all of `value`, and refuse a control token's text in it.
-
-        Args:
-            value: What is looked at.
-            doing: By what, for the message.
-
-        Returns:
-            What `weigh` returns.
-        """
-        return self.weigh(value, doing)
-
     def weigh(self, value: object, doing: str | None = None) -> tuple[int, int]:
         """Charge for going through `value`; return its count of values and bytes of text.
 
         Data that contains the same part twice counts it twice, as printing or comparing it would.
+
+        Args:
+            value: What is gone through.
+            doing: By what; a control token's text in the value is then refused, in these words.
         """
         count = text_bytes = 0
         level = [value]

@@ -65,7 +65,7 @@ def _strftime_now(form: str) -> str:
 def _dict(context: Context, *args: Any, **kwargs: Any) -> dict[Any, Any]:
     budget_of(context).weigh((args, kwargs))
     result = dict(*args, **kwargs)
-    budget_of(context).look(list(result), "a key")
+    budget_of(context).weigh(list(result), "a key")
     budget_of(context).hold(OBJECT_BYTES + 4 * POINTER_BYTES * len(result))
     return result
 
@@ -73,7 +73,7 @@ def _dict(context: Context, *args: Any, **kwargs: Any) -> dict[Any, Any]:
 @jinja2.pass_context
 def _namespace(context: Context, *args: Any, **kwargs: Any) -> Namespace:
     names = dict(*args, **kwargs)
-    budget_of(context).look(list(names), "a key")
+    budget_of(context).weigh(list(names), "a key")
     if any(str(name).startswith("_") for name in names):
         raise SecurityError("a namespace attribute that starts with _")
     budget_of(context).hold(4 * OBJECT_BYTES + 4 * POINTER_BYTES * len(names))
@@ -177,7 +177,7 @@ def _to_json(
 ) -> str:
     """Write JSON as transformers' filter of this name does: no HTML escapes, no ASCII escapes."""
     budget = budget_of(context)
-    count, text_bytes = budget.look((value, indent, separators), "the filter tojson")
+    count, text_bytes = budget.weigh((value, indent, separators), "the filter tojson")
     wide = len(indent) if isinstance(indent, str) else indent or 0
     if wide > MAX_INDENT or (separators and len("".join(separators)) > MAX_INDENT):
         raise LimitError("it indents very far")
@@ -236,7 +236,7 @@ def _build_tests() -> dict[str, Any]:
             if name in _NUMBER_TESTS and not isinstance(value, int | float):
                 raise TypeError(f"the test {name} is for numbers")
             if name in _COMPARING_TESTS:
-                budget.look((value, args), f"the test {name}")
+                budget.weigh((value, args), f"the test {name}")
             return function(value, *args)
 
         return run

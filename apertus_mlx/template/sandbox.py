@@ -148,9 +148,9 @@ def _compare(context: Context, left: Any, *rest: Any) -> Any:
     budget = budget_of(context)
     result: Any = True
     for name, right in zip(rest[::2], rest[1::2], strict=True):
-        budget.look(left, "a comparison")
+        budget.weigh(left, "a comparison")
         if not (name in ("in", "notin") and isinstance(right, dict)):
-            budget.look(right, "a comparison")
+            budget.weigh(right, "a comparison")
         result = _COMPARISONS[name](left, right)
         if not result:
             break
@@ -247,9 +247,9 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 isinstance(owner, kind) and name in names for kind, names in _METHODS.items()
             ):
                 doing = f"the method {name}"
-                budget.look(args[:1] if name == "get" else args, doing)
+                budget.weigh(args[:1] if name == "get" else args, doing)
                 if name in ("count", "index"):
-                    budget.look(owner, doing)
+                    budget.weigh(owner, doing)
                 budget.hold(POINTER_BYTES * len(owner) if name == "copy" else 0)
                 return __obj(*args, **kwargs)
             if isinstance(owner, LoopContext):

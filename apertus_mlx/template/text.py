@@ -36,7 +36,7 @@ def as_text(budget: Budget, value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple | dict):
-        count, text_bytes = budget.look(value, "printing a list")
+        count, text_bytes = budget.weigh(value, "printing a list")
         budget.hold(10 * text_bytes + 80 * count)
     elif not isinstance(value, SCALARS):
         raise LimitError(f"it prints a {type(value).__name__}")
@@ -155,7 +155,7 @@ def pieces_of_split(text: str, name: str, sep: Any = None, maxsplit: Any = -1, *
 def replace_text(budget: Budget, text: str, old: Any, new: Any, count: Any = -1) -> str:
     """Return `text.replace(old, new, count)`."""
     old, new = as_text(budget, old), as_text(budget, new)
-    budget.look((text, old), "replace")
+    budget.weigh((text, old), "replace")
     budget.weigh(new)
     places = text.count(old)
     wide = max(character_bytes(text), character_bytes(new))
