@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +13,16 @@ from apertus_mlx.beside import beside
 
 # In the name of a file that is being written.
 UNFINISHED = ".unfinished"
+# A longer ending tells a writer nothing, and would leave no bytes for the name.
+MAX_SUFFIX_BYTES = 16
+# What file systems answer that cannot bring a folder to the disk, or let it be opened for that.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY,
+            errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}  # fmt: skip
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; afterwards `path` is that file, durably.
+    """Yield a name beside `path` to write to; afterwards `path` is that file, durably (`sync`).
 
     On a failure `path` is as it was and nothing lies beside it. A kill may leave the file beside,
     which the next attempt replaces.
@@ -34,18 +41,42 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    sync_folder(path.parent)
 
 
 def unfinished_path(path: Path) -> Path:
     """Where `path` is written; its ending stays, since some writers go by it."""
-    return beside(path, f"{UNFINISHED}{path.suffix}")
+    suffix = path.suffix if len(os.fsencode(path.suffix)) <= MAX_SUFFIX_BYTES else ""
+    return beside(path, f"{UNFINISHED}{suffix}")
 
 
-def sync(path: Path) -> None:
-    """Bring a file or folder to the disk itself."""
+def sync(path: Path, *, through_cache: bool = False) -> None:
+    """Hand a file to the drive.
+
+    On Linux it then lies on the drive itself. On macOS it may lie in the drive's own cache, which a
+    power loss empties, except with `through_cache`: that empties the cache, of all files, and is
+    slow. Where a file system knows no such thing it gets the ordinary call.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        flush = getattr(fcntl, "F_FULLFSYNC", None)
+        if through_cache and flush is not None:
+            try:
+                fcntl.fcntl(descriptor, flush)
+            except OSError as error:
+                if error.errno not in _NO_SYNC:
+                    raise
+            else:
+                return
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """The same for the names in a folder; not every file system can, and that is no failure."""
+    try:
+        sync(path)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from apertus_mlx.beside import beside
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError, UsageError
-from apertus_mlx.whole_file import UNFINISHED, sync, unfinished_path, whole_file
+from apertus_mlx.whole_file import UNFINISHED, sync, sync_folder, unfinished_path, whole_file
 
 JOURNAL = ".journal"
 # The output while it is built.
@@ -160,12 +160,12 @@ class Workspace:
         """Make everything durable and give the output its final name in one move."""
         if not self.is_complete:
             for file in sorted(self.path.iterdir()):
-                sync(file)
-            sync(self.path)
+                sync(file, through_cache=True)
+            sync_folder(self.path)
             self._lines.append(_COMPLETE)
             self._journal.write(f"{_COMPLETE}\n")
             self._journal.flush()
-            os.fsync(self._journal.fileno())
+            sync(self.folder / JOURNAL, through_cache=True)
         for name in _names(self.folder) - {JOURNAL, MEASURED, OUTPUT}:
             _remove(self.folder / name)
         try:
@@ -174,7 +174,7 @@ class Workspace:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise UsageError(f"{self.target}: appeared meanwhile; nothing replaced") from None
             raise
-        sync(self.target.parent)
+        sync_folder(self.target.parent)
         _clear(self.folder)
 
     def close(self) -> None:
@@ -272,6 +272,13 @@ def _lock(folder: Path) -> int:
     except BlockingIOError:
         os.close(lock)
         raise UsageError(f"{folder}: another conversion to the same output is running") from None
+    except OSError as error:
+        os.close(lock)
+        with suppress(OSError):
+            folder.rmdir()  # unless there is something in it
+        raise ResourceError(
+            f"{folder}: the file system locks no folders ({error.strerror}); choose another output"
+        ) from None
     return lock
 
 
@@ -321,6 +328,7 @@ def _write_journal(folder: Path, lines: list[str]) -> None:
     text = "".join(f"{line}\n" for line in lines)
     with whole_file(folder / JOURNAL) as unfinished:
         unfinished.write_text(text, encoding="ascii")
+    sync(folder / JOURNAL, through_cache=True)
 
 
 def _steps(lines: list[str]) -> dict[int, int]:

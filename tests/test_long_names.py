@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from apertus_mlx.beside import MAX_NAME_BYTES, beside
 from apertus_mlx.embedded import model_dir
+from apertus_mlx.whole_file import UNFINISHED, unfinished_path
 
 NAMES = st.text(
     st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=255
@@ -27,6 +28,16 @@ def test_what_lies_beside_has_a_name_of_its_own(name: str, other: str) -> None:
         assert (found == beside(Path("folder") / other, ending)) == (name == other)
         if len(os.fsencode(name)) < 200:
             assert found.name == f".{name}{ending}"
+
+
+@given(st.sampled_from("aé"), st.integers(1, 250))
+def test_a_name_that_is_nearly_all_ending_can_be_written(letter: str, length: int) -> None:
+    name = f"n.{letter * length}"[:253]
+    while len(name.encode()) > MAX_NAME_BYTES:
+        name = name[:-1]
+    found = unfinished_path(Path("folder") / name)
+    assert len(found.name.encode()) <= MAX_NAME_BYTES and UNFINISHED in found.name
+    assert found.suffix == f".{letter * length}" or length * len(letter.encode()) >= 16
 
 
 def names(folder: Path) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from apertus_mlx.cli.plot import Series, save_plot
 from apertus_mlx.errors import ResourceError, UsageError
-from apertus_mlx.whole_file import whole_file
+from apertus_mlx.whole_file import sync, whole_file
 
 
 def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -47,6 +49,58 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
         beside.write_text("new")
     assert (tmp_path / "report.txt").is_symlink()
     assert (tmp_path / "folder" / "report.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The file is in place by then; only a failing drive is a failure."""
+    fsync = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    try:
+        with whole_file(tmp_path / "report.txt") as beside:
+            beside.write_text("new")
+    except OSError as error:
+        assert error.errno == code == errno.EIO
+    else:
+        assert code != errno.EIO
+    assert (tmp_path / "report.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOTSUP, errno.EIO])
+def test_through_the_cache_of_a_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """Where the system has a call for it, as macOS does, and the file system takes it."""
+    calls: list[str] = []
+
+    def full(descriptor: int, command: int) -> int:
+        assert command == 51
+        calls.append("full")
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+        return 0
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full)
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("plain"))
+    (tmp_path / "report.txt").touch()
+    sync(tmp_path / "report.txt")
+    assert calls == ["plain"]
+    calls.clear()
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            sync(tmp_path / "report.txt", through_cache=True)
+    else:
+        sync(tmp_path / "report.txt", through_cache=True)
+    assert calls == (["full", "plain"] if code == errno.ENOTSUP else ["full"])
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])

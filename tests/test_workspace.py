@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -151,3 +153,40 @@ def test_what_is_there_already_needs_no_room(target: Path, monkeypatch: pytest.M
     check_space(target, 2**20, 2**20)
     with pytest.raises(ResourceError, match=r"17.83 MB free, the output takes 2.10 MB and 2.10 MB"):
         check_space(target, 2 * 2**20, 2 * 2**20)
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    locked: list[int] = []
+
+    def refusing(descriptor: int, _: int) -> None:
+        locked.append(descriptor)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    with (
+        pytest.raises(ResourceError, match="locks no folders.*choose another output"),
+        open_workspace(tmp_path / "out", PRINT, False),
+    ):
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(locked[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_publishing_goes_through_the_cache_of_a_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda file, _: flushed.append(os.fstat(file).st_ino))
+    with open_workspace(tmp_path / "out", PRINT, False) as workspace:
+        workspace.follow("steps")
+        shard = workspace.path / "model.safetensors"
+        shard.write_bytes(b"weights")
+        of_ours = [shard.stat().st_ino, (workspace.folder / JOURNAL).stat().st_ino]
+        flushed.clear()
+        workspace.publish()
+    assert flushed == of_ours
