@@ -143,11 +143,19 @@ class Workspace:
         if heading in self._lines:
             self.done = _steps(self._lines[self._lines.index(heading) + 1 :])
             complete = [_COMPLETE] if self.is_complete else []
+        else:
+            # First no word of what is there, so that no kill leaves one of what is gone.
+            self._rewrite(self._lines[:1])
+            _remove(self.path)
+            self.path.mkdir()
         steps = [f"{number} {checksum:08x}" for number, checksum in self.done.items()]
         # Written anew, so that a torn last line does not run into the next one.
-        self._lines = [self._lines[0], heading, *steps, *complete]
+        self._rewrite([self._lines[0], heading, *steps, *complete])
+
+    def _rewrite(self, lines: list[str]) -> None:
+        self._lines = lines
         self._journal.close()
-        _write_journal(self.folder, self._lines)
+        _write_journal(self.folder, lines)
         self._journal = (self.folder / JOURNAL).open("a", encoding="ascii")
 
     def record(self, step: int, checksum: int) -> None:
@@ -247,6 +255,8 @@ def is_published(target: Path, fingerprint: str, plan: str | None = None) -> boo
     folder = partial_path(target)
     if not folder.is_dir() or OUTPUT in _names(folder) or JOURNAL not in _names(folder):
         return False
+    if not target.is_dir() or not any(target.iterdir()):
+        return False  # it was removed since
     lines = _read_journal(folder)
     if lines[:1] != [f"{_REQUEST} {fingerprint}"] or _COMPLETE not in lines:
         return False
@@ -362,8 +372,13 @@ def _remove(entry: Path) -> None:
 
 
 def _held_bytes(folder: Path) -> int:
-    """What the files below a folder take on disk."""
-    return sum(512 * entry.lstat().st_blocks for entry in folder.rglob("*"))
+    """What the files below a folder take on disk; another process may be changing it."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += 512 * Path(place, name).lstat().st_blocks
+    return total
 
 
 def _size(size_bytes: int) -> str:

@@ -49,6 +49,45 @@ def test_a_journal_says_how_far_it_is(target: Path) -> None:
         assert not workspace.done
 
 
+def test_what_another_plan_wrote_is_not_published(target: Path) -> None:
+    output = partial_path(target) / OUTPUT
+    (output / "model-00002-of-00002.safetensors").write_bytes(b"stale")
+    with open_workspace(target, PRINT, True) as workspace:
+        workspace.follow("steps")
+        assert [path.name for path in output.iterdir()] == ["model-00002-of-00002.safetensors"]
+        workspace.follow("other steps")
+        (workspace.path / "model.safetensors").write_bytes(b"weights")
+        workspace.publish()
+    assert [path.name for path in target.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["rmtree", "mkdir"])
+def test_a_kill_while_another_plan_begins(
+    target: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A finished output goes for another plan; then the first plan is asked for again."""
+    output = partial_path(target) / OUTPUT
+    (output / "model.safetensors").write_bytes(b"weights")
+    with (partial_path(target) / JOURNAL).open("a") as journal:
+        journal.write("complete\n")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with (  # noqa: PT012 - the first line may not fail
+        pytest.raises(KeyboardInterrupt),
+        open_workspace(target, PRINT, True) as workspace,
+        monkeypatch.context() as patch,
+    ):
+        assert workspace.is_complete
+        patch.setattr(*((shutil, name) if name == "rmtree" else (Path, name)), killed)
+        workspace.follow("other steps")
+    with open_workspace(target, PRINT, True) as workspace:
+        workspace.follow("steps")
+        assert not workspace.is_complete and not workspace.done
+        assert not list(output.iterdir())
+
+
 @pytest.mark.parametrize("left", [0, 1, 20])
 def test_a_torn_journal_starts_again(target: Path, left: int) -> None:
     journal = partial_path(target) / JOURNAL
@@ -135,6 +174,12 @@ def test_a_run_that_was_killed_with_its_last_breath(tmp_path: Path) -> None:
         (folder / JOURNAL).write_text(kept)
         assert not is_published(target, *other)
     assert is_published(target, PRINT, "steps") and is_published(target, PRINT)
+    target.rename(tmp_path / "elsewhere")
+    assert not is_published(target, PRINT)
+    target.mkdir()
+    assert not is_published(target, PRINT)
+    target.rmdir()
+    (tmp_path / "elsewhere").rename(target)
     clear_published(target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # Nor is it in the way of a new one, once the output is gone.
@@ -155,6 +200,21 @@ def test_what_is_there_already_needs_no_room(target: Path, monkeypatch: pytest.M
         check_space(target, 2 * 2**20, 2 * 2**20)
 
 
+def test_room_is_counted_while_another_process_clears_up(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lstat = Path.lstat
+
+    def clearing(path: Path) -> os.stat_result:
+        if path.name == "codes":
+            path.unlink()
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", clearing)
+    check_space(target, 1, 1)
+    assert not (partial_path(target) / "calibration" / "codes").exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK])
 def test_a_file_system_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -167,7 +227,7 @@ def test_a_file_system_without_locks(
 
     monkeypatch.setattr(fcntl, "flock", refusing)
     with (
-        pytest.raises(ResourceError, match="locks no folders.*choose another output"),
+        pytest.raises(ResourceError, match=r"locks no folders.*choose another output"),
         open_workspace(tmp_path / "out", PRINT, False),
     ):
         pass
