@@ -237,7 +237,7 @@ def convert(
         if not workspace.is_complete:
             codes = None
             if job.calibration is not None and job.plan.calibrates:
-                codes = workspace.room(CALIBRATION)
+                codes = workspace.kept_folder(CALIBRATION)
                 make_codes(job.plan, job.directory, job.calibration, codes, on_layer)
             execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
             _write_companions(job, target.name, workspace, on_layer)
@@ -349,7 +349,7 @@ def _write_companions(
     if job.calibration is not None:
         quality = receipt.measure(
             path, job.directory, job.calibration.judged,
-            progress=on_layer, folder=workspace.room(RECEIPT),
+            progress=on_layer, folder=workspace.kept_folder(RECEIPT),
         )  # fmt: skip
     card = make_card(plan, name, job.source_name, job.commit, license_id, quality)
     (path / CARD).write_text(card, encoding="utf-8")

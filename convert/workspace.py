@@ -20,6 +20,7 @@ from pathlib import Path
 
 from apertus_mlx.beside import beside
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError, UsageError
+from apertus_mlx.foreign_errors import explain
 from apertus_mlx.whole_file import UNFINISHED, sync, sync_folder, unfinished_path, whole_file
 
 JOURNAL = ".journal"
@@ -29,8 +30,15 @@ OUTPUT = "output"
 SPARE_BYTES = 16 * 2**20
 # A folder of what had to be measured before a plan could be made; `--plan` leaves it.
 MEASURED = "measured"
+# The attribute of what cut a run off that names the folder from which it can go on.
+RESUMES = "resumes"
 # Lines of the journal beside those of steps.
 _REQUEST, _STEPS, _COMPLETE = "plan", "steps", "complete"
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What a person is told when work in `folder` was cut off."""
+    return f"--resume goes on where it stopped, {folder} holds it"
 
 
 def check_target(target: Path, source: Path | None) -> None:
@@ -73,9 +81,9 @@ def check_space(target: Path, output_bytes: int, kept_bytes: int) -> None:
     parent = target.resolve().parent
     free = shutil.disk_usage(parent).free
     if free + _held_bytes(partial_path(target)) < output_bytes + kept_bytes + SPARE_BYTES:
-        beside = f" and {_size(kept_bytes)} beside it until it is done" if kept_bytes else ""
+        more = f" and {_size(kept_bytes)} beside it until it is done" if kept_bytes else ""
         raise ResourceError(
-            f"{parent}: {_size(free)} free, the output takes {_size(output_bytes)}{beside}; "
+            f"{parent}: {_size(free)} free, the output takes {_size(output_bytes)}{more}; "
             "choose another disk or fewer bits"
         )
 
@@ -114,7 +122,7 @@ class Workspace:
             for path in (self.folder / name, *(self.folder / name).rglob("*"))
         )
 
-    def room(self, name: str) -> Path:
+    def kept_folder(self, name: str) -> Path:
         """A folder for what work that takes long has reached; no failure removes what is in it."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
@@ -127,10 +135,10 @@ class Workspace:
         if done.is_dir():
             yield done
             return
-        room = self.room(name)
-        yield room
-        self.room(MEASURED)
-        room.rename(done)
+        folder = self.kept_folder(name)
+        yield folder
+        self.kept_folder(MEASURED)
+        folder.rename(done)
 
     def follow(self, plan: str) -> None:
         """Take up what was done for the plan with this fingerprint; what was for another is void.
@@ -201,7 +209,8 @@ def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Wor
 
     It stays after an interruption, and after a failure that leaves something to go on from: where
     work took long, or where steps are done and the failure can be mended (a full disk, a bug of
-    ours). Such an error names `--resume`. After other failures the folder is removed.
+    ours). An error of ours then names `--resume`; any other, and an interrupt, has the folder in
+    its attribute `RESUMES`. After other failures the folder is removed.
 
     Args:
         target: the final name.
@@ -224,17 +233,17 @@ def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Wor
         try:
             with _disk_errors(folder):
                 yield workspace
-        except Exception as error:
+        except BaseException as error:
             refused = isinstance(error, RejectedError | UsageError)
             if not folder.exists():
                 raise
-            if not workspace.is_precious and (refused or not workspace.done):
+            failed = isinstance(error, Exception)
+            if failed and not workspace.is_precious and (refused or not workspace.done):
                 workspace.discard()
                 raise
-            hint = f"--resume goes on where it stopped, {folder} holds it"
             if isinstance(error, ApertusError):
-                raise type(error)(f"{error}; {hint}") from error
-            error.add_note(hint)
+                raise type(error)(f"{error}; {how_to_go_on(folder)}") from error
+            setattr(error, RESUMES, folder)
             raise
         finally:
             workspace.close()
@@ -394,12 +403,11 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"{folder.parent}: the disk is full; make room or choose another disk"
-            ) from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-            raise ResourceError(f"{error.filename or folder}: {error.strerror}") from None
         if error.errno in (errno.ENOENT, errno.ESTALE) and not folder.is_dir():
             raise ResourceError(f"{folder}: was taken away meanwhile; start again") from None
+        if error.filename is None:
+            error.filename = str(folder)
+        meant = explain(error)
+        if isinstance(meant, ResourceError):
+            raise meant from None
         raise

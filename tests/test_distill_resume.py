@@ -12,7 +12,7 @@ from convert_builders import tree
 from apertus_mlx.errors import ResourceError, UsageError
 from convert.distill import objective, run, teacher_cache
 from convert.distill.run import Job, Observer, Options, distill, prepare
-from convert.workspace import partial_path
+from convert.workspace import RESUMES, how_to_go_on, partial_path
 from tests.resumable_work import Work, make_work
 
 RATES = RATE, LOWER = 1e-3, 1e-4
@@ -69,8 +69,9 @@ def test_a_failure_after_the_training_keeps_it(
         patch.setattr(run, place, fail)
         with pytest.raises((type(error), ResourceError)) as caught:
             distill(job(work), target)
-    said = [str(caught.value), *getattr(caught.value, "__notes__", [])]
-    assert any("--resume" in text for text in said)
+    assert how_to_go_on(partial_path(target)) in str(caught.value) or (
+        getattr(caught.value, RESUMES) == partial_path(target)
+    )
     assert not target.exists()
     trained: list[float] = []
     watch = Observer(lambda *_: None, lambda done, *_: trained.append(done), lambda *_: None)

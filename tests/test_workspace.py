@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from apertus_mlx.cli.resumable import resumable
 from apertus_mlx.errors import RejectedError, ResourceError, UsageError
+from apertus_mlx.foreign_errors import explain
 from convert.workspace import (
     JOURNAL,
     OUTPUT,
     check_space,
     clear_published,
+    how_to_go_on,
     is_published,
     open_workspace,
     partial_path,
@@ -35,8 +38,8 @@ def target(tmp_path: Path) -> Path:
         workspace.follow("steps")
         for step in (0, 1):
             workspace.record(step, 7 + step)
-        (workspace.room("calibration") / "deep").mkdir()
-        (workspace.room("calibration") / "codes").write_bytes(b"codes")
+        (workspace.kept_folder("calibration") / "deep").mkdir()
+        (workspace.kept_folder("calibration") / "codes").write_bytes(b"codes")
         raise KeyboardInterrupt
     return target
 
@@ -141,11 +144,11 @@ def test_a_partial_folder_that_is_taken_away(target: Path) -> None:
 
 
 def test_a_refusal_before_any_work_leaves_nothing(tmp_path: Path) -> None:
-    with (  # noqa: PT012 - a room alone is no work
+    with (  # noqa: PT012 - a folder alone is no work
         pytest.raises(RejectedError, match=r"^damaged$"),
         open_workspace(tmp_path / "out", PRINT, False) as workspace,
     ):
-        workspace.room("calibration")
+        workspace.kept_folder("calibration")
         raise RejectedError("damaged")
     assert not list(tmp_path.iterdir())
 
@@ -157,6 +160,32 @@ def test_a_refusal_after_long_work_keeps_it(target: Path) -> None:
     ):
         raise RejectedError("damaged")
     assert (partial_path(target) / "calibration" / "codes").exists()
+
+
+@pytest.mark.parametrize("cut", [KeyboardInterrupt(), RuntimeError("ours"), MemoryError()])
+def test_how_to_go_on_is_said_once(
+    target: Path, capsys: pytest.CaptureFixture[str], cut: BaseException
+) -> None:
+    """Of the request that was cut off, and not of another one's folder."""
+    with pytest.raises(type(cut)), resumable():
+        raise cut
+    assert not capsys.readouterr().err
+    with pytest.raises(type(cut)), resumable(), open_workspace(target, PRINT, True):
+        raise cut
+    assert capsys.readouterr().err.count(how_to_go_on(partial_path(target))) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "named"), [(errno.ENOSPC, None), (errno.EBUSY, "shard"), (errno.ENOMEM, None)]
+)
+def test_what_a_disk_does_to_a_run(target: Path, code: int, named: str | None) -> None:
+    """As `foreign_errors` says it of any file, with the folder where the system names none."""
+    error = OSError(code, os.strerror(code), named)
+    with pytest.raises(ResourceError) as caught, open_workspace(target, PRINT, True):
+        raise error
+    assert (named or str(partial_path(target))) in str(caught.value)
+    meant = explain(OSError(code, os.strerror(code), named or str(partial_path(target))))
+    assert str(caught.value) == f"{meant}; {how_to_go_on(partial_path(target))}"
 
 
 def test_a_run_that_was_killed_with_its_last_breath(tmp_path: Path) -> None:

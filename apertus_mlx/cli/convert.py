@@ -162,7 +162,7 @@ def convert(
     if job.asks_for_code:
         note(f"config.json asks for code ({', '.join(job.asks_for_code)}); never run, not copied")
     with (
-        resumable(target),
+        resumable(),
         layer_progress("calibrating") as on_layer,
         byte_progress("converting", job.plan.source_bytes) as update,
     ):
@@ -314,7 +314,7 @@ def _prepare(
     target = out or Path(default_name(name, request))
     partial = partial_path(target)
     earlier = not resume and partial.is_dir()
-    with resumable(target), layer_progress("measuring") as on_layer:
+    with resumable(), layer_progress("measuring") as on_layer:
         job = prepare(
             folder, request, name, commit, calibration_texts=calibration, progress=on_layer,
             target=target, resume=resume,

@@ -96,7 +96,7 @@ def distill(
     observer = Observer(
         _Log("asking the teacher", "tokens"), _TrainingLog(), _Log("measuring", "layers")
     )
-    with resumable(target):
+    with resumable():
         outcome = run(job, target, resume, observer)
     first, kept = outcome.history[0], best(outcome.history)
     note(

@@ -244,11 +244,11 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
 def _build(job: Job, workspace: Workspace, observer: Observer) -> None:
     """Train, write the student, judge and describe it."""
     path = workspace.path
-    student, history = _train(job, workspace.room(DISTILLATION), observer)
+    student, history = _train(job, workspace.kept_folder(DISTILLATION), observer)
     _write_model(job.student, path, dict(stored_tensors(student)))
     # Streams of a student that learned with other options are not this one's.
-    room = workspace.room(f"{RECEIPT}-{_training_name(job)}")
-    quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=room)
+    judged = workspace.kept_folder(f"{RECEIPT}-{_training_name(job)}")
+    quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=judged)
     _describe(job.student, path, workspace.target.name, _record(job, history), quality)
     for source, states in (
         (job.teacher, job.teacher_files), (job.student, job.student_files)
