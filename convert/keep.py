@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,25 @@ class Keep:
 
     The file is there whole or not at all; one that is damaged counts as absent. Without a path
     nothing is kept.
+
+    Args:
+        path: the file.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    # Seconds between two savings of `reach`. A model of 8B parameters has gigabytes to save after
+    # every layer; going on repeats so much work, or one layer where that takes longer.
+    least_s: ClassVar[float] = 60.0
+
+    def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
+        self._clock = clock
+        self._saved_s = clock()
+
+    def reach(self, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Save what may as well be done again: not within `least_s` of the last saving."""
+        if self._clock() - self._saved_s >= self.least_s:
+            self.save(facts, arrays)
 
     def save(self, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace what was kept.
@@ -35,6 +51,7 @@ class Keep:
         if self._path is None:
             return
         save_arrays(self._path, {_FACTS: np.array(json.dumps(dict(facts))), **arrays})
+        self._saved_s = self._clock()
 
     def load(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None:
         """Facts and arrays as they were saved last; None where there is nothing whole."""

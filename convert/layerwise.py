@@ -212,7 +212,8 @@ def hidden_states(
         groups: token ids `[windows, length]`.
         finish: applied to every product with a weight and to the residual stream.
         progress: told the number of layers done.
-        keep: where the streams are kept after each layer; an interrupted run goes on from there.
+        keep: where the streams are kept, at most once a minute and after the last layer; an
+            interrupted run goes on from there.
     """
     found = keep.load()
     if found is None:
@@ -222,13 +223,15 @@ def hidden_states(
     else:
         first = int(found[0]["layers"])
         residuals = [found[1][str(number)] for number in range(len(groups))]
-    for index in range(first, weights.config.num_hidden_layers):
+    depth = weights.config.num_hidden_layers
+    for index in range(first, depth):
         layer = Layer(weights, index, finish)
         for residual in residuals:
             run_layer(layer, residual)
             if finish is not None:
                 residual[:] = finish(residual)
-        keep.save({"layers": index + 1}, {str(n): array for n, array in enumerate(residuals)})
+        save = keep.save if index + 1 == depth else keep.reach
+        save({"layers": index + 1}, {str(n): array for n, array in enumerate(residuals)})
         if progress is not None:
             progress(index + 1)
     for residual in residuals:

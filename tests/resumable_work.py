@@ -13,6 +13,7 @@ from convert.calibration import little_text
 from convert.distill.run import Observer, Options, distill
 from convert.distill.run import prepare as prepare_distillation
 from convert.job import convert, prepare
+from convert.keep import Keep
 from convert.policy import Request, Target
 from quant.spec import QuantSpec
 from tests.builders import config_4x, write_checkpoint
@@ -38,7 +39,11 @@ class Work:
     student: Path
 
     def run(self, target: Path, resume: bool = False, progress: Progress = lambda _: None) -> None:
-        """Do it, or go on with it."""
+        """Do it, or go on with it; what is reached is saved at once."""
+        with patch.object(Keep, "least_s", 0.0):
+            self._run(target, resume, progress)
+
+    def _run(self, target: Path, resume: bool, progress: Progress) -> None:
         if self.kind == "distill":
             observer = Observer(
                 lambda done, _: progress(f"asking {done}"),

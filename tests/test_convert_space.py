@@ -14,6 +14,7 @@ from apertus_mlx.errors import ResourceError
 from convert import receipt
 from convert.calibration import allocation
 from convert.job import convert, prepare
+from convert.keep import Keep
 from convert.workspace import partial_path
 from tests.resumable_work import REQUESTS, make_work
 
@@ -41,6 +42,7 @@ def test_the_most_that_lies_beside_an_output(
         replace(*arguments, **named)
 
     monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(Keep, "least_s", 0.0)
     job = prepare(
         work.source, REQUESTS["target"], "source", calibration_texts=[work.text], target=target
     )

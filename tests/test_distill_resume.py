@@ -12,6 +12,7 @@ from convert_builders import tree
 from apertus_mlx.errors import ResourceError, UsageError
 from convert.distill import objective, run, teacher_cache
 from convert.distill.run import Job, Observer, Options, distill, prepare
+from convert.keep import Keep
 from convert.workspace import RESUMES, how_to_go_on, partial_path
 from tests.resumable_work import Work, make_work
 
@@ -131,6 +132,7 @@ def test_the_teacher_goes_on_at_its_layer(
         return build(weights, index, *rest)
 
     target = tmp_path / "out"
+    monkeypatch.setattr(Keep, "least_s", 0.0)
     monkeypatch.setattr(layerwise, "Layer", counted)
     with pytest.raises(KeyboardInterrupt):
         distill(job(work), target)

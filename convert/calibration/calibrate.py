@@ -84,8 +84,9 @@ def quantize_model(
 ) -> Iterator[tuple[str, AffineCodes]]:
     """Codes of the matrices in `specs`, in the order embedding, layers, head.
 
-    An interrupted run goes on after the last step of which all codes were taken: a layer of the
-    first pass, the embedding, a layer, the head. Codes of earlier steps do not come again.
+    An interrupted run goes on after a step of which all codes were taken: a layer of the first
+    pass, the embedding, a layer, the head. That is the last one if it took a minute, else one less
+    than a minute earlier; codes of what came before it do not come again.
 
     Args:
         weights: the original.
@@ -95,7 +96,7 @@ def quantize_model(
         progress: told how many of `passes(config)` steps are done.
         correction: see `CORRECTION`.
         row_share: see `ROW_SHARE`.
-        folder: where the streams are kept after each step; None keeps nothing.
+        folder: where the streams are kept, at most once a minute; None keeps nothing.
     """
     config = weights.config
     report = progress or (lambda _: None)
@@ -112,19 +113,16 @@ def quantize_model(
         done = int(found[0]["layers"])
         original, quantized, uncertainty = (found[1][name] for name in STREAM_NAMES)
 
-    def save(layers: int) -> None:
-        arrays = zip(STREAM_NAMES, (original, quantized, uncertainty), strict=True)
-        streams.save({"layers": layers}, dict(arrays))
-
+    arrays = dict(zip(STREAM_NAMES, (original, quantized, uncertainty), strict=True))
     if found is None:
-        save(0)
+        streams.save({"layers": 0}, arrays)
     ahead.discard()
     for index in range(done, config.num_hidden_layers):
         yield from _quantize_layer(
             Layer(weights, index), Layer(weights, index), specs, original, quantized,
             scale_type, correction,
         )  # fmt: skip
-        save(index + 1)
+        streams.reach({"layers": index + 1}, arrays)
         report(config.num_hidden_layers + index + 1)
     if layout.HEAD in specs and not config.tie_word_embeddings:
         final_norm(weights, original)

@@ -153,7 +153,7 @@ def trace_layers(
         windows: token ids.
         seed: of the tokens that are drawn from the predictions.
         use: called with the traces of each layer, of all tokens, the last layer first; not for
-            layers that an interrupted run has used.
+            layers that an interrupted run has used, but for those of its last minute.
         progress: told after each layer of both passes how many are done.
         folder: for the residual streams (`kept_bytes`) and the state of the pass back.
     """
@@ -200,7 +200,7 @@ def trace_layers(
             gradient[part] = np.array(earlier)
             found.append(traces)
         use([_joined(same) for same in zip(*found, strict=True)])
-        backward.save({"left": index}, {"gradient": gradient, "log_total": log_total})
+        backward.reach({"left": index}, {"gradient": gradient, "log_total": log_total})
         progress(2 * depth - index)
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)
 

@@ -52,7 +52,8 @@ def smoothing_scales(
         windows: calibration tokens `[windows, length]`.
         scale_type: what the weights of norms will be stored in.
         progress: told how many layers are done.
-        keep: where scales and stream are kept after each layer; an interrupted run goes on there.
+        keep: where scales and stream are kept, at most once a minute; an interrupted run goes on
+            there.
     """
     found: dict[str, Array] = {}
     owners = value_owners(weights.config)
@@ -80,7 +81,7 @@ def smoothing_scales(
                 found[path] = (
                     _storable(weights.vector(path), scales, scale_type) if is_norm else scales
                 )
-        keep.save({"layers": index + 1}, {**found, _STREAM: residual})
+        keep.reach({"layers": index + 1}, {**found, _STREAM: residual})
         if progress is not None:
             progress(index + 1)
     return found
