@@ -20,6 +20,8 @@ MAX_WEIGHTS_BYTES = 2**40
 MAX_TOKENIZER_BYTES = 128 * 2**20
 # JSON files, licences, cards.
 MAX_TEXT_BYTES = 64 * 2**20
+# Files of gigabytes are copied in few calls.
+COPY_BLOCK_BYTES = 16 * 2**20
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -51,7 +53,7 @@ def read_file(path: Path, most_bytes: int = MAX_TEXT_BYTES) -> bytes:
 def copy_file(path: Path, target: Path, most_bytes: int = MAX_TEXT_BYTES) -> None:
     """Copy a file of a model folder, and nothing but its bytes; errors as of `open_file`."""
     with open_file(path, most_bytes) as source, target.open("wb") as copy:
-        shutil.copyfileobj(source, copy)
+        shutil.copyfileobj(source, copy, COPY_BLOCK_BYTES)
 
 
 def checked(path: Path, most_bytes: int = MAX_WEIGHTS_BYTES) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import tracemalloc
@@ -198,6 +199,26 @@ def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert peak_bytes < 2**20
     assert model_files.read_file(path, 1000) == b"x" * 1000
+
+
+def test_large_files_are_copied_in_few_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    data = os.urandom(2**10) * (33 * 2**10)
+    path.write_bytes(data)
+    asked: list[int] = []
+    opened = model_files.open_file
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            asked.append(size or -1)
+            return super().read(size)
+
+    monkeypatch.setattr(model_files, "open_file", lambda *a: Counted(opened(*a).read()))
+    model_files.copy_file(path, tmp_path / "copy", 2**30)
+    assert (tmp_path / "copy").read_bytes() == data
+    assert len(asked) == 4
 
 
 def test_a_folder_that_another_program_reads(tmp_path: Path) -> None:
