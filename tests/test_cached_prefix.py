@@ -170,6 +170,29 @@ def test_undo_keeps_what_is_older(speaker: Speaker) -> None:
     assert talk._prefix.tokens == before
 
 
+class InterruptedList(list[Message]):
+    """Whose user interrupts just before a turn is put in."""
+
+    def __setitem__(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_question_that_was_never_put_says_nothing_of_the_next(speaker: Speaker) -> None:
+    talk = Conversation(speaker)
+    list(talk.ask(QUESTION, GREEDY, 20))
+    before = talk._prefix.tokens
+    # Another start of the prompt, so that little of what is older is shared.
+    messages, talk.messages = talk.messages, InterruptedList(talk.messages)
+    talk.messages.insert(0, Message(role="system", content="Speak Romansh."))
+    talk.messages.pop(1)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.ask("And of Italy?", GREEDY, 20))
+    talk.messages = messages
+    list(talk.ask("And of Italy?", GREEDY, 20))
+    talk.undo()
+    assert talk._prefix.tokens == before
+
+
 def test_retry_reads_no_token_again(speaker: Speaker) -> None:
     talk = Conversation(speaker)
     first = "".join(piece.text for piece in talk.ask(QUESTION, GREEDY, 20))
