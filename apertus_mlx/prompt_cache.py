@@ -12,10 +12,8 @@ does: the prefill step, fused kernels, the device.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -39,6 +37,7 @@ from apertus_mlx.model_files import (
 )
 from apertus_mlx.safetensors_header import TensorInfo, read_header
 from apertus_mlx.strict_json import parse_object
+from apertus_mlx.whole_file import whole_file
 
 FORMAT, FORMAT_VERSION = "apertus-mlx prompt cache", "2"
 TOKENS = "tokens"
@@ -101,7 +100,7 @@ class PromptCache:
                 f"{shared} on; give the prompt it was made for, or another file"
             )
 
-    def open(self, model: LanguageModel, prompt: Sequence[int]) -> CachedPrefix:
+    def resume(self, model: LanguageModel, prompt: Sequence[int]) -> CachedPrefix:
         """What the file holds of `prompt`; an empty prefix if there was no file.
 
         Raises:
@@ -199,18 +198,12 @@ def save_prompt_cache(path: Path, prefix: CachedPrefix, made_with: Fingerprint) 
         "tokens": _tokens_digest(tokens),
         **asdict(made_with),
     }
-    # A short name: that of the file itself may be as long as the disk allows.
-    beside = path.with_name(f".{os.getpid()}.prompt-cache")
     try:
-        with beside.open("wb") as file:
+        with whole_file(path, durable=False) as unfinished, unfinished.open("wb") as file:
             mx.save_safetensors(file, arrays, metadata)
-        beside.replace(path)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ResourceError(f"--prompt-cache {path}: cannot be written ({reason})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def load_prompt_cache(

@@ -21,8 +21,11 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; afterwards `path` is that file, durably (`sync`).
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; afterwards `path` is that file.
+
+    It is so durably (`sync`), or without `durable`, for what can be made again, whenever the system
+    writes it. A link at `path` stays one.
 
     On a failure `path` is as it was and nothing lies beside it. A kill may leave the file beside,
     which the next attempt replaces.
@@ -36,12 +39,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished.unlink(missing_ok=True)
     try:
         yield unfinished
-        sync(unfinished)
+        if durable:
+            sync(unfinished)
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def unfinished_path(path: Path) -> Path:

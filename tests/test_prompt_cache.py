@@ -328,12 +328,12 @@ def test_resuming_cuts_back_exactly_or_refuses(directory: Path, tmp_path: Path) 
         prompt = [*TOKENS[:-back], 5, 6, 7]
         resumed.require_use(prompt)
         if works:
-            assert resumed.open(model, prompt).tokens == TOKENS[:-back]
+            assert resumed.resume(model, prompt).tokens == TOKENS[:-back]
         else:
             with pytest.raises(
                 RejectedError, match=r"its first 130 of 230 .* 4 bits cannot go back"
             ):
-                resumed.open(model, prompt)
+                resumed.resume(model, prompt)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_resumed_cache_is_of_the_kind_that_the_model_makes(
         made = CachedPrefix(model)
         made.begin(TOKENS[:-1]).read()
         PromptCache(path, inventory, FULL_PRECISION, mx.float32).save(made)
-        resumed = PromptCache(path, inventory, FULL_PRECISION, mx.float32).open(model, TOKENS)
+        resumed = PromptCache(path, inventory, FULL_PRECISION, mx.float32).resume(model, TOKENS)
         for layer, wanted in zip(resumed.layers, model.make_cache(), strict=True):
             assert type(layer) is type(wanted)
             assert getattr(layer, "joined", None) == getattr(wanted, "joined", None)
@@ -408,6 +408,30 @@ def test_another_arithmetic_is_refused_by_name(tmp_path: Path) -> None:
         assert "--dtype" in str(found.exception)
     # What `auto` means at 4 bits.
     assert again(tmp_path / "int8", "--compute", "cpu").exit_code == 0
+
+
+def test_a_link_stays_one_and_a_kill_leaves_nothing_for_long(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("generate", "word", "--raw", "--model", str(directory), "-t", "0", "-n", "2")
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "prompt"
+    link.symlink_to(tmp_path / "elsewhere" / "prompt")
+    with monkeypatch.context() as patch:
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise SystemExit
+
+        # A kill runs no line of what would clear up.
+        patch.setattr(mx, "save_safetensors", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        run(*common, "--prompt-cache", str(link))
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+    for _ in range(2):
+        assert run(*common, "--prompt-cache", str(link)).exit_code == 0
+        assert link.is_symlink()
+        assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["prompt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "prompt"}
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def generate(
         if saved is None:
             prefix = CachedPrefix(speaker.model, memory.fit.form)
         else:
-            prefix = saved.open(speaker.model, prompt_ids)
+            prefix = saved.resume(speaker.model, prompt_ids)
         run = Generation(
             speaker,
             prompt_ids,

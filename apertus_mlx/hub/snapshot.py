@@ -5,13 +5,11 @@ Imports nothing heavy: `huggingface_hub` is imported inside the functions that n
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from apertus_mlx.beside import beside
 from apertus_mlx.checkpoint import INDEX_FILE, read_weight_map
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.hub.errors import UnreachableError
@@ -27,6 +25,7 @@ from apertus_mlx.hub.listing import (
 from apertus_mlx.hub.transfer import DownloadProgress, download
 from apertus_mlx.model_files import exists, read_file
 from apertus_mlx.strict_json import read_object
+from apertus_mlx.whole_file import whole_file
 
 MAX_REF_BYTES = 1024
 
@@ -178,6 +177,5 @@ def _record_ref(folder: Path, revision: str, commit: str) -> None:
         if exists(ref) and read_file(ref, MAX_REF_BYTES) == commit.encode():
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
-        written = beside(ref, f".{threading.get_ident()}")
-        written.write_text(commit, encoding="utf-8")
-        written.replace(ref)
+        with whole_file(ref, durable=False) as unfinished:
+            unfinished.write_text(commit, encoding="utf-8")
