@@ -16,7 +16,7 @@ FUNCTIONS = {
     "mx.load", "np.load", "shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copytree",
     "shutil.move", "mmap.mmap",
 }  # fmt: skip
-# What opens files in a module, all of it: it opens what is ours or the system's, or has been through the door.
+# All that opens files in a module: what is ours or the system's, or has been through the door.
 ALLOWED = {
     # The system.
     "apertus_mlx/cpu/threads.py": {"read_text"},
