@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
@@ -23,19 +24,40 @@ def guarded(
     """Return `function(*args, **kwargs)`.
 
     A panic is a BaseException in Python, past every handler of errors, and before it is raised the
-    library prints a report of its own.
+    library prints a report of its own. An interrupt comes when the call is over, as it would
+    without this: no such library looks for one.
 
     Raises:
         PanicError: the library panicked.
     """
     try:
-        with _SILENCE.kept():
+        with _interrupts_later(), _SILENCE.kept():
             return function(*args, **kwargs)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # PyO3 exports no name to catch it by
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PanicError(reason[:200]) from None
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold an interrupt back until the end, so that none comes between two halves of a change.
+
+    Only the main thread gets any. Where an interrupt is no exception it does as it always did.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[int] = []
+    try:
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Silence:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from chat_tokenizers import backend_json, vocab_size
 
+from apertus_mlx import rust_panics
 from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.rust_panics import PanicError, guarded
 from apertus_mlx.tokenizer import Tokenizer
@@ -74,6 +80,62 @@ def test_only_panics_are_caught_and_the_screen_comes_back(
             guarded(fail, error)
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT raises, whatever the runner of tests does with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_the_screen_comes_back_whenever_an_interrupt_comes() -> None:
+    """A real signal before each bytecode of the call, one after another, and one inside it."""
+    screen, descriptors = os.fstat(2), len(list(Path("/dev/fd").iterdir()))
+    moment = 1
+    while call_with_signal(moment):
+        assert os.path.samestat(os.fstat(2), screen), moment
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        moment += 1
+    assert moment > 100
+    with pytest.raises(KeyboardInterrupt):
+        guarded(signal.raise_signal, signal.SIGINT)
+    assert os.path.samestat(os.fstat(2), screen)
+    assert len(list(Path("/dev/fd").iterdir())) == descriptors
+
+
+def call_with_signal(moment: int) -> bool:
+    """Call something guarded, with SIGINT before the n-th bytecode; False where it has fewer.
+
+    Raises:
+        AssertionError: the interrupt was lost.
+    """
+    left = moment
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if event == "call":
+            if frame.f_code.co_filename not in (rust_panics.__file__, contextlib.__file__):
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        elif event == "opcode":
+            left -= 1
+            if left == 0:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        guarded(os.getpid)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    assert left > 0
+    return False
 
 
 def test_the_screen_comes_back_after_the_last_of_several_threads(
