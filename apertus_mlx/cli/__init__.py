@@ -32,8 +32,8 @@ def _run() -> int:
     try:
         check_surroundings(no_stdout)
         return _command()
-    except (SystemExit, BrokenPipeError):
-        return 0  # nobody reads any more; the exit is the sink's, or typer's where it prints help
+    except SystemExit as ended:  # the sink's, where nobody reads any more
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except Exception as error:  # noqa: BLE001 - the one place where all of them end
         return _failed(error)
 
@@ -53,6 +53,11 @@ def _command() -> int:
         code = app(standalone_mode=False, prog_name="apertus-mlx")
     except typer.Abort:
         return 130
+    except SystemExit as ended:
+        # typer makes such an exit of every broken pipe; stdout's is the sink's.
+        if ended.code and isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        raise
     except wrong_usage as error:
         raise UsageError(_usage_message(error)) from None
     return code if isinstance(code, int) else 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from apertus_mlx import __version__, sink
 from apertus_mlx.cli.bench import bench
@@ -19,7 +20,33 @@ from apertus_mlx.cli.output import print_data
 from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
 
+
+class _HelpThroughSink:
+    """Commands whose `--help` is printed as all else is."""
+
+    def get_help_option(self, context: Any) -> Any:
+        option = super().get_help_option(context)  # type: ignore[misc]
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+class _Command(_HelpThroughSink, TyperCommand):
+    pass
+
+
+class _Group(_HelpThroughSink, TyperGroup):
+    pass
+
+
+def _show_help(context: Any, _: Any, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        sink.put(context.get_help(), keep=sink.LAYOUT)
+        raise typer.Exit
+
+
 app = typer.Typer(
+    cls=_Group,
     add_completion=False,
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -27,8 +54,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (generate, chat, inspect, plan, convert, distill, verify, bench, doctor):
-    app.command()(command)
-app.command("eval")(evaluate)
+    app.command(cls=_Command)(command)
+app.command("eval", cls=_Command)(evaluate)
 
 
 def _show_version(wanted: bool) -> None:
