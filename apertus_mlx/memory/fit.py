@@ -136,10 +136,14 @@ def _refusal(
     wanted = form or possible_forms(subject.config)[-1]
     step = prefill_step or PREFILL_STEPS[-1]
     needed = footprint(subject, wanted, context, step, backend)
+    process = ""
+    if needed.process_bytes:
+        process = f"libraries and tokenizer {size_text(needed.process_bytes)}, "
     message = (
         f"{subject.name}: {context} tokens of context need {size_text(needed.total_bytes)} "
-        f"(weights {size_text(needed.weights_bytes)}, cache {size_text(needed.kv_bytes)} at "
-        f"{wanted}, working memory {size_text(needed.prefill_bytes)} at --prefill-step {step}), "
+        f"({process}weights {size_text(needed.weights_bytes)}, cache "
+        f"{size_text(needed.kv_bytes)} at {wanted}, working memory "
+        f"{size_text(needed.prefill_bytes)} at --prefill-step {step}), "
         f"the limit is {size_text(limit_bytes)}; "
     )
     smallest = possible_forms(subject.config)[-1]
