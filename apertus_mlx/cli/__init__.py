@@ -8,15 +8,16 @@ import signal
 import sys
 from typing import Any
 
-from apertus_mlx import sink
-
 
 def main() -> None:
     """Entry point of `apertus-mlx`: run a command, turn failures into one line and an exit code."""
     try:
+        # Nothing of ours is imported before, since an interrupt may come while it is.
         code = _run()
     except KeyboardInterrupt:
         code = 130
+    from apertus_mlx import sink
+
     sink.finish()
     # During Python's own end an interrupt would print a traceback.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -25,6 +26,7 @@ def main() -> None:
 
 def _run() -> int:
     """Run what the arguments say; returns the exit code."""
+    from apertus_mlx import sink
     from apertus_mlx.cli.surroundings import check_surroundings, open_streams
 
     no_stdout = open_streams()
@@ -70,6 +72,7 @@ def _usage_message(error: Any) -> str:
 
 def _failed(error: Exception) -> int:
     """Say in one line what happened; returns the exit code."""
+    from apertus_mlx import sink
     from apertus_mlx.foreign_errors import explain
 
     if os.environ.get("APERTUS_MLX_DEBUG") == "1":
