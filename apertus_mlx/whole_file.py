@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from apertus_mlx.beside import beside
@@ -28,15 +29,15 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     writes it. A link at `path` stays one.
 
     On a failure `path` is as it was and nothing lies beside it. A kill may leave the file beside,
-    which the next attempt replaces.
+    which the next attempt replaces. Who writes the same file meanwhile, in this process or another,
+    waits for its turn.
 
     Raises:
         OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))
     unfinished = unfinished_path(path)
-    # Whatever has that name, a link to another file for instance, is not written through.
-    unfinished.unlink(missing_ok=True)
+    claim = _claim(unfinished)
     try:
         yield unfinished
         if durable:
@@ -45,8 +46,41 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(claim)
     if durable:
         sync_folder(path.parent)
+
+
+def _claim(unfinished: Path) -> int:
+    """Make the file, empty and locked; returns the descriptor that holds the lock.
+
+    Whatever else has that name, a link to another file for instance, is not written through.
+    """
+    while True:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(unfinished.lstat().st_mode):
+                unfinished.unlink()
+        claim = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(claim)
+            with suppress(FileNotFoundError):
+                # Who had it before has renamed or removed it.
+                if os.path.samestat(os.fstat(claim), unfinished.lstat()):
+                    os.truncate(claim, 0)
+                    return claim
+        except BaseException:
+            os.close(claim)
+            raise
+        os.close(claim)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
+            raise
 
 
 def unfinished_path(path: Path) -> Path:

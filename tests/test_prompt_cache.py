@@ -450,8 +450,14 @@ def read_only_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         return (refuse if "w" in mode else original)(self, mode, *arguments, **options)
 
-    original = Path.open
+    def open_descriptor(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return open_any(path, flags, *arguments, **options)
+
+    original, open_any = Path.open, os.open
     monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "open", open_descriptor)
     monkeypatch.setattr(Path, "unlink", refuse)
 
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,25 @@ def test_nothing_is_written_through_a_link_that_lies_beside(tmp_path: Path) -> N
     with whole_file(tmp_path / "report.txt") as beside:
         beside.write_text("new")
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_two_writers_of_one_file_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "report.txt"
+
+    def write(text: str) -> None:
+        with whole_file(path) as beside:
+            beside.write_text(text)
+
+    with whole_file(path) as beside:
+        beside.write_text("half")
+        with beside.open("rb") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        second = threading.Thread(target=write, args=("second",))
+        second.start()
+        beside.write_text("first, whole")
+    second.join()
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_stays_one(tmp_path: Path) -> None:
