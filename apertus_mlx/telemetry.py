@@ -2,8 +2,9 @@
 
 onnxruntime (from 1.32) makes a device id and a database in the user's cache folder and looks for a
 host to report to; huggingface_hub tells the Hub more about this machine than it needs, and hf_xet
-posts how each transfer went. All of them look at the environment when they are imported, so that
-this has to come before; child processes inherit it.
+posts how each transfer went. All of them look at the environment when they are imported. So the
+packages that use them (`cpu`, `hub`) call this when they are imported themselves, and so does the
+command line, whose child processes inherit it.
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ def main() -> None:
 
 def _run() -> int:
     """Run what the arguments say; returns the exit code."""
-    from apertus_mlx import sink
+    from apertus_mlx import sink, telemetry
     from apertus_mlx.cli.surroundings import check_surroundings, open_streams
+
+    telemetry.turn_off()
 
     no_stdout = open_streams()
     sink.take_messages()

@@ -5,3 +5,7 @@ two attentions runs as one onnxruntime graph per layer (`stage`, `runtime`), on 
 weights (`weights`), with keys and values in memory that attention reads and writes in place
 (`cache`, `attention`). `model.HostModel` answers to the same names as `apertus_mlx.model.Model`.
 """
+
+from apertus_mlx import telemetry
+
+telemetry.turn_off()

@@ -3,6 +3,7 @@
 Imports nothing heavy: `huggingface_hub` is imported inside the functions that need it.
 """
 
+from apertus_mlx import telemetry
 from apertus_mlx.hub.listing import is_repo_id
 from apertus_mlx.hub.remote_headers import RawHeader, RemoteCheckpoint, fetch_headers
 from apertus_mlx.hub.snapshot import Snapshot, locate, resolve
@@ -18,3 +19,5 @@ __all__ = [
     "locate",
     "resolve",
 ]
+
+telemetry.turn_off()
