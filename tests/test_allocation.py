@@ -318,7 +318,7 @@ def small(folder: Path, **changes: object) -> Path:
     ("method", "tied"),
     [
         ("rtn", False),
-        ("search", True),
+        pytest.param("search", True, marks=pytest.mark.nightly),
         pytest.param("gptq", False, marks=pytest.mark.nightly),
     ],
 )

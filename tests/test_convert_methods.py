@@ -82,11 +82,13 @@ def test_manifest_and_card_have_the_receipt(source: Path, texts: Path, tmp_path:
     assert f"| en | {quality['languages']['en']['tokens']} |" in card
 
 
+@pytest.mark.nightly
 def test_calibration_is_repeatable(source: Path, texts: Path, tmp_path: Path) -> None:
     first, second = (run(source, tmp_path / name, "gptq", texts) for name in ("a", "b"))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+@pytest.mark.nightly
 def test_an_interrupted_run_goes_on(
     source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_an_interrupted_run_goes_on(
     ).read_bytes()
 
 
+@pytest.mark.nightly
 def test_other_texts_are_another_conversion(source: Path, texts: Path, tmp_path: Path) -> None:
     request = Request(QuantSpec(2, 32), method="gptq")
 

@@ -73,7 +73,7 @@ class Counted:
         return watched
 
 
-@pytest.mark.parametrize("kind", ["gptq", "target"])
+@pytest.mark.parametrize("kind", ["gptq", pytest.param("target", marks=pytest.mark.nightly)])
 def test_going_on_repeats_at_most_one_layer(
     kind: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     wholes: Callable[[str], dict[str, bytes]],
