@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 _Arguments = ParamSpec("_Arguments")
 _Value = TypeVar("_Value")
 _STDERR = 2
+_SILENT = threading.Lock()
 
 
 class PanicError(Exception):
@@ -31,7 +32,7 @@ def guarded(
         PanicError: the library panicked.
     """
     try:
-        with _interrupts_later(), _SILENCE.kept():
+        with _interrupts_later(), _silent():
             return function(*args, **kwargs)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # PyO3 exports no name to catch it by
@@ -60,43 +61,23 @@ def _interrupts_later() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-class _Silence:
-    """Sends descriptor 2 to nowhere while any thread wants that.
-
-    It is the process's, so what other threads write to it meanwhile is lost.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted = 0
-        self._kept: int | None = None
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        with self._lock:
-            self._wanted += 1
-            if self._wanted == 1:
-                self._close()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._wanted -= 1
-                if not self._wanted:
-                    self._open()
-
-    def _close(self) -> None:
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Send descriptor 2 to nowhere; it is the process's, so what other threads write is lost."""
+    if not _SILENT.acquire(blocking=False):
+        # Another thread's call is silent now. Nobody ever waits: a report on the screen is better.
+        yield
+        return
+    kept = None
+    try:
         with contextlib.suppress(OSError):  # no descriptor 2, or none left: nothing is silenced
-            self._kept = os.dup(_STDERR)
+            kept = os.dup(_STDERR)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, _STDERR)
             os.close(nowhere)
-
-    def _open(self) -> None:
-        if self._kept is not None:
-            os.dup2(self._kept, _STDERR)
-            os.close(self._kept)
-            self._kept = None
-
-
-_SILENCE = _Silence()
+        yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, _STDERR)
+            os.close(kept)
+        _SILENT.release()

@@ -156,3 +156,12 @@ def test_the_screen_comes_back_after_the_last_of_several_threads(
     thread.join()
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
+
+
+@pytest.mark.timeout(20)
+def test_nobody_waits_for_a_silence_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an exception that came, from outside, between taking the lock and noting it."""
+    held = threading.Lock()
+    held.acquire()
+    monkeypatch.setattr(rust_panics, "_SILENT", held)
+    assert guarded(os.getpid) == os.getpid()
