@@ -54,6 +54,9 @@ def check_target(target: Path, source: Path | None) -> None:
         if not target.is_dir() or target.is_symlink():
             raise UsageError(f"{target}: exists and is not a folder; choose another output")
         if any(target.iterdir()):
+            # A kill right after it got its name may have left this empty.
+            with suppress(OSError):
+                partial_path(target).rmdir()
             raise UsageError(f"{target}: is not empty; choose another output or remove it")
     resolved = target.resolve()
     if source is not None:

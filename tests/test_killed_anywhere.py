@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from convert_builders import tree
 
+from apertus_mlx.errors import UsageError
 from convert.verify import verify
 from convert.workspace import partial_path
 from tests.resumable_work import KINDS, make_work
@@ -87,7 +88,12 @@ def test_a_kill_at_any_moment_loses_nothing(
         assert not target.exists() or tree(target) == expected
         for torn in partial_path(target).rglob("*.unfinished*"):
             os.truncate(torn, draw.randint(0, torn.stat().st_size))
-        if partial_path(target).exists() or not target.exists():
+        partial = partial_path(target)
+        if target.exists() and partial.exists() and not any(partial.iterdir()):
+            # Nothing says any more which run it was, so that this is an output like any other.
+            with pytest.raises(UsageError, match="is not empty"):
+                work.run(target, resume=True)
+        elif partial.exists() or not target.exists():
             work.run(target, resume=True)
         assert tree(target) == expected
         assert [path.name for path in copy.iterdir()] == ["out"]
