@@ -124,5 +124,6 @@ def test_a_bound_keeps_memory_flat(form: CacheConfig) -> None:
         mx.reset_peak_memory()
         list(decode(model, logits, caches, sampler, 64))
         peaks.append(mx.get_peak_memory())
-    # A ring of float rows is written in place; making codes takes some kilobytes for a moment.
-    assert max(peaks[3:]) - max(peaks[:3]) <= 4096
+    # A ring of float rows is written in place; making codes takes some kilobytes for a moment. Rows
+    # that stayed would take 300 kB from one half to the other.
+    assert max(peaks[3:]) - max(peaks[:3]) <= 16384
