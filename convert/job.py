@@ -10,38 +10,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx import layout
-from apertus_mlx.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
-from apertus_mlx.config import CONFIG_FILE, read_config
-from apertus_mlx.errors import ApertusError, RejectedError, UsageError
-from apertus_mlx.slopes import check_slopes
-from apertus_mlx.strict_json import read_object
-from convert import basis, receipt
-from convert.calibration import allocation, calibrate, calibrated, judging
-from convert.calibration.allocation import Allocation, allocate_bits
-from convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
-from convert.calibration.little_text import choose, is_little, without_judging
-from convert.card import license_of, make_card
-from convert.companions import (
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import CONFIG_FILE, read_config
+from apertus_mlx.checkpoint.slopes import check_slopes
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, Checkpoint, open_checkpoint
+from apertus_mlx.convert.basis import names as basis
+from apertus_mlx.convert.calibration import allocation, calibrate, calibrated, judging
+from apertus_mlx.convert.calibration.allocation import Allocation, allocate_bits
+from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
+from apertus_mlx.convert.evaluation import evaluate as receipt
+from apertus_mlx.convert.evaluation.little_text import choose, is_little, without_judging
+from apertus_mlx.convert.plan.grids import find_grids
+from apertus_mlx.convert.plan.plan import Plan
+from apertus_mlx.convert.plan.planning import make_plan
+from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
+from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
+from apertus_mlx.convert.sources.recognise import recognise
+from apertus_mlx.convert.sources.source import Source
+from apertus_mlx.convert.write.card import license_of, make_card
+from apertus_mlx.convert.write.companions import (
     TOKENIZER,
     check_companions,
     companion_files,
     copy_companions,
 )
-from convert.execute import execute
-from convert.golden import check_template, write_golden
-from convert.grids import find_grids
-from convert.keep import Keep
-from convert.manifest import MANIFEST, make_manifest, sha256
-from convert.output_config import output_config, quantization_block
-from convert.plan import Plan
-from convert.planning import make_plan
-from convert.policy import Request
-from convert.reading import FileState, Reader, file_states
-from convert.shards import MAX_SHARD_BYTES
-from convert.sources.recognise import recognise
-from convert.sources.source import Source
-from convert.workspace import (
+from apertus_mlx.convert.write.execute import execute
+from apertus_mlx.convert.write.golden import check_template, write_golden
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256
+from apertus_mlx.convert.write.output_config import output_config, quantization_block
+from apertus_mlx.convert.write.workspace import (
     MEASURED,
     Workspace,
     check_space,
@@ -51,6 +50,8 @@ from convert.workspace import (
     open_workspace,
     partial_path,
 )
+from apertus_mlx.errors import ApertusError, RejectedError, UsageError
+from apertus_mlx.system.strict_json import read_object
 
 CARD = "README.md"
 # Of what an interrupted run goes on from; an interrupted run of another version starts again.

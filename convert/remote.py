@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from apertus_mlx.checkpoint import INDEX_FILE, merge_headers, read_weight_map
-from apertus_mlx.config import CONFIG_FILE, parse_config
+from apertus_mlx.checkpoint.config import CONFIG_FILE, parse_config
+from apertus_mlx.checkpoint.header import parse_header
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, merge_headers, read_weight_map
+from apertus_mlx.convert.plan.plan import Plan
+from apertus_mlx.convert.plan.planning import make_plan
+from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.hub.remote_headers import RemoteCheckpoint
-from apertus_mlx.safetensors_header import parse_header
-from apertus_mlx.strict_json import parse_object
-from convert.plan import Plan
-from convert.planning import make_plan
-from convert.policy import Request
-from convert.sources.recognise import recognise
+from apertus_mlx.system.strict_json import parse_object
 
 
 def plan_remote(checkpoint: RemoteCheckpoint, request: Request) -> Plan:

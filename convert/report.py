@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert import basis
-from convert.job import Job
-from convert.manifest import MANIFEST
-from convert.plan import DTYPE_NAMES, Plan, Step
-from convert.policy import Request
+from apertus_mlx.convert.basis import names as basis
+from apertus_mlx.convert.job import Job
+from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan, Step
+from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.write.manifest import MANIFEST
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from quant.grid import SIGNIFICANT_BITS
-from quant.packing import Codes, Words, pack
-from quant.spec import QuantSpec
+from apertus_mlx.quant.grid import SIGNIFICANT_BITS
+from apertus_mlx.quant.packing import Codes, Words, pack
+from apertus_mlx.quant.spec import QuantSpec
 
 Array = npt.NDArray[np.float32]
 ScaleType = Literal["BF16", "F16", "F32"]

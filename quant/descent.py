@@ -10,8 +10,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from quant.affine import AffineCodes, Array, ScaleType, dequantize, round_scales, usable_scales
-from quant.gptq import BLOCK_COLUMNS, Float, better_rows
+from apertus_mlx.quant.affine import (
+    AffineCodes,
+    Array,
+    ScaleType,
+    dequantize,
+    round_scales,
+    usable_scales,
+)
+from apertus_mlx.quant.gptq import BLOCK_COLUMNS, Float, better_rows
 
 ROUNDS = 4
 # A round that gains a smaller share than this is the last.

@@ -13,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from quant import search
-from quant.affine import AffineCodes, Array, ScaleType, dequantize
-from quant.spec import QuantSpec
+from apertus_mlx.quant import search
+from apertus_mlx.quant.affine import AffineCodes, Array, ScaleType, dequantize
+from apertus_mlx.quant.spec import QuantSpec
 
 Float = npt.NDArray[np.float64]
 BLOCK_COLUMNS = 128

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quant.affine import (
+from apertus_mlx.quant.affine import (
     AffineCodes,
     Array,
     ScaleType,
@@ -19,10 +19,10 @@ from quant.affine import (
     round_scales,
     usable_scales,
 )
-from quant.affine import (
+from apertus_mlx.quant.affine import (
     fit as fit_nearest,
 )
-from quant.spec import QuantSpec
+from apertus_mlx.quant.spec import QuantSpec
 
 # Groups at a time: their working set stays in a core's cache.
 BLOCK_WEIGHTS = 1 << 16

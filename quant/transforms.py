@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quant.affine import Array
+from apertus_mlx.quant.affine import Array
 
 Float = npt.NDArray[np.float64]
 # Numbers that are held in float64 at once.

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx import layout
-from apertus_mlx.config import parse_config
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import parse_config
 
 CONTROL_NAMES = {
     0: "<unk>", 1: "<s>", 2: "</s>", 3: "<pad>", 32: "<think>", 33: "</think>",

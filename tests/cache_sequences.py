@@ -20,14 +20,14 @@ import mlx.core as mx
 import numpy as np
 
 import apertus_mlx
-from apertus_mlx import rust_panics
 from apertus_mlx.cache import Cache, CacheConfig
-from apertus_mlx.cached_prefix import CachedPrefix
-from apertus_mlx.chat import Conversation
-from apertus_mlx.generate import Piece, Speaker
-from apertus_mlx.prompt_cache import Fingerprint, load_prompt_cache, save_prompt_cache
-from apertus_mlx.sampling import SamplingParams
-from apertus_mlx.scores import Scores
+from apertus_mlx.generation.cached_prefix import CachedPrefix
+from apertus_mlx.generation.conversation import Conversation
+from apertus_mlx.generation.prompt_cache import Fingerprint, load_prompt_cache, save_prompt_cache
+from apertus_mlx.generation.run import Piece, Speaker
+from apertus_mlx.generation.sampling import SamplingParams
+from apertus_mlx.model.scores import Scores
+from apertus_mlx.system import rust_panics
 
 # Small windows, so that conversations of some hundred tokens reach everything there is.
 FORMS = {

@@ -10,8 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
-from apertus_mlx.tokenizer import Tokenizer
+from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.text.tokenizer import Tokenizer
 
 _NAMED = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "<pad>", 32: "<think>", 33: "</think>"}
 _V1_ROLES = [

@@ -1,7 +1,6 @@
-"""Lets tests import the builders beside them, wherever pytest is started."""
+"""Fixtures that all tests share, and how examples are drawn."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import settings
 
 # Test processes run side by side, one per core; threads inside them would only get in the way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples in every run; --hypothesis-seed tries others.
 settings.register_profile("repeatable", derandomize=True)
@@ -20,7 +18,8 @@ settings.load_profile("repeatable")
 def real_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with the released tokenizers, v1 and v1.1, built once for all test processes."""
     from filelock import FileLock
-    from real_tokenizers import SHA256, tekken_path, write_real_tokenizers
+
+    from tests.real_tokenizers import SHA256, tekken_path, write_real_tokenizers
 
     if tekken_path() is None:
         pytest.skip("mistral-common is not installed")

@@ -13,8 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from benchmarks.make_checkpoint import _byte_letters, to_bf16
 from numpy.typing import NDArray
+
+from benchmarks.make_checkpoint import _byte_letters, to_bf16
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U32": 4, "U8": 1, "I8": 1, "F8_E4M3": 1}
 SIZES |= {"I64": 8, "BOOL": 1}

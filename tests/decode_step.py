@@ -11,13 +11,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from apertus_mlx.config import parse_config
-from apertus_mlx.metal.needed import kernels_for
-from apertus_mlx.model import Model
-from apertus_mlx.ops import Operations, plain
-from apertus_mlx.ops.fused import FusedOperations
-from apertus_mlx.sampling import Sampler, SamplingParams
-from quant.spec import QuantSpec
+from apertus_mlx.backend.metal.fused import FusedOperations
+from apertus_mlx.backend.metal.needed import kernels_for
+from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.generation.sampling import Sampler, SamplingParams
+from apertus_mlx.model import plain
+from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.operations import Operations
+from apertus_mlx.quant.spec import QuantSpec
 from tests.dispatch_count import Dispatches, count_dispatches
 
 SPEC = QuantSpec(4, 32)

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import metal_harness
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from builders import config_4x
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig, parse_config
-from apertus_mlx.metal.kernel import Kernel, build
-from apertus_mlx.metal.needed import kernels_for
-from quant.spec import QuantSpec
+from apertus_mlx.backend.metal.kernel import Kernel, build
+from apertus_mlx.backend.metal.needed import kernels_for
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig, parse_config
+from apertus_mlx.quant.spec import QuantSpec
+from tests import metal_harness
+from tests.builders import config_4x
 
 Exact = npt.NDArray[np.float64]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from builders import LLAMA3, config_4x, config_5x
+from tests.builders import LLAMA3, config_4x, config_5x
 
 PROMPT = [1, 65, 74, 150, 233, 80, 201, 99, 77, 310, 66, 67]
 GREEDY_TOKENS = 64

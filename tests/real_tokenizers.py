@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
 
 SHA256 = {
     "v1": "bb201fb226cde11f66c3cf51c5344fb37b1611f00c21e75c324546d854eff2e1",

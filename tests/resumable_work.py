@@ -9,13 +9,13 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from convert.calibration import little_text
-from convert.distill.run import Observer, Options, distill
-from convert.distill.run import prepare as prepare_distillation
-from convert.job import convert, prepare
-from convert.keep import Keep
-from convert.policy import Request, Target
-from quant.spec import QuantSpec
+from apertus_mlx.convert.distill.run import Observer, Options, distill
+from apertus_mlx.convert.distill.run import prepare as prepare_distillation
+from apertus_mlx.convert.evaluation import little_text
+from apertus_mlx.convert.job import convert, prepare
+from apertus_mlx.convert.plan.policy import Request, Target
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, write_checkpoint
 
 TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(20))

@@ -17,15 +17,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.doctor.attended import AttendedDevice
-from apertus_mlx.doctor.child import serve
-from apertus_mlx.doctor.consult import consult, keys_of
-from apertus_mlx.doctor.device import Agreement, Attempt, UnfitError
-from apertus_mlx.doctor.measure import measure
-from apertus_mlx.doctor.tune import ROUNDS
-from apertus_mlx.metal import verdict
-from apertus_mlx.metal.kernel import Exact, KernelText, Launch, Run
-from apertus_mlx.metal.verdict import Machine, Verdict
+from apertus_mlx.backend.metal import verdict
+from apertus_mlx.backend.metal.kernel import Exact, KernelText, Launch, Run
+from apertus_mlx.backend.metal.verdict import Machine, Verdict
+from apertus_mlx.measure.doctor.attended import AttendedDevice
+from apertus_mlx.measure.doctor.child import serve
+from apertus_mlx.measure.doctor.consult import consult, keys_of
+from apertus_mlx.measure.doctor.device import Agreement, Attempt, UnfitError
+from apertus_mlx.measure.doctor.measure import measure
+from apertus_mlx.measure.doctor.tune import ROUNDS
 
 MACHINE = Machine("Apple M4 Pro", "macOS 26.2 (25C56)", "0.32.4", "0.1.0")
 # Nothing simulated takes as long, however busy the machine; what hangs is ended by a shorter one.
@@ -155,8 +155,8 @@ def singles(*variants: str) -> tuple[Double, ...]:
 
 
 def attended(*variants: str, limit_s: float = PATIENCE_S) -> AttendedDevice:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    code = f"import sys; sys.path[:0] = {paths}; from simulated_device import be_child"
+    paths = [str(Path(__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {paths}; from tests.simulated_device import be_child"
     code += "; be_child(*sys.argv[1:])"
     command = [sys.executable, "-c", code, json.dumps(variants)]
     return AttendedDevice(command, limit_s, PATIENCE_S)

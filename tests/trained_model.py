@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from apertus_mlx.config import parse_config
-from apertus_mlx.embedded import model_dir
-from apertus_mlx.embedded.recipe.corpus import documents
-from apertus_mlx.model import Model
-from convert.distill import host
+from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.convert.distill import host
+from apertus_mlx.demo import model_dir
+from apertus_mlx.model.apertus import Model
+from recipes.demo.corpus import documents
 from tests.builders import config_4x, write_checkpoint
 
 CONFIG = config_4x(

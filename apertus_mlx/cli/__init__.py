@@ -16,7 +16,7 @@ def main() -> None:
         code = _run()
     except KeyboardInterrupt:
         code = 130
-    from apertus_mlx import sink
+    from apertus_mlx.system import sink
 
     sink.finish()
     # During Python's own end an interrupt would print a traceback.
@@ -26,8 +26,8 @@ def main() -> None:
 
 def _run() -> int:
     """Run what the arguments say; returns the exit code."""
-    from apertus_mlx import sink, telemetry
     from apertus_mlx.cli.surroundings import check_surroundings, open_streams
+    from apertus_mlx.system import sink, telemetry
 
     telemetry.turn_off()
 
@@ -45,7 +45,7 @@ def _run() -> int:
 def _command() -> int:
     import typer
 
-    from apertus_mlx import command_buffers
+    from apertus_mlx.backend import command_buffers
     from apertus_mlx.cli.app import app
     from apertus_mlx.errors import UsageError
 
@@ -74,8 +74,8 @@ def _usage_message(error: Any) -> str:
 
 def _failed(error: Exception) -> int:
     """Say in one line what happened; returns the exit code."""
-    from apertus_mlx import sink
-    from apertus_mlx.foreign_errors import explain
+    from apertus_mlx.system import sink
+    from apertus_mlx.system.foreign_errors import explain
 
     if os.environ.get("APERTUS_MLX_DEBUG") == "1":
         import traceback

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from apertus_mlx import __version__, sink
+from apertus_mlx import __version__
 from apertus_mlx.cli.bench import bench
 from apertus_mlx.cli.chat import chat
 from apertus_mlx.cli.convert import convert
@@ -19,6 +19,7 @@ from apertus_mlx.cli.inspect import inspect
 from apertus_mlx.cli.output import print_data
 from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
+from apertus_mlx.system import sink
 
 
 class _HelpThroughSink:

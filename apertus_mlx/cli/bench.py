@@ -24,14 +24,17 @@ from apertus_mlx.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from apertus_mlx.bench.report import Report, SideReport
-    from apertus_mlx.bench.sides import Settings
-    from apertus_mlx.bench.workload import Workload
     from apertus_mlx.cache import CacheConfig
-    from apertus_mlx.inventory import Inventory
+    from apertus_mlx.checkpoint.inventory import Inventory
+    from apertus_mlx.measure.bench.report import Report, SideReport
+    from apertus_mlx.measure.bench.sides import Settings
+    from apertus_mlx.measure.bench.workload import Workload
 
 MAX_COUNT = 2**20
-SIDES = (("apertus-mlx", "apertus_mlx.bench.ours"), ("mlx-lm", "apertus_mlx.bench.peer"))
+SIDES = (
+    ("apertus-mlx", "apertus_mlx.measure.bench.ours"),
+    ("mlx-lm", "apertus_mlx.measure.bench.peer"),
+)
 
 
 class Peer(enum.StrEnum):
@@ -93,16 +96,16 @@ def bench(
     Tokens are random, drawing them and reading them back is included, a first go does not count.
     ± is half of what lies between the slowest and the fastest turn.
     """
-    from apertus_mlx.bench.sides import Settings
-    from apertus_mlx.bench.workload import make_workload
+    from apertus_mlx.backend.choose import uses_host
+    from apertus_mlx.backend.machine import available_bytes, on_gpu
     from apertus_mlx.cache import FULL_PRECISION
+    from apertus_mlx.checkpoint.inventory import take_inventory
     from apertus_mlx.cli.model_source import locate_model
     from apertus_mlx.cli.plot import check_plot
-    from apertus_mlx.compute import uses_host
     from apertus_mlx.errors import RejectedError, UsageError
-    from apertus_mlx.inventory import take_inventory
-    from apertus_mlx.memory.machine import available_bytes, on_gpu
-    from apertus_mlx.model_files import check_folder
+    from apertus_mlx.measure.bench.sides import Settings
+    from apertus_mlx.measure.bench.workload import make_workload
+    from apertus_mlx.system.model_files import check_folder
 
     if plot is not None:
         check_plot(plot)
@@ -170,12 +173,12 @@ def _measure(
     count: int,
 ) -> Report:
     """Start `count` sides, let them take turns, and put together what they found."""
-    from apertus_mlx.bench.bandwidth import find_bandwidth
-    from apertus_mlx.bench.report import SideReport, make_report, measurements
-    from apertus_mlx.bench.sides import Side
-    from apertus_mlx.bench.turns import time_task, total_tokens
     from apertus_mlx.cache import FULL_PRECISION
-    from apertus_mlx.doctor.facts import gather_facts
+    from apertus_mlx.measure.bench.bandwidth import find_bandwidth
+    from apertus_mlx.measure.bench.report import SideReport, make_report, measurements
+    from apertus_mlx.measure.bench.sides import Side
+    from apertus_mlx.measure.bench.turns import time_task, total_tokens
+    from apertus_mlx.measure.doctor.facts import gather_facts
 
     started = datetime.now().astimezone()
     for file in inventory.checkpoint.files:
@@ -209,7 +212,7 @@ def _measure(
 
 def _read_ahead(path: Path) -> None:
     """Have the system hold a file, so that no side loads it sooner than another."""
-    from apertus_mlx.model_files import open_file
+    from apertus_mlx.system.model_files import open_file
 
     with open_file(path) as file:
         while file.read(2**24):

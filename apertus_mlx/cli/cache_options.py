@@ -13,9 +13,9 @@ from apertus_mlx.cli.output import format_bytes, note
 
 if TYPE_CHECKING:
     from apertus_mlx.cache.config import CacheConfig
-    from apertus_mlx.inventory import Inventory
+    from apertus_mlx.checkpoint.inventory import Inventory
+    from apertus_mlx.generation.prompt_cache import PromptCache
     from apertus_mlx.memory import Fit
-    from apertus_mlx.prompt_cache import PromptCache
 
 KvBitsOption = Annotated[
     int | None,
@@ -85,7 +85,7 @@ class MemoryGuard:
 
     def choose(self, inventory: Inventory, context: int) -> None:
         """See `choose_settings`."""
-        from apertus_mlx.memory.machine import mlx_limits
+        from apertus_mlx.backend.machine import mlx_limits
 
         self.fit = choose_settings(
             self._request, inventory, context, self._dtype, self._compute, self._precision
@@ -157,12 +157,12 @@ def choose_settings(
         ResourceError: nothing fits; the message has the numbers that would.
         UsageError: this model's heads cannot be cached as asked.
     """
+    from apertus_mlx.backend.choose import uses_host
+    from apertus_mlx.backend.machine import available_bytes, on_gpu
     from apertus_mlx.cache import FULL_PRECISION
-    from apertus_mlx.compute import uses_host
     from apertus_mlx.memory import Fit, fit, footprint
     from apertus_mlx.memory.fit import PREFILL_STEPS
     from apertus_mlx.memory.footprint import choose_backend
-    from apertus_mlx.memory.machine import available_bytes, on_gpu
     from apertus_mlx.memory.subject import inventory_subject
 
     config = inventory.config
@@ -198,9 +198,9 @@ def open_prompt_cache(
     Raises:
         RejectedError: it is damaged, or made under other conditions.
     """
-    from apertus_mlx.compute import uses_host
-    from apertus_mlx.load import DTYPES, compute_dtype
-    from apertus_mlx.prompt_cache import PromptCache
+    from apertus_mlx.backend.choose import uses_host
+    from apertus_mlx.backend.mlx import DTYPES, compute_dtype
+    from apertus_mlx.generation.prompt_cache import PromptCache
 
     if uses_host(compute, dtype):
         dtype = "float32"

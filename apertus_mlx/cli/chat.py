@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from apertus_mlx import sink
 from apertus_mlx.cli import cache_options, options
 from apertus_mlx.cli.generate import summary
 from apertus_mlx.cli.output import note, print_data, print_pieces
 from apertus_mlx.cli.prompt_text import open_lines, require_short
+from apertus_mlx.system import sink
 
 if TYPE_CHECKING:
-    from apertus_mlx.generate import Speaker
+    from apertus_mlx.generation.run import Speaker
+    from apertus_mlx.generation.sampling import SamplingParams
     from apertus_mlx.memory import Fit
-    from apertus_mlx.sampling import SamplingParams
 
 # Memory is planned for a conversation of so many tokens, or the model's context if shorter.
 CHAT_CONTEXT = 8192
@@ -54,9 +54,9 @@ def chat(
     force: cache_options.ForceOption = False,
 ) -> None:
     """Talk with a model; earlier turns are not computed again. /help lists what it understands."""
+    from apertus_mlx.checkpoint.generation_config import GenerationConfig
     from apertus_mlx.cli.model_source import locate_model, open_speaker
-    from apertus_mlx.generation_config import GenerationConfig
-    from apertus_mlx.sampling import resolve_params
+    from apertus_mlx.generation.sampling import resolve_params
 
     def choose(config: GenerationConfig) -> SamplingParams:
         return resolve_params(
@@ -96,8 +96,8 @@ def _converse(
     max_tokens: int,
     stop: Sequence[str],
 ) -> None:
-    from apertus_mlx.chat import Conversation
     from apertus_mlx.errors import UsageError
+    from apertus_mlx.generation.conversation import Conversation
 
     conversation = Conversation(speaker, system, think, fit.form)
     note("type a message; /help for more")

@@ -18,15 +18,15 @@ from apertus_mlx.cli.output import (
     print_table,
 )
 from apertus_mlx.errors import UsageError
-from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES
+from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from apertus_mlx.convert.job import Job
+    from apertus_mlx.convert.plan.plan import Plan
+    from apertus_mlx.convert.plan.policy import Method, Request
     from apertus_mlx.memory import Device
-    from convert.job import Job
-    from convert.plan import Plan
-    from convert.policy import Method, Request
 
 EMBEDDED_NAME = "apertus-demo"
 
@@ -127,9 +127,9 @@ def convert(
 ) -> None:
     """Convert SOURCE to MLX weights in the folder OUT, quantized where --bits is given."""
     from apertus_mlx.cli.resumable import resumable
-    from convert.job import convert as run
-    from convert.report import plan_as_json, plan_rows, summary
-    from convert.workspace import check_target, partial_path
+    from apertus_mlx.convert.job import convert as run
+    from apertus_mlx.convert.report import plan_as_json, plan_rows, summary
+    from apertus_mlx.convert.write.workspace import check_target, partial_path
 
     request = _request(
         bits, group_size, mode, embed_bits, head_bits, rules or [], recipe,
@@ -187,7 +187,7 @@ def _read_device(name: str | None) -> Device | None:
 
 def _require_fit(plan: Plan, device: Device | None) -> None:
     if device is not None:
-        from convert.budget import require_fit
+        from apertus_mlx.convert.plan.budget import require_fit
 
         require_fit(plan, device)
 
@@ -212,9 +212,9 @@ def _request(
     allow_untied_head: bool,
     allow_nonfinite: bool,
 ) -> Request:
-    from apertus_mlx import layout
-    from convert.plan import CONFIG_DTYPES
-    from convert.policy import (
+    from apertus_mlx.checkpoint import layout
+    from apertus_mlx.convert.plan.plan import CONFIG_DTYPES
+    from apertus_mlx.convert.plan.policy import (
         Request,
         Rule,
         make_spec,
@@ -264,7 +264,7 @@ def _request(
 
 
 def _method(text: str) -> Method:
-    from convert.policy import METHODS
+    from apertus_mlx.convert.plan.policy import METHODS
 
     for method in METHODS:
         if text == method:
@@ -292,13 +292,13 @@ def _prepare(
 ) -> tuple[Job, Path]:
     """The job and its output folder; where a size is the target, it is measured for there."""
     from apertus_mlx.cli.resumable import resumable
-    from convert.job import prepare
-    from convert.report import default_name
-    from convert.workspace import partial_path
+    from apertus_mlx.convert.job import prepare
+    from apertus_mlx.convert.report import default_name
+    from apertus_mlx.convert.write.workspace import partial_path
 
     commit = None
     if source is None:
-        from apertus_mlx.embedded import model_dir
+        from apertus_mlx.demo import model_dir
 
         note("using the small demonstration model in the package; SOURCE takes a real one")
         folder, name = model_dir(), EMBEDDED_NAME
@@ -334,8 +334,8 @@ def _plan_only(
     resume: bool,
 ) -> tuple[Plan, str, str | None]:
     """The plan alone; for a Hub id from its headers, before anything is downloaded."""
+    from apertus_mlx.convert.write.workspace import partial_path
     from apertus_mlx.hub import is_repo_id
-    from convert.workspace import partial_path
 
     remote = source is not None and not Path(source).expanduser().exists() and is_repo_id(source)
     if not remote or offline or source is None:
@@ -343,8 +343,8 @@ def _plan_only(
         if job.is_begun:
             note(f"{partial_path(target)}: holds what was measured, for the conversion to use")
         return job.plan, job.source_name, job.commit
+    from apertus_mlx.convert.remote import plan_remote
     from apertus_mlx.hub import fetch_headers
-    from convert.remote import plan_remote
 
     checkpoint = fetch_headers(source, revision or "main")
     return plan_remote(checkpoint, request), source, checkpoint.commit

@@ -14,9 +14,9 @@ from apertus_mlx.cli.output import note, print_data, print_json
 from apertus_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from convert.distill.run import Job
-    from convert.distill.student import Trained
-    from convert.distill.training import Judgement
+    from apertus_mlx.convert.distill.run import Job
+    from apertus_mlx.convert.distill.student import Trained
+    from apertus_mlx.convert.distill.training import Judgement
 
 REPORT_INTERVAL_S = 10.0
 
@@ -74,10 +74,10 @@ def distill(
     """Let STUDENT_DIR learn from TEACHER; writes a folder of the same format and size."""
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.cli.resumable import resumable
+    from apertus_mlx.convert.distill.run import Observer, Options, prepare
+    from apertus_mlx.convert.distill.run import distill as run
+    from apertus_mlx.convert.distill.training import best
     from apertus_mlx.hub import locate
-    from convert.distill.run import Observer, Options, prepare
-    from convert.distill.run import distill as run
-    from convert.distill.training import best
 
     if not 0 < learning_rate <= 1:
         raise UsageError(f"--learning-rate {learning_rate}: expected above 0 and at most 1")
@@ -153,7 +153,7 @@ class _TrainingLog:
 
 
 def _trained(text: str) -> Trained:
-    from convert.distill.student import TRAINED
+    from apertus_mlx.convert.distill.student import TRAINED
 
     for trained in TRAINED:
         if text == trained:

@@ -14,10 +14,10 @@ from apertus_mlx.cli.output import format_bytes, note, print_data, print_json, p
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from apertus_mlx.doctor.consult import KernelResult
-    from apertus_mlx.doctor.facts import Facts
-    from apertus_mlx.doctor.report import Report
-    from apertus_mlx.inventory import Inventory
+    from apertus_mlx.checkpoint.inventory import Inventory
+    from apertus_mlx.measure.doctor.consult import KernelResult
+    from apertus_mlx.measure.doctor.facts import Facts
+    from apertus_mlx.measure.doctor.report import Report
 
 
 def doctor(
@@ -50,12 +50,12 @@ def doctor(
         return
     import mlx.core as mx
 
+    from apertus_mlx.backend.metal.text import type_key
+    from apertus_mlx.backend.mlx import compute_dtype
+    from apertus_mlx.checkpoint.inventory import take_inventory
     from apertus_mlx.cli.model_source import locate_model
-    from apertus_mlx.doctor.report import as_json
-    from apertus_mlx.doctor.visit import visit
-    from apertus_mlx.inventory import take_inventory
-    from apertus_mlx.load import compute_dtype
-    from apertus_mlx.metal.text import type_key
+    from apertus_mlx.measure.doctor.report import as_json
+    from apertus_mlx.measure.doctor.visit import visit
 
     directory = locate_model(model, revision, offline)
     inventory = take_inventory(directory)
@@ -77,7 +77,7 @@ def doctor(
 
 
 def _reset(json: bool) -> None:
-    from apertus_mlx.metal.verdict import forget_verdicts, only_doctor
+    from apertus_mlx.backend.metal.verdict import forget_verdicts, only_doctor
 
     with only_doctor():
         path = forget_verdicts()
@@ -91,14 +91,14 @@ def _require_memory(inventory: Inventory, dtype: str) -> None:
     """Refuse a model that does not fit before anything is loaded."""
     from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.cli.cache_options import choose_settings, read_memory_request
-    from apertus_mlx.doctor.mlx_device import CONTEXT
+    from apertus_mlx.measure.doctor.mlx_device import CONTEXT
 
     request = read_memory_request(FULL_PRECISION, None, None, force=False)
     choose_settings(request, inventory, CONTEXT, dtype, "mlx")
 
 
 def _print_report(report: Report) -> None:
-    from apertus_mlx.doctor.facts import PRODUCT_BOUND
+    from apertus_mlx.measure.doctor.facts import PRODUCT_BOUND
 
     for line in _machine_lines(report.machine):
         print_data(line)

@@ -13,8 +13,8 @@ from apertus_mlx.cli.output import format_bytes, layer_progress, note, print_jso
 from apertus_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from convert.receipt import Receipt
-    from quant.metrics import Damage
+    from apertus_mlx.convert.evaluation.evaluate import Receipt
+    from apertus_mlx.quant.metrics import Damage
 
 HEADER = ("tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "ppl", "+")
 
@@ -50,9 +50,9 @@ def evaluate(
 ) -> None:
     """Measure how far each MODEL's predictions are from those of the reference."""
     from apertus_mlx.cli.plot import check_plot
+    from apertus_mlx.convert.evaluation.evaluate import measure_all
+    from apertus_mlx.convert.evaluation.texts import hold_out, read_texts
     from apertus_mlx.hub import locate
-    from convert.calibration.texts import hold_out, read_texts
-    from convert.receipt import measure_all
 
     if plot is not None:
         check_plot(plot)
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def _print(receipts: Mapping[str, Receipt]) -> None:
-    from convert.receipt import FLOOR
+    from apertus_mlx.convert.evaluation.evaluate import FLOOR
 
     one = len(receipts) == 1
     header = ["text", *HEADER] if one else ["model", "size", "text", *HEADER]

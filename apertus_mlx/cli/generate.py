@@ -22,11 +22,11 @@ from apertus_mlx.cli.output import (
 from apertus_mlx.cli.prompt_text import read_prompt, require_short
 
 if TYPE_CHECKING:
-    from apertus_mlx.generate import Generation, Result
-    from apertus_mlx.inventory import Inventory
-    from apertus_mlx.prompt_cache import PromptCache
-    from apertus_mlx.template import ChatTemplate
-    from apertus_mlx.tokenizer import Tokenizer
+    from apertus_mlx.checkpoint.inventory import Inventory
+    from apertus_mlx.generation.prompt_cache import PromptCache
+    from apertus_mlx.generation.run import Generation, Result
+    from apertus_mlx.text.template import ChatTemplate
+    from apertus_mlx.text.tokenizer import Tokenizer
 
 
 def generate(
@@ -64,12 +64,12 @@ def generate(
     json: options.JsonOption = False,
 ) -> None:
     """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
-    from apertus_mlx.cached_prefix import CachedPrefix
+    from apertus_mlx.checkpoint.generation_config import GenerationConfig
     from apertus_mlx.cli.model_source import locate_model, open_speaker
     from apertus_mlx.errors import UsageError
-    from apertus_mlx.generate import Generation, require_room
-    from apertus_mlx.generation_config import GenerationConfig
-    from apertus_mlx.sampling import SamplingParams, resolve_params
+    from apertus_mlx.generation.cached_prefix import CachedPrefix
+    from apertus_mlx.generation.run import Generation, require_room
+    from apertus_mlx.generation.sampling import SamplingParams, resolve_params
 
     def choose(config: GenerationConfig) -> SamplingParams:
         return resolve_params(
@@ -185,7 +185,7 @@ def _prompt_ids(
     system: str | None,
     think: bool,
 ) -> list[int]:
-    from apertus_mlx.template import Message
+    from apertus_mlx.text.template import Message
 
     if raw or template is None:
         if not raw:

@@ -19,8 +19,8 @@ def inspect(
     json: options.JsonOption = False,
 ) -> None:
     """Show geometry, size, quantization, context and control tokens of a checkpoint."""
+    from apertus_mlx.checkpoint.inspection import inspect_checkpoint
     from apertus_mlx.cli.model_source import locate_model
-    from apertus_mlx.inspection import inspect_checkpoint
 
     report = inspect_checkpoint(locate_model(model, revision, offline))
     if json:

@@ -11,16 +11,16 @@ from apertus_mlx.cli.output import byte_progress, note
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from apertus_mlx.generate import Speaker
-    from apertus_mlx.inventory import Inventory
-    from apertus_mlx.template import ChatTemplate
-    from apertus_mlx.tokenizer import Tokenizer
+    from apertus_mlx.checkpoint.inventory import Inventory
+    from apertus_mlx.generation.run import Speaker
+    from apertus_mlx.text.template import ChatTemplate
+    from apertus_mlx.text.tokenizer import Tokenizer
 
 
 def locate_model(model: str | None, revision: str | None, offline: bool) -> Path:
     """The folder of `model`, fetched from the Hub if it is an id; the embedded one by default."""
     if model is None:
-        from apertus_mlx.embedded import model_dir
+        from apertus_mlx.demo import model_dir
 
         note("using the small demonstration model in the package; --model takes a real one")
         return model_dir()
@@ -37,8 +37,8 @@ def open_speaker(
     before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None],
 ) -> Speaker:
     """Load the model in `directory`; tells what was ignored in it. See `load_speaker`."""
-    from apertus_mlx.generate import load_speaker
-    from apertus_mlx.memory.machine import on_gpu
+    from apertus_mlx.backend.machine import on_gpu
+    from apertus_mlx.generation.run import load_speaker
 
     def tell(inventory: Inventory) -> None:
         for name, reason in inventory.dropped.items():

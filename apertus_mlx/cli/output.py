@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from apertus_mlx import sink
+from apertus_mlx.system import sink
 
 if TYPE_CHECKING:
-    from apertus_mlx.generate import Piece
+    from apertus_mlx.generation.run import Piece
 
 PLAIN_PROGRESS_INTERVAL_S = 5.0
 

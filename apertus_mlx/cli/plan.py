@@ -62,7 +62,7 @@ def _device(name: str | None) -> Any:
 
     if name is not None:
         return parse_device(name)
-    from apertus_mlx.memory.machine import available_bytes
+    from apertus_mlx.backend.machine import available_bytes
 
     return Device("this machine", available_bytes())
 
@@ -71,7 +71,7 @@ def _on_gpu(device: str | None) -> bool:
     """Every device by name is Apple's; only this machine may lack a GPU."""
     if device is not None:
         return True
-    from apertus_mlx.memory.machine import on_gpu
+    from apertus_mlx.backend.machine import on_gpu
 
     return on_gpu()
 
@@ -80,7 +80,7 @@ def _host(device: str | None) -> str | None:
     """The precision of the CPU path, if it is what runs models on this machine."""
     if device is not None:
         return None
-    from apertus_mlx.compute import uses_host
+    from apertus_mlx.backend.choose import uses_host
 
     return "auto" if uses_host("auto", None) else None
 

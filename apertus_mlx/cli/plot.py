@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.errors import ResourceError, UsageError
-from apertus_mlx.whole_file import whole_file
+from apertus_mlx.system.whole_file import whole_file
 
 FORMATS = (".svg", ".png", ".pdf")
 

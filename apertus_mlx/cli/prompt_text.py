@@ -10,7 +10,7 @@ from apertus_mlx.cli.output import note
 from apertus_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from apertus_mlx.tokenizer import Tokenizer
+    from apertus_mlx.text.tokenizer import Tokenizer
 
 # Some 15 million tokens; what goes on is no prompt.
 MAX_PROMPT_BYTES = 64 * 2**20

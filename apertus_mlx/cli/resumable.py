@@ -11,7 +11,7 @@ from apertus_mlx.cli.output import note
 @contextmanager
 def resumable() -> Iterator[None]:
     """Run work that builds a folder; cut off, it says how to go on, where that is possible."""
-    from convert.workspace import RESUMES, how_to_go_on
+    from apertus_mlx.convert.write.workspace import RESUMES, how_to_go_on
 
     try:
         yield

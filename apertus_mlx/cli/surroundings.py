@@ -87,7 +87,7 @@ def check_surroundings(no_stdout: bool) -> None:
         value = os.environ.get(name, "")
         if value and not (value.isascii() and value.isdecimal() and len(value) < 10):
             raise UsageError(f"{name}={value[:40]!r}: expected a whole number of seconds")
-    from apertus_mlx.cpu.threads import THREADS_VARIABLE, thread_count
+    from apertus_mlx.backend.cpu.threads import THREADS_VARIABLE, thread_count
 
     if os.environ.get(THREADS_VARIABLE):
         thread_count()

@@ -17,7 +17,7 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Check DIRECTORY: hashes, names, shapes and config, and what Swift apps need."""
-    from convert.verify import verify as run
+    from apertus_mlx.convert.check.verify import verify as run
 
     result = run(directory)
     if json:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from apertus_mlx.checkpoint import INDEX_FILE, read_weight_map
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, read_weight_map
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.hub.errors import UnreachableError
 from apertus_mlx.hub.listing import (
@@ -23,9 +23,9 @@ from apertus_mlx.hub.listing import (
     list_files,
 )
 from apertus_mlx.hub.transfer import DownloadProgress, download
-from apertus_mlx.model_files import exists, read_file
-from apertus_mlx.strict_json import read_object
-from apertus_mlx.whole_file import whole_file
+from apertus_mlx.system.model_files import exists, read_file
+from apertus_mlx.system.strict_json import read_object
+from apertus_mlx.system.whole_file import whole_file
 
 MAX_REF_BYTES = 1024
 

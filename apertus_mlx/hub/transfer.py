@@ -18,7 +18,7 @@ from pathlib import Path
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.hub.errors import UnreachableError, explained
 from apertus_mlx.hub.listing import Listing, RemoteFile
-from apertus_mlx.sink import note
+from apertus_mlx.system.sink import note
 
 _CALLBACK_PERIOD_S = 0.5
 _LINE_PERIOD_S = 5.0

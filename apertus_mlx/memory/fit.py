@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from apertus_mlx import layout
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.footprint import Backend, Footprint, footprint
 from apertus_mlx.memory.subject import Subject
-from quant.spec import QuantSpec
+from apertus_mlx.quant.spec import QuantSpec
 
 PREFILL_STEPS = (512, 256, 128, 64, 32)
 # Steps down to this cost little speed; smaller ones are tried after the caches' precision.

@@ -2,8 +2,8 @@
 
 Weights and cache are exact: sizes follow from config and headers, and growth of a cache is a rule.
 What MLX holds while it works on a chunk is a formula; its factors are counted from the operations
-in flight, and checked against MLX's measured peak (`tests/test_memory_peak.py`). With L tokens a
-chunk, D the hidden size, I the MLP's, S positions seen and e bytes a number:
+in flight, and checked against MLX's measured peak (`tests/memory/test_memory_peak.py`). With L
+tokens a chunk, D the hidden size, I the MLP's, S positions seen and e bytes a number:
 
     MLP          m * L * I * e       (xIELU's intermediate values; one fused kernel on a GPU)
     residual     r * L * D * e
@@ -24,12 +24,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from apertus_mlx.cache.attention import MAX_SCORES_BYTES
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
 from apertus_mlx.cache.store import capacity_for
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.memory import host
 from apertus_mlx.memory.subject import Subject
-from apertus_mlx.ops.segmented import MAX_SCORES_BYTES
 
 SCALE_BYTES = 2
 
@@ -45,7 +45,7 @@ class Backend:
     scores_in_blocks: float
     quantization: float
     fixed_bytes: int
-    # Of the CPU path (`apertus_mlx.cpu`) the precision of activations; None where MLX computes.
+    # Of the CPU path the precision of activations; None where MLX computes.
     host: str | None = None
 
 

@@ -1,12 +1,13 @@
-"""What the CPU path (`apertus_mlx.cpu`) holds: an upper bound, as there the process is limited.
+"""What the CPU path holds: an upper bound, since there the process is limited.
 
-Beside libraries and tokenizer these are weights in a form of its own (`apertus_mlx.cpu.weights`):
-codes of 2, 4 or 8 bits or in planes of 4, and for each group the scale of each plane, an offset
-and, where activations are int8, the sum of its codes, four bytes each. What is not affine is
-float32; rows of an untied embedding stay in the file. While a matrix is read, its codes are there
-twice more; those of a stage (the head comes first, then each layer) are freed together.
+Beside libraries and tokenizer these are weights in a form of its own
+(`apertus_mlx.backend.cpu.weights`): codes of 2, 4 or 8 bits or in planes of 4, and for each group
+the scale of each plane, an offset and, where activations are int8, the sum of its codes, four
+bytes each. What is not affine is float32; rows of an untied embedding stay in the file. While a
+matrix is read, its codes are there twice more; those of a stage (the head comes first, then each
+layer) are freed together.
 
-Measured on Linux (glibc, onnxruntime 1.32, two cores) with `tests/benchmarks/cpu_memory.py`, where
+Measured on Linux (glibc, onnxruntime 1.32, two cores) with `benchmarks/cpu_memory.py`, where
 the command stands. Nobody has measured it on macOS.
 """
 
@@ -14,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
-from apertus_mlx.cpu.weights import activations_for, parts_of
-from quant.spec import QuantSpec
+from apertus_mlx.backend.cpu.weights import activations_for, parts_of
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.quant.spec import QuantSpec
 
 # Python, MLX, onnxruntime and the command line; and a layer's graphs.
 LIBRARIES_BYTES, LAYER_BYTES = 114_000_000, 250_000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from apertus_mlx import layout
 from apertus_mlx.cache.config import CacheConfig
+from apertus_mlx.checkpoint import layout
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.devices import Device
 from apertus_mlx.memory.fit import PREFILL_STEPS, fit, largest_context, possible_forms, size_text

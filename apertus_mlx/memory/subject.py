@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from apertus_mlx import layout
-from apertus_mlx.checkpoint import INDEX_FILE, merge_headers, read_weight_map
-from apertus_mlx.config import CONFIG_FILE, ModelConfig, parse_config
-from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import (
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, parse_config
+from apertus_mlx.checkpoint.header import DTYPE_BITS, TensorInfo, parse_header
+from apertus_mlx.checkpoint.inventory import (
     FLOAT_DTYPES,
     Inventory,
     expected_tensors,
     take_inventory,
 )
-from apertus_mlx.safetensors_header import DTYPE_BITS, TensorInfo, parse_header
-from apertus_mlx.strict_json import parse_object
-from quant.spec import QuantSpec
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, merge_headers, read_weight_map
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.quant.spec import QuantSpec
+from apertus_mlx.system.strict_json import parse_object
 
 # Of the released sizes; of a remote model nobody asks.
 RELEASED_TOKENIZER_BYTES = 17_078_480

@@ -1,9 +1,9 @@
 """Bits where they matter: formats for all matrices of a model that come to a given size.
 
 Each matrix is measured in each format (`sensitivity`), the best combination is found
-(`quant.allocate`), and it is kept only if it is at least as good, on texts held out, as the best
-uniform width of that size. q, k and v of a layer share a format, since they are multiplied as one.
-All that is measured is kept, so that an interrupted run does not measure it again.
+(`apertus_mlx.quant.allocate`), and it is kept only if it is at least as good, on texts held out, as
+the best uniform width of that size. q, k and v of a layer share a format, since they are multiplied
+as one. All that is measured is kept, so that an interrupted run does not measure it again.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.basis.smoothing import Rounding, rounding_of
+from apertus_mlx.convert.basis.weights import unscaled_weights
+from apertus_mlx.convert.calibration import gradients, judging
+from apertus_mlx.convert.calibration.calibrated import WINDOW_TOKENS, Calibration
+from apertus_mlx.convert.calibration.judging import Judge, scale_type_of, spread
+from apertus_mlx.convert.calibration.sensitivity import Damages, predict_damages
+from apertus_mlx.convert.evaluation.layerwise import Array, SourceWeights
+from apertus_mlx.convert.plan.grids import find_grids
+from apertus_mlx.convert.plan.plan import Plan, Step
+from apertus_mlx.convert.plan.planning import make_plan
+from apertus_mlx.convert.plan.policy import DEFAULT_GROUP_SIZE, Request, Rule, Target
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.sources.source import Source
+from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
-from convert.calibration import gradients, judging
-from convert.calibration.calibrated import WINDOW_TOKENS, Calibration
-from convert.calibration.judging import Judge, scale_type_of, spread
-from convert.calibration.sensitivity import Damages, predict_damages
-from convert.calibration.smoothing import Rounding, rounding_of
-from convert.grids import find_grids
-from convert.keep import Keep
-from convert.layerwise import Array, SourceWeights
-from convert.plan import Plan, Step
-from convert.planning import make_plan
-from convert.policy import DEFAULT_GROUP_SIZE, Request, Rule, Target
-from convert.reading import Reader
-from convert.sources.source import Source
-from convert.transformed import unscaled_weights
-from quant.affine import ScaleType
-from quant.allocate import Choice, allocate
-from quant.spec import AFFINE_BITS, QuantSpec
+from apertus_mlx.quant.affine import ScaleType
+from apertus_mlx.quant.allocate import Choice, allocate
+from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
 
 # Groups that are tried where the user names none: the larger ones often buy a bit elsewhere.
 GROUP_SIZES = (DEFAULT_GROUP_SIZE, 128)

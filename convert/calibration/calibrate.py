@@ -14,10 +14,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
-from convert.keep import Keep
-from convert.layerwise import (
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.evaluation.layerwise import (
     Array,
     Layer,
     Tokens,
@@ -28,9 +27,10 @@ from convert.layerwise import (
     head_path,
     hidden_states,
 )
-from quant import descent, gptq
-from quant.affine import AffineCodes, ScaleType, dequantize
-from quant.spec import QuantSpec
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.quant import descent, gptq
+from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize
+from apertus_mlx.quant.spec import QuantSpec
 
 # How much of the difference between the two streams a matrix is asked to make up for. All of it
 # fits the calibration text too closely.

@@ -18,20 +18,26 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save_file
 
-from apertus_mlx.config import ModelConfig
-from apertus_mlx.template import ChatTemplate
-from apertus_mlx.tokenizer import Tokenizer
-from apertus_mlx.whole_file import whole_file
-from convert.array_file import is_whole, map_array, save_array
-from convert.calibration import calibrate
-from convert.calibration.calibrate import passes, quantize_model
-from convert.calibration.smoothing import rounding_of, smoothing_scales
-from convert.calibration.texts import Sample, TextSet, hold_out, read_texts, sample_windows
-from convert.keep import Keep
-from convert.plan import CALIBRATION_TOKENS, Plan, Step
-from convert.reading import MLX_TYPES, Reader
-from convert.transformed import SCALES, transformed_weights, unscaled_weights
-from quant.affine import ScaleType
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.basis.smoothing import rounding_of, smoothing_scales
+from apertus_mlx.convert.basis.weights import SCALES, transformed_weights, unscaled_weights
+from apertus_mlx.convert.calibration import calibrate
+from apertus_mlx.convert.calibration.calibrate import passes, quantize_model
+from apertus_mlx.convert.evaluation.texts import (
+    Sample,
+    TextSet,
+    hold_out,
+    read_texts,
+    sample_windows,
+)
+from apertus_mlx.convert.plan.plan import CALIBRATION_TOKENS, Plan, Step
+from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
+from apertus_mlx.convert.write.array_file import is_whole, map_array, save_array
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.quant.affine import ScaleType
+from apertus_mlx.system.whole_file import whole_file
+from apertus_mlx.text.template import ChatTemplate
+from apertus_mlx.text.tokenizer import Tokenizer
 
 # In the folder of the codes: that all of them are there, and how far smoothing is.
 DONE = "done"

@@ -15,12 +15,20 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
-from apertus_mlx.model import XIELU, RotaryEmbedding
-from convert.array_file import is_whole, map_array, save_array
-from convert.keep import Keep
-from convert.layerwise import Array, Projection, Tokens, Weights, batches, embed, head_path
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.evaluation.layerwise import (
+    Array,
+    Projection,
+    Tokens,
+    Weights,
+    batches,
+    embed,
+    head_path,
+)
+from apertus_mlx.convert.write.array_file import is_whole, map_array, save_array
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.model.apertus import XIELU, RotaryEmbedding
 
 # Logits that are held at once.
 BLOCK_LOGITS = 1 << 24

@@ -13,20 +13,33 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.config import ModelConfig
-from apertus_mlx.template import ChatTemplate
-from apertus_mlx.tokenizer import Tokenizer
-from convert.calibration import calibrate
-from convert.calibration.calibrated import SEED, WINDOW_TOKENS, Calibration, make_codes, read_codes
-from convert.calibration.gradients import BLOCK_LOGITS
-from convert.calibration.smoothing import rounding_of
-from convert.calibration.texts import sample_windows
-from convert.keep import Keep
-from convert.layerwise import Array, SourceWeights, Tokens, Weights, head_path, hidden_states
-from convert.plan import Plan
-from convert.transformed import transformed_weights
-from quant.affine import ScaleType
-from quant.metrics import log_softmax
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.basis.smoothing import rounding_of
+from apertus_mlx.convert.basis.weights import transformed_weights
+from apertus_mlx.convert.calibration import calibrate
+from apertus_mlx.convert.calibration.calibrated import (
+    SEED,
+    WINDOW_TOKENS,
+    Calibration,
+    make_codes,
+    read_codes,
+)
+from apertus_mlx.convert.calibration.gradients import BLOCK_LOGITS
+from apertus_mlx.convert.evaluation.layerwise import (
+    Array,
+    SourceWeights,
+    Tokens,
+    Weights,
+    head_path,
+    hidden_states,
+)
+from apertus_mlx.convert.evaluation.texts import sample_windows
+from apertus_mlx.convert.plan.plan import Plan
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.quant.affine import ScaleType
+from apertus_mlx.quant.metrics import log_softmax
+from apertus_mlx.text.template import ChatTemplate
+from apertus_mlx.text.tokenizer import Tokenizer
 
 # Windows to calibrate a trial on, and windows to judge it by.
 WINDOWS = 16

@@ -13,14 +13,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx import layout
-from convert.calibration.gradients import BACKWARD, BLOCK_LOGITS, Ends, Trace, trace_layers
-from convert.calibration.smoothing import Rounding
-from convert.keep import Keep
-from convert.layerwise import Array, Tokens, Weights, head_path
-from quant import gptq
-from quant.affine import ScaleType, dequantize
-from quant.spec import QuantSpec
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.convert.basis.smoothing import Rounding
+from apertus_mlx.convert.calibration.gradients import (
+    BACKWARD,
+    BLOCK_LOGITS,
+    Ends,
+    Trace,
+    trace_layers,
+)
+from apertus_mlx.convert.evaluation.layerwise import Array, Tokens, Weights, head_path
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.quant import gptq
+from apertus_mlx.quant.affine import ScaleType, dequantize
+from apertus_mlx.quant.spec import QuantSpec
 
 SEED = 1
 # What GPTQ leaves of the damage is measured on so many rows of each matrix, at this width.

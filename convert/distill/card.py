@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.model_files import exists, open_file
-from convert.card import MAX_CARD_BYTES, damage_table, license_of
-from convert.job import CARD
-from convert.receipt import Receipt
+from apertus_mlx.convert.evaluation.evaluate import Receipt
+from apertus_mlx.convert.job import CARD
+from apertus_mlx.convert.write.card import MAX_CARD_BYTES, damage_table, license_of
+from apertus_mlx.system.model_files import exists, open_file
 
 
 def make_card(

@@ -12,13 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from apertus_mlx.ops import Stream, plain
-from apertus_mlx.ops.plain import embed, feed_forward, joined_rows, normalize, scores
+from apertus_mlx.model import plain
+from apertus_mlx.model.operations import Stream
+from apertus_mlx.model.plain import embed, feed_forward, joined_rows, normalize, scores
 
 if TYPE_CHECKING:
     from apertus_mlx.cache import Cache
     from apertus_mlx.cache.protocol import Mask
-    from apertus_mlx.model import Attention
+    from apertus_mlx.model.apertus import Attention
 
 __all__ = ["attend", "embed", "feed_forward", "joined_rows", "normalize", "product", "scores"]
 

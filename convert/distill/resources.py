@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.backend.machine import available_bytes
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.layout import parameter_count
+from apertus_mlx.convert.distill.student import Trained
+from apertus_mlx.convert.distill.teacher_cache import answer_bytes
 from apertus_mlx.errors import ResourceError
-from apertus_mlx.layout import parameter_count
-from apertus_mlx.memory.machine import available_bytes
-from convert.distill.student import Trained
-from convert.distill.teacher_cache import answer_bytes
 
 # Most tokens, and most logits, of a batch.
 BATCH_TOKENS = 2048

@@ -17,34 +17,35 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.checkpoint import INDEX_FILE, open_checkpoint
-from apertus_mlx.config import CONFIG_FILE, ModelConfig, read_config
-from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.model import Model
-from apertus_mlx.model_files import MAX_WEIGHTS_BYTES, copy_file, exists
-from apertus_mlx.strict_json import read_object
-from apertus_mlx.template import ChatTemplate
-from apertus_mlx.tokenizer import Tokenizer
-from convert.calibration.texts import Sample, TextSet, Tokens, hold_out, read_texts, sample_windows
-from convert.companions import TOKENIZER, copy_companions
-from convert.distill.card import make_card
-from convert.distill.resources import Resources
-from convert.distill.student import (
+from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, read_config
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
+from apertus_mlx.convert.distill.card import make_card
+from apertus_mlx.convert.distill.resources import Resources
+from apertus_mlx.convert.distill.student import (
     Trained,
     check_student,
     make_student,
     recompute_layers,
     stored_tensors,
 )
-from convert.distill.teacher_cache import TeacherCache, lot_bytes
-from convert.distill.training import Judgement, Schedule, Training, best
-from convert.golden import write_golden
-from convert.job import CARD
-from convert.layerwise import open_weights
-from convert.manifest import MANIFEST, make_manifest, read_manifest
-from convert.reading import FileState, Reader, file_states
-from convert.receipt import Receipt, kept_bytes, measure
-from convert.workspace import (
+from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
+from apertus_mlx.convert.distill.training import Judgement, Schedule, Training, best
+from apertus_mlx.convert.evaluation.evaluate import Receipt, kept_bytes, measure
+from apertus_mlx.convert.evaluation.layerwise import open_weights
+from apertus_mlx.convert.evaluation.texts import (
+    Sample,
+    TextSet,
+    Tokens,
+    hold_out,
+    read_texts,
+    sample_windows,
+)
+from apertus_mlx.convert.job import CARD
+from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
+from apertus_mlx.convert.write.companions import TOKENIZER, copy_companions
+from apertus_mlx.convert.write.golden import write_golden
+from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, read_manifest
+from apertus_mlx.convert.write.workspace import (
     Workspace,
     check_space,
     check_target,
@@ -52,6 +53,12 @@ from convert.workspace import (
     is_published,
     open_workspace,
 )
+from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.model.apertus import Model
+from apertus_mlx.system.model_files import MAX_WEIGHTS_BYTES, copy_file, exists
+from apertus_mlx.system.strict_json import read_object
+from apertus_mlx.text.template import ChatTemplate
+from apertus_mlx.text.tokenizer import Tokenizer
 
 # Folders beside the output while it is built.
 DISTILLATION, RECEIPT = "distillation", "receipt"

@@ -16,17 +16,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from apertus_mlx import layout
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.convert.distill import host
+from apertus_mlx.convert.distill.host import product
+from apertus_mlx.convert.evaluation.layerwise import SourceWeights
+from apertus_mlx.convert.sources.reading import MLX_TYPES
+from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.errors import UsageError
-from apertus_mlx.model import DecoderLayer, Model
-from apertus_mlx.ops import Stream, plain
-from convert.distill import host
-from convert.distill.host import product
-from convert.layerwise import SourceWeights
-from convert.reading import MLX_TYPES
-from convert.sources.source import MatrixSource, Source
-from quant.packing import pack, unpack
-from quant.spec import QuantSpec
+from apertus_mlx.model import plain
+from apertus_mlx.model.apertus import DecoderLayer, Model
+from apertus_mlx.model.operations import Stream
+from apertus_mlx.quant.packing import pack, unpack
+from apertus_mlx.quant.spec import QuantSpec
 
 # What learns: codes, scales, biases and norms, or all of these but the codes.
 Trained = Literal["weights", "scales"]

@@ -14,11 +14,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.evaluation.layerwise import (
+    Projection,
+    SourceWeights,
+    Tokens,
+    head_path,
+    hidden_states,
+)
+from apertus_mlx.convert.write.array_file import load_arrays, save_arrays
+from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import ResourceError
-from convert.array_file import load_arrays, save_arrays
-from convert.keep import Keep
-from convert.layerwise import Projection, SourceWeights, Tokens, head_path, hidden_states
 
 # Tokens whose hidden states are held at once; for each lot the teacher's layers are read again.
 LOT_TOKENS = 1 << 16

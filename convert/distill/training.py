@@ -21,12 +21,12 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from apertus_mlx.convert.distill import objective
+from apertus_mlx.convert.distill.student import CODES, Quantized, learning_modules
+from apertus_mlx.convert.distill.teacher_cache import Lesson, TeacherCache
 from apertus_mlx.errors import UsageError
-from apertus_mlx.model import Model
-from apertus_mlx.whole_file import whole_file
-from convert.distill import objective
-from convert.distill.student import CODES, Quantized, learning_modules
-from convert.distill.teacher_cache import Lesson, TeacherCache
+from apertus_mlx.model.apertus import Model
+from apertus_mlx.system.whole_file import whole_file
 
 WARMUP_SHARE = 0.05
 # How much faster codes move. At the default rate half a step, where a code changes, takes some 25

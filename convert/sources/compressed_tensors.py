@@ -16,17 +16,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES
+from apertus_mlx.convert.sources.hugging_face import open_tensors
+from apertus_mlx.convert.sources.integer_codes import IntegerMatrix, signed_to_unsigned
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.sources.scaled_floats import Float8Matrix, NvFloat4Matrix
+from apertus_mlx.convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import FLOAT_DTYPES
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.reading import Reader
-from convert.sources.hugging_face import open_tensors
-from convert.sources.integer_codes import IntegerMatrix, signed_to_unsigned
-from convert.sources.scaled_floats import Float8Matrix, NvFloat4Matrix
-from convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
-from quant.packing import aligned_width, dense_width, unpack, unpack_aligned
+from apertus_mlx.quant.packing import aligned_width, dense_width, unpack, unpack_aligned
 
 INTEGER_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 FORMATS = (*INTEGER_FORMATS, "float-quantized", "nvfp4-pack-quantized", "mixed-precision")

@@ -16,16 +16,16 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES
+from apertus_mlx.convert.sources.hugging_face import open_tensors
+from apertus_mlx.convert.sources.integer_codes import IntegerMatrix
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import FLOAT_DTYPES
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.reading import Reader
-from convert.sources.hugging_face import open_tensors
-from convert.sources.integer_codes import IntegerMatrix
-from convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
-from quant.packing import dense_width, unpack
+from apertus_mlx.quant.packing import dense_width, unpack
 
 GPTQ_BITS = (2, 3, 4, 8)
 AWQ_BITS = (4,)

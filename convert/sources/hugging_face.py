@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES
+from apertus_mlx.convert.sources.source import PlainMatrix, Source, Tensors, listed
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import FLOAT_DTYPES
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.sources.source import PlainMatrix, Source, Tensors, listed
 
 TEXT_PREFIX = "model.language_model."
 OTHER_PARTS = ("model.vision_tokenizer.", "model.audio_tokenizer.")

@@ -14,12 +14,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.sources.source import Codes, Stored
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.reading import Reader
-from convert.sources.source import Codes, Stored
-from quant.packing import pack
-from quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, QuantSpec
+from apertus_mlx.quant.packing import pack
+from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, QuantSpec
 
 FLOAT32_ROUNDING = "zero point x scale rounded to float32, relative error up to 6e-8"
 

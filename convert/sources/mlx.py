@@ -9,15 +9,22 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.sources.source import (
+    Codes,
+    MatrixSource,
+    PlainMatrix,
+    Source,
+    Stored,
+    Tensors,
+)
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import FLOAT_DTYPES
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.reading import Reader
-from convert.sources.source import Codes, MatrixSource, PlainMatrix, Source, Stored, Tensors
-from quant.float_formats import E4M3_NAN, E8M0_NAN
-from quant.spec import QuantSpec
+from apertus_mlx.quant.float_formats import E4M3_NAN, E8M0_NAN
+from apertus_mlx.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)

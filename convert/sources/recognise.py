@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.convert.sources import compressed_tensors, gptq_awq, hugging_face, mlx
+from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.sources import compressed_tensors, gptq_awq, hugging_face, mlx
-from convert.sources.source import Source
 
 
 def recognise(

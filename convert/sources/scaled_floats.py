@@ -11,13 +11,19 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, OUTPUT_SCALE
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.sources.source import Carried, Codes, Stored
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import OUTPUT_DIVISOR, OUTPUT_SCALE
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.reading import Reader
-from convert.sources.source import Carried, Codes, Stored
-from quant.float_formats import E4M3_NAN, E8M0_ONE, e2m1_values, e4m3_values, unpack_nibbles
-from quant.spec import QuantSpec
+from apertus_mlx.quant.float_formats import (
+    E4M3_NAN,
+    E8M0_ONE,
+    e2m1_values,
+    e4m3_values,
+    unpack_nibbles,
+)
+from apertus_mlx.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)

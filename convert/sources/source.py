@@ -11,13 +11,13 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from apertus_mlx import layout
-from apertus_mlx.config import ModelConfig
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES, IGNORED_SUFFIX, XIELU_DEFAULTS
+from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.inventory import FLOAT_DTYPES, IGNORED_SUFFIX, XIELU_DEFAULTS
-from apertus_mlx.safetensors_header import TensorInfo
-from convert.reading import Reader
-from quant.spec import QuantSpec
+from apertus_mlx.quant.spec import QuantSpec
 
 MAX_NAMES_SHOWN = 10
 

@@ -6,7 +6,6 @@ Run from the repository's root, with the `parity` extra installed:
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,9 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from builders import random_weights
-from parity_cases import CASES, GREEDY_TOKENS, PROMPT
-from transformers_reference import logits_and_greedy
+from tests.builders import random_weights
+from tests.parity_cases import CASES, GREEDY_TOKENS, PROMPT
+from tests.transformers_reference import logits_and_greedy
 
 if __name__ == "__main__":
     arrays = {}

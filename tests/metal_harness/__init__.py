@@ -1,7 +1,7 @@
 """Runs and checks the text of Metal kernels on a machine without Metal.
 
-    from metal_harness import metal_kernel
-    from apertus_mlx.metal.kernel import build
+    from tests.metal_harness import metal_kernel
+    from apertus_mlx.backend.metal.kernel import build
 
     run = build(kernel, metal_kernel)     # instead of build(kernel), which asks MLX for Metal
     outputs = run(kernel.trial(seed=0))   # HarnessError if the kernel is faulty

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.metal.kernel import KernelText
+from apertus_mlx.backend.metal.kernel import KernelText
 
 from .compile import Options, library
 from .errors import HarnessError

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from apertus_mlx.metal.kernel import Kernel, KernelText
+from apertus_mlx.backend.metal.kernel import Kernel, KernelText
 
 from .errors import HarnessError
 

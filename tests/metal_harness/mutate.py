@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 import mlx.core as mx
 
-from apertus_mlx.metal.kernel import Kernel, KernelText
+from apertus_mlx.backend.metal.kernel import Kernel, KernelText
 
 from .compile import Options, library
 from .errors import HarnessError, TranslationError

@@ -1,0 +1,1 @@
+"""Which hardware computes, and loading the model for it."""

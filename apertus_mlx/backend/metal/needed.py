@@ -1,0 +1,113 @@
+"""The kernels that one model has places for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import mlx.core as mx
+
+from apertus_mlx.backend.metal.add_rms_norm import AddRMSNorm
+from apertus_mlx.backend.metal.attention_input import MAX_SIMDGROUPS, ROWS_EACH, AttentionInput
+from apertus_mlx.backend.metal.best_token import BestToken
+from apertus_mlx.backend.metal.kernel import Kernel
+from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
+from apertus_mlx.backend.metal.quantized_matvec import (
+    TILES,
+    Epilogue,
+    Prologue,
+    QuantizedMatvec,
+    unfit,
+)
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.quant.spec import QuantSpec
+
+# How each matrix of a layer is used: after a norm or not, and what follows it. Where the norm is
+# a kernel of its own, the activation still goes with the matrix.
+_FORMS: dict[str, tuple[tuple[Prologue, Epilogue], ...]] = {
+    "o_proj": (("none", "residual"),),
+    "up_proj": (("rms_norm", "xielu"), ("none", "xielu")),
+    "down_proj": (("none", "residual"),),
+}
+_QKV_FORM: tuple[Prologue, Epilogue] = ("rms_norm", "none")
+_HEAD_FORMS: tuple[tuple[Prologue, Epilogue], ...] = (("rms_norm", "peaks"), ("none", "peaks"))
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def kernels_for(
+    config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: mx.Dtype
+) -> tuple[Kernel, ...]:
+    """Every specialisation for decoding with this model, one per place, then their variants.
+
+    Args:
+        config: the model.
+        specs: formats of its quantized matrices by path, such as `model.layers.0.mlp.up_proj`.
+            A matrix that is missing, or that no kernel reads, has no kernel.
+        dtype: type of activations, scales and norms.
+    """
+    matvecs = tuple(dict.fromkeys(_matvecs(config, specs, dtype)))
+    joined = [matvec for matvec in matvecs if (matvec.prologue, matvec.epilogue) == _QKV_FORM]
+    inputs = [kernel for matvec in joined for kernel in _attention_inputs(config, matvec)]
+    usual: list[Kernel] = [*inputs, *_around_matvecs(config, dtype), *matvecs]
+    tuned = [replace(matvec, tile=tile) for tile in TILES[1:] for matvec in matvecs]
+    peaks = [matvec for matvec in (*matvecs, *tuned) if matvec.epilogue == "peaks"]
+    best = [BestToken(matvec.tiles) for matvec in peaks if matvec.tiles >= 8]
+    return tuple(dict.fromkeys([*usual, *best[:1], *tuned, *best[1:]]))
+
+
+def _attention_inputs(config: ModelConfig, product: QuantizedMatvec) -> Iterator[AttentionInput]:
+    for rows_each in ROWS_EACH:
+        if config.head_dim < 16 or config.head_dim % rows_each:
+            continue
+        if config.head_dim <= MAX_SIMDGROUPS * rows_each:
+            yield AttentionInput(
+                product.bits, product.group_size, product.columns, config.num_attention_heads,
+                config.num_key_value_heads, config.head_dim, product.dtype, product.eps, rows_each,
+            )  # fmt: skip
+
+
+def _around_matvecs(config: ModelConfig, dtype: mx.Dtype) -> Iterator[Kernel]:
+    eps = config.rms_norm_eps
+    if config.head_dim >= 16:
+        yield QKNormRope(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, eps
+        )
+    if config.hidden_size >= 8:
+        yield AddRMSNorm(config.hidden_size, dtype, eps)
+
+
+def _matvecs(
+    config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: mx.Dtype
+) -> Iterator[QuantizedMatvec]:
+    for matrix, forms in _places(config, specs):
+        spec = specs.get(matrix.path)
+        if spec is None or unfit(spec, matrix.rows, matrix.columns) is not None:
+            continue
+        for prologue, epilogue in forms:
+            yield QuantizedMatvec(
+                bits=spec.bits,
+                group_size=spec.group_size,
+                columns=matrix.columns,
+                rows=matrix.rows,
+                dtype=dtype,
+                prologue=prologue,
+                epilogue=epilogue,
+                eps=config.rms_norm_eps,
+            )
+
+
+def _places(
+    config: ModelConfig, specs: Mapping[str, QuantSpec]
+) -> Iterator[tuple[layout.Matrix, tuple[tuple[Prologue, Epilogue], ...]]]:
+    qkv_rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    for matrix in layout.matrices(config):
+        parent, _, leaf = matrix.path.rpartition(".")
+        if leaf in _FORMS:
+            yield matrix, _FORMS[leaf]
+        elif leaf == "q_proj" and len({specs.get(f"{parent}.{part}") for part in _QKV}) == 1:
+            yield layout.Matrix(matrix.path, qkv_rows, matrix.columns), (_QKV_FORM,)
+        elif matrix.path == layout.HEAD or (
+            matrix.path == layout.EMBEDDING and config.tie_word_embeddings
+        ):
+            yield matrix, _HEAD_FORMS

@@ -1,0 +1,226 @@
+"""Quantized matrix times one vector, with what comes before and after it in the same kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.backend.metal import reference
+from apertus_mlx.backend.metal.kernel import Exact, KernelText, Launch
+from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, Constant, header, name, type_key
+from apertus_mlx.quant.spec import QuantSpec
+
+Prologue = Literal["none", "rms_norm"]
+Epilogue = Literal["none", "xielu", "residual", "peaks"]
+# Simdgroups in a threadgroup, and rows that each of them computes.
+Tile = tuple[int, int]
+
+DEFAULT_TILE: Tile = (2, 4)
+TILES: tuple[Tile, ...] = (DEFAULT_TILE, (2, 8), (4, 4), (4, 8), (2, 2), (4, 2))
+SLOPE_COUNT = 8
+# Slopes of the hardest layer of a trained model, the first of Apertus 8B.
+HARD_SLOPES = (166.0, 41.25, 0.5, -1e-6)
+
+_SETUP = """
+  const uint lane = thread_index_in_simdgroup;
+  const uint simdgroup = simdgroup_index_in_threadgroup;
+  const uint tile_index = threadgroup_position_in_grid.y;
+  const int first = (int(tile_index) * apertus::SIMDGROUPS + int(simdgroup)) * apertus::ROWS_EACH;
+"""
+# `peaks` has a barrier, which no simdgroup may miss.
+_LEAVE = """
+  if (first >= apertus::ROWS) {
+    return;
+  }
+"""
+_VECTOR: dict[Prologue, str] = {
+    "none": "  apertus::PlainVector operand = {x};",
+    "rms_norm": "  apertus::NormedVector operand = {x, norm, 0.0f};",
+}
+_MULTIPLY = """
+  float result[apertus::ROWS_EACH];
+  apertus::multiply_rows(operand, words, scales, biases, first, lane, result);
+"""
+_STORE: dict[Epilogue, str] = {
+    "none": "  apertus::store(result, first, lane, y);",
+    "xielu": "  apertus::store_xielu(result, first, lane, slopes, y);",
+    "residual": "  apertus::store_residual(result, first, lane, residual, y);",
+    "peaks": """
+  threadgroup float bests[apertus::SIMDGROUPS];
+  threadgroup uint tokens[apertus::SIMDGROUPS];
+  apertus::store_peaks(
+      result, first, lane, simdgroup, tile_index, bests, tokens, y, peaks, peak_tokens);
+""",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatvec:
+    """`epilogue(W prologue(x))` for an affine `W` `[rows, columns]`, of one position.
+
+    Inputs: x `[1, 1, columns]`; words, scales and biases of W; with `rms_norm` its weight
+    `[columns]`; with `xielu` the float32 slopes alpha_p, alpha_n, beta, eps and four zeros; with
+    `residual` that, `[1, 1, rows]`.
+
+    Outputs: y `[1, 1, rows]`; with `peaks` also the largest logit (float32) and its token (uint32)
+    of each tile, `[tiles]`: as rounded to `dtype`, the lowest token of equals, NaN below all.
+
+    Everything is float32 until the one rounding of y.
+    """
+
+    bits: int
+    group_size: int
+    columns: int
+    rows: int
+    dtype: mx.Dtype
+    prologue: Prologue = "none"
+    epilogue: Epilogue = "none"
+    eps: float = 1e-5
+    tile: Tile = DEFAULT_TILE
+
+    def __post_init__(self) -> None:
+        problem = unfit(QuantSpec(self.bits, self.group_size), self.rows, self.columns)
+        if problem:
+            raise ValueError(problem)
+
+    @property
+    def place(self) -> str:
+        """See `Kernel.place`."""
+        prologue = f"rms_norm{self.eps!r}-" if self.prologue == "rms_norm" else ""
+        epilogue = "" if self.epilogue == "none" else f"-{self.epilogue}"
+        shape = f"{self.rows}x{self.columns}-{self.bits}bit-g{self.group_size}"
+        return f"{prologue}matvec{epilogue}-{shape}-{type_key(self.dtype)}"
+
+    @property
+    def key(self) -> str:
+        """See `Kernel.key`."""
+        return f"{self.place}-tile{self.tile[0]}x{self.tile[1]}"
+
+    @property
+    def tiles(self) -> int:
+        """Threadgroups, each of which computes `tile[0] * tile[1]` rows."""
+        return -(-self.rows // (self.tile[0] * self.tile[1]))
+
+    def text(self) -> KernelText:
+        """See `Kernel.text`."""
+        inputs = ["x", "words", "scales", "biases"]
+        inputs += ["norm"] if self.prologue == "rms_norm" else []
+        inputs += {"xielu": ["slopes"], "residual": ["residual"]}.get(self.epilogue, [])
+        peaks = ("peaks", "peak_tokens") if self.epilogue == "peaks" else ()
+        leave = "" if self.epilogue == "peaks" else _LEAVE
+        body = (_SETUP, leave, _VECTOR[self.prologue], _MULTIPLY, _STORE[self.epilogue])
+        constants: dict[str, Constant] = {
+            "T": self.dtype,
+            "BITS": self.bits,
+            "GROUP_SIZE": self.group_size,
+            "COLUMNS": self.columns,
+            "ROWS": self.rows,
+            "SIMDGROUPS": self.tile[0],
+            "ROWS_EACH": self.tile[1],
+        }
+        if self.prologue == "rms_norm":
+            constants["EPS"] = float(self.eps)
+        return KernelText(
+            name=name(self.key),
+            input_names=tuple(inputs),
+            output_names=("y", *peaks),
+            source="\n".join(part.strip("\n") for part in body if part),
+            header=header(_files(self.prologue, self.epilogue), constants),
+        )
+
+    def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
+        """See `Kernel.launch`."""
+        shapes: tuple[tuple[int, ...], ...] = ((1, 1, self.rows),)
+        dtypes: tuple[mx.Dtype, ...] = (self.dtype,)
+        if self.epilogue == "peaks":
+            shapes += ((self.tiles,), (self.tiles,))
+            dtypes += (mx.float32, mx.uint32)
+        simdgroups = self.tile[0]
+        return Launch((32, simdgroups * self.tiles, 1), (32, simdgroups, 1), shapes, dtypes)
+
+    def trial(self, seed: int) -> list[mx.array]:
+        """See `Kernel.trial`."""
+        keys = mx.random.split(mx.random.key(seed), 4)
+        inputs = [mx.random.normal((1, 1, self.columns), self.dtype, key=keys[0])]
+        inputs += reference.random_weights(
+            self.rows, self.columns, self.bits, self.group_size, self.dtype, keys[1]
+        )
+        if self.prologue == "rms_norm":
+            weight = 1 + 0.1 * mx.random.normal((self.columns,), key=keys[2])
+            inputs.append(weight.astype(self.dtype))
+        if self.epilogue == "xielu":
+            inputs.append(mx.array(HARD_SLOPES + (0.0,) * (SLOPE_COUNT - len(HARD_SLOPES))))
+        elif self.epilogue == "residual":
+            inputs.append(mx.random.normal((1, 1, self.rows), self.dtype, key=keys[3]))
+        return inputs
+
+    def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
+        """See `Kernel.plain`."""
+        from apertus_mlx.model.apertus import xielu
+
+        x, words, scales, biases, *extra = inputs
+        if self.prologue == "rms_norm":
+            x = mx.fast.rms_norm(x, extra[0], self.eps)
+        y = mx.quantized_matmul(x, words, scales, biases, True, self.group_size, self.bits)
+        if self.epilogue == "xielu":
+            alpha_p, alpha_n, beta, eps, *_ = extra[-1]
+            return [xielu(y, alpha_p, alpha_n, beta, eps)]
+        if self.epilogue == "residual":
+            return [extra[-1] + y]
+        if self.epilogue == "none":
+            return [y]
+        rows = self.tile[0] * self.tile[1]
+        flat = y.reshape(-1).astype(mx.float32)
+        flat = mx.pad(flat, (0, self.tiles * rows - self.rows), constant_values=-float("inf"))
+        flat = flat.reshape(self.tiles, rows)
+        first = mx.arange(0, self.tiles * rows, rows, mx.uint32)
+        return [y, flat.max(axis=1), first + mx.argmax(flat, axis=1)]
+
+    def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
+        """See `Kernel.exact`."""
+        x, words, scales, biases, *extra = inputs
+        vector = reference.float64(x).reshape(-1)
+        if self.prologue == "rms_norm":
+            vector = reference.rms_norm(vector, extra[0], self.eps)
+        y = reference.product(words, scales, biases, self.bits, vector)
+        if self.epilogue == "xielu":
+            y = reference.xielu(y, *reference.float64(extra[-1])[:4])
+        elif self.epilogue == "residual":
+            y = reference.float64(extra[-1]).reshape(-1) + y
+        outputs = [y.reshape(1, 1, -1)]
+        if self.epilogue == "peaks":
+            # The function itself is defined on rounded logits: near ones are equal.
+            rounded = reference.float64(mx.array(y, mx.float32).astype(self.dtype))
+            step = self.tile[0] * self.tile[1]
+            best = [i + int(np.argmax(rounded[i : i + step])) for i in range(0, self.rows, step)]
+            outputs += [y[best], np.array(best, np.float64)]
+        return outputs
+
+    @property
+    def tolerance(self) -> float:
+        """See `Kernel.tolerance`."""
+        return UNIT_ROUNDOFF[self.dtype] + 4e-6
+
+
+def _files(prologue: Prologue, epilogue: Epilogue) -> tuple[str, ...]:
+    vector = "plain_vector" if prologue == "none" else "normed_vector"
+    store = "store" if epilogue == "none" else f"store_{epilogue}"
+    return (vector, "quantized_matvec", store)
+
+
+def unfit(spec: QuantSpec, rows: int, columns: int) -> str | None:
+    """Why there is no kernel for this matrix; None if there is one."""
+    if spec.mode != "affine":
+        return f"{spec.mode}: the kernels read affine weights only"
+    if columns % 32 or not spec.fits(columns):
+        return f"{columns} columns do not divide into chunks of 32 and groups of {spec.group_size}"
+    # MLX hands arrays of fewer than 8 elements over in another address space.
+    if rows < 8:
+        return f"{rows} rows: the kernels want 8 at least"
+    if rows * spec.packed_columns(columns) >= 2**31:
+        return f"{rows} x {columns} weights are more than 32-bit indices reach"
+    return None

@@ -1,0 +1,155 @@
+"""A model folder -> a model with weights, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from apertus_mlx.backend import command_buffers
+from apertus_mlx.checkpoint.inventory import (
+    FLOAT_DTYPES,
+    OUTPUT_DIVISOR,
+    OUTPUT_SCALE,
+    XIELU_DEFAULTS,
+    Inventory,
+    expected_tensors,
+    take_inventory,
+)
+from apertus_mlx.checkpoint.tensors import Checkpoint
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.scaled_linear import ScaledLinear
+from apertus_mlx.quant.spec import QuantSpec
+from apertus_mlx.system.model_files import checked
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+
+def load_model(directory: Path, dtype: str | None = None) -> Model:
+    """Load the model in `directory`, ready to run.
+
+    Args:
+        directory: a Hugging Face or MLX folder of an Apertus model.
+        dtype: type to compute in: bfloat16, float16 or float32. By default float32 without a GPU
+            (16-bit arithmetic is emulated there, and its quantized matmul is wrong by percents),
+            and with one bfloat16 if all weights are stored so, else float32.
+
+    Raises:
+        NotFoundError, RejectedError: see `take_inventory`; also weights that are not finite.
+    """
+    return load_inventory(take_inventory(directory), dtype)
+
+
+def load_inventory(
+    inventory: Inventory,
+    dtype: str | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load what `take_inventory` found; see `load_model`.
+
+    `on_bytes` is told the bytes read so far and in all.
+    """
+    command_buffers.widen()
+    compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
+    model = Model(inventory.config)
+    nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
+    arrays = dict(_read_arrays(inventory, compute, on_bytes))
+    factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
+    model.load_weights(list(arrays.items()), strict=True)
+    _apply_factors(model, inventory, factors)
+    model.fold()
+    _use_kernels(model, inventory, compute)
+    model.eval()
+    return model
+
+
+def _use_kernels(model: Model, inventory: Inventory, dtype: mx.Dtype) -> None:
+    """Use the fused kernels that have been proved on this machine; elsewhere there are none."""
+    if not mx.metal.is_available():
+        return
+    from apertus_mlx.backend.metal.enabled import enabled
+    from apertus_mlx.backend.metal.fused import FusedOperations
+
+    found = enabled(inventory.config, inventory.specs, dtype)
+    if found.kernels:
+        model.use(FusedOperations(found.kernels), found.compiled_step)
+
+
+def _as_arguments(spec: QuantSpec | None) -> dict[str, Any] | bool:
+    if spec is None:
+        return False
+    return {"bits": spec.bits, "group_size": spec.group_size, "mode": spec.mode}
+
+
+def _apply_factors(model: Model, inventory: Inventory, factors: dict[str, mx.array]) -> None:
+    modules = dict(model.named_modules())  # type: ignore[no-untyped-call]
+    scaled = []
+    for path, factor in factors.items():
+        divides = inventory.factors[path].name.endswith(OUTPUT_DIVISOR)
+        scaled.append((path, ScaledLinear(modules[path], 1 / factor if divides else factor)))
+    if scaled:
+        model.update_modules(tree_unflatten(scaled))
+
+
+def compute_dtype(inventory: Inventory) -> mx.Dtype:
+    """The type to compute in, unless the user says another; see `load_model`."""
+    if mx.default_device() == mx.cpu:
+        return mx.float32
+    stored = {
+        tensor.dtype
+        for key, tensor in inventory.checkpoint.tensors.items()
+        if key not in inventory.dropped and tensor.dtype in FLOAT_DTYPES and len(tensor.shape) == 2
+    }
+    return mx.bfloat16 if stored <= {"BF16"} else mx.float32
+
+
+@contextmanager
+def _cut_files_named(path: Path, checkpoint: Checkpoint) -> Iterator[None]:
+    """Refuse a file that is no longer as long as its header says, whatever MLX makes of it."""
+    ends = (t.offset + t.size_bytes for t in checkpoint.tensors.values() if t.file == path.name)
+    try:
+        yield
+    except RuntimeError:
+        if checked(path).stat().st_size == max(ends):
+            raise
+        raise RejectedError(f"{path}: was changed while it was loaded; start again") from None
+
+
+def _read_arrays(
+    inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, mx.array]]:
+    """Every parameter in the type that it is computed with, one evaluated at a time."""
+    wanted = {key: shape for key, (_, shape) in expected_tensors(inventory.config, inventory.specs)}
+    wanted.update({tensor.name: tensor.shape for tensor in inventory.factors.values()})
+    checkpoint = inventory.checkpoint
+    done = 0
+    for file in checkpoint.files:
+        path = checkpoint.directory / file
+        with _cut_files_named(path, checkpoint):
+            loaded = mx.load(str(checked(path)), format="safetensors")
+        assert isinstance(loaded, dict)
+        for key in sorted(loaded):
+            array = loaded.pop(key)
+            if key not in wanted:
+                continue
+            shape = wanted.pop(key)
+            if mx.issubdtype(array.dtype, mx.floating):
+                kept = mx.float32 if key.endswith((OUTPUT_SCALE, OUTPUT_DIVISOR)) else compute
+                array = array.astype(kept).reshape(shape)
+            with _cut_files_named(path, checkpoint):
+                mx.eval(array)
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+                count = mx.sum(~mx.isfinite(array)).item()
+                raise RejectedError(f"{checkpoint.directory}: {key}: {count} values not finite")
+            done += checkpoint.tensors[key].size_bytes
+            if on_bytes is not None:
+                on_bytes(done, checkpoint.size_bytes)
+            yield key, array
+    for key in wanted:
+        yield key, mx.array(XIELU_DEFAULTS[key.rsplit(".", 1)[-1]], compute)

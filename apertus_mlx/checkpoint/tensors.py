@@ -1,0 +1,146 @@
+"""A model folder as an inventory of its tensors: headers only, no arrays yet.
+
+Nothing outside the folder is opened, apart from the blobs that a Hugging Face cache links to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apertus_mlx.checkpoint.header import TensorInfo, read_header
+from apertus_mlx.errors import NotFoundError, RejectedError
+from apertus_mlx.system.model_files import exists
+from apertus_mlx.system.strict_json import read_object
+
+INDEX_FILE = "model.safetensors.index.json"
+OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.gguf", "*.npz", "*.npy", "*.h5", "*.msgpack")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a folder by name, and the weight files that hold them."""
+
+    directory: Path
+    files: tuple[str, ...]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    def path(self, tensor: TensorInfo) -> Path:
+        """The file in which `tensor` lies."""
+        return self.directory / tensor.file
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Take the inventory of the safetensors files in `directory`.
+
+    With an index, exactly the files that it names are read, and it must agree with their headers;
+    without one, all `model*.safetensors` (else the only `*.safetensors`), which must not share a
+    tensor.
+
+    Raises:
+        NotFoundError: there is no such folder.
+        RejectedError: no weights, another format, a damaged file, or an index that lies.
+    """
+    if not directory.is_dir():
+        raise NotFoundError(f"{directory}: no such folder")
+    index = directory / INDEX_FILE
+    if exists(index):
+        weight_map = read_weight_map(read_object(index), str(index))
+        files = sorted(set(weight_map.values()))
+        _refuse_stray_shards(directory, files)
+    else:
+        weight_map = None
+        files = _weight_files(directory)
+    headers = {file: read_header(directory / file) for file in files}
+    tensors = merge_headers(headers, weight_map, str(directory))
+    return Checkpoint(directory, tuple(files), tensors)
+
+
+def merge_headers(
+    headers: Mapping[str, Iterable[TensorInfo]],
+    weight_map: Mapping[str, str] | None,
+    name: str,
+) -> dict[str, TensorInfo]:
+    """The tensors of several files as one inventory; checks them against the index if given."""
+    tensors: dict[str, TensorInfo] = {}
+    for infos in headers.values():
+        for tensor in infos:
+            other = tensors.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise RejectedError(
+                    f"{name}: tensor {tensor.name[:80]!r} is in both {other.file} and {tensor.file}"
+                )
+    if weight_map is not None:
+        found = {tensor.name: tensor.file for tensor in tensors.values()}
+        wrong = sorted(
+            key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)
+        )
+        if wrong:
+            key = wrong[0]
+            raise RejectedError(
+                f"{name}: {INDEX_FILE} and the files disagree on {len(wrong)} tensors, first "
+                f"{key[:80]!r}: index {weight_map.get(key)}, files {found.get(key)}"
+            )
+    if not tensors:
+        raise RejectedError(f"{name}: the weight files hold no tensors")
+    return tensors
+
+
+def read_weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The `weight_map` of an index, each file a plain name ending in `.safetensors`."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RejectedError(f"{name}: weight_map: expected an object of tensor names")
+    for key, file in weight_map.items():
+        if not isinstance(file, str) or not _is_plain_name(file):
+            raise RejectedError(
+                f"{name}: weight_map: {str(key)[:80]!r} points to {str(file)[:80]!r}; only plain "
+                "*.safetensors names inside the folder are allowed"
+            )
+    return weight_map
+
+
+def _is_plain_name(file: str) -> bool:
+    forbidden = {"/", "\\", ":", "\0"}
+    return (
+        file.endswith(".safetensors")
+        and not forbidden & set(file)
+        and not file.startswith(".")
+        and file.isprintable()
+        and len(file.encode()) <= 255
+    )
+
+
+def _weight_files(directory: Path) -> list[str]:
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    files = [name for name in names if name.startswith("model")] or names
+    if files and len(files) > 1 and not files[0].startswith("model"):
+        raise RejectedError(
+            f"{directory}: {len(files)} *.safetensors files without {INDEX_FILE}: "
+            "which are the model's?"
+        )
+    if not files:
+        others = [path.name for pattern in OTHER_FORMATS for path in directory.glob(pattern)]
+        if others:
+            raise RejectedError(
+                f"{directory}: {sorted(others)[0]}: only safetensors weights are read, never "
+                "pickle, GGUF or NumPy files; fetch the safetensors version"
+            )
+        raise RejectedError(f"{directory}: no *.safetensors; not a model folder with weights")
+    return files
+
+
+def _refuse_stray_shards(directory: Path, files: list[str]) -> None:
+    stray = {path.name for path in directory.glob("model*.safetensors")} - set(files)
+    if stray:
+        raise RejectedError(
+            f"{directory}: {sorted(stray)[0]} is not named in {INDEX_FILE}; "
+            "remove it or fetch the right index"
+        )

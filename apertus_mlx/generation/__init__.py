@@ -1,0 +1,1 @@
+"""From a prompt to an answer: sampling, decoding, runs and conversations."""

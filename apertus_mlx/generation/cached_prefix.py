@@ -1,0 +1,215 @@
+"""Token ids and the layers' caches that hold exactly these: the one place that keeps them in step.
+
+Decoding is a step ahead of its reader, and an interrupt may come between any two instructions, so
+neither the ids that someone has read nor the caches' lengths alone say what a cache holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import mlx.core as mx
+
+from apertus_mlx.backend.choose import LanguageModel
+from apertus_mlx.cache import (
+    FULL_PRECISION,
+    Cache,
+    CacheConfig,
+    FullCache,
+    QuantizedCache,
+    rewind,
+)
+from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, prefill
+from apertus_mlx.model.scores import Scores
+
+
+class CachedPrefix:
+    """A prefix of tokens whose keys and values have been computed by `model`.
+
+    `begin` starts a run: what the prefix shares with the prompt stays, the rest is cut away. The
+    latest run owns the prefix; an older one can go no further. However a run ends (a stop, an
+    interrupt at any point, an error), the next one finds ids and caches that agree: a step that did
+    not end is taken back where the form allows it, else all is forgotten and computed anew.
+
+    Not for several threads at the same time.
+    """
+
+    def __init__(self, model: LanguageModel, form: CacheConfig = FULL_PRECISION) -> None:
+        self.model = model
+        self.form = form
+        self._layers = model.make_cache(form)
+        # All are read but perhaps the last: decoding runs ahead.
+        self._tokens: list[int | mx.array] = []
+        # False while ids or layers are being changed. An interrupt leaves it so.
+        self._settled = True
+        self._run: Run | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of all tokens held; waits for one that is still being computed."""
+        self._settle()
+        return [int(token) for token in self._tokens]
+
+    @property
+    def layers(self) -> Sequence[Cache]:
+        """The layers' caches, to look at."""
+        self._settle()
+        return tuple(self._layers)
+
+    def begin(self, prompt: Sequence[int]) -> Run:
+        """Start a run over `prompt`; its last token is always left to compute.
+
+        Raises:
+            ValueError: the prompt is empty.
+        """
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        self.cut(shared_length(self.tokens, prompt[:-1]))
+        self._run = Run(self, prompt, len(self._tokens))
+        return self._run
+
+    def cut(self, length: int) -> None:
+        """Hold only the first `length` tokens; none, where the form of the cache cannot go back."""
+        self._run = None
+        self._settle()
+        excess = len(self._tokens) - length
+        if excess <= 0:
+            return
+        self._settled = False
+        if not rewind(self._layers, excess):
+            self.forget()
+            return
+        del self._tokens[length:]
+        self._settled = True
+
+    def forget(self) -> None:
+        """Hold nothing any more."""
+        self._settled = False
+        self._run = None
+        self._layers = self.model.make_cache(self.form)
+        self._tokens = []
+        self._settled = True
+
+    def export(self) -> list[dict[str, mx.array]]:
+        """What `restore` needs beside the tokens: a dictionary of arrays for each layer."""
+        self._settle()
+        return [_ours(layer).export() for layer in self._layers]
+
+    def restore(self, tokens: Sequence[int], layers: Sequence[Mapping[str, mx.array]]) -> None:
+        """Take over what a prefix of the same form exported when it held `tokens`."""
+        self.forget()
+        self._settled = False
+        for layer, arrays in zip(self._layers, layers, strict=True):
+            _ours(layer).restore(dict(arrays), len(tokens))
+        mx.eval([layer.state for layer in self._layers])
+        self._tokens = list(tokens)
+        self._settled = True
+
+    def _settle(self) -> None:
+        """Bring ids and layers back to agreement after an interrupt, and check that they agree.
+
+        Raises:
+            RuntimeError: they do not, though nothing interrupted.
+        """
+        if not self._settled:
+            if self.form.quantized or self.form.bound is not None:
+                self.forget()
+                return
+            # Rows of such a cache stay where and as they are, whatever is written behind them.
+            sound = min([len(self._tokens), *(layer.offset for layer in self._layers)])
+            for layer in self._layers:
+                layer.trim(layer.offset - sound)
+            del self._tokens[sound:]
+            self._settled = True
+        held = len(self._tokens)
+        if any(layer.offset != held for layer in self._layers):
+            offsets = sorted({layer.offset for layer in self._layers})
+            raise RuntimeError(f"the layers hold {offsets} positions, but {held} tokens are known")
+        if self._tokens and not isinstance(self._tokens[-1], int):
+            self._tokens[-1] = int(self._tokens[-1])
+
+    def _read(
+        self, ids: Sequence[int], step: int, on_chunk: Callable[[int], None] | None
+    ) -> mx.array:
+        self._settle()
+        held = len(self._tokens)
+
+        def note(done: int) -> None:
+            self._tokens.extend(ids[len(self._tokens) - held : done])
+            if on_chunk is not None:
+                on_chunk(done)
+
+        self._settled = False
+        try:
+            logits = prefill(self.model, ids, self._layers, step, note)
+        except Exception:
+            self.forget()
+            raise
+        self._settled = True
+        return logits
+
+    def _step(self, token: mx.array) -> Scores:
+        self._settle()
+        self._settled = False
+        try:
+            scores = self.model.scores(token.reshape(1, 1), self._layers)
+        except Exception:
+            self.forget()
+            raise
+        self._tokens.append(token)
+        self._settled = True
+        return scores
+
+
+class Run:
+    """One prompt and what is drawn after it, on a prefix that belongs to this run until the next.
+
+    Attributes:
+        reused: tokens of the prompt that the prefix held already.
+    """
+
+    def __init__(self, prefix: CachedPrefix, prompt: Sequence[int], reused: int) -> None:
+        self.reused = reused
+        self._prefix = prefix
+        self._left = prompt[reused:]
+
+    def read(
+        self,
+        count: int | None = None,
+        step: int = DEFAULT_PREFILL_STEP,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> mx.array:
+        """Compute the next `count` tokens of the prompt, by default all that are left.
+
+        Returns the logits `[vocabulary]` after them. For `step` and `on_chunk` see `prefill`.
+        """
+        self._require_owner()
+        ids = self._left if count is None else self._left[:count]
+        self._left = self._left[len(ids) :]
+        return self._prefix._read(ids, step, on_chunk)
+
+    def step(self, token: mx.array) -> Scores:
+        """Scores after one more token (shape `[]`), which need not have been computed yet."""
+        self._require_owner()
+        return self._prefix._step(token)
+
+    def fail(self) -> None:
+        """Forget everything: what was computed cannot be trusted."""
+        if self._prefix._run is self:
+            self._prefix.forget()
+
+    def _require_owner(self) -> None:
+        if self._prefix._run is not self:
+            raise RuntimeError("this run is over: its cache was cut, or taken by another run")
+
+
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens `a` and `b` begin with alike."""
+    shortest = min(len(a), len(b))
+    return next((i for i in range(shortest) if a[i] != b[i]), shortest)
+
+
+def _ours(layer: Cache) -> FullCache | QuantizedCache:
+    if not isinstance(layer, FullCache | QuantizedCache):
+        raise TypeError(f"{type(layer).__name__} cannot be exported")
+    return layer

@@ -1,0 +1,181 @@
+"""From logits to the next token: penalties, temperature and the usual filters, then one draw.
+
+The order is that of transformers, whose `generation_config.json` names the parameters: repetition
+penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.checkpoint.generation_config import RANGES, GenerationConfig
+from apertus_mlx.errors import UsageError
+from apertus_mlx.model.scores import Scores
+
+MAX_SEED = 2**63
+DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.8, 0.9
+# Below it even neighbours in float32 differ by a factor of 7 or more in probability (logits of 20):
+# the likeliest token is all there is.
+COLDEST = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw a token; a temperature below `COLDEST` takes the most likely one.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    temperature: float = DEFAULT_TEMPERATURE
+    top_p: float = DEFAULT_TOP_P
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
+
+    def __post_init__(self) -> None:
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            _require(allowed.holds(value), name.replace("_", "-"), value, allowed.words)
+        _require(self.top_k >= 0, "top-k", self.top_k, "0 (off) or more")
+        _require(0 <= self.seed < MAX_SEED, "seed", self.seed, "from 0 to 2^63 - 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < COLDEST or self.top_k == 1
+
+
+def resolve_params(
+    config: GenerationConfig,
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+) -> SamplingParams:
+    """What the user asked for, else what the model's makers recommend, else our defaults.
+
+    Without any recommendation that is temperature 0.8 and top-p 0.9 (the Apertus model cards).
+    """
+    if temperature is None:
+        temperature = 0.0 if config.do_sample is False else config.temperature
+    recommended = config.temperature is not None or config.top_p is not None
+    if top_p is None:
+        top_p = config.top_p or (1.0 if recommended else DEFAULT_TOP_P)
+    return SamplingParams(
+        temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+        top_p=top_p,
+        top_k=(config.top_k or 0) if top_k is None else top_k,
+        min_p=(config.min_p or 0.0) if min_p is None else min_p,
+        repetition_penalty=(
+            (config.repetition_penalty or 1.0) if repetition_penalty is None else repetition_penalty
+        ),
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+    )
+
+
+class Sampler:
+    """Draws tokens for one sequence; everything stays lazy, so that decoding can run ahead."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+        self._params = params
+        self._key = mx.random.key(params.seed)
+        self._seen: mx.array | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen = mx.zeros((vocab_size,), mx.bool_)
+            inside = [token for token in prompt if token < vocab_size]
+            if inside:
+                self._seen[mx.array(inside)] = True
+
+    def __call__(self, scores: Scores) -> mx.array:
+        """Draw a token id (shape `[]`)."""
+        if self._seen is not None:
+            # What the model found out about its own logits does not hold for these.
+            scores = Scores(penalize(scores.logits, self._seen, self._params.repetition_penalty))
+        if self._params.greedy:
+            token = mx.argmax(scores.logits) if scores.best is None else scores.best
+        else:
+            self._key, key = mx.random.split(self._key)
+            token = mx.random.categorical(filter_logits(scores, self._params), key=key)
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+
+def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+    """Divide positive and multiply negative logits of `seen` tokens (CTRL, arXiv 1909.05858).
+
+    In float32, whatever the logits are in: float16 ends at 65,504.
+    """
+    logits = logits.astype(mx.float32)
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_logits(scores: Scores, params: SamplingParams) -> mx.array:
+    """Scale by temperature and set all but the likely tokens to minus infinity, in float32.
+
+    The largest comes out as 0. It is taken away before the division: what lies near it keeps its
+    digits, and nothing overflows but to a probability of 0.
+    """
+    logits = scores.logits.astype(mx.float32)
+    size = logits.shape[-1]
+    largest = mx.max(logits)
+    if 0 < params.top_k < size:
+        threshold = kth_largest(scores, params.top_k).astype(mx.float32)
+        logits = mx.where(logits < threshold, -math.inf, logits)
+    logits = (logits - largest) / params.temperature
+    if params.top_p < 1:
+        kept = nucleus(mx.softmax(logits), params.top_p)
+        logits = mx.where(kept, logits, -math.inf)
+    if params.min_p > 0:
+        logits = mx.where(logits < math.log(params.min_p), -math.inf, logits)
+    return logits
+
+
+def kth_largest(scores: Scores, k: int) -> mx.array:
+    """The `k`-th largest logit, shape `[]`.
+
+    It lies in one of the `k` runs with the largest peaks: another run with a logit above it would
+    have a peak above it, and fewer than `k` logits are.
+    """
+    candidates = scores.logits
+    if scores.peaks is not None and k < scores.peaks.size:
+        runs = mx.argpartition(-scores.peaks, k - 1)[:k]
+        candidates = candidates.reshape(scores.peaks.size, -1)[runs].reshape(-1)
+    return mx.min(mx.topk(candidates, k))
+
+
+def nucleus(probabilities: mx.array, top_p: float) -> mx.array:
+    """Which tokens are the likeliest that reach `top_p` together, `[vocabulary]`.
+
+    A token stays if those before it have not yet reached top_p; the first always does.
+    """
+    size = probabilities.shape[-1]
+    if mx.default_device() == mx.cpu:
+        # Sorting is slow in MLX here. Tokens below this bound all fit into the tail together.
+        values = np.asarray(probabilities)
+        candidates = np.flatnonzero(values >= (1 - top_p) / size)
+        order = candidates[np.argsort(-values[candidates])]
+        ranked = values[order].astype(np.float64)
+        chosen = np.zeros(size, np.bool_)
+        chosen[order[np.cumsum(ranked) - ranked < top_p]] = True
+        return mx.array(chosen)
+    by_rank = mx.argsort(-probabilities)
+    likeliest = probabilities[by_rank]
+    kept_ranks = mx.cumsum(likeliest) - likeliest < top_p
+    return mx.put_along_axis(mx.zeros((size,), mx.bool_), by_rank, kept_ranks, axis=-1)
+
+
+def _require(holds: bool, name: str, value: float, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"--{name} {value}: expected {expected}")

@@ -1,0 +1,1 @@
+"""Measuring on this machine: speed beside peers, and which kernels can be trusted."""

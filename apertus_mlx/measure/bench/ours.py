@@ -1,0 +1,103 @@
+"""This package's side: its loader, `prefill` and `decode`, as `generate` uses them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from apertus_mlx import __version__
+from apertus_mlx.backend.choose import Compute, LanguageModel, Precision
+from apertus_mlx.backend.machine import mlx_limits
+from apertus_mlx.backend.metal.enabled import enabled
+from apertus_mlx.backend.mlx import DTYPES, compute_dtype
+from apertus_mlx.cache import Cache, CacheConfig, rewind
+from apertus_mlx.checkpoint.inventory import take_inventory
+from apertus_mlx.generation.decode import decode, prefill
+from apertus_mlx.generation.run import load_speaker
+from apertus_mlx.generation.sampling import Sampler, SamplingParams
+from apertus_mlx.measure.bench.sides import Loaded, Ready, Settings, serve
+from apertus_mlx.measure.bench.stopwatch import Stopwatch
+from apertus_mlx.model.apertus import Model
+
+# More than any context holds: what is decoded has no end.
+ENDLESS = 2**31
+
+
+class Ours:
+    """`Engine` of this package."""
+
+    def __init__(self, model: LanguageModel, form: CacheConfig, prefill_step: int) -> None:
+        self._model = model
+        self._form = form
+        self._prefill_step = prefill_step
+
+    def make_cache(self) -> list[Cache]:
+        """See `Engine`."""
+        return self._model.make_cache(self._form)
+
+    def read(self, prompt: list[int], cache: list[Cache]) -> None:
+        """See `Engine`."""
+        prefill(self._model, prompt, cache, self._prefill_step)
+
+    def tokens(self, prompt: list[int], cache: list[Cache]) -> Generator[int, None, None]:
+        """See `Engine`."""
+        greedy = SamplingParams(temperature=0, seed=0)
+        sampler = Sampler(greedy, prompt, self._model.config.output_vocab_size)
+        logits = prefill(self._model, prompt, cache, self._prefill_step)
+        yield from decode(self._model, logits, cache, sampler, ENDLESS)
+
+    def rewind(self, cache: list[Cache], positions: int) -> bool:
+        """See `Engine`."""
+        return rewind(cache, positions)
+
+
+@contextmanager
+def open_side(settings: Settings) -> Iterator[Loaded]:
+    """Load the model and run it, both under limits, as `generate` does."""
+    with mlx_limits(settings.buffer_cache_bytes, settings.wired_bytes):
+        yield _load(settings)
+
+
+def _load(settings: Settings) -> Loaded:
+    started = time.perf_counter()
+    speaker = load_speaker(
+        Path(settings.directory),
+        settings.dtype,
+        compute=cast(Compute, settings.compute),
+        precision=cast(Precision, settings.precision),
+    )
+    load_s = time.perf_counter() - started
+    inventory = take_inventory(speaker.directory)
+    form = CacheConfig(**settings.form)
+    kernels: list[str] = []
+    if isinstance(speaker.model, Model):
+        backend = f"MLX on the {'GPU' if speaker.model.on_gpu else 'CPU'}"
+        dtype = DTYPES[settings.dtype] if settings.dtype else compute_dtype(inventory)
+        found = enabled(inventory.config, inventory.specs, dtype)
+        kernels = sorted(found.kernels) + ["compiled step"] * bool(found.compiled_step)
+    else:
+        backend = f"onnxruntime on the CPU, precision {settings.precision}"
+        dtype = mx.float32
+    ready = Ready(
+        version=__version__,
+        backend=backend,
+        on_gpu=speaker.model.on_gpu,
+        kernels=kernels,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        cache=str(form),
+        number_bytes=dtype.size,
+        prefill_step=settings.prefill_step,
+        load_s=load_s,
+    )
+    engine = Ours(speaker.model, form, settings.prefill_step)
+    watch = Stopwatch(engine, settings.vocab_size, settings.new_tokens, settings.seed)
+    return ready, watch.seconds
+
+
+if __name__ == "__main__":
+    serve(open_side)

@@ -1,0 +1,1 @@
+"""Files, output and the errors of other libraries."""

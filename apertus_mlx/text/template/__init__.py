@@ -1,0 +1,5 @@
+"""The checkpoint's own chat template: messages become the token ids of a prompt, in a sandbox."""
+
+from apertus_mlx.text.template.chat_template import ChatTemplate, Message, UnsupportedTemplateError
+
+__all__ = ["ChatTemplate", "Message", "UnsupportedTemplateError"]

@@ -1,0 +1,372 @@
+"""A checkpoint's own chat template: messages to the token ids of a prompt.
+
+Control tokens come from the template's text only. When the template is compiled, the special tokens
+written in it become marks that no message can hold; what messages contribute stays plain text,
+whatever it spells.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import jinja2
+
+from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.system.model_files import exists, read_file
+from apertus_mlx.system.strict_json import read_object
+from apertus_mlx.text.template.budget import Budget
+from apertus_mlx.text.template.marks import CLOSE, ESCAPE, MARK, OPEN, RESERVED, mark
+from apertus_mlx.text.template.sandbox import SandboxEnvironment, compile_template, render_template
+from apertus_mlx.text.tokenizer import Tokenizer
+
+MAX_TEMPLATE_BYTES = 2**18
+_ESCAPED = re.compile(f"{ESCAPE}([012])")
+# In these a template's operations would see more than a name to move around.
+_UNMOVABLE = re.compile(r"[\s%{}]")
+
+
+class UnsupportedTemplateError(RejectedError):
+    """A sound template that asks for what the sandbox does not have, or refuses the messages."""
+
+
+class Message(TypedDict):
+    """One turn of a conversation; the template decides which roles and contents it takes.
+
+    Attributes:
+        role: Such as `system`, `user`, `assistant`, `tool`, `developer`.
+        content: A text, or the structure that the template documents.
+        tool_calls: Calls that an assistant's message makes.
+    """
+
+    role: str
+    content: object
+    tool_calls: NotRequired[Sequence[Mapping[str, object]]]
+
+
+class ChatTemplate:
+    """A compiled chat template and the tokenizer it writes for.
+
+    Attributes:
+        name: Where the template came from, for messages.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        texts: Mapping[str, str] | None = None,
+    ):
+        """Compile `source`.
+
+        Args:
+            source: The Jinja text.
+            tokenizer: Of the same checkpoint.
+            name: What error messages call the template.
+            texts: Further variables of the template, such as `eos_token`.
+
+        Raises:
+            RejectedError: it is empty or no template, or asks for what the sandbox does not have.
+        """
+        if not source.strip():
+            raise RejectedError(f"{name}: the chat template is empty; fetch it again or remove it")
+        self.name = name
+        self._tokenizer = tokenizer
+        # v1.1 switches deliberation by a developer message, v1 by a variable.
+        self._thinks_by_message = "has_thinking" in source
+        self._texts = {key: self._mark(value) for key, value in (texts or {}).items()}
+        if tokenizer.bos_id is not None:
+            self._texts["bos_token"] = mark(tokenizer.bos_id)
+        if RESERVED.search(source):
+            raise RejectedError(f"{name}: contains the noncharacters U+FDD0 to U+FDD2")
+        try:
+            self._template = compile_template(SandboxEnvironment(), source, self._mark)
+        except Exception as error:
+            raise self._rejected(error) from None
+
+    @classmethod
+    def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """Find and compile the template of the checkpoint in `directory`.
+
+        `chat_template.jinja` wins over `chat_template.json`, and that over the `chat_template` of
+        `tokenizer_config.json`: one text, or a list of named ones, of which `default` counts.
+
+        Returns:
+            The template; None for a checkpoint without one, as base models are.
+
+        Raises:
+            RejectedError: a file is damaged, or the template unusable.
+        """
+        config_path = directory / "tokenizer_config.json"
+        config = read_object(config_path) if exists(config_path) else {}
+        source, path = _find_source(directory, config)
+        if source is None:
+            return None
+        return cls(source, tokenizer, name=str(path), texts=_token_texts(config, config_path))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        think: bool = False,
+        tools: Sequence[Mapping[str, object]] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the token ids of the prompt, with exactly one BOS at its front.
+
+        Args:
+            messages: The conversation.
+            think: Whether the model deliberates before it answers.
+            tools: What it may call, each `{name, description, parameters}`.
+            add_generation_prompt: Whether the prompt ends where the assistant begins.
+
+        Raises:
+            RejectedError: the template refuses the messages, leaves the last one out, looks at the
+                text of a control token, or breaks its limits.
+            UsageError: the template has no way to do what is asked for.
+        """
+        pieces = self._render(messages, think, tools, add_generation_prompt)
+        if messages and not _holds(pieces, messages[-1]):
+            raise RejectedError(
+                f"{self.name}: the chat template leaves out the text of the last message; it is "
+                "cut off, or not for such messages"
+            )
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._tokenizer.encode(piece)
+        bos_id = self._tokenizer.bos_id
+        if bos_id is None:
+            return ids
+        start = next((i for i, token_id in enumerate(ids) if token_id != bos_id), len(ids))
+        return [bos_id, *ids[start:]]
+
+    def render_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        think: bool = False,
+        tools: Sequence[Mapping[str, object]] = (),
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Return what the template writes, for reading; only `render` tells text from tokens."""
+        pieces = self._render(messages, think, tools, add_generation_prompt)
+        return "".join(piece if isinstance(piece, str) else self._name(piece) for piece in pieces)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        think: bool,
+        tools: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool,
+    ) -> list[str | int]:
+        plain: list[Any] = [dict(message) for message in messages]
+        if not self._thinks_by_message:
+            return self._run(plain, list(tools), add_generation_prompt, enable_thinking=think)
+        if tools:
+            raise UsageError(
+                f"{self.name}: takes tools as `formatted_tools` of a developer message only"
+            )
+        if not think or any(message.get("role") == "developer" for message in plain):
+            return self._run(plain, [], add_generation_prompt, enable_thinking=think)
+        developer = {"role": "developer", "content": {"has_thinking": True}}
+        after_system = 1 if plain and plain[0].get("role") == "system" else 0
+        plain.insert(after_system, developer)
+        return self._run(plain, [], add_generation_prompt, enable_thinking=True)
+
+    def _run(
+        self,
+        messages: list[Any],
+        tools: list[Any],
+        add_generation_prompt: bool,
+        *,
+        enable_thinking: bool,
+    ) -> list[str | int]:
+        """Render; return plain texts and special ids in order."""
+        data = _Escaped()
+        variables = {
+            **self._texts,
+            "messages": data.escape(messages),
+            "tools": data.escape(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": enable_thinking,
+        }
+        budget = Budget.for_input(data.values, data.text_bytes)
+        try:
+            text = render_template(self._template, variables, budget)
+        except Exception as error:
+            raise self._rejected(error) from None
+        return self._split(text, data)
+
+    def _split(self, text: str, data: _Escaped) -> list[str | int]:
+        pieces: list[str | int] = []
+        plain: list[str] = []
+        for index, part in enumerate(MARK.split(text)):
+            if index % 2 and int(part) in self._tokenizer.special_ids:
+                pieces += self._plain("".join(plain), data)
+                pieces.append(int(part))
+                plain = []
+            else:
+                plain.append(f"{OPEN}{part}{CLOSE}" if index % 2 else part)
+        return pieces + self._plain("".join(plain), data)
+
+    def _plain(self, text: str, data: _Escaped) -> list[str | int]:
+        """Return the plain text, refusing a special token that no message holds in one piece.
+
+        Such a one was put together from parts, by a template that this class cannot follow, or by
+        messages that spell it across a seam. Neither may become a token, and the first would give a
+        prompt without its control tokens.
+        """
+        if not text:
+            return []
+        for piece in self._tokenizer.split_special(text):
+            if isinstance(piece, int):
+                spelled = self._name(piece)
+                if not data.holds(spelled):
+                    raise RejectedError(
+                        f"{self.name}: the text of control token {piece} ({spelled!r}) is put "
+                        "together from parts, which is not supported"
+                    )
+        return [_ESCAPED.sub(lambda match: chr(0xFDD0 + int(match[1])), text)]
+
+    def _mark(self, text: str) -> str:
+        parts: list[str] = []
+        for piece in self._tokenizer.split_special(text):
+            if isinstance(piece, str):
+                parts.append(piece)
+            elif _UNMOVABLE.search(self._name(piece)):
+                raise RejectedError(
+                    f"{self.name}: control token {piece} ({self._name(piece)!r}) has a blank, a % "
+                    "or a brace in its name, which is not supported in templates"
+                )
+            else:
+                parts.append(mark(piece))
+        return "".join(parts)
+
+    def _name(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def _rejected(self, error: Exception) -> RejectedError:
+        if isinstance(error, RejectedError):
+            return error
+        reason = MARK.sub(lambda match: repr(self._name(int(match[1]))), str(error))
+        reason = " ".join((reason or type(error).__name__).split())[:300]
+        if isinstance(error, RecursionError):
+            reason = "it calls itself without end"
+        line = ""
+        kind: type[RejectedError] = UnsupportedTemplateError
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            line = f", line {error.lineno}"
+            # A filter or test that is missing here is a TemplateAssertionError.
+            if not isinstance(error, jinja2.TemplateAssertionError):
+                kind = RejectedError
+        return kind(f"{self.name}{line}: the chat template failed: {reason}")
+
+
+class _Escaped:
+    """A copy of a conversation as plain data that cannot write marks, and its size."""
+
+    def __init__(self) -> None:
+        self.values = 0
+        self.text_bytes = 0
+        self._texts: list[str] = []
+
+    def escape(self, value: object) -> Any:
+        """Return a copy of `value` in lists, dicts and scalars, reserved characters escaped."""
+        self.values += 1
+        if isinstance(value, str):
+            self.text_bytes += len(value) * (1 if value.isascii() else 4)
+            self._texts.append(value)
+            return RESERVED.sub(lambda match: f"{ESCAPE}{ord(match[0]) - 0xFDD0}", str(value))
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, Mapping):
+            return {self.escape(key): self.escape(item) for key, item in value.items()}
+        if isinstance(value, Sequence):
+            return [self.escape(item) for item in value]
+        raise TypeError(f"a message holds a {type(value).__name__}")
+
+    def holds(self, text: str) -> bool:
+        """Return whether a text of the conversation contains `text`."""
+        return any(text in own for own in self._texts)
+
+
+def _holds(pieces: Sequence[str | int], message: Message) -> bool:
+    """Return whether a prompt holds the text of `message`, as it is or as JSON, blanks aside.
+
+    Of an assistant's text the last word is enough: a template may leave out thoughts.
+    """
+    texts = list(_texts(message.get("content")))
+    if message.get("role") == "assistant":
+        texts = texts[-1:] and texts[-1].split()[-1:]
+    prompt = _without_blanks("".join(piece for piece in pieces if isinstance(piece, str)))
+    return all(
+        _without_blanks(text) in prompt
+        or _without_blanks(json.dumps(text, ensure_ascii=False)[1:-1]) in prompt
+        for text in texts
+    )
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
+
+
+def _texts(content: object) -> Iterator[str]:
+    """Yield a message's texts: its content, or what is called `text` in a structure."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            if not isinstance(value, str) or key == "text":
+                yield from _texts(value)
+    elif isinstance(content, Sequence):
+        for part in content:
+            yield from _texts(part)
+
+
+def _find_source(directory: Path, config: Mapping[str, object]) -> tuple[str | None, Path]:
+    path = directory / "chat_template.jinja"
+    if exists(path):
+        try:
+            return read_file(path, MAX_TEMPLATE_BYTES).decode("utf-8-sig"), path
+        except UnicodeDecodeError:
+            raise RejectedError(f"{path}: is not UTF-8 text") from None
+    path = directory / "chat_template.json"
+    if exists(path):
+        config = read_object(path)
+    else:
+        path = directory / "tokenizer_config.json"
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {
+            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+        }
+        if "default" not in named:
+            raise RejectedError(f"{path}: chat_template has no template named 'default'")
+        value = named["default"]
+    if value is not None and not isinstance(value, str):
+        raise RejectedError(f"{path}: chat_template must be a text or a list of named texts")
+    return value, path
+
+
+def _token_texts(config: Mapping[str, object], path: Path) -> dict[str, str]:
+    """Return the `*_token` variables that templates may use."""
+    texts: dict[str, str] = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise RejectedError(f"{path}: {key} must be a text")
+        texts[key] = value
+    return texts

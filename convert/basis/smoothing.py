@@ -1,0 +1,138 @@
+"""Scales for `--smooth`: for each set of matrices with one input, those that rounding likes best.
+
+One pass over the layers of the original, judged on the second moments of what the matrices are
+given, by the way of rounding that will follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.convert.basis.names import (
+    ATTENTION_NORM,
+    DOWN,
+    FEED_FORWARD_NORM,
+    OUTPUT,
+    SMOOTHED,
+    VALUES,
+    value_owners,
+)
+from apertus_mlx.convert.evaluation.layerwise import Array, Layer, Tokens, Weights, batches, embed
+from apertus_mlx.convert.plan.plan import Step
+from apertus_mlx.convert.sources.reading import MLX_TYPES
+from apertus_mlx.convert.write.keep import NOTHING, Keep
+from apertus_mlx.quant import search
+from apertus_mlx.quant.affine import ScaleType, dequantize, round_scales
+from apertus_mlx.quant.transforms import Float, choose_scales
+
+_STREAM = "stream"
+Rounding = Callable[[Array, Float], Array]
+
+
+def smoothing_scales(
+    weights: Weights,
+    rounding: Mapping[str, Rounding],
+    windows: Tokens,
+    scale_type: ScaleType = "BF16",
+    progress: Callable[[int], None] | None = None,
+    keep: Keep = NOTHING,
+) -> dict[str, Array]:
+    """Scales by the name of the norm or the path of the v that gives them up.
+
+    Only where they gain. Those of norms are such that the norm's new weight is stored exactly.
+
+    Args:
+        weights: the original.
+        rounding: for each matrix that will be quantized, what becomes of rows `[rows, columns]`
+            whose inputs have mean squares `[columns]`.
+        windows: calibration tokens `[windows, length]`.
+        scale_type: what the weights of norms will be stored in.
+        progress: told how many layers are done.
+        keep: where scales and stream are kept, at most once a minute; an interrupted run goes on
+            there.
+    """
+    found: dict[str, Array] = {}
+    owners = value_owners(weights.config)
+    kept = keep.load()
+    if kept is None:
+        done, residual = 0, embed(weights.matrix(layout.EMBEDDING), windows)
+    else:
+        done, found = int(kept[0]["layers"]), kept[1]
+        residual = found.pop(_STREAM)
+    for index in range(done, weights.config.num_hidden_layers):
+        layer = Layer(weights, index)
+        for giver, moments in _run(layer, residual).items():
+            readers = [name for name in SMOOTHED[giver] if f"{layer.path}.{name}" in rounding]
+            if not readers:
+                continue
+            scales = choose_scales(
+                [layer.projections[name].weight for name in readers],
+                moments,
+                [rounding[f"{layer.path}.{name}"] for name in readers],
+                owners if giver == VALUES else None,
+            ).astype(np.float32)
+            path = f"{layer.path}.{giver}"
+            if (scales != 1).any():
+                is_norm = giver != VALUES
+                found[path] = (
+                    _storable(weights.vector(path), scales, scale_type) if is_norm else scales
+                )
+        keep.reach({"layers": index + 1}, {**found, _STREAM: residual})
+        if progress is not None:
+            progress(index + 1)
+    return found
+
+
+def rounding_of(step: Step, scale_type: ScaleType) -> Rounding:
+    """What `step` will do to rows of its matrix, or nearly: GPTQ starts from a weighted search."""
+    spec = step.spec
+    assert spec is not None
+
+    def rounded(weight: Array, squares: Float) -> Array:
+        moments = squares.astype(np.float32) if step.method == "gptq" else None
+        return dequantize(search.fit(weight, spec, moments, scale_type))
+
+    def rounded_by_mlx(weight: Array, _squares: Float) -> Array:
+        values = mx.array(weight).astype(MLX_TYPES[step.dtype])
+        codes, scales, *others = mx.quantize(
+            values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
+        )
+        biases = None
+        if others:
+            scales, biases = scales.astype(mx.float32), others[0].astype(mx.float32)
+        again = mx.dequantize(
+            codes, scales, biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
+        )
+        return np.array(again.astype(mx.float32))
+
+    return rounded_by_mlx if step.method == "rtn" else rounded
+
+
+def _run(layer: Layer, residual: Array) -> dict[str, Array]:
+    """Second moments of what norms and values give; `residual` ends up behind the layer."""
+    moments: dict[str, Array] = {}
+
+    def count(name: str, values: mx.array) -> mx.array:
+        rows = np.array(values, copy=False).reshape(-1, values.shape[-1])
+        seen = rows.T @ rows
+        moments[name] = moments[name] + seen if name in moments else seen
+        return values
+
+    for part in batches(*residual.shape[:2]):
+        stream = mx.array(residual[part])
+        mixed = layer.mixed_values(count(ATTENTION_NORM, layer.attention_input(stream)))
+        stream = stream + layer.projections[OUTPUT](count(VALUES, mixed))
+        inner = layer.down_input(count(FEED_FORWARD_NORM, layer.up_input(stream)))
+        residual[part] = np.array(stream + layer.projections[DOWN](inner))
+    return moments
+
+
+def _storable(norm: Array, scales: Array, scale_type: ScaleType) -> Array:
+    """Scales near `scales` by which `norm` can be divided without rounding it."""
+    divided = round_scales(norm / scales, scale_type)
+    usable = (norm != 0) & (divided != 0) & np.isfinite(divided)
+    return np.divide(norm, divided, out=np.ones_like(norm), where=usable)

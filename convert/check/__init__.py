@@ -1,0 +1,1 @@
+"""Checking a folder that has been written."""

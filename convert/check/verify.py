@@ -1,0 +1,151 @@
+"""Checks an output folder: against its manifest, as this package reads it, and as an app would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, read_config
+from apertus_mlx.checkpoint.inventory import take_inventory
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
+from apertus_mlx.convert.check import swift_contract as swift
+from apertus_mlx.convert.check.swift_contract import Finding
+from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
+from apertus_mlx.convert.write.golden import GOLDEN, differing
+from apertus_mlx.convert.write.manifest import MANIFEST, read_manifest, sha256
+from apertus_mlx.errors import NotFoundError, RejectedError
+from apertus_mlx.system.model_files import checked, exists, read_file
+from apertus_mlx.system.strict_json import read_object
+
+MAX_TEMPLATE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found; no errors means that the folder is what it claims to be."""
+
+    directory: Path
+    files: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What makes the folder unusable or untrue."""
+        return tuple(finding for finding in self.findings if finding.level == "error")
+
+
+def verify(directory: Path) -> Verification:
+    """Check the folder `directory` and everything in it.
+
+    Raises:
+        NotFoundError: there is no such folder.
+    """
+    if not directory.is_dir():
+        raise NotFoundError(f"{directory}: no such folder")
+    findings = list(_check_manifest(directory))
+    findings += _check_model(directory)
+    return Verification(directory, sum(1 for _ in directory.iterdir()), tuple(findings))
+
+
+def _check_manifest(directory: Path) -> Iterator[Finding]:
+    try:
+        manifest = read_manifest(directory)
+    except RejectedError as error:
+        yield Finding("error", MANIFEST, str(error))
+        return
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not exists(path):
+            yield Finding("error", name, "is missing")
+            continue
+        try:
+            size_bytes = checked(path).stat().st_size
+        except RejectedError as error:
+            yield Finding("error", name, str(error))
+            continue
+        if size_bytes != record.size_bytes:
+            text = f"has {size_bytes} bytes, the manifest says {record.size_bytes}"
+            yield Finding("error", name, text)
+        elif sha256(path) != record.sha256:
+            yield Finding("error", name, "was changed: its hash is not the manifest's")
+        elif name.endswith(".safetensors") and record.size_bytes > MAX_SHARD_BYTES + 2**24:
+            yield Finding("warning", name, "is larger than a 32-bit process can map")
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if (path.is_dir() and not path.is_symlink()) or name in manifest.files or name == MANIFEST:
+            continue
+        # Released Swift versions load every safetensors file below the folder.
+        level: swift.Level = "error" if name.endswith(".safetensors") else "warning"
+        yield Finding(level, name, "is not in the manifest")
+
+
+def _check_model(directory: Path) -> list[Finding]:
+    try:
+        config = read_config(directory)
+        checkpoint = open_checkpoint(directory)
+        values = read_object(directory / CONFIG_FILE)
+        carried = [tensor.name for tensor in take_inventory(directory).factors.values()]
+        findings: list[Finding] = []
+        for prompt in differing(directory, config):
+            findings.append(Finding("error", GOLDEN, f"{prompt!r} has other token ids today"))
+        if not exists(directory / INDEX_FILE):
+            findings.append(Finding("warning", INDEX_FILE, "absent"))
+    except RejectedError as error:
+        return [Finding("error", "weights", str(error))]
+    if carried:
+        text = f"{len(carried)} factors beside the codes: only apertus-mlx can run this"
+        findings.append(Finding("warning", carried[0], text))
+    tensors = {key: t for key, t in checkpoint.tensors.items() if key not in carried}
+    findings += _check_swift(config, values, tensors)
+    return findings + _check_tokenizer(directory)
+
+
+def _check_swift(
+    config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> list[Finding]:
+    decoded, findings = swift.decode(values)
+    block, more = swift.check_quantization(values)
+    findings += more
+    if decoded is None or any(finding.level == "error" for finding in findings):
+        return findings
+    if config.head_dim != decoded.head_dim:
+        text = f"{config.head_dim}, but mlx-swift-lm and mlx-lm compute with {decoded.head_dim}"
+        return [*findings, Finding("warning", "config.json: head_dim", text)]
+    if config.output_vocab_size != config.vocab_size:
+        text = "a head of its own size cannot be expressed in mlx-swift-lm and mlx-lm"
+        return [*findings, Finding("warning", "config.json: output_vocab_size", text)]
+    rope = config.rope
+    scaling = decoded.rope_scaling or {}
+    kind = scaling.get("type", scaling.get("rope_type", "default"))
+    meant = (rope.theta, rope.type, rope.factor)
+    swifts = (decoded.rope_theta, kind, float(scaling.get("factor", 1.0)))
+    if meant != swifts:
+        text = f"Swift computes with {swifts}, the model means {meant}"
+        findings.append(Finding("error", "config.json: rope_theta, rope_scaling", text))
+    if rope.type == "llama3":
+        for key, value in (
+            ("low_freq_factor", rope.low_freq_factor),
+            ("high_freq_factor", rope.high_freq_factor),
+            ("original_max_position_embeddings", rope.original_max_position_embeddings),
+        ):
+            if scaling.get(key) != value:
+                findings.append(Finding("error", f"config.json: rope_scaling.{key}", "differs"))
+    return findings + swift.check_tensors(decoded, block, tensors)
+
+
+def _check_tokenizer(directory: Path) -> list[Finding]:
+    if not exists(directory / "tokenizer.json"):
+        return [Finding("warning", "tokenizer.json", "absent: text cannot be read or written")]
+    path = directory / "tokenizer_config.json"
+    if not exists(path):
+        return [Finding("warning", path.name, "absent: swift-transformers needs it")]
+    template = directory / "chat_template.jinja"
+    text = None
+    try:
+        if exists(template):
+            text = read_file(template, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
+        return swift.check_tokenizer(read_object(path), text)
+    except RejectedError as error:
+        return [Finding("error", "tokenizer", str(error))]

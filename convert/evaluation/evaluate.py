@@ -1,0 +1,235 @@
+"""The receipt of a quantization: how far a model's predictions are from its reference's.
+
+Both are computed in float32 from the weights as stored, layer by layer, on the same tokens. The
+noise floor is what the reference shows against itself when every product with a weight and the
+residual stream are rounded to bfloat16: differences below it mean nothing.
+
+Several models are judged one after the other against final hidden states of the reference, which
+goes through its layers once. Memory holds one layer at a time, two heads and two sets of states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apertus_mlx.checkpoint.config import ModelConfig, read_config
+from apertus_mlx.convert.evaluation.layerwise import (
+    Array,
+    SourceWeights,
+    Tokens,
+    head_path,
+    hidden_states,
+    open_weights,
+    to_bfloat16,
+)
+from apertus_mlx.convert.evaluation.texts import TextSet, language_windows
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.sources.source import Source
+from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.quant.metrics import Damage, TokenErrors, compare, join, summarise
+from apertus_mlx.text.template import ChatTemplate
+from apertus_mlx.text.tokenizer import Tokenizer
+
+WINDOW_TOKENS = 512
+TOKENS_PER_LANGUAGE = 2048
+# Logits that are held at once, of each model.
+BLOCK_LOGITS = 1 << 24
+FLOOR = "the reference with products and residual stream rounded to bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Damage over all texts and for each language, with its noise floor."""
+
+    overall: Damage
+    overall_floor: Damage
+    languages: Mapping[str, tuple[Damage, Damage]]
+    text_name: str
+    text_sha256: str
+    # What the tensors of the model take that its predictions depend on.
+    weight_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For manifests and `--json`; divergences in nats."""
+        return {
+            "text": {"name": self.text_name, "sha256": self.text_sha256},
+            "overall": asdict(self.overall),
+            "noise_floor": {"what": FLOOR, **asdict(self.overall_floor)},
+            "languages": {
+                language: {**asdict(damage), "noise_floor_kl_mean": floor.kl_mean}
+                for language, (damage, floor) in self.languages.items()
+            },
+        }
+
+
+def measure(
+    directory: Path,
+    reference: Path,
+    texts: TextSet,
+    tokens_per_language: int = TOKENS_PER_LANGUAGE,
+    progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
+) -> Receipt:
+    """Compare the model in `directory` with the one in `reference`; see `measure_all`."""
+    return measure_all([directory], reference, texts, tokens_per_language, progress, folder)[0]
+
+
+def measure_all(
+    directories: Sequence[Path],
+    reference: Path,
+    texts: TextSet,
+    tokens_per_language: int = TOKENS_PER_LANGUAGE,
+    progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
+) -> list[Receipt]:
+    """Compare the models in `directories` with the one in `reference` on `texts`.
+
+    Args:
+        directories: models in any form that `convert` reads.
+        reference: likewise; its tokenizer and chat template are used.
+        texts: what to predict.
+        tokens_per_language: most tokens of each language.
+        progress: told layers done, and how many there are.
+        folder: where an interrupted measurement of the same models and texts goes on from; None
+            keeps nothing.
+
+    Raises:
+        UsageError: the models have different vocabularies or tokenizers; the texts are too short.
+        RejectedError: a checkpoint is damaged or not supported.
+    """
+    config = read_config(reference)
+    tokenizer = Tokenizer.load(
+        reference, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+    )
+    for directory in directories:
+        _check_tokenizer(directory, reference, tokenizer)
+    template = ChatTemplate.load(reference, tokenizer)
+    by_language = language_windows(texts, tokenizer, template, WINDOW_TOKENS, tokens_per_language)
+    if not by_language:
+        raise UsageError(f"{texts.name}: too little text to judge with")
+    labels = [label for label, groups in by_language.items() for _ in groups]
+    windows = [group for groups in by_language.values() for group in groups]
+    with ExitStack() as stack:
+
+        def opened(directory: Path) -> SourceWeights:
+            return open_weights(directory, stack.enter_context(Reader(directory)))
+
+        expected = opened(reference)
+        # All of them before the first is measured: a mistake shall not cost an hour.
+        models = [opened(directory) for directory in directories]
+        for directory, found in zip(directories, models, strict=True):
+            if found.config.vocab_size != expected.config.vocab_size:
+                raise UsageError(
+                    f"{directory}: {found.config.vocab_size} tokens in the vocabulary, {reference} "
+                    f"has {expected.config.vocab_size}"
+                )
+        layers = [weights.config.num_hidden_layers for weights in (expected, expected, *models)]
+        counter = _Counter(progress, sum(layers))
+
+        def kept(name: str) -> Keep:
+            return Keep(folder / f"{name}.npz" if folder is not None else None)
+
+        hidden = hidden_states(expected, windows, None, counter.next, kept("expected"))
+        rounded = hidden_states(expected, windows, to_bfloat16, counter.next, kept("rounded"))
+        floors = _damages(_errors(expected, hidden, expected, rounded, windows), labels)
+        del rounded
+        receipts = []
+        for number, found in enumerate(models):
+            keep = kept(f"model-{number}")
+            states = hidden_states(found, windows, None, counter.next, keep)
+            damages = _damages(_errors(expected, hidden, found, states, windows), labels)
+            del states
+            languages = {label: (damages[label], floors[label]) for label in by_language}
+            receipts.append(
+                Receipt(
+                    damages[None], floors[None], languages, texts.name, texts.sha256,
+                    _weight_bytes(found.source),
+                )
+            )  # fmt: skip
+    return receipts
+
+
+def kept_bytes(config: ModelConfig, texts: TextSet) -> int:
+    """Most that `measure` keeps: three sets of streams, and the one that replaces another."""
+    languages = len({document.language for document in texts.documents})
+    return 4 * 4 * languages * TOKENS_PER_LANGUAGE * config.hidden_size
+
+
+def _damages(errors: list[TokenErrors], labels: list[str]) -> dict[str | None, Damage]:
+    """What the errors of each language come to, and under None those of all."""
+    found: dict[str | None, Damage] = {
+        label: summarise(join([e for e, own in zip(errors, labels, strict=True) if own == label]))
+        for label in dict.fromkeys(labels)
+    }
+    return {**found, None: summarise(join(errors))}
+
+
+def _weight_bytes(source: Source) -> int:
+    tensors = [tensor for matrix in source.matrices.values() for tensor in matrix.tensors]
+    tensors += [tensor for tensor in source.vectors.values() if tensor is not None]
+    return sum({tensor.name: tensor.size_bytes for tensor in tensors}.values())
+
+
+class _Counter:
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def next(self, _: int) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _errors(
+    expected: SourceWeights,
+    expected_hidden: list[Array],
+    found: SourceWeights,
+    found_hidden: list[Array],
+    windows: list[Tokens],
+) -> list[TokenErrors]:
+    """Compare the logits of two sets of hidden states, block by block."""
+    heads = [weights.matrix(head_path(weights.config)) for weights in (expected, found)]
+    size = max(1, BLOCK_LOGITS // len(heads[0]))
+    result = []
+    for wanted, got, ids in zip(expected_hidden, found_hidden, windows, strict=True):
+        last = np.full((len(ids), 1), -1, np.int64)
+        following = np.concatenate([ids[:, 1:], last], 1).reshape(-1)
+        rows = [hidden.reshape(len(following), -1) for hidden in (wanted, got)]
+        parts = []
+        for start in range(0, len(following), size):
+            part = slice(start, start + size)
+            logits = [row[part] @ head.T for row, head in zip(rows, heads, strict=True)]
+            for weights, values in zip((expected, found), logits, strict=True):
+                if not np.isfinite(values).all():
+                    raise RejectedError(
+                        f"{weights.source.name}: computes logits that are not finite; its weights "
+                        "are damaged or overflow"
+                    )
+            parts.append(compare(logits[0], logits[1], following[part]))
+        result.append(join(parts))
+    return result
+
+
+def _check_tokenizer(directory: Path, reference: Path, tokenizer: Tokenizer) -> None:
+    """The same text must give the same ids; figures across vocabularies would mean nothing."""
+    config = read_config(directory)
+    other = Tokenizer.load(
+        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+    )
+    if any(
+        tokenizer.id_to_token(i) != other.id_to_token(i)
+        for i in range(max(tokenizer.vocab_size, other.vocab_size))
+    ):
+        raise UsageError(
+            f"{directory}: its tokenizer is not that of {reference}; only models of one "
+            "vocabulary can be compared"
+        )

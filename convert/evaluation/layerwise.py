@@ -1,0 +1,262 @@
+"""Runs an Apertus model layer by layer in float32, holding the weights of one layer at a time.
+
+Products with weights are NumPy's where MLX has no GPU: its BLAS is many times as fast there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.inventory import XIELU_DEFAULTS
+from apertus_mlx.convert.sources.reading import Reader, block_rows
+from apertus_mlx.convert.sources.source import MatrixSource, Source
+from apertus_mlx.convert.write.keep import NOTHING, Keep
+from apertus_mlx.model import plain
+from apertus_mlx.model.apertus import DecoderLayer
+from apertus_mlx.quant.affine import round_scales
+
+Array = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int64]
+# Tokens that go through a layer at once.
+BATCH_TOKENS = 4096
+
+
+class Weights(Protocol):
+    """Float32 weights of a model, read when they are asked for."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config."""
+
+    def matrix(self, path: str) -> Array:
+        """The weight of a module `[rows, columns]`."""
+
+    def vector(self, name: str) -> Array:
+        """A norm's weight or a parameter of an activation."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWeights:
+    """The weights of a recognised checkpoint."""
+
+    source: Source
+    reader: Reader
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config."""
+        return self.source.config
+
+    def matrix(self, path: str) -> Array:
+        """The weight of a module, dequantized if need be; RejectedError where not finite."""
+        found = self.source.matrices[path]
+        shape = next(m for m in layout.matrices(self.config) if m.path == path)
+        weight = np.empty((shape.rows, shape.columns), np.float32)
+        size = block_rows(4 * shape.columns)
+        for start in range(0, shape.rows, size):
+            stop = min(start + size, shape.rows)
+            weight[start:stop] = np.array(_float32_rows(found, self.reader, start, stop))
+        return weight
+
+    def vector(self, name: str) -> Array:
+        """A norm's weight or a parameter of an activation, or what stands in for it."""
+        tensor = self.source.vectors[name]
+        if tensor is None:
+            return np.array(XIELU_DEFAULTS[name.rsplit(".", 1)[-1]], np.float32)
+        rows = tensor.shape[0] if tensor.shape else 1
+        return np.array(self.reader.floats(tensor, 0, rows, False).astype(mx.float32))
+
+
+def _float32_rows(matrix: MatrixSource, reader: Reader, start: int, stop: int) -> mx.array:
+    """Rows in float32; codes are not rounded to 16 bits on the way, as `read` may do."""
+    stored = matrix.stored
+    if stored is None or not stored.spec.has_biases or stored.carried is not None:
+        return matrix.read(reader, start, stop, False).astype(mx.float32)
+    codes = matrix.read_codes(reader, start, stop)
+    assert codes.biases is not None
+    return mx.dequantize(
+        codes.weight, codes.scales.astype(mx.float32), codes.biases.astype(mx.float32),
+        group_size=stored.spec.group_size, bits=stored.spec.bits,
+    )  # fmt: skip
+
+
+class Projection:
+    """`x @ weight.T` for a float32 `weight` `[rows, columns]` that may be exchanged."""
+
+    def __init__(self, weight: Array, finish: Callable[[Array], Array] | None = None) -> None:
+        self.weight = weight
+        self._finish = finish
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Apply to `x` `[..., columns]`."""
+        if mx.default_device() != mx.cpu and self._finish is None:
+            return x @ mx.array(self.weight).T
+        result = np.array(x, copy=False).reshape(-1, x.shape[-1]) @ self.weight.T
+        if self._finish is not None:
+            result = self._finish(result)
+        return mx.array(result).reshape(*x.shape[:-1], -1)
+
+
+def to_bfloat16(values: Array) -> Array:
+    """Round to bfloat16; what a model computed in that type does after each product."""
+    return round_scales(values, "BF16")
+
+
+class Layer:
+    """One decoder layer whose four stages can be run apart.
+
+    A stage is a set of matrices with one input: q, k and v; o; up; down.
+    """
+
+    STAGES = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.up_proj",),
+        ("mlp.down_proj",),
+    )
+
+    def __init__(
+        self, weights: Weights, index: int, finish: Callable[[Array], Array] | None = None
+    ) -> None:
+        self.path = layout.layer(index)
+        self._module = module = DecoderLayer(weights.config, plain)
+        self.projections = {
+            name: Projection(weights.matrix(f"{self.path}.{name}"), finish)
+            for stage in self.STAGES
+            for name in stage
+        }
+        owner: Any
+        for name, projection in self.projections.items():
+            part, attribute = name.split(".")
+            setattr(getattr(module, part), attribute, projection)
+        for name, _ in layout.vectors(weights.config):
+            if name.startswith(f"{self.path}."):
+                *parts, attribute = name.removeprefix(f"{self.path}.").split(".")
+                owner = module
+                for part in parts:
+                    owner = getattr(owner, part)
+                value = mx.array(weights.vector(name))
+                setattr(owner, attribute, value.reshape(getattr(owner, attribute).shape))
+        module.mlp.act_fn.fold()
+
+    def attention_input(self, residual: mx.array) -> mx.array:
+        """What q, k and v are given, for the residual stream `[B, L, D]`."""
+        return mx.array(self._module.attention_layernorm(residual))
+
+    def mixed_values(self, x: mx.array) -> mx.array:
+        """What o is given, for what q, k and v are given."""
+        return plain.mix(self._module.self_attn, x, "causal" if x.shape[1] > 1 else None, None)
+
+    def up_input(self, residual: mx.array) -> mx.array:
+        """What up is given, for the residual stream after attention."""
+        return mx.array(self._module.feedforward_layernorm(residual))
+
+    def down_input(self, x: mx.array) -> mx.array:
+        """What down is given, for what up is given."""
+        return self._module.mlp.act_fn(self.projections["mlp.up_proj"](x))
+
+    def __call__(self, residual: mx.array) -> mx.array:
+        """The residual stream after this layer."""
+        mixed = self.mixed_values(self.attention_input(residual))
+        residual = residual + self.projections["self_attn.o_proj"](mixed)
+        inner = self.down_input(self.up_input(residual))
+        return residual + self.projections["mlp.down_proj"](inner)
+
+
+def embed(weight: Array, windows: Tokens) -> Array:
+    """The residual stream `[windows, length, hidden]` at the start."""
+    return weight[windows]
+
+
+def batches(windows: int, length: int) -> Iterator[slice]:
+    """Windows that go through a layer at once."""
+    size = max(1, BATCH_TOKENS // length)
+    for start in range(0, windows, size):
+        yield slice(start, min(start + size, windows))
+
+
+def run_layer(layer: Callable[[mx.array], mx.array], residual: Array) -> None:
+    """Replace `residual` `[windows, length, hidden]` by what follows, batch by batch."""
+    for part in batches(*residual.shape[:2]):
+        residual[part] = np.array(layer(mx.array(residual[part])))
+
+
+def final_norm(weights: Weights, residual: Array) -> None:
+    """Replace `residual` by the hidden states that the head is given."""
+    norm = nn.RMSNorm(weights.config.hidden_size, eps=weights.config.rms_norm_eps)
+    norm.weight = mx.array(weights.vector(f"{layout.FINAL_NORM}.weight"))
+    run_layer(norm, residual)
+
+
+def hidden_states(
+    weights: Weights,
+    groups: Sequence[Tokens],
+    finish: Callable[[Array], Array] | None = None,
+    progress: Callable[[int], None] | None = None,
+    keep: Keep = NOTHING,
+) -> list[Array]:
+    """Final hidden states of several sets of windows, each set of one length.
+
+    Args:
+        weights: of the model.
+        groups: token ids `[windows, length]`.
+        finish: applied to every product with a weight and to the residual stream.
+        progress: told the number of layers done.
+        keep: where the streams are kept, at most once a minute and after the last layer; an
+            interrupted run goes on from there.
+    """
+    found = keep.load()
+    if found is None:
+        embedding = weights.matrix(layout.EMBEDDING)
+        first, residuals = 0, [embed(embedding, windows) for windows in groups]
+        del embedding
+    else:
+        first = int(found[0]["layers"])
+        residuals = [found[1][str(number)] for number in range(len(groups))]
+    depth = weights.config.num_hidden_layers
+    for index in range(first, depth):
+        layer = Layer(weights, index, finish)
+        for residual in residuals:
+            run_layer(layer, residual)
+            if finish is not None:
+                residual[:] = finish(residual)
+        save = keep.save if index + 1 == depth else keep.reach
+        save({"layers": index + 1}, {str(n): array for n, array in enumerate(residuals)})
+        if progress is not None:
+            progress(index + 1)
+    for residual in residuals:
+        final_norm(weights, residual)
+    return residuals
+
+
+def head_path(config: ModelConfig) -> str:
+    """The module whose weight gives the logits."""
+    return layout.EMBEDDING if config.tie_word_embeddings else layout.HEAD
+
+
+def open_weights(directory: Path, reader: Reader) -> SourceWeights:
+    """The weights of a checkpoint in any form that `convert` reads.
+
+    Raises:
+        NotFoundError, RejectedError: it is missing, damaged or not supported.
+    """
+    from apertus_mlx.checkpoint.config import read_config
+    from apertus_mlx.checkpoint.slopes import check_slopes
+    from apertus_mlx.checkpoint.tensors import open_checkpoint
+    from apertus_mlx.convert.sources.recognise import recognise
+
+    config = read_config(directory)
+    checkpoint = open_checkpoint(directory)
+    source = recognise(config, checkpoint.tensors, str(directory))
+    check_slopes(checkpoint)
+    return SourceWeights(source, reader)

@@ -1,0 +1,103 @@
+"""Weights that already lie on a quantization grid: found per matrix, their codes kept.
+
+The released small models are trained with quantization in the loop; quantizing them again with a
+grid of its own would move about every sixth group at 4 bits. A matrix counts only if every group of
+it lies on a grid of the format asked for, which random weights never do: two rows decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from apertus_mlx.convert.plan.plan import Plan, Step
+from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
+from apertus_mlx.convert.sources.source import Codes, MatrixSource
+from apertus_mlx.quant.grid import KINDS, Kind, recover
+from apertus_mlx.quant.packing import pack, unpack
+from apertus_mlx.quant.spec import QuantSpec
+
+PROBE_ROWS = 2
+
+
+def find_grids(plan: Plan, reader: Reader) -> dict[str, Kind]:
+    """Module path -> kind of grid that it lies on, for those that keep their own.
+
+    Scales stay in the type of the weights where that gives every value back, else they take
+    float32, unless the user asked for another type.
+    """
+    found = {}
+    for step in plan.steps:
+        if step.transform != "quantize" or step.matrix is None or step.spec is None:
+            continue
+        if step.spec.mode != "affine" or step.matrix.dtype != step.dtype:
+            continue
+        for kind in KINDS:
+            if kind == "exact32" and plan.request.dtype not in (None, "F32"):
+                continue
+            if _lies_on_grid(step, step.matrix, step.spec, kind, reader):
+                found[step.path] = kind
+                break
+    return found
+
+
+def grid_codes(values: mx.array, spec: QuantSpec, dtype: str, kind: Kind) -> Codes | None:
+    """Rows `[rows, columns]` in the affine format that gives them back; None if there is none.
+
+    Args:
+        values: rows in the type `dtype`.
+        spec: the affine format.
+        dtype: safetensors type of the weights.
+        kind: which grid.
+    """
+    rows, columns = values.shape
+    size = spec.group_size
+    plain = np.array(values.astype(mx.float32)).reshape(-1, size)
+    scales = np.zeros(len(plain))
+    biases = np.zeros(len(plain))
+    codes = np.zeros(plain.shape, np.uint8)
+    left = np.ones(len(plain), bool)
+    if kind == "mlx":
+        # Most groups of MLX's own making come back from its own rounding; that is the fast way.
+        packed = mx.quantize(values, group_size=size, bits=spec.bits)
+        again = mx.dequantize(*packed, group_size=size, bits=spec.bits)
+        same = np.array((again == values).reshape(-1, size).all(axis=1))
+        scales[same] = _flat(packed[1])[same]
+        biases[same] = _flat(packed[2])[same]
+        codes[same] = _unpacked(packed[0], spec, columns)[same]
+        left = ~same
+    if left.any():
+        grid = recover(plain[left].astype(np.float64), spec.bits, dtype, kind)
+        if not grid.found.all():
+            return None
+        codes[left], scales[left], biases[left] = grid.codes, grid.scales, grid.biases
+    stored = MLX_TYPES["F32" if kind == "exact32" else dtype]
+    return Codes(
+        mx.array(pack(codes.reshape(rows, columns), spec.bits)),
+        mx.array(scales.reshape(rows, -1).astype(np.float32)).astype(stored),
+        mx.array(biases.reshape(rows, -1).astype(np.float32)).astype(stored),
+    )
+
+
+def _lies_on_grid(
+    step: Step, matrix: MatrixSource, spec: QuantSpec, kind: Kind, reader: Reader
+) -> bool:
+    rows = step.outputs[0].shape[0]
+    size = replace(step, grid=kind).block_rows
+    starts = [0, *range(min(PROBE_ROWS, rows), rows, size)]
+    for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+        values = matrix.read(reader, start, stop, allow_nonfinite=False)
+        if grid_codes(values, spec, step.dtype, kind) is None:
+            return False
+    return True
+
+
+def _flat(array: mx.array) -> npt.NDArray[np.float32]:
+    return np.array(array.astype(mx.float32)).reshape(-1)
+
+
+def _unpacked(words: mx.array, spec: QuantSpec, columns: int) -> npt.NDArray[np.uint8]:
+    return unpack(np.array(words), spec.bits, columns).reshape(-1, spec.group_size)

@@ -1,0 +1,221 @@
+"""What a plan is: every output tensor with its sources, transform, format, bytes and place.
+
+`planning` makes it, `execute` follows it and decides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.convert.basis import names as basis
+from apertus_mlx.convert.plan.policy import Method, Request
+from apertus_mlx.convert.sources.reading import BLOCK_BYTES, block_rows
+from apertus_mlx.convert.sources.source import Carried, MatrixSource, Source
+from apertus_mlx.quant.grid import Kind
+from apertus_mlx.quant.spec import QuantSpec
+
+DTYPE_BYTES = {"U32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPE_NAMES = {value: key for key, value in CONFIG_DTYPES.items()}
+# Interpreter and libraries; what checking a tokenizer takes per byte of its file; how many times a
+# block is in memory at most. Measured on Linux with the benchmark in tests/benchmarks.
+BASE_MEMORY_BYTES = 48_000_000
+TOKENIZER_COPIES = 33
+BLOCK_COPIES = 4
+# The tokenizer of the 8B, where the size of the source's is not known.
+TYPICAL_TOKENIZER_BYTES = 16_000_000
+
+# Most tokens that calibration looks at.
+CALIBRATION_TOKENS = 128 * 512
+
+Transform = Literal["copy", "cast", "quantize", "requantize", "keep", "dequantize", "fill", "grid"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output: `size_bytes` at `offset` of the data of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Exact size."""
+        total = DTYPE_BYTES[self.dtype]
+        for size in self.shape:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is done to produce the tensors of one module or vector."""
+
+    path: str
+    transform: Transform
+    outputs: tuple[OutputTensor, ...]
+    dtype: str
+    spec: QuantSpec | None = None
+    matrix: MatrixSource | None = None
+    vector: TensorInfo | None = None
+    # The grid on which the source's values lie, where the transform is `grid`.
+    grid: Kind | None = None
+    # Why it stays unquantized although quantization was asked for.
+    reason: str | None = None
+    # What is lost, in words; None where nothing is, or where the loss is what was asked for.
+    loss: str | None = None
+    # How new codes are found.
+    method: Method = "rtn"
+    # Whether its values are those of the model in another basis (`basis`) and not the source's.
+    transformed: bool = False
+
+    @property
+    def source_tensors(self) -> tuple[TensorInfo, ...]:
+        """What is read."""
+        if self.matrix is not None:
+            return self.matrix.tensors
+        return (self.vector,) if self.vector is not None else ()
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that are read."""
+        return sum(tensor.size_bytes for tensor in self.source_tensors)
+
+    @property
+    def columns(self) -> int:
+        """Weights in a row of a matrix."""
+        width = self.outputs[0].shape[1]
+        return width * 32 // self.spec.bits if self.spec else width
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that are processed at once."""
+        rows = self.outputs[0].shape[0]
+        per_value = 2
+        if self.matrix is not None and self.matrix.is_quantized:
+            per_value = 8  # codes are unpacked and scaled in 32 bits
+        if self.grid is not None:
+            per_value = 32  # the search takes several float64 copies
+        return min(rows, block_rows(max(self.source_bytes // rows, per_value * self.columns)))
+
+    @property
+    def carried(self) -> Carried | None:
+        """The factor that is stored beside kept codes, if they need one."""
+        if self.transform != "keep" or self.matrix is None or self.matrix.stored is None:
+            return None
+        return self.matrix.stored.carried
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimate of what its blocks take."""
+        if self.matrix is None:
+            return 4 * self.source_bytes
+        if self.transformed:
+            return 3 * 4 * self.outputs[0].shape[0] * self.columns
+        return BLOCK_COPIES * min(BLOCK_BYTES, self.source_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that are written."""
+        return sum(tensor.size_bytes for tensor in self.outputs)
+
+
+def calibration_memory_bytes(config: ModelConfig) -> int:
+    """Estimate of what calibration takes: two layers, two streams, moments in float64."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer = 2 * hidden * (queries + keys + inner)
+    streams = 2 * CALIBRATION_TOKENS * (hidden + queries)
+    moments = 12 * max(hidden, inner, queries) ** 2
+    embedding = 2 * config.vocab_size * hidden
+    return 4 * (max(2 * layer + moments, embedding) + streams)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A shard: its header as it will be written, and the size of what follows."""
+
+    name: str
+    header: bytes
+    data_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the whole file."""
+        return len(self.header) + self.data_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a conversion will do."""
+
+    source: Source
+    request: Request
+    dtype: str
+    steps: tuple[Step, ...]
+    files: tuple[OutputFile, ...]
+    notes: tuple[str, ...]
+    tokenizer_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(step.size_bytes for step in self.steps)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(step.source_bytes for step in self.steps)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, xIELU's scalars not counted."""
+        return layout.parameter_count(self.source.config)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per parameter with everything that is stored."""
+        return 8 * self.weight_bytes / self.parameters
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """Module path -> format, for the quantized modules of the output."""
+        return {step.path: step.spec for step in self.steps if step.spec is not None}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it needs texts."""
+        return self.request.smooth or any(step.method == "gptq" for step in self.steps)
+
+    @property
+    def carries_factors(self) -> bool:
+        """Whether some modules need a factor that only this package reads."""
+        return any(step.carried is not None for step in self.steps)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Estimate of the most memory that execution will hold."""
+        widest = max((step.memory_bytes for step in self.steps), default=0)
+        if self.calibrates:
+            widest = max(widest, calibration_memory_bytes(self.source.config))
+        return BASE_MEMORY_BYTES + TOKENIZER_COPIES * self.tokenizer_bytes + widest
+
+    def fingerprint(self) -> str:
+        """Identifies what will be written; equal fingerprints give equal bytes."""
+        parts: list[Any] = [
+            [step.path, step.transform, step.grid, step.method, str(step.spec), step.dtype]
+            for step in self.steps
+        ]
+        parts += [[file.name, file.header.hex()] for file in self.files]
+        parts.append(basis.record(self.request, self.source.config))
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Writing the output: arrays, the files beside them, and whatever unfinished work needs."""

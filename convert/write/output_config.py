@@ -1,0 +1,114 @@
+"""The `config.json` of the output: one form that mlx-lm, mlx-swift-lm and this package all read.
+
+Rope stands there flat, as the MLX readers want it, and as `rope_parameters`, because transformers 5
+takes a config without them for the 8B's. `quantization_config` is left out: no MLX reader needs the
+copy that mlx-lm writes, and transformers refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import INERT_KEYS, ModelConfig, Rope
+from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan
+from apertus_mlx.quant.spec import QuantSpec
+
+# Keys that would only repeat what is written anew, or that other tools take for instructions.
+_NOT_COPIED = {"architectures", "attn_implementation", "is_encoder_decoder", "tokenizer_class"}
+
+
+def output_config(plan: Plan, original: Mapping[str, Any]) -> dict[str, Any]:
+    """The output's config; `original` is the source's, for keys without a meaning here."""
+    config = plan.source.config
+    text = original.get("text_config")
+    inner = {**original, **text} if isinstance(text, dict) else original
+    values: dict[str, Any] = {
+        key: inner[key] for key in sorted(INERT_KEYS & inner.keys()) if key not in _NOT_COPIED
+    }
+    values |= {
+        "architectures": ["ApertusForCausalLM"],
+        "model_type": "apertus",
+        "hidden_act": "xielu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "qk_norm": True,
+        "post_norm": False,
+        "torch_dtype": DTYPE_NAMES[plan.dtype],
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config.rope),
+        "rope_parameters": {
+            "rope_theta": config.rope.theta,
+            "rope_type": config.rope.type,
+            **_rope_factors(config.rope),
+        },
+    }
+    if config.output_vocab_size != config.vocab_size:
+        values["output_vocab_size"] = config.output_vocab_size
+    values |= _token_ids(config, inner)
+    specs = plan.specs
+    if specs:
+        values["quantization"] = quantization_block(config, specs)
+    return dict(sorted(values.items()))
+
+
+def quantization_block(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
+    """The `quantization` block: the commonest format on top, an entry for each other module."""
+    counts: dict[QuantSpec, int] = {}
+    for spec in specs.values():
+        counts[spec] = counts.get(spec, 0) + 1
+    default = max(counts, key=lambda spec: counts[spec])
+    block = _spec_entry(default)
+    for matrix in layout.matrices(config):
+        found = specs.get(matrix.path)
+        if found is None:
+            block[matrix.path] = False
+        elif found != default:
+            block[matrix.path] = _spec_entry(found)
+    return block
+
+
+def _spec_entry(spec: QuantSpec) -> dict[str, Any]:
+    return {"group_size": spec.group_size, "bits": spec.bits, "mode": spec.mode}
+
+
+def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
+    if rope.type == "default":
+        return None
+    # Both spellings of the type: each reader looks for its own.
+    return {"rope_type": rope.type, "type": rope.type, **_rope_factors(rope)}
+
+
+def _rope_factors(rope: Rope) -> dict[str, Any]:
+    if rope.type == "default":
+        return {}
+    factors: dict[str, Any] = {"factor": rope.factor}
+    if rope.type == "llama3":
+        factors |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        }
+    return factors
+
+
+def _token_ids(config: ModelConfig, original: Mapping[str, Any]) -> dict[str, Any]:
+    ids: dict[str, Any] = {}
+    if config.bos_token_id is not None:
+        ids["bos_token_id"] = config.bos_token_id
+    if config.pad_token_id is not None:
+        ids["pad_token_id"] = config.pad_token_id
+    if config.eos_token_ids:
+        ids["eos_token_id"] = original["eos_token_id"]
+    return ids

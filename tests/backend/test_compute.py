@@ -1,0 +1,96 @@
+"""Which form of the model is chosen, and what happens when it cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from apertus_mlx.backend.choose import load_for
+from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
+from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.model.apertus import Model
+from tests.builders import config_4x, random_weights, write_checkpoint
+
+pytest.importorskip("onnxruntime")
+from apertus_mlx.backend.cpu.model import HostModel
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> Inventory:
+    return take_inventory(write_checkpoint(tmp_path, config_4x(), tokenizer=False))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+
+
+def test_auto_without_gpu(inventory: Inventory, no_gpu: None) -> None:
+    assert isinstance(load_for(inventory), HostModel)
+    assert isinstance(load_for(inventory, dtype="float32"), HostModel)
+    assert isinstance(load_for(inventory, dtype="bfloat16"), Model)
+
+
+def test_auto_with_gpu(inventory: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr("apertus_mlx.backend.choose.load_inventory", lambda *arguments: "plain")
+    assert load_for(inventory) == "plain"
+    assert isinstance(load_for(inventory, "cpu"), HostModel)
+
+
+def test_choices(inventory: Inventory) -> None:
+    assert isinstance(load_for(inventory, "mlx"), Model)
+    host = load_for(inventory, "cpu", precision="int8")
+    assert isinstance(host, HostModel) and host.precision == "int8"
+    with pytest.raises(UsageError, match="--dtype bfloat16"):
+        load_for(inventory, "cpu", "bfloat16")
+
+
+def test_missing_library(
+    inventory: Inventory,
+    no_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "apertus_mlx.backend.cpu.model", None)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(load_for(inventory), Model)
+    assert len(caplog.messages) == 1 and "slow" in caplog.messages[0]
+    with pytest.raises(UsageError, match=r"pip install 'apertus-mlx\[cpu\]'"):
+        load_for(inventory, "cpu")
+
+
+def test_failing_library(
+    inventory: Inventory,
+    no_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+    def fail(*arguments: object) -> None:
+        raise NoKernel("no kernel for\n MatMulNBits")
+
+    monkeypatch.setattr("apertus_mlx.backend.cpu.model.HostModel.__init__", fail)
+    assert isinstance(load_for(inventory), Model)
+    assert "no kernel for MatMulNBits" in caplog.messages[0]
+    with pytest.raises(NoKernel):
+        load_for(inventory, "cpu")
+
+
+def test_damaged_weights_are_not_a_reason_to_fall_back(tmp_path: Path, no_gpu: None) -> None:
+    weights = random_weights(config_4x())
+    weights["model.norm.weight"][0] = float("inf")
+    with pytest.raises(RejectedError, match="not finite"):
+        load_for(take_inventory(write_checkpoint(tmp_path, config_4x(), weights, tokenizer=False)))
+
+
+def test_bytes_are_told(inventory: Inventory) -> None:
+    told: list[tuple[int, int]] = []
+    load_for(inventory, "cpu", on_bytes=lambda *counts: told.append(counts))
+    assert told == sorted(told)
+    assert {total for _, total in told} == {inventory.checkpoint.size_bytes}
