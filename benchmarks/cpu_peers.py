@@ -59,11 +59,11 @@ class Ours:
     def __init__(self, model: str, precision: Any) -> None:
         import mlx.core as mx
 
-        from apertus_mlx.backend.cpu.model import HostModel
+        from apertus_mlx.backend.cpu.model import CPUModel
         from apertus_mlx.checkpoint.inventory import take_inventory
         from apertus_mlx.generation.decode import prefill
 
-        self._model = HostModel(take_inventory(Path(model)), precision)
+        self._model = CPUModel(take_inventory(Path(model)), precision)
         self._prefill, self._eval, self._array = prefill, mx.eval, mx.array
 
     def clear(self) -> None:

@@ -26,7 +26,7 @@ from apertus_mlx.generation.conversation import Conversation
 from apertus_mlx.generation.prompt_cache import Fingerprint, load_prompt_cache, save_prompt_cache
 from apertus_mlx.generation.run import Piece, Speaker
 from apertus_mlx.generation.sampling import SamplingParams
-from apertus_mlx.model.scores import Scores
+from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.system import rust_panics
 
 # Small windows, so that conversations of some hundred tokens reach everything there is.
@@ -71,7 +71,7 @@ class Counts:
 
 @dataclass
 class Feed:
-    """Ids that were fed together, and how: for their hidden states or for scores."""
+    """Ids that were fed together, and how: for their hidden states or for logits."""
 
     ids: mx.array
     scored: bool
@@ -106,12 +106,12 @@ class Recording:
         self.logits_at[self.position] = found[0, -1]
         return found
 
-    def scores(self, ids: mx.array, caches: Sequence[Cache]) -> Scores:
+    def next_token_logits(self, ids: mx.array, caches: Sequence[Cache]) -> NextTokenLogits:
         self._begin(caches)
-        scores: Scores = self.inner.scores(ids, caches)
+        after: NextTokenLogits = self.inner.next_token_logits(ids, caches)
         self._end(Feed(ids, True))
-        self.logits_at[self.position] = scores.logits
-        return scores
+        self.logits_at[self.position] = after.values
+        return after
 
     def _begin(self, caches: Sequence[Cache]) -> None:
         if caches[0].offset < self.position:
@@ -286,7 +286,7 @@ class Play:
                 if isinstance(fed, int):
                     assert [layer.trim(fed) for layer in caches] == [fed] * len(caches)
                 elif fed.scored:
-                    logits = model.scores(fed.ids, caches).logits
+                    logits = model.next_token_logits(fed.ids, caches).values
                     expected[caches[0].offset] = logits
                 else:
                     logits = model.logits(model.model(fed.ids, caches)[:, -1:])[0, -1]

@@ -54,7 +54,9 @@ def our_dispatches(model: Model) -> Dispatches:
     caches = model.make_cache()
     mx.eval(model(mx.array([[1, 2, 3]]), caches), [cache.state for cache in caches])
     sampler = Sampler(SamplingParams(temperature=0), [], model.config.vocab_size)
-    return count_dispatches(lambda: [sampler(model.scores(mx.array([[5]], mx.uint32), caches))])
+    return count_dispatches(
+        lambda: [sampler(model.next_token_logits(mx.array([[5]], mx.uint32), caches))]
+    )
 
 
 def mlx_lm_dispatches(values: Mapping[str, Any]) -> Dispatches:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from apertus_mlx.backend import command_buffers
+from apertus_mlx.backend import command_buffers, hardware
 from apertus_mlx.checkpoint.inventory import (
     FLOAT_DTYPES,
     OUTPUT_DIVISOR,
@@ -71,7 +71,7 @@ def load_inventory(
 
 def _use_kernels(model: Model, inventory: Inventory, dtype: mx.Dtype) -> None:
     """Use the fused kernels that have been proved on this machine; elsewhere there are none."""
-    if not mx.metal.is_available():
+    if not hardware.has_metal():
         return
     from apertus_mlx.backend.metal.enabled import enabled
     from apertus_mlx.backend.metal.fused import FusedOperations
@@ -99,7 +99,7 @@ def _apply_factors(model: Model, inventory: Inventory, factors: dict[str, mx.arr
 
 def compute_dtype(inventory: Inventory) -> mx.Dtype:
     """The type to compute in, unless the user says another; see `load_model`."""
-    if mx.default_device() == mx.cpu:
+    if not hardware.has_gpu():
         return mx.float32
     stored = {
         tensor.dtype

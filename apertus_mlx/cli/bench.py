@@ -7,7 +7,6 @@ import sys
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,8 +95,8 @@ def bench(
     Tokens are random, drawing them and reading them back is included, a first go does not count.
     ± is half of what lies between the slowest and the fastest turn.
     """
-    from apertus_mlx.backend.choose import uses_host
-    from apertus_mlx.backend.machine import available_bytes, on_gpu
+    from apertus_mlx.backend.choose import uses_cpu
+    from apertus_mlx.backend.hardware import available_bytes, has_gpu, has_library
     from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.checkpoint.inventory import take_inventory
     from apertus_mlx.cli.model_source import locate_model
@@ -111,7 +110,7 @@ def bench(
         check_plot(plot)
         if depths is not None and not depths.strip():
             raise UsageError("--plot draws speed against depth: --depths must not be empty")
-    if against is not None and find_spec("mlx_lm") is None:
+    if against is not None and not has_library("mlx_lm"):
         raise UsageError("--against mlx-lm: install it: pip install mlx-lm")
     form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
     request = cache_options.read_memory_request(
@@ -135,7 +134,7 @@ def bench(
     if sides > 1:
         # Both models are in memory at once, so each side gets its share of it.
         limit = request.limit_bytes or available_bytes(
-            on_gpu() and not uses_host(compute.value, dtype.value if dtype else None)
+            has_gpu() and not uses_cpu(compute.value, dtype.value if dtype else None)
         )
         request = replace(request, limit_bytes=limit // sides)
     dtype_name = dtype.value if dtype else None

@@ -85,7 +85,7 @@ class MemoryGuard:
 
     def choose(self, inventory: Inventory, context: int) -> None:
         """See `choose_settings`."""
-        from apertus_mlx.backend.machine import mlx_limits
+        from apertus_mlx.backend.memory_limits import mlx_limits
 
         self.fit = choose_settings(
             self._request, inventory, context, self._dtype, self._compute, self._precision
@@ -157,8 +157,8 @@ def choose_settings(
         ResourceError: nothing fits; the message has the numbers that would.
         UsageError: this model's heads cannot be cached as asked.
     """
-    from apertus_mlx.backend.choose import uses_host
-    from apertus_mlx.backend.machine import available_bytes, on_gpu
+    from apertus_mlx.backend.choose import uses_cpu
+    from apertus_mlx.backend.hardware import available_bytes, has_gpu
     from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.memory import Fit, fit, footprint
     from apertus_mlx.memory.fit import PREFILL_STEPS
@@ -169,12 +169,12 @@ def choose_settings(
     if request.form is not None:
         request.form.require_fit(config.head_dim)
     subject = inventory_subject(inventory, str(inventory.checkpoint.directory))
-    host = precision if uses_host(compute, dtype) else None
-    backend = choose_backend(subject, on_gpu(), dtype, host)
+    cpu = precision if uses_cpu(compute, dtype) else None
+    backend = choose_backend(subject, has_gpu(), dtype, cpu)
     context = min(context, config.max_position_embeddings)
     limit = request.limit_bytes
     if limit is None:
-        limit = available_bytes(on_gpu() and host is None)
+        limit = available_bytes(has_gpu() and cpu is None)
     if request.force:
         form = request.form or FULL_PRECISION
         step = request.prefill_step or PREFILL_STEPS[0]
@@ -198,11 +198,11 @@ def open_prompt_cache(
     Raises:
         RejectedError: it is damaged, or made under other conditions.
     """
-    from apertus_mlx.backend.choose import uses_host
+    from apertus_mlx.backend.choose import uses_cpu
     from apertus_mlx.backend.mlx import DTYPES, compute_dtype
     from apertus_mlx.generation.prompt_cache import PromptCache
 
-    if uses_host(compute, dtype):
+    if uses_cpu(compute, dtype):
         dtype = "float32"
     number = DTYPES[dtype] if dtype else compute_dtype(inventory)
     return PromptCache(path, inventory, form, number)

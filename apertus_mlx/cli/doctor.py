@@ -48,8 +48,8 @@ def doctor(
             raise UsageError("--reset forgets everything; use it alone")
         _reset(json)
         return
-    import mlx.core as mx
 
+    from apertus_mlx.backend.hardware import has_metal
     from apertus_mlx.backend.metal.text import type_key
     from apertus_mlx.backend.mlx import compute_dtype
     from apertus_mlx.checkpoint.inventory import take_inventory
@@ -63,7 +63,7 @@ def doctor(
         "embedded" if model is None else directory.resolve().name if Path(model).is_dir() else model
     )
     dtype_name = dtype.value if dtype else type_key(compute_dtype(inventory))
-    if mx.metal.is_available():
+    if has_metal():
         _require_memory(inventory, dtype_name)
     chosen = [*([model] if model else []), *(["--dtype", dtype_name] if dtype else [])]
     again = shlex.join(["apertus-mlx", "doctor", *chosen])

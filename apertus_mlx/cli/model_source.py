@@ -37,7 +37,7 @@ def open_speaker(
     before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None],
 ) -> Speaker:
     """Load the model in `directory`; tells what was ignored in it. See `load_speaker`."""
-    from apertus_mlx.backend.machine import on_gpu
+    from apertus_mlx.backend.hardware import has_gpu
     from apertus_mlx.generation.run import load_speaker
 
     def tell(inventory: Inventory) -> None:
@@ -57,7 +57,7 @@ def open_speaker(
             before_weights=before_weights,
             on_bytes=update,
         )
-    if not on_gpu():
+    if not has_gpu():
         note("MLX has no GPU on this machine: computing on the CPU")
     if speaker.generation_config.ignored_keys:
         note(

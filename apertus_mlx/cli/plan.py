@@ -49,7 +49,7 @@ def plan(
     target = _device(device)
     subject = _subject(model, revision, offline)
     report = make_report(
-        subject, target, context, form, prefill_step, _on_gpu(device), _host(device)
+        subject, target, context, form, prefill_step, _on_gpu(device), _cpu_precision(device)
     )
     if json:
         print_json(report)
@@ -62,7 +62,7 @@ def _device(name: str | None) -> Any:
 
     if name is not None:
         return parse_device(name)
-    from apertus_mlx.backend.machine import available_bytes
+    from apertus_mlx.backend.hardware import available_bytes
 
     return Device("this machine", available_bytes())
 
@@ -71,18 +71,18 @@ def _on_gpu(device: str | None) -> bool:
     """Every device by name is Apple's; only this machine may lack a GPU."""
     if device is not None:
         return True
-    from apertus_mlx.backend.machine import on_gpu
+    from apertus_mlx.backend.hardware import has_gpu
 
-    return on_gpu()
+    return has_gpu()
 
 
-def _host(device: str | None) -> str | None:
+def _cpu_precision(device: str | None) -> str | None:
     """The precision of the CPU path, if it is what runs models on this machine."""
     if device is not None:
         return None
-    from apertus_mlx.backend.choose import uses_host
+    from apertus_mlx.backend.choose import uses_cpu
 
-    return "auto" if uses_host("auto", None) else None
+    return "auto" if uses_cpu("auto", None) else None
 
 
 def _subject(model: str | None, revision: str | None, offline: bool) -> Subject:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
-from apertus_mlx.backend.choose import LanguageModel
 from apertus_mlx.cache import (
     FULL_PRECISION,
     Cache,
@@ -20,7 +19,7 @@ from apertus_mlx.cache import (
     rewind,
 )
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, prefill
-from apertus_mlx.model.scores import Scores
+from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
 
 
 class CachedPrefix:
@@ -148,17 +147,17 @@ class CachedPrefix:
         self._settled = True
         return logits
 
-    def _step(self, token: mx.array) -> Scores:
+    def _step(self, token: mx.array) -> NextTokenLogits:
         self._settle()
         self._settled = False
         try:
-            scores = self.model.scores(token.reshape(1, 1), self._layers)
+            logits = self.model.next_token_logits(token.reshape(1, 1), self._layers)
         except Exception:
             self.forget()
             raise
         self._tokens.append(token)
         self._settled = True
-        return scores
+        return logits
 
 
 class Run:
@@ -188,8 +187,8 @@ class Run:
         self._left = self._left[len(ids) :]
         return self._prefix._read(ids, step, on_chunk)
 
-    def step(self, token: mx.array) -> Scores:
-        """Scores after one more token (shape `[]`), which need not have been computed yet."""
+    def step(self, token: mx.array) -> NextTokenLogits:
+        """Logits after one more token (shape `[]`), which need not have been computed yet."""
         self._require_owner()
         return self._prefix._step(token)
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
-from apertus_mlx.backend.choose import LanguageModel
 from apertus_mlx.cache import Cache, expect
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.generation.sampling import Sampler
-from apertus_mlx.model.scores import Scores
+from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
 
 DEFAULT_PREFILL_STEP = 512
 # MLX's matrix kernels work on tiles of 32 or 64 rows, and with fewer are slower than their share
@@ -73,16 +72,19 @@ def decode(
 ) -> Iterator[int]:
     """`draw_tokens` on a cache of which nobody asks afterwards what it holds."""
     return draw_tokens(
-        lambda token: model.scores(token.reshape(1, 1), cache), logits, sampler, max_tokens
+        lambda token: model.next_token_logits(token.reshape(1, 1), cache),
+        logits,
+        sampler,
+        max_tokens,
     )
 
 
 def draw_tokens(
-    step: Callable[[mx.array], Scores], logits: mx.array, sampler: Sampler, max_tokens: int
+    step: Callable[[mx.array], NextTokenLogits], logits: mx.array, sampler: Sampler, max_tokens: int
 ) -> Iterator[int]:
     """Yield up to `max_tokens` token ids, the first drawn from `logits` `[vocabulary]`.
 
-    `step` gives the scores after one more token (shape `[]`). It is called before that token is
+    `step` gives the logits after one more token (shape `[]`). It is called before that token is
     read, so that the GPU never waits for Python: when the caller stops, the last token yielded, or
     being read, may therefore have been fed already.
 
@@ -92,12 +94,12 @@ def draw_tokens(
             may take any id, so there they can stay unseen after the first token.
     """
 
-    def draw(scores: Scores) -> tuple[mx.array, Scores]:
-        token = sampler(scores)
+    def draw(after: NextTokenLogits) -> tuple[mx.array, NextTokenLogits]:
+        token = sampler(after)
         mx.async_eval(token)
-        return token, scores
+        return token, after
 
-    token, scores = draw(Scores(logits))
+    token, after = draw(NextTokenLogits(logits))
     sound = _tell_apart(logits)
     mx.async_eval(sound)  # known with the first token, before the step after it
     for index in range(max_tokens):
@@ -108,7 +110,7 @@ def draw_tokens(
         # Where the logits tell nothing apart token 0 is drawn by greedy choice, so that after the
         # first time only then a look is worth its while.
         if index and value == 0:
-            sound = _tell_apart(scores.logits)
+            sound = _tell_apart(after.values)
         if not sound.item():
             raise RejectedError(
                 f"the model computed no finite logits, or all equal, at token {index + 1}: its "
@@ -116,7 +118,7 @@ def draw_tokens(
             )
         yield value
         if following is not None:
-            token, scores = following
+            token, after = following
         if index % CLEAR_INTERVAL == CLEAR_INTERVAL - 1:
             mx.clear_cache()
 

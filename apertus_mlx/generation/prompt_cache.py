@@ -21,7 +21,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.backend.choose import LanguageModel
 from apertus_mlx.cache import CacheConfig
 from apertus_mlx.cache.config import FULL_BITS, STEP, group_size
 from apertus_mlx.checkpoint.config import ModelConfig
@@ -29,6 +28,7 @@ from apertus_mlx.checkpoint.header import TensorInfo, read_header
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import NotFoundError, RejectedError, ResourceError, UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix, shared_length
+from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.system.model_files import (
     MAX_TOKENIZER_BYTES,
     checked,

@@ -10,8 +10,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from apertus_mlx.backend.choose import Compute, LanguageModel, Precision, load_for
-from apertus_mlx.backend.machine import peak_bytes
+from apertus_mlx.backend.choose import Compute, Precision, load_for
+from apertus_mlx.backend.hardware import peak_bytes
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
@@ -19,6 +19,7 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix, Run
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
+from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.stream import TextStream
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Role, Tokenizer

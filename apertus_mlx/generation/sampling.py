@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint.generation_config import RANGES, GenerationConfig
 from apertus_mlx.errors import UsageError
-from apertus_mlx.model.scores import Scores
+from apertus_mlx.model.language_model import NextTokenLogits
 
 MAX_SEED = 2**63
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.8, 0.9
@@ -97,16 +98,18 @@ class Sampler:
             if inside:
                 self._seen[mx.array(inside)] = True
 
-    def __call__(self, scores: Scores) -> mx.array:
+    def __call__(self, given: NextTokenLogits) -> mx.array:
         """Draw a token id (shape `[]`)."""
         if self._seen is not None:
             # What the model found out about its own logits does not hold for these.
-            scores = Scores(penalize(scores.logits, self._seen, self._params.repetition_penalty))
+            given = NextTokenLogits(
+                penalize(given.values, self._seen, self._params.repetition_penalty)
+            )
         if self._params.greedy:
-            token = mx.argmax(scores.logits) if scores.best is None else scores.best
+            token = mx.argmax(given.values) if given.best is None else given.best
         else:
             self._key, key = mx.random.split(self._key)
-            token = mx.random.categorical(filter_logits(scores, self._params), key=key)
+            token = mx.random.categorical(filter_logits(given, self._params), key=key)
         if self._seen is not None:
             self._seen[token] = True
         return token
@@ -121,17 +124,17 @@ def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def filter_logits(scores: Scores, params: SamplingParams) -> mx.array:
+def filter_logits(given: NextTokenLogits, params: SamplingParams) -> mx.array:
     """Scale by temperature and set all but the likely tokens to minus infinity, in float32.
 
     The largest comes out as 0. It is taken away before the division: what lies near it keeps its
     digits, and nothing overflows but to a probability of 0.
     """
-    logits = scores.logits.astype(mx.float32)
+    logits = given.values.astype(mx.float32)
     size = logits.shape[-1]
     largest = mx.max(logits)
     if 0 < params.top_k < size:
-        threshold = kth_largest(scores, params.top_k).astype(mx.float32)
+        threshold = kth_largest(given, params.top_k).astype(mx.float32)
         logits = mx.where(logits < threshold, -math.inf, logits)
     logits = (logits - largest) / params.temperature
     if params.top_p < 1:
@@ -142,16 +145,16 @@ def filter_logits(scores: Scores, params: SamplingParams) -> mx.array:
     return logits
 
 
-def kth_largest(scores: Scores, k: int) -> mx.array:
+def kth_largest(given: NextTokenLogits, k: int) -> mx.array:
     """The `k`-th largest logit, shape `[]`.
 
     It lies in one of the `k` runs with the largest peaks: another run with a logit above it would
     have a peak above it, and fewer than `k` logits are.
     """
-    candidates = scores.logits
-    if scores.peaks is not None and k < scores.peaks.size:
-        runs = mx.argpartition(-scores.peaks, k - 1)[:k]
-        candidates = candidates.reshape(scores.peaks.size, -1)[runs].reshape(-1)
+    candidates = given.values
+    if given.peaks is not None and k < given.peaks.size:
+        runs = mx.argpartition(-given.peaks, k - 1)[:k]
+        candidates = candidates.reshape(given.peaks.size, -1)[runs].reshape(-1)
     return mx.min(mx.topk(candidates, k))
 
 
@@ -161,7 +164,7 @@ def nucleus(probabilities: mx.array, top_p: float) -> mx.array:
     A token stays if those before it have not yet reached top_p; the first always does.
     """
     size = probabilities.shape[-1]
-    if mx.default_device() == mx.cpu:
+    if not has_gpu():
         # Sorting is slow in MLX here. Tokens below this bound all fit into the tail together.
         values = np.asarray(probabilities)
         candidates = np.flatnonzero(values >= (1 - top_p) / size)

@@ -39,7 +39,7 @@ class Fit:
     @property
     def buffer_cache_bytes(self) -> int:
         """How many freed bytes MLX may keep: what the limit leaves, within reason."""
-        if self.backend.host:
+        if self.backend.cpu:
             return MIN_BUFFER_CACHE_BYTES
         left = self.limit_bytes - self.footprint.total_bytes
         return max(MIN_BUFFER_CACHE_BYTES, min(left, MAX_BUFFER_CACHE_BYTES))
@@ -47,7 +47,7 @@ class Fit:
     @property
     def wired_bytes(self) -> int:
         """What a GPU shall keep resident; none of it is MLX's where the CPU path computes."""
-        return 0 if self.backend.host else self.footprint.total_bytes
+        return 0 if self.backend.cpu else self.footprint.total_bytes
 
 
 def fit(

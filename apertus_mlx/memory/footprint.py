@@ -15,7 +15,7 @@ The copies are rows in full precision, a chunk's and those before it, of which a
 made; those of all layers live until the chunk is done. A quantized cache computes scores in blocks
 of at most 8 MiB. When a cache grows, one layer of it is there twice.
 
-On the CPU path the whole process counts, with what `host` says of weights, libraries and loading;
+On the CPU path the whole process counts, with what `cpu` says of weights, libraries and loading;
 there it is an upper bound.
 """
 
@@ -28,7 +28,7 @@ from apertus_mlx.cache.attention import MAX_SCORES_BYTES
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
 from apertus_mlx.cache.store import capacity_for
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.memory import host
+from apertus_mlx.memory import cpu
 from apertus_mlx.memory.subject import Subject
 
 SCALE_BYTES = 2
@@ -46,15 +46,15 @@ class Backend:
     quantization: float
     fixed_bytes: int
     # Of the CPU path the precision of activations; None where MLX computes.
-    host: str | None = None
+    cpu: str | None = None
 
 
-CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=3.0,
+MLX_CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=3.0,
               fixed_bytes=1_500_000)  # fmt: skip
-HOST = Backend(4, mlp=5.6, residual=8.8, scores=1.5, scores_in_blocks=5.0, quantization=3.0,
-               fixed_bytes=5_000_000, host="auto")  # fmt: skip
+CPU_PATH = Backend(4, mlp=5.6, residual=8.8, scores=1.5, scores_in_blocks=5.0, quantization=3.0,
+               fixed_bytes=5_000_000, cpu="auto")  # fmt: skip
 # In place, attention works on so many scores at a time, and holds them three times.
-HOST_SCORES, HOST_SCORES_COPIES = 2**21, 3.0
+CPU_SCORES, CPU_SCORES_COPIES = 2**21, 3.0
 GPU_16_BIT = Backend(2, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=12.0,
                      fixed_bytes=8_000_000)  # fmt: skip
 GPU_32_BIT = Backend(4, mlp=2.0, residual=6.0, scores=0.0, scores_in_blocks=2.5, quantization=6.0,
@@ -93,16 +93,16 @@ class Footprint:
 
 
 def choose_backend(
-    subject: Subject, on_gpu: bool, dtype: str | None = None, host: str | None = None
+    subject: Subject, on_gpu: bool, dtype: str | None = None, cpu: str | None = None
 ) -> Backend:
     """How this checkpoint is computed: as the loader decides, unless `dtype` is asked for.
 
-    `host`: precision of activations, if the CPU path computes, whatever MLX has.
+    `cpu`: precision of activations, if the CPU path computes, whatever MLX has.
     """
-    if host is not None:
-        return replace(HOST, host=host)
+    if cpu is not None:
+        return replace(CPU_PATH, cpu=cpu)
     if not on_gpu:
-        return CPU
+        return MLX_CPU
     wide = dtype == "float32" if dtype else not subject.stored_16_bit
     return GPU_32_BIT if wide else GPU_16_BIT
 
@@ -117,15 +117,15 @@ def footprint(
         prefill_bytes(config, form, context, prefill_step, backend),
         logits_bytes(config, form, context, backend),
     )
-    if backend.host is None:
+    if backend.cpu is None:
         return Footprint(subject.weights_bytes(backend.compute_bytes), kv, prefill, logits)
     return Footprint(
-        host.weights_bytes(config, subject.specs, backend.host),
+        cpu.weights_bytes(config, subject.specs, backend.cpu),
         kv,
         prefill,
         logits,
-        host.fixed_bytes(config, subject.tokenizer_bytes),
-        host.loading_bytes(config, subject.specs, backend.host),
+        cpu.fixed_bytes(config, subject.tokenizer_bytes),
+        cpu.loading_bytes(config, subject.specs, backend.cpu),
     )
 
 
@@ -157,22 +157,22 @@ def prefill_bytes(
         attention = backend.scores_in_blocks * min(scores, max(MAX_SCORES_BYTES, row))
         heads = 2 * config.num_key_value_heads * config.head_dim
         attention += backend.quantization * numbers * heads
-    elif backend.host is not None and form.bound is None:
-        attention = HOST_SCORES_COPIES * min(scores, HOST_SCORES * backend.compute_bytes)
+    elif backend.cpu is not None and form.bound is None:
+        attention = CPU_SCORES_COPIES * min(scores, CPU_SCORES * backend.compute_bytes)
     else:
         attention = backend.scores * scores
-    if backend.host is None:
+    if backend.cpu is None:
         working = backend.mlp * mlp + max(1.1 * mlp, attention)
     else:
         # Neither onnxruntime nor MLX gives memory back to the other.
         working = backend.mlp * mlp + attention
     working += backend.residual * numbers * config.hidden_size
-    if backend.host is not None and context > 2 * length:
+    if backend.cpu is not None and context > 2 * length:
         # onnxruntime's arena falls to pieces as attention asks for another size with each chunk.
         working += working - attention
     copied = 2 * config.num_key_value_heads * config.head_dim * backend.compute_bytes
     rows = _rows_copied(form, context, length)
-    if backend.host is not None and form.bound is not None:
+    if backend.cpu is not None and form.bound is not None:
         rows = max(rows, length)
     working += config.num_hidden_layers * copied * rows
     return int(working) + backend.fixed_bytes

@@ -28,7 +28,7 @@ def make_report(
     form: CacheConfig | None,
     prefill_step: int | None,
     on_gpu: bool,
-    host: str | None = None,
+    cpu: str | None = None,
 ) -> dict[str, Any]:
     """Everything `plan` shows.
 
@@ -41,7 +41,7 @@ def make_report(
     context = min(DEFAULT_CONTEXT, longest) if context is None else context
     if form is not None:
         form.require_fit(subject.config.head_dim)
-    backend = choose_backend(subject, on_gpu, host=host)
+    backend = choose_backend(subject, on_gpu, cpu=cpu)
     forms = [form] if form is not None else possible_forms(subject.config)
     step = prefill_step or PREFILL_STEPS[0]
     rows = [_row(subject, device, context, one, step, backend) for one in forms]

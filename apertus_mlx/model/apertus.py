@@ -23,8 +23,8 @@ from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.checkpoint.config import ModelConfig, Rope
 from apertus_mlx.model import embedding_row, plain
 from apertus_mlx.model.joined_linear import join
+from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.model.operations import Operations, Stream
-from apertus_mlx.model.scores import Scores
 
 
 class XIELU(nn.Module):
@@ -235,17 +235,21 @@ class Model(nn.Module):
         """Logits `[B, L, vocabulary]` of final hidden states `[B, L, D]`."""
         return plain.logits(self.head, hidden)
 
-    def scores(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Scores:
-        """Scores of the token after the last of `inputs` `[1, L]`."""
+    def next_token_logits(
+        self, inputs: mx.array, cache: Sequence[Cache | None] | None = None
+    ) -> NextTokenLogits:
+        """Logits of the token after the last of `inputs` `[1, L]`."""
         if self._compiled_step is not None and inputs.size == 1:
-            scores = self._compiled_step(inputs, cache)
-            if scores is not None:
-                return scores
-        return self.eager_scores(inputs, cache)
+            logits = self._compiled_step(inputs, cache)
+            if logits is not None:
+                return logits
+        return self.eager_logits(inputs, cache)
 
-    def eager_scores(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> Scores:
-        """See `scores`; described to MLX anew, and so for any cache."""
-        return self.ops.scores(self.head, self.model.norm, self.model.stream(inputs, cache))
+    def eager_logits(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> NextTokenLogits:
+        """See `next_token_logits`; described to MLX anew, and so for any cache."""
+        return self.ops.next_token_logits(
+            self.head, self.model.norm, self.model.stream(inputs, cache)
+        )
 
     def use(self, ops: Operations, compiled_step: bool = False) -> None:
         """Compute with other operations from now on; caches made before are not for them.
@@ -255,7 +259,7 @@ class Model(nn.Module):
         for _, module in self.named_modules():
             if isinstance(module, Model | Decoder | Attention | MLP):
                 module.ops = ops
-        self._compiled_step = CompiledStep(self.eager_scores) if compiled_step else None
+        self._compiled_step = CompiledStep(self.eager_logits) if compiled_step else None
 
     def fold(self) -> None:
         """Bring the weights, now final, into the form that is the quickest to compute with."""

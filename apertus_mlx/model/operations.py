@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from apertus_mlx.cache import Cache
     from apertus_mlx.cache.protocol import Mask
     from apertus_mlx.model.apertus import MLP, Attention
-    from apertus_mlx.model.scores import Scores
+    from apertus_mlx.model.language_model import NextTokenLogits
 
 
 class Stream(NamedTuple):
@@ -54,5 +54,7 @@ class Operations(Protocol):
     def normalize(self, norm: nn.RMSNorm, stream: Stream) -> mx.array:
         """The final hidden states `[B, L, D]`."""
 
-    def scores(self, head: nn.Module, norm: nn.RMSNorm, stream: Stream) -> Scores:
-        """Scores of the token after the last position of the first sequence."""
+    def next_token_logits(
+        self, head: nn.Module, norm: nn.RMSNorm, stream: Stream
+    ) -> NextTokenLogits:
+        """Logits of the token after the last position of the first sequence."""

@@ -10,8 +10,8 @@ import mlx.nn as nn
 from apertus_mlx.cache import attention as segmented
 from apertus_mlx.cache.segments import Segments
 from apertus_mlx.model import embedding_row
+from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.model.operations import Stream
-from apertus_mlx.model.scores import Scores
 
 if TYPE_CHECKING:
     from apertus_mlx.cache import Cache
@@ -49,11 +49,11 @@ def normalize(norm: nn.RMSNorm, stream: Stream) -> mx.array:
     return settle(norm, stream)[1]
 
 
-def scores(head: nn.Module, norm: nn.RMSNorm, stream: Stream) -> Scores:
-    """See `Operations.scores`."""
+def next_token_logits(head: nn.Module, norm: nn.RMSNorm, stream: Stream) -> NextTokenLogits:
+    """See `Operations.next_token_logits`."""
     residual, update = stream
     last = Stream(residual[:, -1:], None if update is None else update[:, -1:])
-    return Scores(logits(head, normalize(norm, last))[0, 0])
+    return NextTokenLogits(logits(head, normalize(norm, last))[0, 0])
 
 
 def settle(norm: nn.RMSNorm, stream: Stream) -> tuple[mx.array, mx.array]:

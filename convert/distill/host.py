@@ -12,21 +12,36 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.model import plain
 from apertus_mlx.model.operations import Stream
-from apertus_mlx.model.plain import embed, feed_forward, joined_rows, normalize, scores
+from apertus_mlx.model.plain import (
+    embed,
+    feed_forward,
+    joined_rows,
+    next_token_logits,
+    normalize,
+)
 
 if TYPE_CHECKING:
     from apertus_mlx.cache import Cache
     from apertus_mlx.cache.protocol import Mask
     from apertus_mlx.model.apertus import Attention
 
-__all__ = ["attend", "embed", "feed_forward", "joined_rows", "normalize", "product", "scores"]
+__all__ = [
+    "attend",
+    "embed",
+    "feed_forward",
+    "joined_rows",
+    "next_token_logits",
+    "normalize",
+    "product",
+]
 
 
 def product(x: mx.array, weight: mx.array) -> mx.array:
     """`x @ weight.T` in float32, for `x` `[..., columns]` and `weight` `[rows, columns]`."""
-    if mx.default_device() != mx.cpu:
+    if has_gpu():
         return x @ weight.T
     rows: mx.array = _host_product(x.reshape(-1, x.shape[-1]), weight)
     return rows.reshape(*x.shape[:-1], -1)

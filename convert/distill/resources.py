@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apertus_mlx.backend.machine import available_bytes
+from apertus_mlx.backend.hardware import available_bytes
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.layout import parameter_count
 from apertus_mlx.convert.distill.student import Trained

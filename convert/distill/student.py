@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.distill import host
 from apertus_mlx.convert.distill.host import product
@@ -176,7 +177,7 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     """
     check_student(weights.source)
     config = weights.config
-    model = Model(config, host if mx.default_device() == mx.cpu else plain)
+    model = Model(config, plain if has_gpu() else host)
     modules: dict[str, Any] = {}
     for matrix in layout.matrices(config):
         found = weights.source.matrices[matrix.path]

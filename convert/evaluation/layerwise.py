@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import XIELU_DEFAULTS
@@ -99,7 +100,7 @@ class Projection:
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply to `x` `[..., columns]`."""
-        if mx.default_device() != mx.cpu and self._finish is None:
+        if has_gpu() and self._finish is None:
             return x @ mx.array(self.weight).T
         result = np.array(x, copy=False).reshape(-1, x.shape[-1]) @ self.weight.T
         if self._finish is not None:

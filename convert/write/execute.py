@@ -18,6 +18,7 @@ from types import TracebackType
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint.inventory import XIELU_DEFAULTS
 from apertus_mlx.convert.basis.weights import transformed_weights
 from apertus_mlx.convert.calibration.calibrated import read_codes
@@ -116,7 +117,7 @@ def _write(step: Step, shards: _Shards, stop: int, arrays: tuple[mx.array, ...])
 def _streams() -> tuple[mx.Stream, ...]:
     """A CPU stream is one thread; a GPU needs no more than its own."""
     device = mx.default_device()
-    if device == mx.cpu:
+    if not has_gpu():
         return tuple(mx.new_stream(device) for _ in range(BLOCKS_IN_FLIGHT - 1))
     return (mx.default_stream(device),)
 

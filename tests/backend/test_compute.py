@@ -16,7 +16,7 @@ from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint
 
 pytest.importorskip("onnxruntime")
-from apertus_mlx.backend.cpu.model import HostModel
+from apertus_mlx.backend.cpu.model import CPUModel
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_without_gpu(inventory: Inventory, no_gpu: None) -> None:
-    assert isinstance(load_for(inventory), HostModel)
-    assert isinstance(load_for(inventory, dtype="float32"), HostModel)
+    assert isinstance(load_for(inventory), CPUModel)
+    assert isinstance(load_for(inventory, dtype="float32"), CPUModel)
     assert isinstance(load_for(inventory, dtype="bfloat16"), Model)
 
 
@@ -39,13 +39,13 @@ def test_auto_with_gpu(inventory: Inventory, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     monkeypatch.setattr("apertus_mlx.backend.choose.load_inventory", lambda *arguments: "plain")
     assert load_for(inventory) == "plain"
-    assert isinstance(load_for(inventory, "cpu"), HostModel)
+    assert isinstance(load_for(inventory, "cpu"), CPUModel)
 
 
 def test_choices(inventory: Inventory) -> None:
     assert isinstance(load_for(inventory, "mlx"), Model)
-    host = load_for(inventory, "cpu", precision="int8")
-    assert isinstance(host, HostModel) and host.precision == "int8"
+    model = load_for(inventory, "cpu", precision="int8")
+    assert isinstance(model, CPUModel) and model.precision == "int8"
     with pytest.raises(UsageError, match="--dtype bfloat16"):
         load_for(inventory, "cpu", "bfloat16")
 
@@ -75,7 +75,7 @@ def test_failing_library(
     def fail(*arguments: object) -> None:
         raise NoKernel("no kernel for\n MatMulNBits")
 
-    monkeypatch.setattr("apertus_mlx.backend.cpu.model.HostModel.__init__", fail)
+    monkeypatch.setattr("apertus_mlx.backend.cpu.model.CPUModel.__init__", fail)
     assert isinstance(load_for(inventory), Model)
     assert "no kernel for MatMulNBits" in caplog.messages[0]
     with pytest.raises(NoKernel):

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from apertus_mlx.backend import machine
+from apertus_mlx.backend import hardware
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.checkpoint.inventory import take_inventory
@@ -23,8 +23,8 @@ from apertus_mlx.errors import ResourceError
 from apertus_mlx.generation.run import Generation, load_speaker
 from apertus_mlx.generation.sampling import SamplingParams
 from apertus_mlx.memory import Subject, fit, footprint
-from apertus_mlx.memory.footprint import GPU_16_BIT, HOST, choose_backend
-from apertus_mlx.memory.host import weights_bytes
+from apertus_mlx.memory.cpu import weights_bytes
+from apertus_mlx.memory.footprint import CPU_PATH, GPU_16_BIT, choose_backend
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x
 
@@ -54,7 +54,7 @@ def test_no_measured_run_took_more_than_is_planned() -> None:
     ratios = []
     for run in MEASURED["runs"]:
         subject = half_billion(run["bits"])
-        backend = choose_backend(subject, on_gpu=False, host=run["precision"])
+        backend = choose_backend(subject, on_gpu=False, cpu=run["precision"])
         context = run["prompt_tokens"] + MEASURED["new_tokens"]
         planned = footprint(subject, FORMS[run["form"]], context, run["step"], backend)
         ratios.append(planned.total_bytes / run["held_bytes"])
@@ -92,19 +92,19 @@ def test_advice_is_what_helps_on_this_path() -> None:
     """At 3 bits it holds what it holds at 4, so only 2 bits help there."""
     for bits in (4, 3):
         with pytest.raises(ResourceError, match=r"at 2 bits .* convert --bits 2 ") as refused:
-            fit(half_billion(bits), 450_000_000, 1009, HOST)
+            fit(half_billion(bits), 450_000_000, 1009, CPU_PATH)
         assert "libraries and tokenizer 0.22 GB, weights" in str(refused.value)
         words = str(refused.value).split()
         limit = float(words[words.index("on),") - 2])
-        fit(half_billion(2), int(limit * 1e9), 512, HOST)
+        fit(half_billion(2), int(limit * 1e9), 512, CPU_PATH)
     with pytest.raises(ResourceError) as refused:
-        fit(half_billion(2), 200_000_000, 1009, HOST)
+        fit(half_billion(2), 200_000_000, 1009, CPU_PATH)
     assert "convert" not in str(refused.value)
     words = str(refused.value).split()
     limit = float(words[words.index("from") + 1])
-    fit(half_billion(2), int(limit * 1e9), 512, HOST)
+    fit(half_billion(2), int(limit * 1e9), 512, CPU_PATH)
     with pytest.raises(ResourceError):
-        fit(half_billion(2), int(limit * 1e9) - 10**7, 512, HOST)
+        fit(half_billion(2), int(limit * 1e9) - 10**7, 512, CPU_PATH)
     # Where MLX computes, 3 bits are smaller than 4.
     with pytest.raises(ResourceError, match="convert --bits 3 "):
         fit(half_billion(4), 225_000_000, 1009, GPU_16_BIT)
@@ -127,7 +127,7 @@ def test_the_peak_is_that_of_who_computes(capsys: pytest.CaptureFixture[str]) ->
     run = Generation(speaker, [1, 100, 200], SamplingParams(temperature=0), 2)
     list(run)
     assert run.result.peak_memory_bytes > 50_000_000
-    assert machine.peak_bytes(True) == 41_100
+    assert hardware.peak_bytes(True) == 41_100
     app(["generate", "hi", "--compute", "cpu", "-n", "2", "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["peak_memory_bytes"] > 50_000_000
 
@@ -138,7 +138,7 @@ def test_a_gpu_beside_the_cpu_path_plans_nothing_of_it() -> None:
     request = read_memory_request(None, None, None, force=False)
     inventory = take_inventory(model_dir())
     chosen: Any = choose_settings(request, inventory, 100, None, "cpu", "int8")
-    assert chosen.backend.host == "int8"
+    assert chosen.backend.cpu == "int8"
     assert chosen.limit_bytes < 2**39
     assert chosen.wired_bytes == 0
     assert chosen.footprint.process_bytes > 50_000_000

@@ -25,8 +25,8 @@ from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.parity_cases import CASES
 
 pytest.importorskip("onnxruntime")
-from apertus_mlx.backend.cpu.cache import HostCache
-from apertus_mlx.backend.cpu.model import HostModel
+from apertus_mlx.backend.cpu.cache import CPUCache
+from apertus_mlx.backend.cpu.model import CPUModel
 
 # Of the logits' largest absolute value.
 TOLERANCE = 1e-5
@@ -68,12 +68,12 @@ def write_quantized(folder: Path, config: dict[str, Any], specs: dict[str, Any])
     )
 
 
-def both(folder: Path) -> tuple[Model, HostModel]:
-    return load_model(folder), HostModel(take_inventory(folder), "float32")
+def both(folder: Path) -> tuple[Model, CPUModel]:
+    return load_model(folder), CPUModel(take_inventory(folder), "float32")
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, HostModel]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, CPUModel]:
     spec = {"": {"bits": 4, "group_size": 64}}
     return both(write_quantized(tmp_path_factory.mktemp("pair"), WIDE, spec))
 
@@ -96,11 +96,11 @@ def in_chunks(model: Any, ids: mx.array, sizes: Sequence[int], cache: list[Cache
 @pytest.mark.parametrize("name", CASES)
 def test_geometries(name: str, tmp_path: Path) -> None:
     config, shards = CASES[name]
-    plain, host = both(write_checkpoint(tmp_path, config, shards=shards, tokenizer=False))
-    require_equal(host(IDS), plain(IDS))
+    plain, cpu = both(write_checkpoint(tmp_path, config, shards=shards, tokenizer=False))
+    require_equal(cpu(IDS), plain(IDS))
     sizes = (7, 1, 11)
     require_equal(
-        in_chunks(host, IDS, sizes, host.make_cache()),
+        in_chunks(cpu, IDS, sizes, cpu.make_cache()),
         in_chunks(plain, IDS, sizes, plain.make_cache()),
     )
 
@@ -110,18 +110,18 @@ def test_geometries(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", AFFINE_BITS)
 def test_affine(bits: int, group_size: int, tied: bool, tmp_path: Path) -> None:
     config = {**WIDE, "tie_word_embeddings": tied}
-    plain, host = both(
+    plain, cpu = both(
         write_quantized(tmp_path, config, {"": {"bits": bits, "group_size": group_size}})
     )
-    require_equal(host(IDS), plain(IDS))
+    require_equal(cpu(IDS), plain(IDS))
 
 
 @pytest.mark.parametrize("mode", FLOAT_MODES)
 def test_floating_point_modes(mode: str, tmp_path: Path) -> None:
     bits, group_size = FLOAT_MODES[mode]
     spec = {"": {"bits": bits, "group_size": group_size, "mode": mode}}
-    plain, host = both(write_quantized(tmp_path, WIDE, spec))
-    require_equal(host(IDS), plain(IDS))
+    plain, cpu = both(write_quantized(tmp_path, WIDE, spec))
+    require_equal(cpu(IDS), plain(IDS))
 
 
 def test_mixed_formats(tmp_path: Path) -> None:
@@ -131,20 +131,20 @@ def test_mixed_formats(tmp_path: Path) -> None:
         "down_proj": {"bits": 8, "group_size": 32},
         "embed_tokens": {"bits": 4, "group_size": 32},
     }
-    plain, host = both(write_quantized(tmp_path, WIDE, specs))
-    require_equal(host(IDS), plain(IDS))
+    plain, cpu = both(write_quantized(tmp_path, WIDE, specs))
+    require_equal(cpu(IDS), plain(IDS))
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_sixteen_bit_checkpoints(dtype: mx.Dtype, tmp_path: Path) -> None:
-    plain, host = both(write_checkpoint(tmp_path, WIDE, dtype=dtype, tokenizer=False))
-    require_equal(host(IDS), plain(IDS))
+    plain, cpu = both(write_checkpoint(tmp_path, WIDE, dtype=dtype, tokenizer=False))
+    require_equal(cpu(IDS), plain(IDS))
 
 
 @pytest.mark.parametrize("sizes", [(19,), (1,) * 19, (3, 1, 1, 8, 6), (17, 2)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_cache_forms_and_chunkings(
-    form: str, sizes: Sequence[int], pair: tuple[Model, HostModel]
+    form: str, sizes: Sequence[int], pair: tuple[Model, CPUModel]
 ) -> None:
     caches = [model.make_cache(FORMS[form]) for model in pair]
     expected, found = (
@@ -152,64 +152,64 @@ def test_cache_forms_and_chunkings(
     )
     require_equal(found, expected)
     assert [cache.offset for cache in caches[1]] == [19, 19]
-    assert isinstance(caches[1][0], HostCache) == (form == "full")
+    assert isinstance(caches[1][0], CPUCache) == (form == "full")
 
 
-def test_long_chunks_and_growth(pair: tuple[Model, HostModel]) -> None:
+def test_long_chunks_and_growth(pair: tuple[Model, CPUModel]) -> None:
     ids = mx.random.randint(0, 384, (1, 700), key=mx.random.key(3))
-    plain, host = pair
+    plain, cpu = pair
     expected = plain(ids, plain.make_cache())
-    require_equal(in_chunks(host, ids, (600, 99, 1), host.make_cache()), expected)
-    foreign: list[Cache] = [FullCache() for _ in host.layers]
-    require_equal(in_chunks(host, ids, (600, 99, 1), foreign), expected)
+    require_equal(in_chunks(cpu, ids, (600, 99, 1), cpu.make_cache()), expected)
+    foreign: list[Cache] = [FullCache() for _ in cpu.layers]
+    require_equal(in_chunks(cpu, ids, (600, 99, 1), foreign), expected)
 
 
-def test_batches(pair: tuple[Model, HostModel]) -> None:
-    plain, host = pair
+def test_batches(pair: tuple[Model, CPUModel]) -> None:
+    plain, cpu = pair
     ids = mx.random.randint(0, 384, (3, 9), key=mx.random.key(4))
-    require_equal(host(ids), plain(ids))
+    require_equal(cpu(ids), plain(ids))
     for form in FORMS.values():
         caches = [model.make_cache(form) for model in pair]
         for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
-            require_equal(host(part, caches[1]), plain(part, caches[0]))
+            require_equal(cpu(part, caches[1]), plain(part, caches[0]))
 
 
-def test_rewinding(pair: tuple[Model, HostModel]) -> None:
-    _, host = pair
-    cache = host.make_cache()
-    host(IDS, cache)
+def test_rewinding(pair: tuple[Model, CPUModel]) -> None:
+    _, cpu = pair
+    cache = cpu.make_cache()
+    cpu(IDS, cache)
     assert rewind(cache, 7)
     assert cache[0].offset == 12
-    require_equal(host(IDS[:, 12:], cache), host(IDS)[:, 12:])
+    require_equal(cpu(IDS[:, 12:], cache), cpu(IDS)[:, 12:])
 
 
-def test_export_and_restore(pair: tuple[Model, HostModel]) -> None:
+def test_export_and_restore(pair: tuple[Model, CPUModel]) -> None:
     """Positions move between this cache and the plain one."""
-    plain, host = pair
-    ours, theirs = host.make_cache(), plain.make_cache()
-    host(IDS[:, :12], ours)
+    plain, cpu = pair
+    ours, theirs = cpu.make_cache(), plain.make_cache()
+    cpu(IDS[:, :12], ours)
     for mine, other in zip(ours, theirs, strict=True):
-        assert isinstance(mine, HostCache) and isinstance(other, FullCache)
+        assert isinstance(mine, CPUCache) and isinstance(other, FullCache)
         other.restore(mine.export(), 12)
-    again = host.make_cache()
+    again = cpu.make_cache()
     for mine, other in zip(again, theirs, strict=True):
-        assert isinstance(mine, HostCache) and isinstance(other, FullCache)
+        assert isinstance(mine, CPUCache) and isinstance(other, FullCache)
         mine.restore(other.export(), 12)
     expected = plain(IDS)[:, 12:]
     require_equal(plain(IDS[:, 12:], theirs), expected)
-    require_equal(host(IDS[:, 12:], again), expected)
-    assert again[0].nbytes > 0 and HostCache().nbytes == 0
+    require_equal(cpu(IDS[:, 12:], again), expected)
+    assert again[0].nbytes > 0 and CPUCache().nbytes == 0
 
 
-def test_hidden_states_and_slices(pair: tuple[Model, HostModel]) -> None:
-    plain, host = pair
-    hidden = host.model(IDS)
+def test_hidden_states_and_slices(pair: tuple[Model, CPUModel]) -> None:
+    plain, cpu = pair
+    hidden = cpu.model(IDS)
     require_equal(hidden, plain.model(IDS))
-    require_equal(host.logits(hidden[:, ::-3]), plain.logits(hidden[:, ::-3]))
-    require_equal(host(IDS[:, ::2]), plain(IDS[:, ::2]))
+    require_equal(cpu.logits(hidden[:, ::-3]), plain.logits(hidden[:, ::-3]))
+    require_equal(cpu(IDS[:, ::2]), plain(IDS[:, ::2]))
 
 
-def test_decoding(pair: tuple[Model, HostModel]) -> None:
+def test_decoding(pair: tuple[Model, CPUModel]) -> None:
     def text(model: Any) -> list[int]:
         cache = model.make_cache()
         sampler = Sampler(SamplingParams(temperature=0), (), 384)
@@ -219,8 +219,8 @@ def test_decoding(pair: tuple[Model, HostModel]) -> None:
     assert text(pair[1]) == text(pair[0])
 
 
-def test_two_models_and_two_threads(pair: tuple[Model, HostModel], tmp_path: Path) -> None:
-    other = HostModel(take_inventory(write_checkpoint(tmp_path, config_4x(), tokenizer=False)))
+def test_two_models_and_two_threads(pair: tuple[Model, CPUModel], tmp_path: Path) -> None:
+    other = CPUModel(take_inventory(write_checkpoint(tmp_path, config_4x(), tokenizer=False)))
     models = [pair[1], other]
     ids = mx.random.randint(0, 384, (1, 40), key=mx.random.key(5))
     expected = [np.array(model(ids)) for model in models]
@@ -248,10 +248,10 @@ FORK = """
 import os, sys
 from pathlib import Path
 import mlx.core as mx
-from apertus_mlx.backend.cpu.model import HostModel
+from apertus_mlx.backend.cpu.model import CPUModel
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.checkpoint.inventory import take_inventory
-model = HostModel(take_inventory(Path(sys.argv[1])))
+model = CPUModel(take_inventory(Path(sys.argv[1])))
 ids = mx.array([[1, 2, 3]])
 mx.eval(ids)
 model(ids)
@@ -285,7 +285,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     folder = write_checkpoint(tmp_path, WIDE, weights, tokenizer=False)
     with pytest.raises(RejectedError, match=r"layers\.1\.mlp\.up_proj\.weight: 1 values not"):
-        HostModel(take_inventory(folder))
+        CPUModel(take_inventory(folder))
 
 
 def test_eps_that_matters(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_eps_that_matters(tmp_path: Path) -> None:
     weights["model.layers.0.mlp.act_fn.eps"][...] = -0.1
     folder = write_checkpoint(tmp_path, WIDE, weights, tokenizer=False)
     with pytest.raises(RejectedError, match="eps"):
-        HostModel(take_inventory(folder))
+        CPUModel(take_inventory(folder))
 
 
 def divergence(reference: mx.array, other: mx.array) -> float:
@@ -322,7 +322,7 @@ def test_int8_activations_with_extreme_slopes(
     folder = write_checkpoint(tmp_path / "4", block, quantize(weights, spec), tokenizer=False)
     inventory = take_inventory(folder)
     ids = mx.random.randint(0, 384, (1, 128), key=mx.random.key(6))
-    exact, rounded = (HostModel(inventory, kind)(ids) for kind in ("float32", "int8"))
+    exact, rounded = (CPUModel(inventory, kind)(ids) for kind in ("float32", "int8"))
     own, added = divergence(full(ids), exact), divergence(exact, rounded)
     print(f"alphas {raw_alphas}: 4 bits {own:.2e} nats, int8 activations add {added:.2e}")
     assert added < own / 10

@@ -100,17 +100,17 @@ def assert_equal_steps(
     for model, cache in zip((reference, fused), caches, strict=True):
         prefill(model, prompt, cache)
     for token in tokens:
-        plain_scores, scores = (
-            model.scores(mx.array([[token]]), cache)
+        expected, found = (
+            model.next_token_logits(mx.array([[token]]), cache)
             for model, cache in zip((reference, fused), caches, strict=True)
         )
-        logits = plain_scores.logits
-        assert mx.abs(scores.logits - logits).max().item() <= 1e-5 * mx.abs(logits).max().item()
-        if scores.best is not None:
-            assert scores.best.item() == mx.argmax(scores.logits).item()
-        if scores.peaks is not None:
-            runs = scores.logits.reshape(scores.peaks.size, -1)
-            assert mx.array_equal(scores.peaks, runs.max(axis=1))
+        logits = expected.values
+        assert mx.abs(found.values - logits).max().item() <= 1e-5 * mx.abs(logits).max().item()
+        if found.best is not None:
+            assert found.best.item() == mx.argmax(found.values).item()
+        if found.peaks is not None:
+            runs = found.values.reshape(found.peaks.size, -1)
+            assert mx.array_equal(found.peaks, runs.max(axis=1))
 
 
 @pytest.mark.parametrize("tied", [True, False])

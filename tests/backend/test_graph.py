@@ -23,8 +23,8 @@ from apertus_mlx.memory.speed import DISPATCHES_PER_LAYER, DISPATCHES_PER_TOKEN
 from apertus_mlx.model import apertus as model_module
 from apertus_mlx.model import embedding_row, plain
 from apertus_mlx.model.apertus import Attention, Model
+from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.model.operations import Operations
-from apertus_mlx.model.scores import Scores
 from tests import decode_step
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.decode_step import mlx_lm_dispatches, our_dispatches
@@ -188,7 +188,9 @@ def test_a_compiled_step_gives_the_same_tokens_and_logits() -> None:
         sampler = Sampler(GREEDY, PROMPT, model.config.vocab_size)
         # Past the room of the first buffers, so that the step is traced twice.
         tokens = list(decode(model, logits, caches, sampler, 300))
-        runs.append((tokens, model.scores(mx.array([[7]]), caches).logits, caches[0].offset))
+        runs.append(
+            (tokens, model.next_token_logits(mx.array([[7]]), caches).values, caches[0].offset)
+        )
     assert runs[0][0] == runs[1][0]
     assert runs[0][2] == runs[1][2] == len(PROMPT) + 300
     assert mx.allclose(runs[0][1], runs[1][1], rtol=1e-5, atol=1e-5)
@@ -200,9 +202,9 @@ def test_other_caches_do_without_a_compiled_step(form: CacheConfig) -> None:
     expected, caches = model.make_cache(form), model.make_cache(form)
     for cache in (expected, caches):
         prefill(model, PROMPT, cache)
-    eager = model.scores(mx.array([[7]]), expected).logits
+    eager = model.next_token_logits(mx.array([[7]]), expected).values
     model.use(model.ops, compiled_step=True)
-    assert mx.array_equal(model.scores(mx.array([[7]]), caches).logits, eager)
+    assert mx.array_equal(model.next_token_logits(mx.array([[7]]), caches).values, eager)
 
 
 @pytest.mark.parametrize("runs", [8, 16, 64])
@@ -212,5 +214,5 @@ def test_the_kth_largest_logit_from_peaks(runs: int) -> None:
         logits = random.integers(-40, 40, 256).astype(np.float32)  # many are equal
         peaks = logits.reshape(runs, -1).max(1)
         for k in (1, 2, 5, runs - 1, runs, 200):
-            found = kth_largest(Scores(mx.array(logits), peaks=mx.array(peaks)), k)
+            found = kth_largest(NextTokenLogits(mx.array(logits), peaks=mx.array(peaks)), k)
             assert found.item() == np.sort(logits)[-k]

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from apertus_mlx.backend.choose import Compute, LanguageModel
+from apertus_mlx.backend.choose import Compute
 from apertus_mlx.backend.metal.fused import FusedOperations
 from apertus_mlx.cache import Cache, CacheConfig, FullCache
 from apertus_mlx.demo import model_dir
@@ -18,6 +18,7 @@ from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
 from apertus_mlx.generation.run import Generation, Speaker, load_speaker
 from apertus_mlx.generation.sampling import SamplingParams
+from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.template import Message
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import interrupt_after
@@ -65,14 +66,14 @@ class Interrupting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def scores(self, ids: mx.array, caches: list[Cache]) -> Any:
+    def next_token_logits(self, ids: mx.array, caches: list[Cache]) -> Any:
         self._calls += 1
         if self._calls == self._step and not self._behind:
             raise KeyboardInterrupt
-        scores = self._inner.scores(ids, caches)
+        logits = self._inner.next_token_logits(ids, caches)
         if self._calls == self._step:
             raise KeyboardInterrupt
-        return scores
+        return logits
 
 
 @pytest.mark.parametrize("behind", [True, False])
@@ -268,7 +269,7 @@ def test_after_an_error_nothing_is_held(
         prefix.begin([1, 2, 3]).read()
         run = prefix.begin([1, 2, 3, 4])
         with monkeypatch.context() as patch:
-            patch.setattr(type(model), "scores", fail)
+            patch.setattr(type(model), "next_token_logits", fail)
             with pytest.raises(MemoryError):
                 run.step(mx.array(5))
         assert prefix.tokens == []

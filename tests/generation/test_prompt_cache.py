@@ -357,12 +357,12 @@ def test_a_resumed_cache_is_of_the_kind_that_the_model_makes(
     directory: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
-    from apertus_mlx.backend.cpu.model import HostModel
+    from apertus_mlx.backend.cpu.model import CPUModel
 
     inventory = take_inventory(directory)
     joined = load_inventory(inventory)
     joined.use(FusedOperations({}), compiled_step=True)
-    for index, model in enumerate((HostModel(inventory), load_inventory(inventory), joined)):
+    for index, model in enumerate((CPUModel(inventory), load_inventory(inventory), joined)):
         path = tmp_path / str(index)
         made = CachedPrefix(model)
         made.begin(TOKENS[:-1]).read()

@@ -19,7 +19,7 @@ from apertus_mlx.generation.sampling import (
     penalize,
     resolve_params,
 )
-from apertus_mlx.model.scores import Scores
+from apertus_mlx.model.language_model import NextTokenLogits
 
 LOGITS = np.random.default_rng(0).normal(0, 3, 500)
 
@@ -71,7 +71,7 @@ def reference(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
 def test_filters(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
     logits = LOGITS.astype(np.float32).astype(np.float64)
-    probabilities = mx.softmax(filter_logits(Scores(mx.array(LOGITS)), params))
+    probabilities = mx.softmax(filter_logits(NextTokenLogits(mx.array(LOGITS)), params))
     np.testing.assert_allclose(np.array(probabilities), reference(logits, params), atol=1e-6)
 
 
@@ -80,7 +80,9 @@ def test_the_coldest_temperature_tells_neighbours_apart() -> None:
     low = np.float32(20)
     logits = np.array([low, np.nextafter(low, np.float32(21)), 19], np.float64)
     params = SamplingParams(temperature=1e-6, top_p=1.0)
-    probabilities = mx.softmax(filter_logits(Scores(mx.array(logits.astype(np.float32))), params))
+    probabilities = mx.softmax(
+        filter_logits(NextTokenLogits(mx.array(logits.astype(np.float32))), params)
+    )
     expected = reference(logits, params)
     assert 0.1 < expected[0] < 0.2
     np.testing.assert_allclose(np.array(probabilities), expected, atol=1e-6)
@@ -89,7 +91,7 @@ def test_the_coldest_temperature_tells_neighbours_apart() -> None:
 @pytest.mark.parametrize("temperature", [9.9e-7, 1e-37, 1e-38, 1e-300, 5e-324, 0.0, -0.0])
 def test_colder_is_greedy(temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature=temperature, seed=3), [], len(LOGITS))
-    assert int(sampler(Scores(mx.array(LOGITS)))) == int(np.argmax(LOGITS))
+    assert int(sampler(NextTokenLogits(mx.array(LOGITS)))) == int(np.argmax(LOGITS))
 
 
 @pytest.mark.parametrize("penalty", [1e-20, 1e-6, 0.5, 100.0])
@@ -102,7 +104,7 @@ def test_penalties_at_their_bounds(penalty: float, dtype: mx.Dtype) -> None:
     found = np.array(penalize(logits, mx.array(seen), penalty))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     params = SamplingParams(temperature=1.0, top_p=1.0, repetition_penalty=penalty)
-    probabilities = mx.softmax(filter_logits(Scores(mx.array(found)), params))
+    probabilities = mx.softmax(filter_logits(NextTokenLogits(mx.array(found)), params))
     np.testing.assert_allclose(np.array(probabilities), reference(expected, params), atol=1e-6)
 
 
@@ -111,7 +113,7 @@ def test_draws_follow_the_probabilities() -> None:
     sampler = Sampler(params, [], len(LOGITS))
     logits = mx.array(LOGITS)
     draws = 4000
-    counts = Counter(int(sampler(Scores(logits))) for _ in range(draws))
+    counts = Counter(int(sampler(NextTokenLogits(logits))) for _ in range(draws))
     expected = reference(LOGITS, params)
     assert set(counts) <= set(np.flatnonzero(expected).tolist())
     for token, count in counts.items():
@@ -122,7 +124,7 @@ def test_draws_follow_the_probabilities() -> None:
 def test_same_seed_same_draws() -> None:
     def draws(seed: int) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=2.0, seed=seed), [], len(LOGITS))
-        return [int(sampler(Scores(mx.array(LOGITS)))) for _ in range(20)]
+        return [int(sampler(NextTokenLogits(mx.array(LOGITS)))) for _ in range(20)]
 
     assert draws(5) == draws(5)
     assert draws(5) != draws(6)
@@ -134,7 +136,7 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
     assert penalize(logits, seen, 2.0).tolist() == pytest.approx([1.5, 2.0, -2.0, 1.9])
     sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), [0], 4)
     # 0 is in the prompt, so 1 wins; then 1 is halved as well, so 3 wins; then 0 again.
-    assert [int(sampler(Scores(logits))) for _ in range(3)] == [1, 3, 0]
+    assert [int(sampler(NextTokenLogits(logits))) for _ in range(3)] == [1, 3, 0]
 
 
 @pytest.mark.parametrize(

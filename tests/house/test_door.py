@@ -20,7 +20,7 @@ FUNCTIONS = {
 ALLOWED = {
     # The system.
     "apertus_mlx/backend/cpu/threads.py": {"read_text"},
-    "apertus_mlx/backend/machine.py": {"read_text"},
+    "apertus_mlx/backend/hardware.py": {"read_text"},
     "apertus_mlx/backend/metal/verdict.py": {"read_bytes", "open"},
     # Nowhere.
     "apertus_mlx/cli/surroundings.py": {"open"},

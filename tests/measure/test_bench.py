@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from apertus_mlx.backend import hardware
 from apertus_mlx.cache import CacheConfig
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import parse_config
@@ -426,9 +427,9 @@ def test_what_cannot_be_had(
     assert "memory" in refused(capsys, 5, *TINY, "--memory-limit", "1MB")
     assert "nowhere" in refused(capsys, 4, "nowhere", "--offline")
     write_checkpoint(tmp_path, config_4x(model_file="own.py"))
-    if bench_command.find_spec("mlx_lm") is not None:
+    if hardware.has_library("mlx_lm"):
         assert "model_file" in refused(capsys, 3, str(tmp_path), *TINY, "--against", "mlx-lm")
-    monkeypatch.setattr(bench_command, "find_spec", lambda _: None)
+    monkeypatch.setattr(hardware, "has_library", lambda _: False)
     assert "pip install mlx-lm" in refused(capsys, 2, "--against", "mlx-lm")
     # A side that crashes is one line, too, and an exit code.
     monkeypatch.setattr(bench_command, "SIDES", (("apertus-mlx", "apertus_mlx.nowhere"),))

@@ -55,13 +55,13 @@ def plain_forms(kernels: Mapping[str, Kernel]) -> Any:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many ids each description of a step to MLX had; a replayed step is not described."""
     described: list[int] = []
-    eager = Model.eager_scores
+    eager = Model.eager_logits
 
-    def described_scores(model: Model, inputs: mx.array, cache: Any = None) -> Any:
+    def described_logits(model: Model, inputs: mx.array, cache: Any = None) -> Any:
         described.append(inputs.size)
         return eager(model, inputs, cache)
 
-    monkeypatch.setattr(Model, "eager_scores", described_scores)
+    monkeypatch.setattr(Model, "eager_logits", described_logits)
     return described
 
 

@@ -11,8 +11,9 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from apertus_mlx.backend import machine
-from apertus_mlx.backend.machine import available_bytes, mlx_limits
+from apertus_mlx.backend import hardware
+from apertus_mlx.backend.hardware import available_bytes
+from apertus_mlx.backend.memory_limits import mlx_limits
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig, make_layer_cache
 from apertus_mlx.cache.config import FULL_BITS
 from apertus_mlx.checkpoint.config import parse_config
@@ -30,8 +31,8 @@ from apertus_mlx.memory import (
     remote_subject,
 )
 from apertus_mlx.memory.footprint import (
-    CPU,
     GPU_16_BIT,
+    MLX_CPU,
     kv_bytes,
     kv_bytes_per_position,
 )
@@ -171,10 +172,10 @@ def test_the_numbers_of_a_refusal_fit() -> None:
 def test_what_is_asked_for_is_kept() -> None:
     model = subject("0.5B", 4)
     asked = CacheConfig(2, 4, bound=2048)
-    chosen = fit(model, 10**9, 4096, CPU, asked, 64)
+    chosen = fit(model, 10**9, 4096, MLX_CPU, asked, 64)
     assert (chosen.form, chosen.prefill_step) == (asked, 64)
     with pytest.raises(ResourceError, match="4096 tokens of context"):
-        fit(model, 10**8, 4096, CPU, asked, 64)
+        fit(model, 10**8, 4096, MLX_CPU, asked, 64)
 
 
 def test_largest_context_is_the_edge() -> None:
@@ -308,7 +309,7 @@ def test_force_runs_what_the_plan_refuses(tmp_path: Path) -> None:
 def test_a_tight_limit_is_kept_and_told(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", head_dim=64)
     local = local_subject(folder)
-    full = footprint(local, FULL_PRECISION, 400, 512, CPU).total_bytes
+    full = footprint(local, FULL_PRECISION, 400, 512, MLX_CPU).total_bytes
     result = run("generate", "a" * 300, "--raw", "--model", str(folder), "-n", "99",
                  "--compute", "mlx", "--memory-limit", f"{int(full * 0.9)}B", "--json")  # fmt: skip
     assert result.exit_code == 0
@@ -336,10 +337,10 @@ def test_the_wired_limit_stays_below_what_metal_recommends_and_is_restored(
         wired.append(size_bytes)
         return wired[-2]
 
-    monkeypatch.setattr(machine, "on_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 8 * 10**9})
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
-    assert machine.available_bytes() == 7_600_000_000
+    assert hardware.available_bytes() == 7_600_000_000
     with pytest.raises(KeyboardInterrupt), mlx_limits(10**6, 2 * 10**9):
         raise KeyboardInterrupt
     assert wired == [77, 2 * 10**9, 77]

@@ -15,7 +15,7 @@ from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.memory import Subject, footprint
-from apertus_mlx.memory.footprint import CPU, kv_bytes
+from apertus_mlx.memory.footprint import MLX_CPU, kv_bytes
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x
@@ -98,7 +98,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(
     shape: tuple[int, ...], form: CacheConfig, context: int, step: int
 ) -> None:
     built = build(shape)
-    planned = footprint(built.subject, form, context, step, CPU).total_bytes
+    planned = footprint(built.subject, form, context, step, MLX_CPU).total_bytes
     measured = measured_peak(built.model, form, context, step)
     print(f"{planned / 1e6:.1f} MB planned, {measured / 1e6:.1f} MB measured")
     assert abs(planned - measured) <= 0.10 * measured

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.backend.cpu import attention_graphs
-from apertus_mlx.backend.cpu.cache import HostCache
+from apertus_mlx.backend.cpu.cache import CPUCache
 from apertus_mlx.backend.cpu.runtime import Session
 from apertus_mlx.backend.cpu.weights import Floats
 from apertus_mlx.cache import Cache
@@ -38,11 +38,11 @@ class Attention:
         queries, keys, values = (
             array.reshape(batch, array.shape[1] // batch, -1) for array in (queries, keys, values)
         )
-        if isinstance(cache, HostCache):
+        if isinstance(cache, CPUCache):
             return self._in_place(queries, keys, values, cache)
         return self._through_arrays(queries, keys, values, cache)
 
-    def _in_place(self, queries: Floats, keys: Floats, values: Floats, cache: HostCache) -> Floats:
+    def _in_place(self, queries: Floats, keys: Floats, values: Floats, cache: CPUCache) -> Floats:
         """The kernel writes keys and values itself, behind the others."""
         batch, length, _ = queries.shape
         all_keys, all_values = cache.reserve(batch, self._kv_heads, length, self._width)

@@ -14,7 +14,7 @@ from apertus_mlx.cache.store import Store
 MIN_STEP = 64
 
 
-class HostStore(Store):
+class CPUStore(Store):
     """Keeps every row of one float32 buffer `[B, heads, capacity, width]`."""
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class HostStore(Store):
         super().restore(rows, length)
 
 
-class HostCache(FullCache):
+class CPUCache(FullCache):
     """A `FullCache` in full precision whose memory numpy and onnxruntime share."""
 
     def __init__(self) -> None:
         super().__init__(joined=True)
-        self.rows: HostStore = HostStore()
+        self.rows: CPUStore = CPUStore()
         # What `SingleStep` has made for this memory; here, as it is to live as long as the cache.
         self.step_memory: object = None
 

@@ -1,4 +1,4 @@
-"""The whole model on the host: one onnxruntime graph between attentions, and attention."""
+"""The whole model on the CPU: one onnxruntime graph between attentions, and attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from apertus_mlx.backend.cpu.allocator import map_large_blocks
 from apertus_mlx.backend.cpu.attention import Attention
-from apertus_mlx.backend.cpu.cache import HostCache
+from apertus_mlx.backend.cpu.cache import CPUCache
 from apertus_mlx.backend.cpu.runtime import Session
 from apertus_mlx.backend.cpu.single import SingleStep
 from apertus_mlx.backend.cpu.stage import MAX_EPS, Stage
@@ -23,10 +23,10 @@ from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import rotary_wavelengths
-from apertus_mlx.model.scores import Scores
+from apertus_mlx.model.language_model import NextTokenLogits
 
 
-class HostModel:
+class CPUModel:
     """What `apertus_mlx.model.apertus.Model` computes, in float32; answers to the same calls.
 
     Args:
@@ -75,10 +75,12 @@ class HostModel:
         rows = np.asarray(hidden.astype(mx.float32)).reshape(-1, hidden.shape[-1])
         return self._logits(np.ascontiguousarray(rows), hidden.shape[:-1])
 
-    def scores(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Scores:
-        """Scores of the token after the last of `inputs` `[1, L]`."""
+    def next_token_logits(
+        self, inputs: mx.array, cache: Sequence[Cache | None] | None = None
+    ) -> NextTokenLogits:
+        """Logits of the token after the last of `inputs` `[1, L]`."""
         hidden = self._hidden(inputs, cache)[-1:]
-        return Scores(self._logits(hidden, (1,))[0])
+        return NextTokenLogits(self._logits(hidden, (1,))[0])
 
     @property
     def arithmetic(self) -> str:
@@ -102,13 +104,13 @@ class HostModel:
         """An empty cache of this form for each layer; see `Model.make_cache`."""
         if form.quantized or form.bound is not None:
             return [make_layer_cache(form, self.config.head_dim) for _ in self.layers]
-        return [HostCache() for _ in self.layers]
+        return [CPUCache() for _ in self.layers]
 
     def _hidden(self, inputs: mx.array, cache: Sequence[Cache | None] | None) -> Floats:
         ids = np.asarray(inputs).astype(np.int64)
         batch, length = ids.shape
         caches: list[Cache] = [
-            HostCache() if given is None else given for given in cache or [None] * len(self.layers)
+            CPUCache() if given is None else given for given in cache or [None] * len(self.layers)
         ]
         return self._run(ids, batch, caches, self._rotations(batch, length, caches[0].offset))
 
@@ -117,7 +119,7 @@ class HostModel:
     ) -> Floats:
         residual = self._embed(ids.reshape(-1))
         if ids.size == 1:
-            own = [layer for layer in caches if isinstance(layer, HostCache)]
+            own = [layer for layer in caches if isinstance(layer, CPUCache)]
             if len(own) == len(caches):
                 return self._single_step(residual, rotations, own)
         given = {"residual": residual, **rotations}

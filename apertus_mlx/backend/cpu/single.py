@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from apertus_mlx.backend.cpu import attention_graphs
-from apertus_mlx.backend.cpu.cache import HostCache
+from apertus_mlx.backend.cpu.cache import CPUCache
 from apertus_mlx.backend.cpu.runtime import Array, Binding, Session
 from apertus_mlx.backend.cpu.weights import Floats
 from apertus_mlx.checkpoint.config import ModelConfig
@@ -62,7 +62,7 @@ class SingleStep:
         ]
 
     def __call__(
-        self, embedded: Floats, rotation: Mapping[str, Array], caches: Sequence[HostCache]
+        self, embedded: Floats, rotation: Mapping[str, Array], caches: Sequence[CPUCache]
     ) -> Floats:
         """The final hidden state `[1, D]` of a token's embedding `[1, D]`."""
         with self._lock:
@@ -98,7 +98,7 @@ class SingleStep:
             outputs = [self._queries, self._keys, self._values, *([following] if index > 0 else [])]
         return stage.bind().place(inputs, dict(zip(stage.outputs, outputs, strict=True)))
 
-    def _memory(self, cache: HostCache) -> Memory:
+    def _memory(self, cache: CPUCache) -> Memory:
         all_keys, all_values = cache.reserve(1, self._kv_heads, 1, self._width)
         buffer = cache.rows.buffer
         assert buffer is not None

@@ -181,7 +181,7 @@ class Part:
 
 
 def activations_for(bits: int, precision: str) -> Activations:
-    """What activations are rounded to in products with weights of `bits`; see `HostModel`."""
+    """What activations are rounded to in products with weights of `bits`; see `CPUModel`."""
     if precision == "auto":
         return "int8" if bits <= MAX_INT8_BITS else "float32"
     return "int8" if precision == "int8" else "float32"

@@ -15,29 +15,31 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from apertus_mlx.cache import Cache, FullCache
-from apertus_mlx.model.scores import Scores
+from apertus_mlx.model.language_model import NextTokenLogits
 
 if TYPE_CHECKING:
     from apertus_mlx.cache.protocol import Mask
 
 
 class CompiledStep:
-    """`Model.scores` of one token, for caches that hold every position in one buffer per layer.
+    """`Model.next_token_logits` of one token, with all positions of a layer in one buffer.
 
     Args:
-        scores: what is to be replayed, of a token and its caches.
+        step: what is to be replayed, of a token and its caches.
     """
 
-    def __init__(self, scores: Callable[[mx.array, Sequence[Any]], Scores]) -> None:
-        self._scores = scores
+    def __init__(self, step: Callable[[mx.array, Sequence[Any]], NextTokenLogits]) -> None:
+        self._step = step
         self._replay = mx.compile(self._trace)
         # Which of best and peaks the model's operations give.
         self._given: tuple[bool, bool] = (False, False)
 
-    def __call__(self, token: mx.array, caches: Sequence[Cache | None] | None) -> Scores | None:
-        """Scores after `token` `[1, 1]`; None, and nothing done, where a cache is of another kind.
+    def __call__(
+        self, token: mx.array, caches: Sequence[Cache | None] | None
+    ) -> NextTokenLogits | None:
+        """Logits after `token` `[1, 1]`; None, and nothing done, where a cache is of another kind.
 
-        The caches are written as `Model.scores` writes them.
+        The caches are written as `Model.next_token_logits` writes them.
         """
         stores = []
         for cache in caches or ():
@@ -56,15 +58,15 @@ class CompiledStep:
             store.length += 1
         logits = found.pop(0)
         best, peaks = (found.pop(0) if given else None for given in self._given)
-        return Scores(logits, best, peaks)
+        return NextTokenLogits(logits, best, peaks)
 
     def _trace(
         self, token: mx.array, position: mx.array, buffers: Sequence[mx.array]
     ) -> list[mx.array]:
         caches = [_Buffer(buffer, position) for buffer in buffers]
-        scores = self._scores(token, caches)
-        self._given = (scores.best is not None, scores.peaks is not None)
-        found = [x for x in (scores.logits, scores.best, scores.peaks) if x is not None]
+        after = self._step(token, caches)
+        self._given = (after.best is not None, after.peaks is not None)
+        found = [x for x in (after.values, after.best, after.peaks) if x is not None]
         return [*(cache.rows for cache in caches), *found]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from apertus_mlx.backend.hardware import has_gpu, has_metal
 from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.backend.metal.verdict import NOTHING, Accepted, find_accepted, this_machine
 from apertus_mlx.checkpoint.config import ModelConfig
@@ -30,7 +31,7 @@ def enabled(config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: mx.Dtype
 
 def may_run() -> bool:
     """Whether kernels could run at all: there is Metal, in use, and they are not switched off."""
-    return not switched_off() and mx.metal.is_available() and mx.default_device() == mx.gpu
+    return not switched_off() and has_metal() and has_gpu()
 
 
 def switched_off() -> bool:

@@ -19,8 +19,8 @@ from apertus_mlx.backend.metal.kernel import Factory, Kernel, Run, build
 from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.backend.metal.quantized_matvec import Epilogue, Prologue, QuantizedMatvec, unfit
 from apertus_mlx.model import plain
+from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.model.operations import Stream
-from apertus_mlx.model.scores import Scores
 from apertus_mlx.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -106,10 +106,12 @@ class FusedOperations:
             return plain.normalize(norm, stream)
         return self._settle(norm, stream)[1]
 
-    def scores(self, head: nn.Module, norm: nn.RMSNorm, stream: Stream) -> Scores:
-        """See `Operations.scores`."""
+    def next_token_logits(
+        self, head: nn.Module, norm: nn.RMSNorm, stream: Stream
+    ) -> NextTokenLogits:
+        """See `Operations.next_token_logits`."""
         if not _is_one_position(stream):
-            return plain.scores(head, norm, stream)
+            return plain.next_token_logits(head, norm, stream)
         product = self._product(head, "rms_norm", "peaks", norm.eps)
         if product is not None:
             found = product(_sum(stream), norm.weight)
@@ -117,11 +119,11 @@ class FusedOperations:
             _, x = self._settle(norm, stream)
             product = self._product(head, "none", "peaks")
             if product is None:
-                return Scores(plain.logits(head, x)[0, 0])
+                return NextTokenLogits(plain.logits(head, x)[0, 0])
             found = product(x)
         logits, peaks, tokens = found
         whole = logits.size % peaks.size == 0
-        return Scores(logits[0, 0], self._best(peaks, tokens), peaks if whole else None)
+        return NextTokenLogits(logits[0, 0], self._best(peaks, tokens), peaks if whole else None)
 
     def _mix(
         self, attention: Attention, qkv: mx.array, mask: Mask, cache: Cache | None

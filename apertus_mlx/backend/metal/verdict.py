@@ -17,9 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import mlx.core as mx
-
 from apertus_mlx import __version__
+from apertus_mlx.backend.hardware import device_name
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.errors import RejectedError, ResourceError
 from apertus_mlx.system.model_files import read_own_file
@@ -83,8 +82,7 @@ NOTHING = Accepted({}, False)
 
 def this_machine() -> Machine:
     """The identity of this machine; asks neither the GPU nor another process."""
-    chip = mx.device_info().get("device_name", platform.machine())
-    return Machine(str(chip), _system(), version("mlx"), __version__)
+    return Machine(device_name(), _system(), version("mlx"), __version__)
 
 
 def _system() -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.backend.machine import on_gpu
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.memory.devices import CHIPS, GB
 
 # More than any cache holds; moved so many times, of which the fastest counts.
@@ -33,7 +33,7 @@ class Bandwidth:
 
 def find_bandwidth(chip: str) -> Bandwidth:
     """Of this machine, whose chip MLX calls `chip`; measuring takes a second."""
-    return Bandwidth(published_bandwidth(chip), _on_gpu() if on_gpu() else _on_cpu())
+    return Bandwidth(published_bandwidth(chip), _on_gpu() if has_gpu() else _on_cpu())
 
 
 def published_bandwidth(chip: str) -> float | None:

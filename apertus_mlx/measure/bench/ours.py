@@ -11,8 +11,8 @@ from typing import cast
 import mlx.core as mx
 
 from apertus_mlx import __version__
-from apertus_mlx.backend.choose import Compute, LanguageModel, Precision
-from apertus_mlx.backend.machine import mlx_limits
+from apertus_mlx.backend.choose import Compute, Precision
+from apertus_mlx.backend.memory_limits import mlx_limits
 from apertus_mlx.backend.metal.enabled import enabled
 from apertus_mlx.backend.mlx import DTYPES, compute_dtype
 from apertus_mlx.cache import Cache, CacheConfig, rewind
@@ -23,6 +23,7 @@ from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.measure.bench.sides import Loaded, Ready, Settings, serve
 from apertus_mlx.measure.bench.stopwatch import Stopwatch
 from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.language_model import LanguageModel
 
 # More than any context holds: what is decoded has no end.
 ENDLESS = 2**31

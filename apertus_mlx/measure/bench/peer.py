@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from apertus_mlx.backend.machine import on_gpu
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.measure.bench.sides import Loaded, Ready, Settings, serve
 from apertus_mlx.measure.bench.stopwatch import Stopwatch
@@ -78,8 +78,8 @@ def open_side(settings: Settings) -> Iterator[Loaded]:
     dtype = model.model.norm.weight.dtype
     ready = Ready(
         version=mlx_lm.__version__,
-        backend=f"MLX on the {'GPU' if on_gpu() else 'CPU'}",
-        on_gpu=on_gpu(),
+        backend=f"MLX on the {'GPU' if has_gpu() else 'CPU'}",
+        on_gpu=has_gpu(),
         kernels=[],
         dtype=str(dtype).removeprefix("mlx.core."),
         cache="full precision",

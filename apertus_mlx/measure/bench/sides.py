@@ -127,7 +127,7 @@ class Side:
 
 def serve(open_side: Callable[[Settings], AbstractContextManager[Loaded]]) -> None:
     """Be a side: read settings, load with `open_side`, then time tasks until nobody asks more."""
-    from apertus_mlx.backend.machine import peak_bytes
+    from apertus_mlx.backend.hardware import peak_bytes
 
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")

@@ -94,9 +94,9 @@ class MLXDevice:
         fed = [tokens[0] if tokens else int(mx.argmax(logits))]
         rows, choices = [], []
         for index in range(GREEDY_TOKENS):
-            scores = model.scores(mx.array([[fed[-1]]]), cache)
-            choice = mx.argmax(scores.logits) if scores.best is None else scores.best
-            row = scores.logits.astype(mx.float32)
+            after = model.next_token_logits(mx.array([[fed[-1]]]), cache)
+            choice = mx.argmax(after.values) if after.best is None else after.best
+            row = after.values.astype(mx.float32)
             rows.append(row - row.mean())
             mx.eval(rows[-1], choice)
             choices.append(int(choice))

@@ -1,24 +1,70 @@
-"""This machine: what it can give a run, and MLX's limits for as long as the run lasts."""
+"""What this machine has, and the one place that asks: GPU, Metal, chip, memory, libraries.
+
+Everything is asked when it is needed. Importing this module imports no MLX: a command that needs
+none starts without it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-
-import mlx.core as mx
 
 # MLX starts to collect garbage at this share of what Metal recommends.
 WORKING_SET_SHARE = 0.95
 AVAILABLE_SHARE = 0.9
 
 
-def on_gpu() -> bool:
+def has_gpu() -> bool:
     """Whether MLX computes on a GPU here."""
+    import mlx.core as mx
+
     return bool(mx.default_device() != mx.cpu)
+
+
+def has_metal() -> bool:
+    """Whether that GPU, or one that MLX was told not to use, is Apple's."""
+    import mlx.core as mx
+
+    return mx.metal.is_available()
+
+
+def device_info() -> dict[str, str | int]:
+    """What MLX says of the device that it computes on."""
+    import mlx.core as mx
+
+    return mx.device_info()
+
+
+def device_name() -> str:
+    """What MLX calls that device, such as `Apple M4 Pro`."""
+    return str(device_info().get("device_name", os.uname().machine))
+
+
+def chip_name() -> str | None:
+    """What macOS calls the chip, such as `Apple M4 Pro`; None elsewhere."""
+    if sys.platform != "darwin":
+        return None
+    library = ctypes.CDLL(None)
+    name, size = b"machdep.cpu.brand_string", ctypes.c_size_t(256)
+    value = ctypes.create_string_buffer(size.value)
+    if library.sysctlbyname(name, value, ctypes.byref(size), None, 0) != 0:
+        return None
+    return value.value.decode()
+
+
+def has_library(name: str) -> bool:
+    """Whether the Python package `name` is installed; it is not imported."""
+    return find_spec(name) is not None
+
+
+def working_set_bytes() -> int | None:
+    """The most memory that Metal recommends to use at a time; None without Metal."""
+    size = device_info().get("max_recommended_working_set_size")
+    return size if isinstance(size, int) else None
 
 
 def available_bytes(gpu: bool | None = None) -> int:
@@ -28,16 +74,18 @@ def available_bytes(gpu: bool | None = None) -> int:
 
     `gpu`: whether MLX's GPU is to compute it; None: where MLX has one.
     """
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    if isinstance(working_set, int) and (on_gpu() if gpu is None else gpu):
+    working_set = working_set_bytes()
+    if working_set is not None and (has_gpu() if gpu is None else gpu):
         return int(WORKING_SET_SHARE * working_set)
-    free = [_linux_available(), _control_group_left(), _physical_bytes()]
+    free = [_linux_available(), _control_group_left(), physical_bytes()]
     return int(AVAILABLE_SHARE * min(size for size in free if size is not None))
 
 
 def peak_bytes(gpu: bool) -> int:
     """The most memory that this process has held: MLX's where its `gpu` computes, else resident."""
     if gpu:
+        import mlx.core as mx
+
         return mx.get_peak_memory()
     # What Linux says of a process's resources begins with its parent's peak.
     peak = _kilobytes(Path("/proc/self/status"), "VmHWM:")
@@ -45,34 +93,6 @@ def peak_bytes(gpu: bool) -> int:
         return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@contextmanager
-def mlx_limits(buffer_cache_bytes: int, wired_bytes: int) -> Iterator[None]:
-    """Set how much MLX keeps of freed memory, and wires of that in use; restore both at the end."""
-    previous = mx.set_cache_limit(buffer_cache_bytes)
-    try:
-        with _wired(wired_bytes):
-            yield
-    finally:
-        mx.set_cache_limit(previous)
-        mx.clear_cache()
-
-
-@contextmanager
-def _wired(size_bytes: int) -> Iterator[None]:
-    """Keep up to `size_bytes` resident on a GPU; more than Metal recommends may hang a machine."""
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    if not on_gpu() or not isinstance(working_set, int):
-        yield
-        return
-    previous = mx.set_wired_limit(min(size_bytes, int(WORKING_SET_SHARE * working_set)))
-    try:
-        yield
-    finally:
-        # Buffers in use by the GPU must not lose their residency.
-        mx.synchronize()
-        mx.set_wired_limit(previous)
 
 
 def _linux_available() -> int | None:
@@ -98,5 +118,6 @@ def _control_group_left() -> int | None:
     return int(most) - int(used) if most.isdigit() and used.isdigit() else None
 
 
-def _physical_bytes() -> int:
+def physical_bytes() -> int:
+    """Memory that the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
