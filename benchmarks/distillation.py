@@ -25,7 +25,7 @@ import numpy as np
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.calibration.calibrated import Calibration
 from apertus_mlx.convert.distill.run import Job, Observer, Options, distill, make_job
-from apertus_mlx.convert.distill.training import Judgement
+from apertus_mlx.convert.distill.training import Validation
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, hidden_states, open_weights
 from apertus_mlx.convert.evaluation.texts import Sample, read_texts
 from apertus_mlx.convert.job import convert, prepare
@@ -103,7 +103,7 @@ def folder_logits(folder: Path, windows: np.ndarray) -> np.ndarray:
         return logits(open_weights(folder, reader), windows)
 
 
-def tell(done: int, total: int, loss: float, history: Sequence[Judgement]) -> None:
+def tell(done: int, total: int, loss: float, history: Sequence[Validation]) -> None:
     if history[-1].tokens == done:
         print(
             f"{done:,} of {total:,} tokens, loss {loss:.4f}, held-out divergence "

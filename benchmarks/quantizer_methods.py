@@ -1,6 +1,6 @@
 """Everybody's quantizers by one name each, and one of them measured in this process.
 
-`quantizers` starts a process for each. Calibration, judgement and arithmetic are the same for all:
+`quantizers` starts a process for each. Calibration, comparison and arithmetic are the same for all:
 the same windows, float32 products with the weights as they come back from storage, and bfloat16
 scales and biases, whoever made them.
 """
@@ -27,16 +27,16 @@ import numpy as np
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig, read_config
 from apertus_mlx.checkpoint.tensors import open_checkpoint
-from apertus_mlx.convert.basis.weights import transformed_weights
 from apertus_mlx.convert.calibration.allocation import allocate_bits
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes
-from apertus_mlx.convert.calibration.judging import Planned
+from apertus_mlx.convert.calibration.held_out_comparison import Planned
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, hidden_states, open_weights
 from apertus_mlx.convert.evaluation.texts import Document, Sample, TextSet
 from apertus_mlx.convert.plan.planning import make_plan
 from apertus_mlx.convert.plan.policy import Method, Request, Target
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.recognise import recognise
+from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.quant import metrics
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.template import Message
@@ -95,10 +95,10 @@ def measure(case: Case) -> dict[str, Any]:
     held_out = recipe_windows(JUDGE_SEED, JUDGE_TOKENS // case.length, case.length)
     with Reader(case.directory) as reader:
         weights = open_weights(case.directory, reader)
-        damage = judge(weights, Replaced(weights, made.matrices, made.vectors), held_out)
+        divergence = judge(weights, Replaced(weights, made.matrices, made.vectors), held_out)
     return {
         "bytes": made.size_bytes,
-        **asdict(damage),
+        **asdict(divergence),
         "wall_s": round(wall_s, 2),
         "cpu_s": round(cpu_s, 2),
         "peak_growth_bytes": grown_bytes,
@@ -106,7 +106,7 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def judge(reference: Weights, model: Weights, windows: np.ndarray) -> metrics.Damage:
+def judge(reference: Weights, model: Weights, windows: np.ndarray) -> metrics.Divergence:
     """Compare two models on `windows`."""
     last = np.full((len(windows), 1), -1)
     following = np.concatenate([windows[:, 1:], last], 1).reshape(-1)

@@ -14,11 +14,10 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import CONFIG_FILE, read_config
 from apertus_mlx.checkpoint.slopes import check_slopes
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, Checkpoint, open_checkpoint
-from apertus_mlx.convert.basis import names as basis
-from apertus_mlx.convert.calibration import allocation, calibrate, calibrated, judging
+from apertus_mlx.convert.calibration import allocation, calibrate, calibrated, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Allocation, allocate_bits
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
-from apertus_mlx.convert.evaluation import evaluate as receipt
+from apertus_mlx.convert.evaluation import evaluate
 from apertus_mlx.convert.evaluation.little_text import choose, is_little, without_judging
 from apertus_mlx.convert.plan.grids import find_grids
 from apertus_mlx.convert.plan.plan import Plan
@@ -28,12 +27,13 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.sources.source import Source
+from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.convert.write.card import license_of, make_card
-from apertus_mlx.convert.write.companions import (
+from apertus_mlx.convert.write.copied_files import (
     TOKENIZER,
-    check_companions,
-    companion_files,
-    copy_companions,
+    check_copied_files,
+    copied_files,
+    copy_files,
 )
 from apertus_mlx.convert.write.execute import execute
 from apertus_mlx.convert.write.golden import check_template, write_golden
@@ -57,7 +57,7 @@ CARD = "README.md"
 # Of what an interrupted run goes on from; an interrupted run of another version starts again.
 STATE_VERSION = 1
 # Folders beside the output while it is built.
-ALLOCATION, CHOICE, CALIBRATION, RECEIPT = "allocation", "choice", "calibration", "receipt"
+ALLOCATION, CHOICE, CALIBRATION, EVALUATION = "allocation", "choice", "calibration", "receipt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +83,22 @@ class Job:
     is_begun: bool = False
 
     @property
-    def companion_bytes(self) -> int:
+    def copied_bytes(self) -> int:
         """Size of the files that are copied."""
-        return sum(path.stat().st_size for path in companion_files(self.directory))
+        return sum(path.stat().st_size for path in copied_files(self.directory))
 
     @property
     def output_bytes(self) -> int:
         """What the output folder will take on disk, nearly: weights, tokenizer, small files."""
         weights = sum(file.size_bytes for file in self.plan.files)
-        return weights + self.companion_bytes + 2**20
+        return weights + self.copied_bytes + 2**20
 
     @property
     def kept_bytes(self) -> int:
         """Most that lies beside the output until it is done: codes, and what a run goes on from."""
         if self.calibration is None:
             return 0
-        measured = receipt.kept_bytes(self.plan.source.config, self.calibration.judged)
+        measured = evaluate.kept_bytes(self.plan.source.config, self.calibration.judged)
         if not self.plan.calibrates:
             return measured
         return measured + calibrated.kept_bytes(self.plan, self.calibration.sample.windows.size)
@@ -141,7 +141,7 @@ def prepare(
     watched = [*checkpoint.files, CONFIG_FILE, TOKENIZER]
     source = recognise(config, checkpoint.tensors, str(directory))
     check_slopes(checkpoint)
-    check_companions(directory, config)
+    check_copied_files(directory, config)
     template_note = check_template(directory, config)
     files = file_states(directory, watched)
     if source.tied_pair is not None and not _head_is_tied(checkpoint, source.tied_pair):
@@ -241,7 +241,7 @@ def convert(
                 codes = workspace.kept_folder(CALIBRATION)
                 make_codes(job.plan, job.directory, job.calibration, codes, on_layer)
             execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
-            _write_companions(job, target.name, workspace, on_layer)
+            _write_other_files(job, target.name, workspace, on_layer)
             if file_states(job.directory, job.files) != job.files:
                 # Of what is there nobody knows which source it is made of.
                 workspace.discard()
@@ -309,7 +309,7 @@ def _space_for_target(
     codes_bytes = output_bytes * 5 // 4 if request.method == "gptq" else 0
     kept = max(
         allocation.kept_bytes(config, tokens, codes_bytes),
-        receipt.kept_bytes(config, calibration.judged)
+        evaluate.kept_bytes(config, calibration.judged)
         + (codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0),
     )
     return output_bytes, kept
@@ -319,8 +319,8 @@ def _space(plan: Plan, calibration: Calibration) -> tuple[int, int]:
     """The same for a plan that is there."""
     config, tokens = plan.source.config, calibration.sample.windows.size
     measured = max(
-        receipt.kept_bytes(config, calibration.judged),
-        judging.kept_bytes(config, plan.weight_bytes * 5 // 4),
+        evaluate.kept_bytes(config, calibration.judged),
+        held_out_comparison.kept_bytes(config, plan.weight_bytes * 5 // 4),
     )
     return plan.weight_bytes, measured + calibrated.kept_bytes(plan, tokens)
 
@@ -334,23 +334,23 @@ def _head_is_tied(checkpoint: Checkpoint, pair: tuple[Any, Any]) -> bool:
         return reader.same_bytes(*pair)
 
 
-def _write_companions(
+def _write_other_files(
     job: Job, name: str, workspace: Workspace, on_layer: Callable[[int, int], None]
 ) -> None:
     plan, path = job.plan, workspace.path
     _write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
     _write_json(path / INDEX_FILE, _index(plan))
-    copy_companions(job.directory, path)
-    for original in companion_files(job.directory):
+    copy_files(job.directory, path)
+    for original in copied_files(job.directory):
         if sha256(original) != sha256(path / original.name):
             raise ApertusError(f"{original.name}: the copy differs from the original; start again")
     write_golden(path, plan.source.config)
     license_id = license_of(job.directory)
     quality = None
     if job.calibration is not None:
-        quality = receipt.measure(
+        quality = evaluate.measure(
             path, job.directory, job.calibration.judged,
-            progress=on_layer, folder=workspace.kept_folder(RECEIPT),
+            progress=on_layer, folder=workspace.kept_folder(EVALUATION),
         )  # fmt: skip
     card = make_card(plan, name, job.source_name, job.commit, license_id, quality)
     (path / CARD).write_text(card, encoding="utf-8")
@@ -367,7 +367,7 @@ def _write_companions(
         "dtype": plan.dtype,
         "quantization": quantization_block(plan.source.config, plan.specs) if plan.specs else None,
         "method": plan.request.method if plan.request.quantizes else None,
-        "transforms": basis.record(plan.request, plan.source.config),
+        "transforms": transforms.record(plan.request, plan.source.config),
         "allocation": job.allocation.record if job.allocation else None,
         "calibration": job.calibration.sample.record() if job.calibration else None,
         "losses": {step.path: step.loss for step in plan.steps if step.loss},

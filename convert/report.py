@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.convert.basis import names as basis
 from apertus_mlx.convert.job import Job
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan, Step
 from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.convert.write.manifest import MANIFEST
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
@@ -75,7 +75,7 @@ def plan_as_json(plan: Plan, source: str, commit: str | None) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory_bytes": plan.peak_memory_bytes,
         "dtype": DTYPE_NAMES[plan.dtype],
-        "transforms": basis.record(plan.request, plan.source.config),
+        "transforms": transforms.record(plan.request, plan.source.config),
         "files": [{"name": file.name, "size_bytes": file.size_bytes} for file in plan.files],
         "notes": list(plan.notes),
         "dropped": dict(plan.source.dropped),
@@ -93,14 +93,14 @@ def summary(job: Job, target: Path) -> dict[str, Any]:
         "output_bytes": job.plan.weight_bytes,
         "parameters": job.plan.parameters,
         "bits_per_weight": job.plan.bits_per_weight,
-        "transforms": basis.record(job.plan.request, job.plan.source.config),
+        "transforms": transforms.record(job.plan.request, job.plan.source.config),
         "notes": list(job.plan.notes),
     }
 
 
 def _verbs(step: Step) -> str:
     """What is done to a tensor."""
-    basis_changes = "change basis, " if step.transformed else ""
+    basis_changes = "change basis, " if step.changes_basis else ""
     method = f", {step.method}" if step.method != "rtn" else ""
     return f"{basis_changes}{step.transform}{method}"
 
@@ -110,7 +110,7 @@ def _step_as_json(step: Step) -> dict[str, Any]:
     return {
         "module": step.path,
         "transform": step.transform,
-        "changes_basis": step.transformed,
+        "changes_basis": step.changes_basis,
         "method": step.method if step.transform in ("quantize", "requantize") else None,
         "sources": [tensor.name for tensor in step.source_tensors],
         "bits": spec.bits if spec else None,

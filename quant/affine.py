@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.quant.grid import SIGNIFICANT_BITS
-from apertus_mlx.quant.packing import Codes, Words, pack
+from apertus_mlx.quant.packing import Codes, Packed, pack
 from apertus_mlx.quant.spec import QuantSpec
 
 Array = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ class AffineCodes:
     spec: QuantSpec
 
     @property
-    def packed(self) -> Words:
+    def packed(self) -> Packed:
         """The codes as MLX stores them, `[rows, columns * bits / 32]`."""
         return pack(self.codes, self.spec.bits)
 

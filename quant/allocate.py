@@ -1,4 +1,4 @@
-"""Chooses one of several forms for each part of a whole: least damage within a number of bytes.
+"""Chooses one of several forms for each part of a whole: least divergence within a number of bytes.
 
 The multiple-choice knapsack problem, solved by dynamic programming over bytes. Where all sizes
 share a large divisor, as those of matrices do, the result is the best there is; else sizes are
@@ -22,11 +22,11 @@ class Choice:
     """One form of a part: what it takes and what it costs."""
 
     size_bytes: int
-    damage: float
+    divergence: float
 
 
 def allocate(parts: Sequence[Sequence[Choice]], most_bytes: int, least_bytes: int = 0) -> list[int]:
-    """For each part the number of its choice, so that the sum of damages is least.
+    """For each part the number of its choice, so that the sum of divergences is least.
 
     Args:
         parts: the choices of each, at least one.
@@ -34,21 +34,21 @@ def allocate(parts: Sequence[Sequence[Choice]], most_bytes: int, least_bytes: in
         least_bytes: what they shall take at least; where that cannot be met, as much as can.
 
     Raises:
-        ValueError: not even the smallest choices fit, or a damage is not finite.
+        ValueError: not even the smallest choices fit, or a divergence is not finite.
     """
     smallest = [min(choice.size_bytes for choice in choices) for choices in parts]
     room = most_bytes - sum(smallest)
     if room < 0:
         raise ValueError(f"the smallest choices take {sum(smallest)} of {most_bytes} bytes")
-    if not all(math.isfinite(choice.damage) for choices in parts for choice in choices):
-        raise ValueError("a damage is not finite")
+    if not all(math.isfinite(choice.divergence) for choices in parts for choice in choices):
+        raise ValueError("a divergence is not finite")
     extra = [
         [choice.size_bytes - least for choice in choices]
         for choices, least in zip(parts, smallest, strict=True)
     ]
     room = min(room, sum(map(max, extra)))
     step = max(math.gcd(*(size for sizes in extra for size in sizes)), -(-room // STEPS), 1)
-    # least[n]: the least damage of the parts so far that take exactly n steps.
+    # least[n]: the least divergence of the parts so far that take exactly n steps.
     least = np.full(room // step + 1, np.inf)
     least[0] = 0
     taken = np.empty((len(parts), len(least)), np.uint8)
@@ -57,7 +57,7 @@ def allocate(parts: Sequence[Sequence[Choice]], most_bytes: int, least_bytes: in
         for index, (choice, size) in enumerate(zip(choices, sizes, strict=True)):
             steps = -(-size // step)
             if steps < len(least):
-                trial = least[: len(least) - steps] + choice.damage
+                trial = least[: len(least) - steps] + choice.divergence
                 better = trial < best[steps:]
                 best[steps:][better] = trial[better]
                 taken[number, steps:][better] = index

@@ -28,7 +28,7 @@ class TokenErrors:
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class Divergence:
     """What `TokenErrors` come to; divergences in nats, from the reference to the model."""
 
     tokens: int
@@ -88,7 +88,7 @@ def join(parts: list[TokenErrors]) -> TokenErrors:
     )
 
 
-def summarise(errors: TokenErrors) -> Damage:
+def summarise(errors: TokenErrors) -> Divergence:
     """Averages and quantiles over at least one token.
 
     Raises:
@@ -102,7 +102,7 @@ def summarise(errors: TokenErrors) -> Damage:
     if known.any():
         perplexity = float(np.exp(errors.loss[known].mean()))
         difference = perplexity - float(np.exp(errors.reference_loss[known].mean()))
-    return Damage(
+    return Divergence(
         len(errors.divergence),
         float(errors.divergence.mean()),
         float(np.median(errors.divergence)),

@@ -11,29 +11,29 @@ import numpy as np
 import numpy.typing as npt
 
 Codes = npt.NDArray[np.uint8]
-Words = npt.NDArray[np.uint32]
+Packed = npt.NDArray[np.uint32]
 
 
-def pack(codes: Codes, bits: int) -> Words:
+def pack(codes: Codes, bits: int) -> Packed:
     """Pack `[rows, columns]` densely into `[rows, columns * bits / 32]`; columns divide by 32."""
     rows, columns = codes.shape
     lanes = codes.reshape(rows, columns // 32, 32)
-    words = np.zeros((rows, columns // 32, bits), np.uint32)
+    packed = np.zeros((rows, columns // 32, bits), np.uint32)
     for lane in range(32):
         word, shift = divmod(lane * bits, 32)
         value = lanes[:, :, lane].astype(np.uint32)
-        words[:, :, word] |= value << np.uint32(shift)
+        packed[:, :, word] |= value << np.uint32(shift)
         if shift + bits > 32:
-            words[:, :, word + 1] |= value >> np.uint32(32 - shift)
-    return words.reshape(rows, columns // 32 * bits)
+            packed[:, :, word + 1] |= value >> np.uint32(32 - shift)
+    return packed.reshape(rows, columns // 32 * bits)
 
 
-def unpack(words: Words, bits: int, columns: int) -> Codes:
+def unpack(packed: Packed, bits: int, columns: int) -> Codes:
     """The first `columns` codes of densely packed rows `[rows, words]`."""
-    rows, width = words.shape
+    rows, width = packed.shape
     blocks = -(-width // bits)
     padded = np.zeros((rows, blocks * bits), np.uint32)
-    padded[:, :width] = words
+    padded[:, :width] = packed
     grouped = padded.reshape(rows, blocks, bits)
     codes = np.empty((rows, blocks, 32), np.uint8)
     mask = np.uint32((1 << bits) - 1)
@@ -56,12 +56,12 @@ def aligned_width(columns: int, bits: int) -> int:
     return -(-columns // (32 // bits))
 
 
-def unpack_aligned(words: Words, bits: int, columns: int) -> Codes:
+def unpack_aligned(packed: Packed, bits: int, columns: int) -> Codes:
     """The first `columns` codes of rows whose words hold `32 // bits` whole elements each."""
-    rows, width = words.shape
+    rows, width = packed.shape
     per_word = 32 // bits
     codes = np.empty((rows, width, per_word), np.uint8)
     mask = np.uint32((1 << bits) - 1)
     for lane in range(per_word):
-        codes[:, :, lane] = words >> np.uint32(lane * bits) & mask
+        codes[:, :, lane] = packed >> np.uint32(lane * bits) & mask
     return codes.reshape(rows, width * per_word)[:, :columns]

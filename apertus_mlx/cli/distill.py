@@ -16,7 +16,7 @@ from apertus_mlx.errors import UsageError
 if TYPE_CHECKING:
     from apertus_mlx.convert.distill.run import Job
     from apertus_mlx.convert.distill.student import Trained
-    from apertus_mlx.convert.distill.training import Judgement
+    from apertus_mlx.convert.distill.training import Validation
 
 REPORT_INTERVAL_S = 10.0
 
@@ -137,13 +137,13 @@ class _Log:
 
 
 class _TrainingLog:
-    """The stage in which the student learns, with its losses; each judgement is a line."""
+    """The stage in which the student learns, with its losses; each validation is a line."""
 
     def __init__(self) -> None:
         self._log = _Log("learning", "tokens")
         self._judged = 0
 
-    def __call__(self, done: int, total: int, loss: float, history: Sequence[Judgement]) -> None:
+    def __call__(self, done: int, total: int, loss: float, history: Sequence[Validation]) -> None:
         detail = f", loss {loss:.4f}"
         judged = len(history) != self._judged
         if judged:
@@ -169,7 +169,7 @@ def _announce(job: Job) -> None:
     )
 
 
-def _draw(path: Path, history: Sequence[Judgement], name: str) -> None:
+def _draw(path: Path, history: Sequence[Validation], name: str) -> None:
     from apertus_mlx.cli.plot import Series, save_plot
 
     trained = [(j.tokens, j.training_loss) for j in history if j.training_loss is not None]

@@ -13,8 +13,8 @@ from apertus_mlx.cli.output import format_bytes, layer_progress, note, print_jso
 from apertus_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from apertus_mlx.convert.evaluation.evaluate import Receipt
-    from apertus_mlx.quant.metrics import Damage
+    from apertus_mlx.convert.evaluation.evaluate import Evaluation
+    from apertus_mlx.quant.metrics import Divergence
 
 HEADER = ("tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "ppl", "+")
 
@@ -63,27 +63,27 @@ def evaluate(
     origin = locate(reference, revision=reference_revision, offline=offline)
     with layer_progress("measuring") as update:
         found = measure_all(folders, origin, texts, tokens, update)
-    receipts = dict(zip(labels, found, strict=True))
+    evaluations = dict(zip(labels, found, strict=True))
     if json:
-        print_json(_as_json(receipts))
+        print_json(_as_json(evaluations))
     else:
-        _print(receipts)
+        _print(evaluations)
     # Last, since it can fail where the work has not.
     if plot is not None:
-        _draw(receipts, plot)
+        _draw(evaluations, plot)
 
 
-def _print(receipts: Mapping[str, Receipt]) -> None:
+def _print(evaluations: Mapping[str, Evaluation]) -> None:
     from apertus_mlx.convert.evaluation.evaluate import FLOOR
 
-    one = len(receipts) == 1
+    one = len(evaluations) == 1
     header = ["text", *HEADER] if one else ["model", "size", "text", *HEADER]
     print_table(
         header,
         [
-            row if one else [label, format_bytes(receipt.weight_bytes), *row]
-            for label, receipt in receipts.items()
-            for row in _rows(receipt)
+            row if one else [label, format_bytes(evaluation.weight_bytes), *row]
+            for label, evaluation in evaluations.items()
+            for row in _rows(evaluation)
         ],
     )
     note(f"KL divergence in nats; floor: {FLOOR}")
@@ -116,42 +116,47 @@ def _locate_all(models: Sequence[str], revision: str | None, offline: bool) -> l
     ]
 
 
-def _as_json(receipts: Mapping[str, Receipt]) -> dict[str, Any]:
-    """Of one model its receipt; of several the same for each, by its label under `models`."""
+def _as_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Of one model its evaluation; of several the same for each, by its label under `models`."""
     found = {
-        label: {"weight_bytes": receipt.weight_bytes, **receipt.as_json()}
-        for label, receipt in receipts.items()
+        label: {"weight_bytes": evaluation.weight_bytes, **evaluation.as_json()}
+        for label, evaluation in evaluations.items()
     }
     return next(iter(found.values())) if len(found) == 1 else {"models": found}
 
 
-def _draw(receipts: Mapping[str, Receipt], path: Path) -> None:
+def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
     from apertus_mlx.cli.plot import Series, save_plot
 
     series = [
-        Series(label, [receipt.weight_bytes / 1e6], [receipt.overall.kl_mean])
-        for label, receipt in receipts.items()
+        Series(label, [evaluation.weight_bytes / 1e6], [evaluation.overall.kl_mean])
+        for label, evaluation in evaluations.items()
     ]
-    floor = next(iter(receipts.values())).overall_floor.kl_mean
+    floor = next(iter(evaluations.values())).overall_floor.kl_mean
     sizes = [line.x[0] for line in series]
     series.append(Series("noise floor", [min(sizes), max(sizes)], [floor, floor]))
     save_plot(path, series, "weights, MB", "mean KL divergence, nats", "Damage by size", log_y=True)
 
 
-def _rows(receipt: Receipt) -> Iterator[list[str]]:
-    for language, (damage, floor) in receipt.languages.items():
-        yield _row(language, damage, floor)
-    yield _row("all", receipt.overall, receipt.overall_floor)
+def _rows(evaluation: Evaluation) -> Iterator[list[str]]:
+    for language, (divergence, floor) in evaluation.languages.items():
+        yield _row(language, divergence, floor)
+    yield _row("all", evaluation.overall, evaluation.overall_floor)
 
 
-def _row(label: str, damage: Damage, floor: Damage) -> list[str]:
+def _row(label: str, divergence: Divergence, floor: Divergence) -> list[str]:
     return [
         label,
-        str(damage.tokens),
-        *(f"{value:.5f}" for value in (damage.kl_mean, damage.kl_median, damage.kl_p90)),
-        "-" if damage.kl_confident is None else f"{damage.kl_confident:.5f}",
+        str(divergence.tokens),
+        *(
+            f"{value:.5f}"
+            for value in (divergence.kl_mean, divergence.kl_median, divergence.kl_p90)
+        ),
+        "-" if divergence.kl_confident is None else f"{divergence.kl_confident:.5f}",
         f"{floor.kl_mean:.1e}",
-        f"{damage.top1_agreement:.2%}",
-        "-" if damage.perplexity is None else f"{damage.perplexity:.3f}",
-        "-" if damage.perplexity_difference is None else f"{damage.perplexity_difference:+.3f}",
+        f"{divergence.top1_agreement:.2%}",
+        "-" if divergence.perplexity is None else f"{divergence.perplexity:.3f}",
+        "-"
+        if divergence.perplexity_difference is None
+        else f"{divergence.perplexity_difference:+.3f}",
     ]

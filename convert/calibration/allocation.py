@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.basis.smoothing import Rounding, rounding_of
-from apertus_mlx.convert.basis.weights import unscaled_weights
-from apertus_mlx.convert.calibration import gradients, judging
+from apertus_mlx.convert.calibration import gradients, held_out_comparison
 from apertus_mlx.convert.calibration.calibrated import WINDOW_TOKENS, Calibration
-from apertus_mlx.convert.calibration.judging import Judge, scale_type_of, spread
-from apertus_mlx.convert.calibration.sensitivity import Damages, predict_damages
+from apertus_mlx.convert.calibration.held_out_comparison import (
+    HeldOutComparison,
+    scale_type_of,
+    spread,
+)
+from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
 from apertus_mlx.convert.evaluation.layerwise import Array, SourceWeights
 from apertus_mlx.convert.plan.grids import find_grids
 from apertus_mlx.convert.plan.plan import Plan, Step
@@ -29,6 +31,8 @@ from apertus_mlx.convert.plan.planning import make_plan
 from apertus_mlx.convert.plan.policy import DEFAULT_GROUP_SIZE, Request, Rule, Target
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import Source
+from apertus_mlx.convert.transforms.smoothing import Rounding, rounding_of
+from apertus_mlx.convert.transforms.weights import unscaled_weights
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.affine import ScaleType
@@ -119,16 +123,18 @@ def allocate_bits(
         fixed_bytes = sum(step.size_bytes for step in base.steps if step.path not in chosen_paths)
         target_bytes = target.total_bytes(base.parameters)
         _check_reach(target, units, fixed_bytes, base.parameters)
-        damages = _measure(plans, units, reader, calibration, folder, report)
-        formats = choose_formats(units, damages, target_bytes - fixed_bytes)
+        divergences = _measure(plans, units, reader, calibration, folder, report)
+        formats = choose_formats(units, divergences, target_bytes - fixed_bytes)
         plan = _combined(plans, formats)
-        rival = _uniform_rival(plans, units, damages, target_bytes)
+        rival = _uniform_rival(plans, units, divergences, target_bytes)
         judged: dict[str, float] = {}
         if rival is not None and any(spec != rival for spec in formats.values()):
-            judge = Judge(SourceWeights(source, reader), directory, calibration, report, folder)
+            comparison = HeldOutComparison(
+                SourceWeights(source, reader), directory, calibration, report, folder
+            )
             judged = {
-                "allocated": judge.divergence(plan),
-                "uniform": judge.divergence(plans[rival]),
+                "allocated": comparison.divergence(plan),
+                "uniform": comparison.divergence(plans[rival]),
             }
             if judged["uniform"] < judged["allocated"]:
                 plan, formats = plans[rival], dict.fromkeys(formats, rival)
@@ -143,10 +149,10 @@ def allocate_bits(
             path: {
                 "bits": spec.bits,
                 "group_size": spec.group_size,
-                "predicted_kl": float(f"{damages[path][spec]:.4g}"),
+                "predicted_kl": float(f"{divergences[path][spec]:.4g}"),
                 "predicted_kl_by_bits": {
-                    str(other.bits): float(f"{damages[path][other]:.4g}")
-                    for other in damages[path]
+                    str(other.bits): float(f"{divergences[path][other]:.4g}")
+                    for other in divergences[path]
                     if other.group_size == spec.group_size
                 },
             }
@@ -169,7 +175,9 @@ def kept_bytes(config: ModelConfig, tokens: int, codes_bytes: int) -> int:
         codes_bytes: what calibrated codes of the whole model take, 0 where there are none.
     """
     measured = min(tokens, WINDOWS * WINDOW_TOKENS)
-    return gradients.kept_bytes(config, measured) + judging.kept_bytes(config, codes_bytes)
+    return gradients.kept_bytes(config, measured) + held_out_comparison.kept_bytes(
+        config, codes_bytes
+    )
 
 
 def _named(request: Request, formats: Mapping[str, QuantSpec]) -> Request:
@@ -198,9 +206,9 @@ def find_units(plans: Plans) -> list[Unit]:
 
 
 def choose_formats(
-    units: Sequence[Unit], damages: Damages, most_bytes: int
+    units: Sequence[Unit], divergences: Divergences, most_bytes: int
 ) -> dict[str, QuantSpec]:
-    """The format of each matrix, for the least damage in `most_bytes` or at most 1 % less.
+    """The format of each matrix, for the least divergence in `most_bytes` or at most 1 % less.
 
     Where no choice comes that near, the size is the nearest one below `most_bytes`.
 
@@ -210,7 +218,7 @@ def choose_formats(
     formats = [list(unit.sizes_bytes) for unit in units]
     choices = [
         [
-            Choice(unit.sizes_bytes[spec], sum(damages[path][spec] for path in unit.paths))
+            Choice(unit.sizes_bytes[spec], sum(divergences[path][spec] for path in unit.paths))
             for spec in unit.sizes_bytes
         ]
         for unit in units
@@ -259,7 +267,7 @@ def _measure(
     calibration: Calibration,
     folder: Path,
     report: Progress,
-) -> Damages:
+) -> Divergences:
     base = next(iter(plans.values()))
     scale_type: ScaleType = scale_type_of(base)
     depth = base.source.config.num_hidden_layers
@@ -272,7 +280,7 @@ def _measure(
                 roundings[step.path][spec] = _rounding(step, scale_type)
                 if step.method == "gptq":
                     with_gptq.add(step.path)
-    return predict_damages(
+    return predict_divergences(
         unscaled_weights(base, reader), roundings, spread(calibration.sample.windows, WINDOWS),
         folder, with_gptq, scale_type, lambda done: report(done, 2 * depth),
     )  # fmt: skip
@@ -301,19 +309,19 @@ def _combined(plans: Plans, formats: Mapping[str, QuantSpec]) -> Plan:
 
 
 def _uniform_rival(
-    plans: Plans, units: Sequence[Unit], damages: Damages, target_bytes: int
+    plans: Plans, units: Sequence[Unit], divergences: Divergences, target_bytes: int
 ) -> QuantSpec | None:
     """The uniform format that stays within the target and promises most."""
 
-    def damage(spec: QuantSpec) -> float:
-        return sum(damages[path][spec] for unit in units for path in unit.paths)
+    def divergence(spec: QuantSpec) -> float:
+        return sum(divergences[path][spec] for unit in units for path in unit.paths)
 
     fitting = [
         spec
         for spec, plan in plans.items()
         if plan.weight_bytes <= target_bytes and all(spec in unit.sizes_bytes for unit in units)
     ]
-    return min(fitting, key=damage, default=None)
+    return min(fitting, key=divergence, default=None)
 
 
 def _note(

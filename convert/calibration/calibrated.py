@@ -1,4 +1,4 @@
-"""The calibrated part of a conversion: which text, the codes of each matrix, and the receipt.
+"""The calibrated part of a conversion: which text, the codes of each matrix, and the evaluation.
 
 Codes are made before anything is written, since layers depend on those before them while the output
 has an order of its own. Until the output is published they lie in a folder beside it, together with
@@ -19,8 +19,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.basis.smoothing import rounding_of, smoothing_scales
-from apertus_mlx.convert.basis.weights import SCALES, transformed_weights, unscaled_weights
 from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrate import passes, quantize_model
 from apertus_mlx.convert.evaluation.texts import (
@@ -32,6 +30,8 @@ from apertus_mlx.convert.evaluation.texts import (
 )
 from apertus_mlx.convert.plan.plan import CALIBRATION_TOKENS, Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
+from apertus_mlx.convert.transforms.smoothing import rounding_of, smoothing_scales
+from apertus_mlx.convert.transforms.weights import SCALES, transformed_weights, unscaled_weights
 from apertus_mlx.convert.write.array_file import is_whole, map_array, save_array
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant.affine import ScaleType

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.basis.smoothing import Rounding
 from apertus_mlx.convert.calibration.gradients import (
     BACKWARD,
     BLOCK_LOGITS,
@@ -23,21 +22,22 @@ from apertus_mlx.convert.calibration.gradients import (
     trace_layers,
 )
 from apertus_mlx.convert.evaluation.layerwise import Array, Tokens, Weights, head_path
+from apertus_mlx.convert.transforms.smoothing import Rounding
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant import gptq
 from apertus_mlx.quant.affine import ScaleType, dequantize
 from apertus_mlx.quant.spec import QuantSpec
 
 SEED = 1
-# What GPTQ leaves of the damage is measured on so many rows of each matrix, at this width.
+# What GPTQ leaves of the divergence is measured on so many rows of each matrix, at this width.
 TRIAL_ROWS = 256
 TRIAL_BITS = 3
 
 Roundings = Mapping[QuantSpec, Rounding]
-Damages = dict[str, dict[QuantSpec, float]]
+Divergences = dict[str, dict[QuantSpec, float]]
 
 
-def predict_damages(
+def predict_divergences(
     weights: Weights,
     roundings: Mapping[str, Roundings],
     windows: Tokens,
@@ -45,7 +45,7 @@ def predict_damages(
     gptq_paths: Collection[str] = (),
     scale_type: ScaleType = "BF16",
     progress: Callable[[int], None] | None = None,
-) -> Damages:
+) -> Divergences:
     """Expected mean divergence, in nats, for each matrix alone in each of its formats.
 
     Args:
@@ -65,11 +65,11 @@ def predict_damages(
         Keep(folder / BACKWARD).discard()
         keep.save({}, {})
     kept, _ = found or ({}, {})
-    damages: Damages = {
+    divergences: Divergences = {
         path: dict(zip(roundings[path], values, strict=True)) for path, values in kept.items()
     }
-    if damages.keys() >= roundings.keys():
-        return damages
+    if divergences.keys() >= roundings.keys():
+        return divergences
 
     def look(traces: list[Trace]) -> None:
         for trace in traces:
@@ -80,15 +80,18 @@ def predict_damages(
                 if path in gptq_paths:
                     moments = gptq.damped(trace.inputs.T @ trace.inputs)
                     rows, *errors = _try_gptq(weight, roundings[path], moments, scale_type)
-                    left = _ratio(*(_damage(e, trace.inputs, gradient[:, rows]) for e in errors))
-                damages[path] = {
-                    spec: left * _damage(rounding(weight, squares) - weight, trace.inputs, gradient)
+                    left = _ratio(
+                        *(_divergence(e, trace.inputs, gradient[:, rows]) for e in errors)
+                    )
+                divergences[path] = {
+                    spec: left
+                    * _divergence(rounding(weight, squares) - weight, trace.inputs, gradient)
                     for spec, rounding in roundings[path].items()
                 }
         save()
 
     def save() -> None:
-        keep.save({path: list(found.values()) for path, found in damages.items()}, {})
+        keep.save({path: list(found.values()) for path, found in divergences.items()}, {})
 
     ends = trace_layers(weights, windows, SEED, look, progress or (lambda _: None), folder)
     for path in {layout.EMBEDDING, head_path(config)} & roundings.keys():
@@ -99,15 +102,15 @@ def predict_damages(
             curvature = _end_curvature(ends, *uses)
             _, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
             left = _ratio(*(float(np.sum(error @ curvature * error)) for error in errors))
-        damages[path] = {
-            spec: left * _end_damage(weight, rounding, ends, windows.reshape(-1), *uses)
+        divergences[path] = {
+            spec: left * _end_divergence(weight, rounding, ends, windows.reshape(-1), *uses)
             for spec, rounding in roundings[path].items()
         }
     save()
-    return damages
+    return divergences
 
 
-def _damage(error: Array, inputs: Array, gradient: Array) -> float:
+def _divergence(error: Array, inputs: Array, gradient: Array) -> float:
     """Of an error `[rows, columns]` of a matrix."""
     return _half_square(np.einsum("tr,tr->t", inputs @ error.T, gradient))
 
@@ -128,7 +131,7 @@ def _try_gptq(
 
 
 def _ratio(fitted: float, plain: float) -> float:
-    """What share of the damage is left."""
+    """What share of the divergence is left."""
     return min(1.0, fitted / plain) if plain > 0 else 1.0
 
 
@@ -142,7 +145,7 @@ def _end_curvature(ends: Ends, is_embedding: bool, is_head: bool) -> gptq.Float:
     return curvature
 
 
-def _end_damage(
+def _end_divergence(
     weight: Array, rounding: Rounding, ends: Ends, ids: Tokens, is_embedding: bool, is_head: bool
 ) -> float:
     """The same for the embedding, the head, or both in one; rows are looked at in blocks."""

@@ -86,7 +86,7 @@ def _check_model(directory: Path) -> list[Finding]:
         config = read_config(directory)
         checkpoint = open_checkpoint(directory)
         values = read_object(directory / CONFIG_FILE)
-        carried = [tensor.name for tensor in take_inventory(directory).factors.values()]
+        factors = [tensor.name for tensor in take_inventory(directory).factors.values()]
         findings: list[Finding] = []
         for prompt in differing(directory, config):
             findings.append(Finding("error", GOLDEN, f"{prompt!r} has other token ids today"))
@@ -94,10 +94,10 @@ def _check_model(directory: Path) -> list[Finding]:
             findings.append(Finding("warning", INDEX_FILE, "absent"))
     except RejectedError as error:
         return [Finding("error", "weights", str(error))]
-    if carried:
-        text = f"{len(carried)} factors beside the codes: only apertus-mlx can run this"
-        findings.append(Finding("warning", carried[0], text))
-    tensors = {key: t for key, t in checkpoint.tensors.items() if key not in carried}
+    if factors:
+        text = f"{len(factors)} factors beside the codes: only apertus-mlx can run this"
+        findings.append(Finding("warning", factors[0], text))
+    tensors = {key: t for key, t in checkpoint.tensors.items() if key not in factors}
     findings += _check_swift(config, values, tensors)
     return findings + _check_tokenizer(directory)
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.convert.evaluation.evaluate import Receipt
+from apertus_mlx.convert.evaluation.evaluate import Evaluation
 from apertus_mlx.convert.job import CARD
-from apertus_mlx.convert.write.card import MAX_CARD_BYTES, damage_table, license_of
+from apertus_mlx.convert.write.card import MAX_CARD_BYTES, divergence_table, license_of
 from apertus_mlx.system.model_files import exists, open_file
 
 
@@ -17,7 +17,7 @@ def make_card(
     name: str,
     manifest: Mapping[str, Any],
     record: Mapping[str, Any],
-    quality: Receipt,
+    quality: Evaluation,
 ) -> str:
     """Markdown for `student` after its distillation, with the front matter of its own card.
 
@@ -43,7 +43,7 @@ def make_card(
         f"{record['tokens_seen']:,} with repetitions |",
         f"| License | {license_of(student) or 'see the source'} |",
     ]  # fmt: skip
-    lines += damage_table(quality)
+    lines += divergence_table(quality)
     lines += [
         "",
         "`apertus_mlx_manifest.json` holds the hash of each file and the whole record; "

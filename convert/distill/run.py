@@ -29,8 +29,8 @@ from apertus_mlx.convert.distill.student import (
     stored_tensors,
 )
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
-from apertus_mlx.convert.distill.training import Judgement, Schedule, Training, best
-from apertus_mlx.convert.evaluation.evaluate import Receipt, kept_bytes, measure
+from apertus_mlx.convert.distill.training import Schedule, Training, Validation, best
+from apertus_mlx.convert.evaluation.evaluate import Evaluation, kept_bytes, measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.evaluation.texts import (
     Sample,
@@ -42,7 +42,7 @@ from apertus_mlx.convert.evaluation.texts import (
 )
 from apertus_mlx.convert.job import CARD
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
-from apertus_mlx.convert.write.companions import TOKENIZER, copy_companions
+from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
 from apertus_mlx.convert.write.golden import write_golden
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, read_manifest
 from apertus_mlx.convert.write.workspace import (
@@ -61,14 +61,14 @@ from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 
 # Folders beside the output while it is built.
-DISTILLATION, RECEIPT = "distillation", "receipt"
+DISTILLATION, EVALUATION = "distillation", "receipt"
 # Of what an interrupted run goes on from; an interrupted run of another version starts again.
 STATE_VERSION = 1
 # Least and most windows that decide which weights are best, and their share between.
 HELD_OUT_WINDOWS = (1, 32)
 HELD_OUT_SHARE = 1 / 20
 # What a manifest says about the student and that stays true.
-CARRIED = (
+KEPT_KEYS = (
     "bits_per_weight", "parameters", "weight_bytes", "dtype", "quantization", "method",
     "calibration", "losses", "notes",
 )  # fmt: skip
@@ -119,8 +119,8 @@ class Observer:
 
     # Tokens answered by the teacher, and of how many.
     teacher: Callable[[int, int], None]
-    # Tokens trained on, of how many, the last loss, and the judgements so far.
-    training: Callable[[int, int, float, Sequence[Judgement]], None]
+    # Tokens trained on, of how many, the last loss, and the validations so far.
+    training: Callable[[int, int, float, Sequence[Validation]], None]
     # Layers of the last measurement, and of how many.
     measuring: Callable[[int, int], None]
 
@@ -133,8 +133,8 @@ class Outcome:
     """What came of a distillation."""
 
     record: Mapping[str, Any]
-    history: tuple[Judgement, ...]
-    # The receipt as the manifest has it.
+    history: tuple[Validation, ...]
+    # The evaluation as the manifest has it.
     quality: Mapping[str, Any]
 
     def as_json(self, target: Path) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _build(job: Job, workspace: Workspace, observer: Observer) -> None:
     student, history = _train(job, workspace.kept_folder(DISTILLATION), observer)
     _write_model(job.student, path, dict(stored_tensors(student)))
     # Streams of a student that learned with other options are not this one's.
-    judged = workspace.kept_folder(f"{RECEIPT}-{_training_name(job)}")
+    judged = workspace.kept_folder(f"{EVALUATION}-{_training_name(job)}")
     quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=judged)
     _describe(job.student, path, workspace.target.name, _record(job, history), quality)
     for source, states in (
@@ -270,22 +270,22 @@ def _outcome(folder: Path) -> Outcome:
     """What the manifest of a finished folder says."""
     manifest = read_object(folder / MANIFEST)
     record = manifest["distillation"]
-    history = tuple(Judgement(**judgement) for judgement in record["history"])
+    history = tuple(Validation(**validation) for validation in record["history"])
     return Outcome(record, history, manifest["quality"])
 
 
-def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judgement]]:
+def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Validation]]:
     """Ask the teacher and train; the student with its best weights, and how it got there."""
     resources = job.resources
     size = resources.batch_windows
-    lessons = TeacherCache(folder / "lessons", _batches(job.sample.windows, size))
+    batches = TeacherCache(folder / "lessons", _batches(job.sample.windows, size))
     held_out = TeacherCache(folder / "held-out", _batches(job.held_out, size))
-    total = lessons.tokens + held_out.tokens
+    total = batches.tokens + held_out.tokens
     with Reader(job.teacher) as reader:
         teacher = open_weights(job.teacher, reader)
         k = min(job.options.top_k, teacher.config.output_vocab_size - 1)
         held_out.fill(teacher, k, lambda done: observer.teacher(done, total))
-        lessons.fill(teacher, k, lambda done: observer.teacher(held_out.tokens + done, total))
+        batches.fill(teacher, k, lambda done: observer.teacher(held_out.tokens + done, total))
     with Reader(job.student) as reader:
         student = make_student(open_weights(job.student, reader), job.options.trained)
     if resources.recomputes:
@@ -294,7 +294,7 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Judg
     schedule = Schedule(options.epochs, options.learning_rate, options.text_share, options.seed)
     own = folder / _training_name(job)
     own.mkdir(exist_ok=True)
-    training = Training(student, lessons, held_out, schedule, own)
+    training = Training(student, batches, held_out, schedule, own)
     history = training.run(
         lambda done, loss, judged: observer.training(done, training.tokens, loss, judged)
     )
@@ -307,7 +307,7 @@ def _write_model(source: Path, output: Path, tensors: dict[str, mx.array]) -> No
     others = [file for file in (CONFIG_FILE, INDEX_FILE) if exists(source / file)]
     for file in (*checkpoint.files, *others):
         copy_file(source / file, output / file, MAX_WEIGHTS_BYTES)
-    copy_companions(source, output)
+    copy_files(source, output)
     for name, array in tensors.items():
         tensor = checkpoint.tensors[name]
         data = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).tobytes()
@@ -319,13 +319,13 @@ def _write_model(source: Path, output: Path, tensors: dict[str, mx.array]) -> No
 
 
 def _describe(
-    student: Path, path: Path, name: str, record: dict[str, Any], quality: Receipt
+    student: Path, path: Path, name: str, record: dict[str, Any], quality: Evaluation
 ) -> None:
     """Write the card and the manifest."""
     old = read_object(student / MANIFEST)
     write_golden(path, read_config(path))
     (path / CARD).write_text(make_card(student, name, old, record, quality), encoding="utf-8")
-    figures = {key: old[key] for key in CARRIED if key in old}
+    figures = {key: old[key] for key in KEPT_KEYS if key in old}
     manifest = make_manifest(
         path, old["source"], {**figures, "distillation": record}, quality.as_json()
     )
@@ -333,7 +333,7 @@ def _describe(
     (path / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _record(job: Job, history: Sequence[Judgement]) -> dict[str, Any]:
+def _record(job: Job, history: Sequence[Validation]) -> dict[str, Any]:
     """What a manifest says about a distillation; losses in nats."""
     return {
         "teacher": job.teacher_name,
@@ -344,7 +344,7 @@ def _record(job: Job, history: Sequence[Judgement]) -> dict[str, Any]:
         **asdict(job.options),
         "tokens_seen": history[-1].tokens,
         "best_step": best(history).step,
-        "history": [asdict(judgement) for judgement in history],
+        "history": [asdict(validation) for validation in history],
     }
 
 

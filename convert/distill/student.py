@@ -159,7 +159,7 @@ def check_student(source: Source) -> None:
         stored = matrix.stored
         if not matrix.is_quantized:
             continue
-        if stored is None or not stored.spec.has_biases or stored.carried is not None:
+        if stored is None or not stored.spec.has_biases or stored.factor is not None:
             form = "another form" if stored is None else str(stored.spec)
             raise UsageError(
                 f"{source.name}: {path}: is quantized as {form}; only affine codes learn"

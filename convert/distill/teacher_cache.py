@@ -33,7 +33,7 @@ BLOCK_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Batch:
     """A batch of windows with what the teacher says about them."""
 
     # Token ids `[windows, length]`.
@@ -96,7 +96,7 @@ class TeacherCache:
                 progress(done)
             keep.discard()
 
-    def lesson(self, index: int) -> Lesson:
+    def batch(self, index: int) -> Batch:
         """Batch `index` with the teacher's answers."""
         answers = load_arrays(self._path(index))
         if answers is None:
@@ -106,7 +106,7 @@ class TeacherCache:
         shares = answers["shares"].astype(np.float32)
         shares /= shares.sum(-1, keepdims=True)
         likeliest = mx.array(answers["likeliest"])
-        return Lesson(mx.array(self._batches[index]), likeliest, mx.array(shares))
+        return Batch(mx.array(self._batches[index]), likeliest, mx.array(shares))
 
     def _next_lot(self, missing: list[int]) -> tuple[list[int], list[int]]:
         size = max(1, LOT_TOKENS // self._batches[missing[0]].size)

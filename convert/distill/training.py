@@ -1,4 +1,4 @@
-"""The training loop: seeded batches, judgements at intervals, and a state that survives a kill.
+"""The training loop: seeded batches, validations at intervals, and a state that survives a kill.
 
 Adam with bias correction ("Adam: A Method for Stochastic Optimization", arXiv 1412.6980); the rate
 rises over the first steps and falls linearly to nothing. Rates are relative to the typical scale of
@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from apertus_mlx.convert.distill import objective
 from apertus_mlx.convert.distill.student import CODES, Quantized, learning_modules
-from apertus_mlx.convert.distill.teacher_cache import Lesson, TeacherCache
+from apertus_mlx.convert.distill.teacher_cache import Batch, TeacherCache
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.system.whole_file import whole_file
@@ -33,8 +33,8 @@ WARMUP_SHARE = 0.05
 # batches that agree; changes on less evidence do harm.
 CODES_FACTOR = 20.0
 # How often a run is judged and saved.
-JUDGEMENTS = 20
-# Judgements without a better one after which a run ends.
+VALIDATIONS = 20
+# Validations without a better one after which a run ends.
 PATIENCE = 8
 STATE_FILE = "state.safetensors"
 BEST_FILE = "best.safetensors"
@@ -51,7 +51,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Validation:
     """Where a run stood: mean loss since the one before, and that on held-out windows, in nats."""
 
     step: int
@@ -68,9 +68,9 @@ class _State:
 
     step: int
     tokens: int
-    # Sum of losses since the last judgement.
+    # Sum of losses since the last validation.
     loss: float
-    history: list[Judgement]
+    history: list[Validation]
 
 
 class Training:
@@ -79,44 +79,44 @@ class Training:
     def __init__(
         self,
         student: Model,
-        lessons: TeacherCache,
+        batches: TeacherCache,
         held_out: TeacherCache,
         schedule: Schedule,
         folder: Path,
     ) -> None:
         self._student = student
-        self._lessons = lessons
+        self._batches = batches
         self._held_out = held_out
         self._schedule = schedule
         self._folder = folder
-        self.steps = schedule.epochs * len(lessons)
-        self.tokens = schedule.epochs * lessons.tokens
-        self._interval = max(1, self.steps // JUDGEMENTS)
+        self.steps = schedule.epochs * len(batches)
+        self.tokens = schedule.epochs * batches.tokens
+        self._interval = max(1, self.steps // VALIDATIONS)
         self._optimizer = _make_optimizer(schedule, self.steps)
 
-    def run(self, progress: Callable[[int, float, Sequence[Judgement]], None]) -> list[Judgement]:
+    def run(self, progress: Callable[[int, float, Sequence[Validation]], None]) -> list[Validation]:
         """Train to the end, from the last saved state if there is one, and take the best weights.
 
-        `progress` is told tokens seen, the last loss and the judgements so far.
+        `progress` is told tokens seen, the last loss and the validations so far.
 
         Raises:
             UsageError: a loss is not finite.
         """
-        gradient = nn.value_and_grad(self._student, _lesson_loss)
+        gradient = nn.value_and_grad(self._student, _batch_loss)
         state = self._resume()
         if not state.history:
-            state.history.append(self._judge(0, 0, None))
+            state.history.append(self._validate(0, 0, None))
             self._save_best()
         while state.step < self.steps and not _is_stale(state.history):
-            lesson = self._lessons.lesson(self._batch(state.step))
-            (loss, _), gradients = gradient(self._student, lesson, self._schedule.text_share)
+            batch = self._batches.batch(self._batch_index(state.step))
+            (loss, _), gradients = gradient(self._student, batch, self._schedule.text_share)
             self._optimizer.update(self._student, gradients)
             for _, module in learning_modules(self._student):
                 if isinstance(module, Quantized):
                     module.keep_in_range()
             mx.eval(self._parameters(), self._optimizer.state)
             value = _finite(loss, state.step + 1)
-            state.step, state.tokens = state.step + 1, state.tokens + lesson.tokens.size
+            state.step, state.tokens = state.step + 1, state.tokens + batch.tokens.size
             state.loss += value
             if state.step % self._interval == 0 or state.step == self.steps:
                 self._take_stock(state)
@@ -127,28 +127,28 @@ class Training:
         return state.history
 
     def _take_stock(self, state: _State) -> None:
-        """Judge the student, keep it if it is the best so far, and save where the run stands."""
+        """Validate the student, keep it if it is the best so far, and save where the run stands."""
         steps = state.step - state.history[-1].step
-        state.history.append(self._judge(state.step, state.tokens, state.loss / steps))
+        state.history.append(self._validate(state.step, state.tokens, state.loss / steps))
         state.loss = 0.0
         if state.history[-1] == best(state.history):
             self._save_best()
         arrays = {"student": self._parameters(), "optimizer": self._optimizer.state}
         _save(self._folder / STATE_FILE, arrays, {"state": json.dumps(asdict(state))})
 
-    def _judge(self, step: int, tokens: int, training_loss: float | None) -> Judgement:
+    def _validate(self, step: int, tokens: int, training_loss: float | None) -> Validation:
         losses, divergences, count = 0.0, 0.0, 0
         for index in range(len(self._held_out)):
-            lesson = self._held_out.lesson(index)
-            loss, divergence = _lesson_loss(self._student, lesson, self._schedule.text_share)
-            losses += _finite(loss, step) * lesson.tokens.size
-            divergences += _finite(divergence, step) * lesson.tokens.size
-            count += lesson.tokens.size
-        return Judgement(step, tokens, training_loss, losses / count, divergences / count)
+            batch = self._held_out.batch(index)
+            loss, divergence = _batch_loss(self._student, batch, self._schedule.text_share)
+            losses += _finite(loss, step) * batch.tokens.size
+            divergences += _finite(divergence, step) * batch.tokens.size
+            count += batch.tokens.size
+        return Validation(step, tokens, training_loss, losses / count, divergences / count)
 
-    def _batch(self, step: int) -> int:
-        epoch, position = divmod(step, len(self._lessons))
-        order = list(range(len(self._lessons)))
+    def _batch_index(self, step: int) -> int:
+        epoch, position = divmod(step, len(self._batches))
+        order = list(range(len(self._batches)))
         random.Random(f"{self._schedule.seed}:{epoch}").shuffle(order)
         return order[position]
 
@@ -160,7 +160,7 @@ class Training:
         self._student.update(arrays["student"])
         self._optimizer.state = arrays["optimizer"]
         values = json.loads(metadata["state"])
-        history = [Judgement(**judgement) for judgement in values.pop("history")]
+        history = [Validation(**validation) for validation in values.pop("history")]
         return _State(**values, history=history)
 
     def _parameters(self) -> Any:
@@ -188,16 +188,16 @@ def _make_optimizer(schedule: Schedule, steps: int) -> optimizers.Optimizer:
     )
 
 
-def _lesson_loss(student: Model, lesson: Lesson, text_share: float) -> tuple[mx.array, mx.array]:
-    """The loss on a lesson, and the divergence in it."""
-    tokens = lesson.tokens
+def _batch_loss(student: Model, batch: Batch, text_share: float) -> tuple[mx.array, mx.array]:
+    """The loss on a batch, and the divergence in it."""
+    tokens = batch.tokens
     logits = student(tokens).flatten(0, 1)
     end = mx.full((tokens.shape[0], 1), -1, tokens.dtype)
     following = mx.concatenate([tokens[:, 1:], end], axis=1)
     return objective.loss(
         logits,
-        lesson.likeliest.flatten(0, 1),
-        lesson.shares.flatten(0, 1),
+        batch.likeliest.flatten(0, 1),
+        batch.shares.flatten(0, 1),
         following.flatten(),
         text_share,
     )
@@ -210,12 +210,12 @@ def _finite(loss: mx.array, step: int) -> float:
     return value
 
 
-def best(history: Sequence[Judgement]) -> Judgement:
-    """The judgement whose weights are kept: the closest to the teacher on held-out windows."""
-    return min(history, key=lambda judgement: judgement.held_out_divergence)
+def best(history: Sequence[Validation]) -> Validation:
+    """The validation whose weights are kept: the closest to the teacher on held-out windows."""
+    return min(history, key=lambda validation: validation.held_out_divergence)
 
 
-def _is_stale(history: Sequence[Judgement]) -> bool:
+def _is_stale(history: Sequence[Validation]) -> bool:
     return len(history) - 1 - history.index(best(history)) >= PATIENCE
 
 

@@ -1,4 +1,4 @@
-"""The receipt of a quantization: how far a model's predictions are from its reference's.
+"""The evaluation of a quantization: how far a model's predictions are from its reference's.
 
 Both are computed in float32 from the weights as stored, layer by layer, on the same tokens. The
 noise floor is what the reference shows against itself when every product with a weight and the
@@ -33,7 +33,7 @@ from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.quant.metrics import Damage, TokenErrors, compare, join, summarise
+from apertus_mlx.quant.metrics import Divergence, TokenErrors, compare, join, summarise
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 
@@ -45,12 +45,12 @@ FLOOR = "the reference with products and residual stream rounded to bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
-    """Damage over all texts and for each language, with its noise floor."""
+class Evaluation:
+    """Divergence over all texts and for each language, with its noise floor."""
 
-    overall: Damage
-    overall_floor: Damage
-    languages: Mapping[str, tuple[Damage, Damage]]
+    overall: Divergence
+    overall_floor: Divergence
+    languages: Mapping[str, tuple[Divergence, Divergence]]
     text_name: str
     text_sha256: str
     # What the tensors of the model take that its predictions depend on.
@@ -63,8 +63,8 @@ class Receipt:
             "overall": asdict(self.overall),
             "noise_floor": {"what": FLOOR, **asdict(self.overall_floor)},
             "languages": {
-                language: {**asdict(damage), "noise_floor_kl_mean": floor.kl_mean}
-                for language, (damage, floor) in self.languages.items()
+                language: {**asdict(divergence), "noise_floor_kl_mean": floor.kl_mean}
+                for language, (divergence, floor) in self.languages.items()
             },
         }
 
@@ -76,7 +76,7 @@ def measure(
     tokens_per_language: int = TOKENS_PER_LANGUAGE,
     progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
-) -> Receipt:
+) -> Evaluation:
     """Compare the model in `directory` with the one in `reference`; see `measure_all`."""
     return measure_all([directory], reference, texts, tokens_per_language, progress, folder)[0]
 
@@ -88,7 +88,7 @@ def measure_all(
     tokens_per_language: int = TOKENS_PER_LANGUAGE,
     progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
-) -> list[Receipt]:
+) -> list[Evaluation]:
     """Compare the models in `directories` with the one in `reference` on `texts`.
 
     Args:
@@ -138,22 +138,22 @@ def measure_all(
 
         hidden = hidden_states(expected, windows, None, counter.next, kept("expected"))
         rounded = hidden_states(expected, windows, to_bfloat16, counter.next, kept("rounded"))
-        floors = _damages(_errors(expected, hidden, expected, rounded, windows), labels)
+        floors = _divergences(_errors(expected, hidden, expected, rounded, windows), labels)
         del rounded
-        receipts = []
+        evaluations = []
         for number, found in enumerate(models):
             keep = kept(f"model-{number}")
             states = hidden_states(found, windows, None, counter.next, keep)
-            damages = _damages(_errors(expected, hidden, found, states, windows), labels)
+            divergences = _divergences(_errors(expected, hidden, found, states, windows), labels)
             del states
-            languages = {label: (damages[label], floors[label]) for label in by_language}
-            receipts.append(
-                Receipt(
-                    damages[None], floors[None], languages, texts.name, texts.sha256,
+            languages = {label: (divergences[label], floors[label]) for label in by_language}
+            evaluations.append(
+                Evaluation(
+                    divergences[None], floors[None], languages, texts.name, texts.sha256,
                     _weight_bytes(found.source),
                 )
             )  # fmt: skip
-    return receipts
+    return evaluations
 
 
 def kept_bytes(config: ModelConfig, texts: TextSet) -> int:
@@ -162,9 +162,9 @@ def kept_bytes(config: ModelConfig, texts: TextSet) -> int:
     return 4 * 4 * languages * TOKENS_PER_LANGUAGE * config.hidden_size
 
 
-def _damages(errors: list[TokenErrors], labels: list[str]) -> dict[str | None, Damage]:
+def _divergences(errors: list[TokenErrors], labels: list[str]) -> dict[str | None, Divergence]:
     """What the errors of each language come to, and under None those of all."""
-    found: dict[str | None, Damage] = {
+    found: dict[str | None, Divergence] = {
         label: summarise(join([e for e, own in zip(errors, labels, strict=True) if own == label]))
         for label in dict.fromkeys(labels)
     }

@@ -81,7 +81,7 @@ class SourceWeights:
 def _float32_rows(matrix: MatrixSource, reader: Reader, start: int, stop: int) -> mx.array:
     """Rows in float32; codes are not rounded to 16 bits on the way, as `read` may do."""
     stored = matrix.stored
-    if stored is None or not stored.spec.has_biases or stored.carried is not None:
+    if stored is None or not stored.spec.has_biases or stored.factor is not None:
         return matrix.read(reader, start, stop, False).astype(mx.float32)
     codes = matrix.read_codes(reader, start, stop)
     assert codes.biases is not None

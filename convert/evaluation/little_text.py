@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apertus_mlx.convert.calibration.calibrated import Calibration
-from apertus_mlx.convert.calibration.judging import Judge
+from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.policy import Method, Request
@@ -79,8 +79,10 @@ def choose(
         folder: where an interrupted run with the same arguments has kept what it measured.
     """
     plain, method = _without_texts(plan, make)
-    judge = Judge(SourceWeights(plan.source, reader), directory, calibration, progress, folder)
-    with_texts, without = judge.divergence(plan), judge.divergence(plain)
+    comparison = HeldOutComparison(
+        SourceWeights(plan.source, reader), directory, calibration, progress, folder
+    )
+    with_texts, without = comparison.divergence(plan), comparison.divergence(plain)
     kept = plan if with_texts < without else plain
     return Choice(
         kept,

@@ -99,5 +99,5 @@ def _flat(array: mx.array) -> npt.NDArray[np.float32]:
     return np.array(array.astype(mx.float32)).reshape(-1)
 
 
-def _unpacked(words: mx.array, spec: QuantSpec, columns: int) -> npt.NDArray[np.uint8]:
-    return unpack(np.array(words), spec.bits, columns).reshape(-1, spec.group_size)
+def _unpacked(packed: mx.array, spec: QuantSpec, columns: int) -> npt.NDArray[np.uint8]:
+    return unpack(np.array(packed), spec.bits, columns).reshape(-1, spec.group_size)

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.convert.basis import names as basis
 from apertus_mlx.convert.plan.policy import Method, Request
 from apertus_mlx.convert.sources.reading import BLOCK_BYTES, block_rows
-from apertus_mlx.convert.sources.source import Carried, MatrixSource, Source
+from apertus_mlx.convert.sources.source import Factor, MatrixSource, Source
+from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.quant.grid import Kind
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -76,7 +76,7 @@ class Step:
     # How new codes are found.
     method: Method = "rtn"
     # Whether its values are those of the model in another basis (`basis`) and not the source's.
-    transformed: bool = False
+    changes_basis: bool = False
 
     @property
     def source_tensors(self) -> tuple[TensorInfo, ...]:
@@ -108,18 +108,18 @@ class Step:
         return min(rows, block_rows(max(self.source_bytes // rows, per_value * self.columns)))
 
     @property
-    def carried(self) -> Carried | None:
+    def factor(self) -> Factor | None:
         """The factor that is stored beside kept codes, if they need one."""
         if self.transform != "keep" or self.matrix is None or self.matrix.stored is None:
             return None
-        return self.matrix.stored.carried
+        return self.matrix.stored.factor
 
     @property
     def memory_bytes(self) -> int:
         """Estimate of what its blocks take."""
         if self.matrix is None:
             return 4 * self.source_bytes
-        if self.transformed:
+        if self.changes_basis:
             return 3 * 4 * self.outputs[0].shape[0] * self.columns
         return BLOCK_COPIES * min(BLOCK_BYTES, self.source_bytes)
 
@@ -198,9 +198,9 @@ class Plan:
         return self.request.smooth or any(step.method == "gptq" for step in self.steps)
 
     @property
-    def carries_factors(self) -> bool:
+    def has_factors(self) -> bool:
         """Whether some modules need a factor that only this package reads."""
-        return any(step.carried is not None for step in self.steps)
+        return any(step.factor is not None for step in self.steps)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -217,5 +217,5 @@ class Plan:
             for step in self.steps
         ]
         parts += [[file.name, file.header.hex()] for file in self.files]
-        parts.append(basis.record(self.request, self.source.config))
+        parts.append(transforms.record(self.request, self.source.config))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.convert.basis import names as basis
 from apertus_mlx.convert.plan.plan import (
     CONFIG_DTYPES,
     TYPICAL_TOKENIZER_BYTES,
@@ -19,6 +18,7 @@ from apertus_mlx.convert.plan.plan import (
 from apertus_mlx.convert.plan.policy import Method, Request, resolve
 from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES, place
 from apertus_mlx.convert.sources.source import MatrixSource, Source
+from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.grid import Kind
 from apertus_mlx.quant.spec import QuantSpec
@@ -66,7 +66,7 @@ def make_plan(
     ]
     for key, shape in layout.vectors(source.config):
         steps.append(_vector_step(key, shape, source.vectors[key], dtype))
-    changed = basis.changed(request, source.config)
+    changed = transforms.changed(request, source.config)
     steps = [
         _transformed_step(step, changed[step.path]) if step.path in changed else step
         for step in steps
@@ -189,7 +189,7 @@ def _transformed_step(step: Step, option: str) -> Step:
         )
     transform: Transform = "cast" if step.transform == "copy" else step.transform
     loss = _cast_loss("F32", step.dtype) if step.matrix and not step.spec else step.loss
-    return replace(step, transform=transform, loss=loss, transformed=True)
+    return replace(step, transform=transform, loss=loss, changes_basis=True)
 
 
 def _keep_step(matrix: layout.Matrix, source: MatrixSource, dtype: str, request: Request) -> Step:
@@ -201,9 +201,9 @@ def _keep_step(matrix: layout.Matrix, source: MatrixSource, dtype: str, request:
         if scale_dtype != "F32" and scale_dtype != stored.scale_dtype:
             loss = f"scales and biases rounded to {scale_dtype}, {ROUNDING_ERRORS[scale_dtype]}"
     outputs = _packed_outputs(matrix, stored.spec, scale_dtype)
-    if stored.carried is not None:
-        carried = stored.carried
-        outputs += (OutputTensor(f"{matrix.path}.{carried.suffix}", carried.dtype, carried.shape),)
+    if stored.factor is not None:
+        factor = stored.factor
+        outputs += (OutputTensor(f"{matrix.path}.{factor.suffix}", factor.dtype, factor.shape),)
     return Step(matrix.path, "keep", outputs, dtype, stored.spec, source, loss=loss)
 
 
@@ -272,7 +272,7 @@ def _notes(source: Source, steps: tuple[Step, ...]) -> tuple[str, ...]:
         notes.append("the head has fewer rows than the embedding: only apertus-mlx can run this")
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         notes.append("head_dim is not hidden/heads: mlx-lm and mlx-swift-lm cannot run this")
-    if any(step.carried is not None for step in steps):
+    if any(step.factor is not None for step in steps):
         notes.append("factors stored beside the codes: only apertus-mlx can run this")
     return tuple(notes)
 

@@ -90,8 +90,8 @@ class PackedInts:
             rows = reader.raw(tensor, start, stop).reshape(stop - start, -1)
             return signed_to_unsigned(rows, self.bits).astype(np.int32)
         # Packed along the rows: small enough to read whole.
-        words = reader.raw(tensor, 0, tensor.shape[0]).view(np.uint32)
-        zeros = self._unpack(np.ascontiguousarray(words.T), self.rows).T
+        packed = reader.raw(tensor, 0, tensor.shape[0]).view(np.uint32)
+        zeros = self._unpack(np.ascontiguousarray(packed.T), self.rows).T
         return zeros[start:stop].astype(np.int32)
 
     def check(self, reader: Reader) -> None:
@@ -112,8 +112,8 @@ class PackedInts:
                     "cannot express; use a checkpoint made without it"
                 )
 
-    def _unpack(self, words: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.uint8]:
-        return (unpack_aligned if self.aligned else unpack)(words, self.bits, count)
+    def _unpack(self, packed: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.uint8]:
+        return (unpack_aligned if self.aligned else unpack)(packed, self.bits, count)
 
 
 def source(

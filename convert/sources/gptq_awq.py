@@ -63,8 +63,8 @@ class TransposedInts:
         """Rows of codes from 0 on."""
         if self.method == "awq":
             return self._interleaved(reader, self.weight, start, stop).T
-        words = np.ascontiguousarray(_columns(reader, self.weight, start, stop).T).view(np.uint32)
-        return unpack(words, self.bits, self.columns)
+        packed = np.ascontiguousarray(_columns(reader, self.weight, start, stop).T).view(np.uint32)
+        return unpack(packed, self.bits, self.columns)
 
     def scales(self, reader: Reader, start: int, stop: int) -> mx.array:
         """One scale per row and group."""
@@ -78,8 +78,8 @@ class TransposedInts:
     def _zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32]:
         if self.method == "awq":
             return self._interleaved(reader, self.zero, start, stop).T.astype(np.int32)
-        words = np.ascontiguousarray(reader.raw(self.zero, 0, self.zero.shape[0])).view(np.uint32)
-        stored = unpack(words, self.bits, self.rows)[:, start:stop]
+        packed = np.ascontiguousarray(reader.raw(self.zero, 0, self.zero.shape[0])).view(np.uint32)
+        stored = unpack(packed, self.bits, self.rows)[:, start:stop]
         return stored.T.astype(np.int32) + self.zero_offset
 
     def check(self, reader: Reader) -> None:
@@ -105,11 +105,11 @@ class TransposedInts:
         self, reader: Reader, tensor: TensorInfo, start: int, stop: int
     ) -> npt.NDArray[np.uint8]:
         first, last = start // 8, -(-stop // 8)
-        words = _columns(reader, tensor, first, last).view(np.uint32)
-        codes = np.empty((*words.shape, 8), np.uint8)
+        packed = _columns(reader, tensor, first, last).view(np.uint32)
+        codes = np.empty((*packed.shape, 8), np.uint8)
         for nibble, column in enumerate(AWQ_ORDER):
-            codes[:, :, column] = words >> np.uint32(4 * nibble) & np.uint32(15)
-        return codes.reshape(words.shape[0], -1)[:, start - 8 * first : stop - 8 * first]
+            codes[:, :, column] = packed >> np.uint32(4 * nibble) & np.uint32(15)
+        return codes.reshape(packed.shape[0], -1)[:, start - 8 * first : stop - 8 * first]
 
 
 def source(

@@ -119,7 +119,7 @@ class IntegerMatrix:
         copies = self.group_size // stored.spec.group_size
         return Codes(weight, mx.repeat(scales, copies, axis=1), mx.repeat(biases, copies, axis=1))
 
-    def read_carried(self, *_: object, **__: object) -> mx.array:
+    def read_factor(self, *_: object, **__: object) -> mx.array:
         """There is none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 

@@ -97,7 +97,7 @@ class MlxMatrix:
         if self.spec.mode == "mxfp8":
             _refuse(self.weight, np.array(codes.weight).view(np.uint8) & 0x7F == E4M3_NAN)
 
-    def read_carried(self, *_: object, **__: object) -> mx.array:
+    def read_factor(self, *_: object, **__: object) -> mx.array:
         """There is none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 

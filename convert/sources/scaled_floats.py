@@ -14,7 +14,7 @@ import numpy as np
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, OUTPUT_SCALE
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.sources.source import Carried, Codes, Stored
+from apertus_mlx.convert.sources.source import Codes, Factor, Stored
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.float_formats import (
     E4M3_NAN,
@@ -53,7 +53,7 @@ class Float8Matrix:
         spec = QuantSpec(8, 32, "mxfp8")
         if not spec.fits(self.columns):
             return None
-        return Stored(spec, "U8", Carried(OUTPUT_SCALE, self.scale.dtype, self._scale_shape))
+        return Stored(spec, "U8", Factor(OUTPUT_SCALE, self.scale.dtype, self._scale_shape))
 
     @property
     def _scale_shape(self) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class Float8Matrix:
     ) -> mx.array:
         """Rows in float32."""
         values = e4m3_values()[self._codes(reader, start, stop)]
-        scales = np.array(self.read_carried(reader).astype(mx.float32))
+        scales = np.array(self.read_factor(reader).astype(mx.float32))
         rows = scales[start:stop, None] if scales.size > 1 else scales[None, :]
         return mx.array(values * rows)
 
@@ -81,7 +81,7 @@ class Float8Matrix:
         scales = mx.full((stop - start, self.columns // 32), E8M0_ONE, mx.uint8)
         return Codes(weight, scales)
 
-    def read_carried(self, reader: Reader) -> mx.array:
+    def read_factor(self, reader: Reader) -> mx.array:
         """The scales, `[rows]` or `[1]`."""
         rows = self.scale.shape[0] if self.scale.shape else 1
         return reader.floats(self.scale, 0, rows).reshape(self._scale_shape)
@@ -121,7 +121,7 @@ class NvFloat4Matrix:
         spec = QuantSpec(4, 16, "nvfp4")
         if not spec.fits(self.columns):
             return None
-        return Stored(spec, "U8", Carried(OUTPUT_DIVISOR, "F32", (1,)))
+        return Stored(spec, "U8", Factor(OUTPUT_DIVISOR, "F32", (1,)))
 
     def check(self, reader: Reader) -> None:
         """Refuse a divisor that is zero or not finite."""
@@ -147,12 +147,12 @@ class NvFloat4Matrix:
         packed = reader.raw(self.packed, start, stop).view(np.uint32)
         return Codes(mx.array(packed), self._scales(reader, start, stop))
 
-    def read_carried(self, reader: Reader) -> mx.array:
+    def read_factor(self, reader: Reader) -> mx.array:
         """The divisor, `[1]`."""
         return reader.floats(self.divisor, 0, 1).reshape(1)
 
     def _divisor(self, reader: Reader) -> float:
-        return float(np.array(self.read_carried(reader))[0])
+        return float(np.array(self.read_factor(reader))[0])
 
     def _scales(self, reader: Reader, start: int, stop: int) -> mx.array:
         scales = reader.rows(self.scale, start, stop)

@@ -23,7 +23,7 @@ MAX_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class Factor:
     """A factor of the output rows for which MLX's format has no place, stored beside the codes.
 
     `output_scale` multiplies what the matrix product gives, `output_divisor` divides it; shape
@@ -42,7 +42,7 @@ class Stored:
     spec: QuantSpec
     # safetensors type of scales and biases.
     scale_dtype: str
-    carried: Carried | None = None
+    factor: Factor | None = None
     # What keeping the codes loses, in words; None where it is exact.
     loss: str | None = None
 
@@ -84,8 +84,8 @@ class MatrixSource(Protocol):
     def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
         """Rows in the format `stored`."""
 
-    def read_carried(self, reader: Reader) -> mx.array:
-        """The factor that `stored.carried` describes."""
+    def read_factor(self, reader: Reader) -> mx.array:
+        """The factor that `stored.factor` describes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class PlainMatrix:
         """There are none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
-    def read_carried(self, *_: object, **__: object) -> mx.array:
+    def read_factor(self, *_: object, **__: object) -> mx.array:
         """There is none."""
         raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 

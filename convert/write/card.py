@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from apertus_mlx.convert.evaluation.evaluate import FLOOR, Receipt
+from apertus_mlx.convert.evaluation.evaluate import FLOOR, Evaluation
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan
 from apertus_mlx.system.model_files import exists, open_file
 
@@ -20,7 +20,7 @@ def make_card(
     source: str,
     commit: str | None,
     license_id: str | None,
-    quality: Receipt | None = None,
+    quality: Evaluation | None = None,
 ) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads."""
     specs = plan.specs
@@ -54,7 +54,7 @@ def make_card(
         chosen = zip(names, (plan.request.rotate, plan.request.smooth), strict=True)
         lines.insert(-1, f"| Change of basis | {', '.join(name for name, on in chosen if on)} |")
     if quality is not None:
-        lines += damage_table(quality)
+        lines += divergence_table(quality)
     if plan.notes:
         lines += ["", "Notes of the conversion:", "", *(f"- {note}" for note in plan.notes)]
     lines += [
@@ -66,15 +66,15 @@ def make_card(
     return "\n".join(lines)
 
 
-def damage_table(quality: Receipt) -> list[str]:
+def divergence_table(quality: Evaluation) -> list[str]:
     """Markdown lines: what the model lost against its source, for each language and over all."""
     lines = ["", f"Predictions beside those of the source, on texts ({quality.text_name}):", ""]
     lines += ["| | Tokens | KL mean | median | p90 | Noise floor | Top-1 |", "|---" * 7 + "|"]
     rows = {**quality.languages, "all": (quality.overall, quality.overall_floor)}
     lines += [
-        f"| {label} | {damage.tokens} | {damage.kl_mean:.5f} | {damage.kl_median:.5f} | "
-        f"{damage.kl_p90:.5f} | {floor.kl_mean:.1e} | {damage.top1_agreement:.2%} |"
-        for label, (damage, floor) in rows.items()
+        f"| {label} | {found.tokens} | {found.kl_mean:.5f} | {found.kl_median:.5f} | "
+        f"{found.kl_p90:.5f} | {floor.kl_mean:.1e} | {found.top1_agreement:.2%} |"
+        for label, (found, floor) in rows.items()
     ]
     return [*lines, "", f"Divergences in nats. Noise floor: {FLOOR}."]
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint.inventory import XIELU_DEFAULTS
-from apertus_mlx.convert.basis.weights import transformed_weights
 from apertus_mlx.convert.calibration.calibrated import read_codes
 from apertus_mlx.convert.evaluation.layerwise import Array, Weights
 from apertus_mlx.convert.plan.grids import grid_codes
 from apertus_mlx.convert.plan.plan import OutputFile, OutputTensor, Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
+from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant import search
@@ -89,7 +89,7 @@ def _run(
     size = step.block_rows
     streams = itertools.cycle(_streams())
     # Rows in another basis depend on all rows.
-    whole = weights.matrix(step.path) if step.transformed and step.method != "gptq" else None
+    whole = weights.matrix(step.path) if step.changes_basis and step.method != "gptq" else None
     pending: deque[tuple[int, tuple[mx.array, ...]]] = deque()
     for start in range(0, rows, size):
         stop = min(start + size, rows)
@@ -102,8 +102,8 @@ def _run(
             yield _write(step, shards, *pending.popleft())
     while pending:
         yield _write(step, shards, *pending.popleft())
-    if step.matrix.stored is not None and step.transform == "keep" and step.matrix.stored.carried:
-        shards.append(step.outputs[-1], step.matrix.read_carried(reader))
+    if step.matrix.stored is not None and step.transform == "keep" and step.matrix.stored.factor:
+        shards.append(step.outputs[-1], step.matrix.read_factor(reader))
 
 
 def _write(step: Step, shards: _Shards, stop: int, arrays: tuple[mx.array, ...]) -> int:
@@ -172,7 +172,7 @@ def _searched(values: mx.array, spec: QuantSpec, step: Step) -> tuple[mx.array, 
 
 
 def _vector(step: Step, reader: Reader, allow_nonfinite: bool, weights: Weights) -> mx.array:
-    if step.transformed:
+    if step.changes_basis:
         return _cast(mx.array(weights.vector(step.path)), step)
     if step.vector is None:
         return mx.array(XIELU_DEFAULTS[step.path.rsplit(".", 1)[-1]], MLX_TYPES[step.dtype])

@@ -1,6 +1,6 @@
 """`apertus_mlx_manifest.json`: what a folder is, where it came from, what each file hashes to.
 
-Format version 1. `quality` is room for the receipt of a quality measurement, null until there is
+Format version 1. `quality` is room for a quality measurement, null until there is
 one. The manifest itself is not in its list of files.
 """
 

@@ -19,11 +19,11 @@ from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.cli.app import app
-from apertus_mlx.convert.calibration import allocation, judging
+from apertus_mlx.convert.calibration import allocation, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Unit, allocate_bits, choose_formats
 from apertus_mlx.convert.calibration.calibrated import Calibration
 from apertus_mlx.convert.calibration.gradients import GradientLayer, trace_layers
-from apertus_mlx.convert.calibration.sensitivity import Damages, predict_damages
+from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
 from apertus_mlx.convert.check.verify import verify
 from apertus_mlx.convert.evaluation.layerwise import (
     Array,
@@ -57,13 +57,13 @@ FORMATS = [*WIDTHS, *(QuantSpec(bits, 128) for bits in AFFINE_BITS)]
 
 
 def brute_force(parts: list[list[Choice]], most: int, least: int) -> float:
-    """The least damage of all combinations within the limits, or of the largest below them."""
+    """The least divergence of all combinations within the limits, or of the largest below them."""
     sums = [
-        (sum(choice.size_bytes for choice in each), sum(choice.damage for choice in each))
+        (sum(choice.size_bytes for choice in each), sum(choice.divergence for choice in each))
         for each in itertools.product(*parts)
     ]
     nearest = max(size for size, _ in sums if size <= most)
-    return min(damage for size, damage in sums if min(least, nearest) <= size <= most)
+    return min(divergence for size, divergence in sums if min(least, nearest) <= size <= most)
 
 
 @pytest.mark.parametrize("step", [1, 4096])
@@ -81,7 +81,7 @@ def test_allocation_is_the_best_of_all_combinations(step: int) -> None:
             choices[i] for choices, i in zip(parts, allocate(parts, most, least), strict=True)
         ]
         assert sum(choice.size_bytes for choice in chosen) <= most
-        assert sum(choice.damage for choice in chosen) == pytest.approx(
+        assert sum(choice.divergence for choice in chosen) == pytest.approx(
             brute_force(parts, most, least)
         )
 
@@ -96,22 +96,22 @@ def test_allocation_of_sizes_without_a_common_divisor() -> None:
         chosen = [choices[i] for choices, i in zip(parts, allocate(parts, most), strict=True)]
         assert sum(choice.size_bytes for choice in chosen) <= most
         # At most a step per part is lost to rounding.
-        assert sum(c.damage for c in chosen) <= brute_force(parts, int(most * 0.999), 0) + 1e-9
+        assert sum(c.divergence for c in chosen) <= brute_force(parts, int(most * 0.999), 0) + 1e-9
 
 
 def test_no_size_is_above_its_target_and_none_needlessly_below() -> None:
     """Random units beside all combinations, at targets from the smallest to above the largest."""
     draw = random.Random(7)
     for _ in range(150):
-        units, damages = [], {}
+        units, divergences = [], {}
         for number in range(draw.randint(1, 4)):
             paths = tuple(f"{number}.{part}" for part in range(draw.randint(1, 2)))
             sizes = {spec: draw.randint(1, 400) for spec in draw.sample(FORMATS, 4)}
             units.append(Unit(paths, sizes))
-            damages |= {path: {spec: draw.random() for spec in sizes} for path in paths}
+            divergences |= {path: {spec: draw.random() for spec in sizes} for path in paths}
         ends = [sum(end(unit.sizes_bytes.values()) for unit in units) for end in (min, max)]
         target = draw.randint(ends[0], int(1.01 * ends[1]))
-        formats = choose_formats(units, damages, target)
+        formats = choose_formats(units, divergences, target)
         size = sum(unit.sizes_bytes[formats[unit.paths[0]]] for unit in units)
         nearest = max(
             total
@@ -120,7 +120,7 @@ def test_no_size_is_above_its_target_and_none_needlessly_below() -> None:
         )
         assert min(0.99 * target, nearest) <= size <= target
     with pytest.raises(ValueError, match="smallest"):
-        choose_formats(units, damages, ends[0] - 1)
+        choose_formats(units, divergences, ends[0] - 1)
 
 
 @pytest.mark.parametrize(("target_bytes", "fits"), [(999, False), (1000, True), (1005, True)])
@@ -191,7 +191,7 @@ class Embedded:
     """The embedded model with what is predicted for it."""
 
     weights: SourceWeights
-    damages: Damages
+    divergences: Divergences
     units: list[Unit]
     tokens: np.ndarray
     logits: np.ndarray
@@ -221,7 +221,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
             spec: lambda weight, _, spec=spec: dequantize(search.fit(weight, spec))
             for spec in FORMATS
         }
-        damages = predict_damages(
+        divergences = predict_divergences(
             weights, {matrix.path: roundings for matrix in matrices},
             recipe_windows(5, 8, LENGTH), tmp_path_factory.mktemp("measured"),
         )  # fmt: skip
@@ -230,7 +230,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
             for m in matrices
         ]
         tokens = recipe_windows(424_242, 4, LENGTH)
-        yield Embedded(weights, damages, units, tokens, logits(weights, tokens))
+        yield Embedded(weights, divergences, units, tokens, logits(weights, tokens))
 
 
 def test_sensitivity_is_what_is_measured(embedded: Embedded) -> None:
@@ -240,7 +240,7 @@ def test_sensitivity_is_what_is_measured(embedded: Embedded) -> None:
              f"{last}.mlp.up_proj", f"{last}.mlp.down_proj", layout.EMBEDDING]  # fmt: skip
     cases = [(path, WIDTHS[number % 3]) for number, path in enumerate(paths)]
     measured = np.array([embedded.divergence({path: spec}) for path, spec in cases])
-    predicted = np.array([embedded.damages[path][spec] for path, spec in cases])
+    predicted = np.array([embedded.divergences[path][spec] for path, spec in cases])
     ranks = [values.argsort().argsort() for values in (measured, predicted)]
     assert np.corrcoef(*ranks)[0, 1] > 0.9
     ratios = predicted / measured
@@ -249,17 +249,17 @@ def test_sensitivity_is_what_is_measured(embedded: Embedded) -> None:
     assert 0.7 < np.median(ratios) < 1.5
 
 
-def test_each_bit_quarters_the_damage(embedded: Embedded) -> None:
-    for damages in embedded.damages.values():
-        assert 2.5 < damages[QuantSpec(3, 64)] / damages[QuantSpec(4, 64)] < 10
-        assert 2.5 < damages[QuantSpec(4, 64)] / damages[QuantSpec(5, 64)] < 7
+def test_each_bit_quarters_the_divergence(embedded: Embedded) -> None:
+    for divergences in embedded.divergences.values():
+        assert 2.5 < divergences[QuantSpec(3, 64)] / divergences[QuantSpec(4, 64)] < 10
+        assert 2.5 < divergences[QuantSpec(4, 64)] / divergences[QuantSpec(5, 64)] < 7
 
 
 def test_target_is_met(embedded: Embedded) -> None:
     least = sum(min(unit.sizes_bytes.values()) for unit in embedded.units)
     most = sum(max(unit.sizes_bytes.values()) for unit in embedded.units)
     for target in np.linspace(least, most, 40).astype(int):
-        formats = choose_formats(embedded.units, embedded.damages, int(target))
+        formats = choose_formats(embedded.units, embedded.divergences, int(target))
         size = sum(unit.sizes_bytes[formats[unit.paths[0]]] for unit in embedded.units)
         assert 0.99 * target <= size <= target
 
@@ -270,7 +270,7 @@ def test_target_is_met(embedded: Embedded) -> None:
 def test_allocation_is_better_than_a_uniform_width(embedded: Embedded, bits: int) -> None:
     uniform = QuantSpec(bits, 64)
     size = sum(unit.sizes_bytes[uniform] for unit in embedded.units)
-    formats = choose_formats(embedded.units, embedded.damages, size)
+    formats = choose_formats(embedded.units, embedded.divergences, size)
     everywhere = dict.fromkeys(formats, uniform)
     assert embedded.divergence(formats) < 0.85 * embedded.divergence(everywhere)
 
@@ -286,13 +286,13 @@ def recipe_texts(seed: int, count: int) -> TextSet:
 def test_a_worse_allocation_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Predictions turned upside down: the uniform width of the same size is taken, and said so."""
 
-    def misled(*arguments: object) -> Damages:
+    def misled(*arguments: object) -> Divergences:
         paths = arguments[1]
         return {path: {spec: -1e3 * path.count("layers.3") * spec.bits for spec in formats}
                 for path, formats in paths.items()}  # fmt: skip
 
-    monkeypatch.setattr(allocation, "predict_damages", misled)
-    monkeypatch.setattr(judging, "WINDOWS", 2)
+    monkeypatch.setattr(allocation, "predict_divergences", misled)
+    monkeypatch.setattr(held_out_comparison, "WINDOWS", 2)
     calibration = Calibration(
         Sample(recipe_windows(5, 2, LENGTH), "recipe", "5", 0), recipe_texts(6, 100)
     )

@@ -323,7 +323,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     teacher: Path, student: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_batches(monkeypatch)
-    monkeypatch.setattr(training, "JUDGEMENTS", 5)
+    monkeypatch.setattr(training, "VALIDATIONS", 5)
     job = make_job(teacher, student, texts, epochs=2)
     whole = distill(job, tmp_path / "whole")
     for tokens in (400, 1300):
@@ -391,7 +391,7 @@ def test_a_stale_run_stops_early_with_the_best_weights(
     job = make_job(teacher, student, texts, learning_rate=0.1, epochs=8)
     outcome = distill(job, tmp_path / "out")
     history = outcome.history
-    best = min(history, key=lambda judgement: judgement.held_out_divergence)
+    best = min(history, key=lambda validation: validation.held_out_divergence)
     if history[-1].tokens < 8 * job.sample.windows.size:
         assert len(history) - 1 - history.index(best) == training.PATIENCE
     assert outcome.record["best_step"] == best.step

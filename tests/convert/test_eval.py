@@ -1,4 +1,4 @@
-"""The receipt: metrics against their definitions, and the command on tiny models."""
+"""The evaluation: metrics against their definitions, and the command on tiny models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cli.app import app
-from apertus_mlx.convert.evaluation import evaluate as receipt
-from apertus_mlx.convert.evaluation import layerwise
+from apertus_mlx.convert.evaluation import evaluate, layerwise
 from apertus_mlx.convert.evaluation.evaluate import measure, measure_all
 from apertus_mlx.convert.evaluation.texts import read_texts
 from apertus_mlx.errors import ApertusError, UsageError
@@ -69,23 +68,23 @@ def quantized(reference: Path, bits: int) -> Path:
     return target
 
 
-def test_receipt_of_a_quantized_model(reference: Path, tmp_path: Path) -> None:
+def test_evaluation_of_a_quantized_model(reference: Path, tmp_path: Path) -> None:
     """Beside MLX's own quantized layers, in float32."""
     texts = tmp_path / "de.txt"
     texts.write_text("Ein kurzer Satz, und noch einer.")
     model = quantized(reference, 3)
-    receipt = measure(model, reference, read_texts([texts]))
+    evaluation = measure(model, reference, read_texts([texts]))
     ids = mx.array([[1, *_bytes(texts.read_text())]])
     expected, found = (
         nn.log_softmax(load_model(folder, "float32")(ids)[0], axis=-1)
         for folder in (reference, model)
     )
     divergence = np.array((mx.exp(expected) * (expected - found)).sum(-1))
-    assert receipt.overall.tokens == ids.size
-    assert receipt.overall.kl_mean == pytest.approx(divergence.mean(), rel=1e-3)
-    assert receipt.overall.kl_p90 == pytest.approx(np.quantile(divergence, 0.9), rel=1e-3)
-    assert 0 < receipt.overall_floor.kl_mean < 0.1 * receipt.overall.kl_mean
-    assert receipt.languages.keys() == {"de"}
+    assert evaluation.overall.tokens == ids.size
+    assert evaluation.overall.kl_mean == pytest.approx(divergence.mean(), rel=1e-3)
+    assert evaluation.overall.kl_p90 == pytest.approx(np.quantile(divergence, 0.9), rel=1e-3)
+    assert 0 < evaluation.overall_floor.kl_mean < 0.1 * evaluation.overall.kl_mean
+    assert evaluation.languages.keys() == {"de"}
 
 
 def _bytes(text: str) -> list[int]:
@@ -101,7 +100,7 @@ def test_a_model_equals_itself_and_bits_order(reference: Path) -> None:
     same = measure(reference, reference, texts, 40).overall
     assert (same.kl_mean, same.top1_agreement, same.perplexity_difference) == (0, 1, 0)
     losses = [measure(quantized(reference, b), reference, texts, 40).overall for b in (2, 4, 8)]
-    divergences = [damage.kl_mean for damage in losses]
+    divergences = [divergence.kl_mean for divergence in losses]
     assert divergences == sorted(divergences, reverse=True)
 
 
@@ -233,7 +232,7 @@ def test_a_mistake_shows_before_anything_is_measured(
 ) -> None:
     good = quantized(reference, 8)
     other = write_checkpoint(tmp_path / "other", config_4x(vocab_size=400))
-    monkeypatch.setattr(receipt, "hidden_states", None)
+    monkeypatch.setattr(evaluate, "hidden_states", None)
     options = ["--reference", str(reference), "--text", str(french)]
     for bad in (other, tmp_path / "nowhere"):
         with pytest.raises(ApertusError):

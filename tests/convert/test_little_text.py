@@ -47,7 +47,7 @@ def test_the_better_of_the_two_is_kept(
     (note,) = [note for note in kept.plan.notes if "tokens are little" in note]
     figures = note.split("mean divergence is ")[1].replace(":", ",").split(", without texts ")
     said = [float(figures[0]), float(figures[1].split(",")[0])]
-    # The receipt's windows are those of one document each, the judge's span documents.
+    # The evaluation's windows are those of one document each, the judge's span documents.
     assert said == pytest.approx([divergences["gptq"], divergences["search"]], rel=0.5)
 
 

@@ -1,4 +1,4 @@
-"""`convert --method`: other codes in the same format, at the same bytes, with a receipt."""
+"""`convert --method`: other codes in the same format, at the same bytes, with an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantizers on a model that has learnt something: the damage that they do, and its order."""
+"""Quantizers on a model that has learnt something: the divergence they cause, and its order."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import pytest
 
 from apertus_mlx.cli.app import app
 from apertus_mlx.convert import job
-from apertus_mlx.convert.basis import smoothing
 from apertus_mlx.convert.calibration import allocation, calibrate, gradients, sensitivity
 from apertus_mlx.convert.evaluation import layerwise
+from apertus_mlx.convert.transforms import smoothing
 from apertus_mlx.convert.write import execute
 from apertus_mlx.convert.write.workspace import RESUMES, how_to_go_on, partial_path
 from apertus_mlx.errors import ApertusError, ResourceError, UsageError
@@ -180,8 +180,8 @@ def test_what_a_plan_measured_is_used_by_the_conversion(
     with pytest.raises(UsageError, match="interrupted"):
         command(work, target, "--bits", "4", "--method", "gptq")
     with monkeypatch.context() as patch:
-        patch.setattr(allocation, "predict_damages", None)
-        patch.setattr(allocation, "Judge", None)
+        patch.setattr(allocation, "predict_divergences", None)
+        patch.setattr(allocation, "HeldOutComparison", None)
         command(work, target, *TARGET, "--plan")
         capsys.readouterr()
         command(work, target, *TARGET)
@@ -211,7 +211,7 @@ def test_a_torn_file_counts_as_absent(
 ) -> None:  # fmt: skip
     """As after a power loss on a disk that does not keep its promises."""
     kind = "target" if pattern in ("damages.npz", "backward.npz") else "gptq"
-    place = (sensitivity, "_end_damage") if kind == "target" else (calibrate, "final_norm")
+    place = (sensitivity, "_end_divergence") if kind == "target" else (calibrate, "final_norm")
     target = tmp_path / "out"
     work = make_work(kind, models)
     with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ import pytest
 
 from apertus_mlx.checkpoint.config import read_config
 from apertus_mlx.convert.calibration import allocation
-from apertus_mlx.convert.evaluation import evaluate as receipt
+from apertus_mlx.convert.evaluation import evaluate
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.convert.write.workspace import partial_path
@@ -50,7 +50,7 @@ def test_the_most_that_lies_beside_an_output(
     config = read_config(work.source)
     assert job.calibration is not None
     tokens = job.calibration.sample.windows.size
-    judged = receipt.kept_bytes(config, job.calibration.judged)
+    judged = evaluate.kept_bytes(config, job.calibration.judged)
     assert highest["receipt"] <= judged + SMALL_BYTES
     beside = job.kept_bytes - judged
     assert 0.7 * beside < highest["calibration"] <= beside + SMALL_BYTES

@@ -43,7 +43,7 @@ ALLOWED = {
     "convert/write/array_file.py": {"load"},
     "convert/write/execute.py": {"open"},
     "convert/write/workspace.py": {"open", "read_text"},
-    "convert/basis/weights.py": {"load_file"},
+    "convert/transforms/weights.py": {"load_file"},
     "convert/distill/run.py": {"open"},
     "convert/distill/training.py": {"load"},
 }

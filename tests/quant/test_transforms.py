@@ -14,14 +14,14 @@ import pytest
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.cli.app import app
-from apertus_mlx.convert.basis.names import NORM_READERS, VALUES, value_owners
-from apertus_mlx.convert.basis.smoothing import smoothing_scales
-from apertus_mlx.convert.basis.weights import Rotated, Scaled
 from apertus_mlx.convert.check.verify import verify
 from apertus_mlx.convert.evaluation.layerwise import Weights, open_weights
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.transforms.names import NORM_READERS, VALUES, value_owners
+from apertus_mlx.convert.transforms.smoothing import smoothing_scales
+from apertus_mlx.convert.transforms.weights import Rotated, Scaled
 from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.quant.affine import Array, dequantize, fit

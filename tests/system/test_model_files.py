@@ -18,7 +18,7 @@ from apertus_mlx.checkpoint.generation_config import read_generation_config
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.convert.evaluation.texts import read_texts
 from apertus_mlx.convert.plan.policy import read_recipe
-from apertus_mlx.convert.write.companions import companion_files, copy_companions
+from apertus_mlx.convert.write.copied_files import copied_files, copy_files
 from apertus_mlx.convert.write.golden import GOLDEN, differing
 from apertus_mlx.convert.write.manifest import MANIFEST, read_manifest
 from apertus_mlx.errors import ApertusError, RejectedError
@@ -88,7 +88,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "tokenizer.json": load_tokenizer,
     "tokenizer_config.json": lambda folder: ChatTemplate.load(folder, load_tokenizer(folder)),
     "chat_template.jinja": lambda folder: ChatTemplate.load(folder, load_tokenizer(folder)),
-    "LICENSE": lambda folder: list(companion_files(folder)),
+    "LICENSE": lambda folder: list(copied_files(folder)),
     MANIFEST: read_manifest,
     GOLDEN: lambda folder: differing(folder, read_config(folder)),
 }
@@ -147,7 +147,7 @@ def test_links_into_a_hub_cache_elsewhere(tmp_path: Path) -> None:
     load_tokenizer(folder)
     ids = mx.array([[1, 80, 90]])
     assert mx.array_equal(load_model(folder)(ids), load_model(original)(ids))
-    copy_companions(folder, copies)
+    copy_files(folder, copies)
     for path in copies.iterdir():
         assert not path.is_symlink() and path.read_bytes() == (original / path.name).read_bytes()
     assert (copies / "tokenizer.json").is_file()

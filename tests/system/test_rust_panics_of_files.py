@@ -11,7 +11,7 @@ import tokenizers
 
 from apertus_mlx.checkpoint.config import read_config
 from apertus_mlx.checkpoint.header import read_header
-from apertus_mlx.convert.write.companions import check_companions
+from apertus_mlx.convert.write.copied_files import check_copied_files
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.builders import config_4x, write_checkpoint
@@ -24,7 +24,7 @@ class PanicException(BaseException):
 READERS: dict[str, Callable[[Path], object]] = {
     "weights": lambda folder: read_header(folder / "model.safetensors"),
     "tokenizer": lambda folder: Tokenizer.load(folder, vocab_size=384, bos_token_id=1),
-    "tokenizer that is converted": lambda folder: check_companions(folder, read_config(folder)),
+    "tokenizer that is converted": lambda folder: check_copied_files(folder, read_config(folder)),
 }
 
 

@@ -12,7 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.basis.names import (
+from apertus_mlx.convert.evaluation.layerwise import Array, Layer, Tokens, Weights, batches, embed
+from apertus_mlx.convert.plan.plan import Step
+from apertus_mlx.convert.sources.reading import MLX_TYPES
+from apertus_mlx.convert.transforms.names import (
     ATTENTION_NORM,
     DOWN,
     FEED_FORWARD_NORM,
@@ -21,9 +24,6 @@ from apertus_mlx.convert.basis.names import (
     VALUES,
     value_owners,
 )
-from apertus_mlx.convert.evaluation.layerwise import Array, Layer, Tokens, Weights, batches, embed
-from apertus_mlx.convert.plan.plan import Step
-from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.write.keep import NOTHING, Keep
 from apertus_mlx.quant import search
 from apertus_mlx.quant.affine import ScaleType, dequantize, round_scales

@@ -14,8 +14,6 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.basis.smoothing import rounding_of
-from apertus_mlx.convert.basis.weights import transformed_weights
 from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrated import (
     SEED,
@@ -35,6 +33,8 @@ from apertus_mlx.convert.evaluation.layerwise import (
 )
 from apertus_mlx.convert.evaluation.texts import sample_windows
 from apertus_mlx.convert.plan.plan import Plan
+from apertus_mlx.convert.transforms.smoothing import rounding_of
+from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.metrics import log_softmax
@@ -85,7 +85,7 @@ class Planned:
         return self.weights.vector(name)
 
 
-class Judge:
+class HeldOutComparison:
     """Measures plans for one source on the same windows."""
 
     def __init__(

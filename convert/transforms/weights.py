@@ -13,7 +13,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.basis.names import (
+from apertus_mlx.convert.evaluation.layerwise import Array, SourceWeights, Weights
+from apertus_mlx.convert.plan.plan import Plan
+from apertus_mlx.convert.sources.reading import Reader
+from apertus_mlx.convert.transforms.names import (
     DOWN,
     OUTPUT,
     SEED,
@@ -22,9 +25,6 @@ from apertus_mlx.convert.basis.names import (
     norm_before,
     value_owners,
 )
-from apertus_mlx.convert.evaluation.layerwise import Array, SourceWeights, Weights
-from apertus_mlx.convert.plan.plan import Plan
-from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.quant.transforms import balance, make_rotation
 
 # What `Scaled.scales` are saved as, in the folder of calibrated codes.

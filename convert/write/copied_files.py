@@ -29,7 +29,7 @@ COPIED = (
 )  # fmt: skip
 
 
-def companion_files(directory: Path) -> Iterator[Path]:
+def copied_files(directory: Path) -> Iterator[Path]:
     """The files of `directory` that go to the output as they are."""
     for name in COPIED:
         path = directory / name
@@ -38,7 +38,7 @@ def companion_files(directory: Path) -> Iterator[Path]:
             yield path
 
 
-def check_companions(directory: Path, config: ModelConfig) -> None:
+def check_copied_files(directory: Path, config: ModelConfig) -> None:
     """Refuse a tokenizer that is missing or cannot belong to the model.
 
     Raises:
@@ -61,9 +61,9 @@ def check_companions(directory: Path, config: ModelConfig) -> None:
         keys.optional_integer("pad_token_id", 0, config.vocab_size - 1)
 
 
-def copy_companions(directory: Path, target: Path) -> None:
+def copy_files(directory: Path, target: Path) -> None:
     """Copy the companion files into `target`."""
-    for path in companion_files(directory):
+    for path in copied_files(directory):
         copy_file(path, target / path.name, _most_bytes(path))
 
 
