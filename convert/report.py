@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.convert.job import Job
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan, Step
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.transforms import names as transforms
@@ -83,18 +82,18 @@ def plan_as_json(plan: Plan, source: str, commit: str | None) -> dict[str, Any]:
     }
 
 
-def summary(job: Job, target: Path) -> dict[str, Any]:
+def summary(plan: Plan, source: str, commit: str | None, target: Path) -> dict[str, Any]:
     """What `convert --json` prints at the end."""
     return {
         "output": str(target),
         "manifest": str(target / MANIFEST),
-        "source": job.source_name,
-        "commit": job.commit,
-        "output_bytes": job.plan.weight_bytes,
-        "parameters": job.plan.parameters,
-        "bits_per_weight": job.plan.bits_per_weight,
-        "transforms": transforms.record(job.plan.request, job.plan.source.config),
-        "notes": list(job.plan.notes),
+        "source": source,
+        "commit": commit,
+        "output_bytes": plan.weight_bytes,
+        "parameters": plan.parameters,
+        "bits_per_weight": plan.bits_per_weight,
+        "transforms": transforms.record(plan.request, plan.source.config),
+        "notes": list(plan.notes),
     }
 
 

@@ -133,3 +133,27 @@ def group_size(head_dim: int) -> int:
         f"--kv-bits: head_dim {head_dim} does not divide into groups of 32, 64 or 128; "
         "use --kv-bits 16"
     )
+
+
+def read_cache_form(
+    kv_bits: int | None,
+    kv_bits_v: int | None,
+    max_kv: int | None,
+    kv_sink: int | None,
+    kv_rotate: bool | None,
+) -> CacheConfig | None:
+    """The form of cache that the options describe; None if none of them was given.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+    if all(option is None for option in (kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)):
+        return None
+    key_bits = FULL_BITS if kv_bits is None else kv_bits
+    return CacheConfig(
+        key_bits=key_bits,
+        value_bits=key_bits if kv_bits_v is None else kv_bits_v,
+        bound=max_kv,
+        sinks=DEFAULT_SINKS if kv_sink is None else kv_sink,
+        rotate=kv_rotate,
+    )

@@ -16,7 +16,7 @@ def main() -> None:
         code = _run()
     except KeyboardInterrupt:
         code = 130
-    from apertus_mlx.system import sink
+    from apertus_mlx.cli import sink
 
     sink.finish()
     # During Python's own end an interrupt would print a traceback.
@@ -26,8 +26,9 @@ def main() -> None:
 
 def _run() -> int:
     """Run what the arguments say; returns the exit code."""
+    from apertus_mlx.cli import sink
     from apertus_mlx.cli.surroundings import check_surroundings, open_streams
-    from apertus_mlx.system import sink, telemetry
+    from apertus_mlx.system import telemetry
 
     telemetry.turn_off()
 
@@ -74,7 +75,7 @@ def _usage_message(error: Any) -> str:
 
 def _failed(error: Exception) -> int:
     """Say in one line what happened; returns the exit code."""
-    from apertus_mlx.system import sink
+    from apertus_mlx.cli import sink
     from apertus_mlx.system.foreign_errors import explain
 
     if os.environ.get("APERTUS_MLX_DEBUG") == "1":

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from apertus_mlx import __version__
+from apertus_mlx.cli import sink
 from apertus_mlx.cli.bench import bench
 from apertus_mlx.cli.chat import chat
 from apertus_mlx.cli.convert import convert
@@ -19,7 +20,6 @@ from apertus_mlx.cli.inspect import inspect
 from apertus_mlx.cli.output import print_data
 from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
-from apertus_mlx.system import sink
 
 
 class _HelpThroughSink:
@@ -74,5 +74,6 @@ def root(
     ] = False,
 ) -> None:
     """Run and quantize the Apertus language models with MLX."""
+    context.with_resource(sink.log_shown())
     if context.invoked_subcommand is None:
         sink.put(context.get_help(), keep=sink.LAYOUT)

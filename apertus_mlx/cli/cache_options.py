@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apertus_mlx.cli.output import format_bytes, note
+from apertus_mlx.cli.output import note
+from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from apertus_mlx.cache.config import CacheConfig
@@ -22,7 +23,7 @@ KvBitsOption = Annotated[
     typer.Option("--kv-bits", help="Bits of cached keys and values: 2, 3, 4, 6, 8 or 16 (full)."),
 ]
 KvBitsVOption = Annotated[
-    int | None, typer.Option("--kv-bits-v", help="Bits of cached values, if not as the keys.")
+    int | None, typer.Option("--kv-bits-v", help="Bits of cached values; default: those of keys.")
 ]
 MaxKvOption = Annotated[
     int | None,
@@ -115,18 +116,9 @@ def read_cache_form(
     Raises:
         UsageError: a value outside its range.
     """
-    from apertus_mlx.cache.config import DEFAULT_SINKS, FULL_BITS, CacheConfig
+    from apertus_mlx.cache.config import read_cache_form
 
-    if all(option is None for option in (kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)):
-        return None
-    key_bits = FULL_BITS if kv_bits is None else kv_bits
-    return CacheConfig(
-        key_bits=key_bits,
-        value_bits=key_bits if kv_bits_v is None else kv_bits_v,
-        bound=max_kv,
-        sinks=DEFAULT_SINKS if kv_sink is None else kv_sink,
-        rotate=kv_rotate,
-    )
+    return read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
 
 
 def read_memory_request(

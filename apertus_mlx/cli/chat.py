@@ -7,11 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from apertus_mlx.cli import cache_options, options
+from apertus_mlx.cli import cache_options, options, sink
 from apertus_mlx.cli.generate import summary
 from apertus_mlx.cli.output import note, print_data, print_pieces
 from apertus_mlx.cli.prompt_text import open_lines, require_short
-from apertus_mlx.system import sink
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.run import Speaker

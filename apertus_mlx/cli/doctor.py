@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apertus_mlx.cli import options
-from apertus_mlx.cli.output import format_bytes, note, print_data, print_json, print_table
+from apertus_mlx.cli.output import Table, note, print_report
+from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from apertus_mlx.checkpoint.inventory import Inventory
     from apertus_mlx.measure.doctor.consult import KernelResult
@@ -68,10 +69,7 @@ def doctor(
     chosen = [*([model] if model else []), *(["--dtype", dtype_name] if dtype else [])]
     again = shlex.join(["apertus-mlx", "doctor", *chosen])
     report = visit(inventory, name, dtype_name, tune, again, on_stage=note)
-    if json:
-        print_json(as_json(report))
-    else:
-        _print_report(report)
+    print_report(json, lambda: as_json(report), lambda: _words(report))
     if not report.products_right:
         raise RejectedError("MLX computes wrongly on this machine: reinstall it (pip install mlx)")
 
@@ -81,10 +79,9 @@ def _reset(json: bool) -> None:
 
     with only_doctor():
         path = forget_verdicts()
-    if json:
-        print_json({"forgotten": str(path)})
-    else:
-        print_data(f"{path}: forgotten; kernels are off")
+    print_report(
+        json, lambda: {"forgotten": str(path)}, lambda: [f"{path}: forgotten; kernels are off"]
+    )
 
 
 def _require_memory(inventory: Inventory, dtype: str) -> None:
@@ -97,44 +94,43 @@ def _require_memory(inventory: Inventory, dtype: str) -> None:
     choose_settings(request, inventory, CONTEXT, dtype, "mlx")
 
 
-def _print_report(report: Report) -> None:
+def _words(report: Report) -> Iterator[str | Table]:
     from apertus_mlx.measure.doctor.facts import PRODUCT_BOUND
 
-    for line in _machine_lines(report.machine):
-        print_data(line)
+    yield from _machine_lines(report.machine)
     for product, error in report.products.items():
         mark = "right" if error <= PRODUCT_BOUND else "WRONG"
-        print_data(f"{product}: {mark}, error {error:.1e}, at most {PRODUCT_BOUND:.0e}")
-    print_data("")
+        yield f"{product}: {mark}, error {error:.1e}, at most {PRODUCT_BOUND:.0e}"
+    yield ""
     if report.kernels:
         places = _one_of_each_place(report.kernels)
-        print_data(
+        yield (
             f"{report.model} in {report.dtype} has {len(places)} places for kernels, and "
             f"{len(report.kernels)} kernels for them:"
         )
         shown = report.kernels if report.examined else places
         header = ["kernel", "result", "error", "bound", "time/plain"]
-        print_table(header, [_row(result) for result in shown])
+        yield Table(header, [_row(result) for result in shown])
         for result in report.kernels:
             if result.reason is not None:
-                print_data(f"{result.key}: {result.reason}")
-        print_data("")
+                yield f"{result.key}: {result.reason}"
+        yield ""
     if report.agreement is not None:
         found = report.agreement
-        print_data(
+        yield (
             f"whole model: {found.same} of {found.tokens} greedy tokens the same, logits differ by "
             f"{found.error:.1e}, at most {found.bound:.0e}"
         )
     if report.kernels and not report.examined:
-        print_data(
+        yield (
             "not checked: whether the kernels compile, what they compute, how fast they are; that "
             "takes a Mac. Checked: that their texts can be made, and MLX takes them."
         )
     if report.stored is not None:
-        print_data(f"stored in {report.stored}")
+        yield f"stored in {report.stored}"
     if report.switched_off:
-        print_data("APERTUS_MLX_KERNELS=0 is set: whatever follows, none runs")
-    print_data(report.conclusion)
+        yield "APERTUS_MLX_KERNELS=0 is set: whatever follows, none runs"
+    yield report.conclusion
 
 
 def _machine_lines(facts: Facts) -> list[str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apertus_mlx.cli.options import JsonOption, OfflineOption, RevisionOption
-from apertus_mlx.cli.output import format_bytes, layer_progress, note, print_json, print_table
-from apertus_mlx.errors import UsageError
+from apertus_mlx.cli.options import JsonOption, OfflineOption
+from apertus_mlx.cli.output import Table, note, print_report
+from apertus_mlx.cli.progress import show_progress
+from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from apertus_mlx.convert.evaluation.evaluate import Evaluation
@@ -23,7 +24,7 @@ HEADER = ("tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or Hub ids.", metavar="MODEL")],
     reference: Annotated[
-        str, typer.Option("--reference", help="Model folder or Hub id that they should equal.")
+        str, typer.Option("--reference", help="Model folder or Hub id to compare with.")
     ],
     text: Annotated[
         list[Path] | None,
@@ -41,7 +42,10 @@ def evaluate(
         ),
     ] = None,
     json: JsonOption = False,
-    revision: RevisionOption = None,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", help="Branch, tag or commit of the models from the Hub."),
+    ] = None,
     reference_revision: Annotated[
         str | None,
         typer.Option("--reference-revision", help="Branch, tag or commit of the reference."),
@@ -50,35 +54,33 @@ def evaluate(
 ) -> None:
     """Measure how far each MODEL's predictions are from those of the reference."""
     from apertus_mlx.cli.plot import check_plot
-    from apertus_mlx.convert.evaluation.evaluate import measure_all
-    from apertus_mlx.convert.evaluation.texts import hold_out, read_texts
-    from apertus_mlx.hub import locate
+    from apertus_mlx.tools import evaluate as run
 
     if plot is not None:
         check_plot(plot)
-    labels = _labels(models)
-    # Of the texts in the package those that no conversion calibrates on.
-    texts = read_texts(text) if text else hold_out(read_texts())[1]
-    folders = _locate_all(models, revision, offline)
-    origin = locate(reference, revision=reference_revision, offline=offline)
-    with layer_progress("measuring") as update:
-        found = measure_all(folders, origin, texts, tokens, update)
-    evaluations = dict(zip(labels, found, strict=True))
-    if json:
-        print_json(_as_json(evaluations))
-    else:
-        _print(evaluations)
+    with show_progress() as progress:
+        found = run(
+            models,
+            reference=reference,
+            text=text,
+            tokens=tokens,
+            revision=revision,
+            reference_revision=reference_revision,
+            offline=offline,
+            progress=progress,
+        )
+    print_report(json, found.as_json, lambda: [_table(found.models)])
+    if not json:
+        _note_floor()
     # Last, since it can fail where the work has not.
     if plot is not None:
-        _draw(evaluations, plot)
+        _draw(found.models, plot)
 
 
-def _print(evaluations: Mapping[str, Evaluation]) -> None:
-    from apertus_mlx.convert.evaluation.evaluate import FLOOR
-
+def _table(evaluations: Mapping[str, Evaluation]) -> Table:
     one = len(evaluations) == 1
     header = ["text", *HEADER] if one else ["model", "size", "text", *HEADER]
-    print_table(
+    return Table(
         header,
         [
             row if one else [label, format_bytes(evaluation.weight_bytes), *row]
@@ -86,43 +88,12 @@ def _print(evaluations: Mapping[str, Evaluation]) -> None:
             for row in _rows(evaluation)
         ],
     )
+
+
+def _note_floor() -> None:
+    from apertus_mlx.convert.evaluation.evaluate import FLOOR
+
     note(f"KL divergence in nats; floor: {FLOOR}")
-
-
-def _labels(models: Sequence[str]) -> list[str]:
-    """A short name for each model: the folder's, or all that was given where two share one."""
-    names = [
-        model if not Path(model).expanduser().is_dir() else Path(model).expanduser().resolve().name
-        for model in models
-    ]
-    labels = [
-        name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)
-    ]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UsageError(f"{label}: is given twice")
-    return labels
-
-
-def _locate_all(models: Sequence[str], revision: str | None, offline: bool) -> list[Path]:
-    """The folders of all; `revision` is that of those from the Hub, of which there must be one."""
-    from apertus_mlx.hub import locate
-
-    local = [Path(model).expanduser().exists() for model in models]
-    mixed = not all(local)
-    return [
-        locate(model, revision=None if mixed and here else revision, offline=offline)
-        for model, here in zip(models, local, strict=True)
-    ]
-
-
-def _as_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Of one model its evaluation; of several the same for each, by its label under `models`."""
-    found = {
-        label: {"weight_bytes": evaluation.weight_bytes, **evaluation.as_json()}
-        for label, evaluation in evaluations.items()
-    }
-    return next(iter(found.values())) if len(found) == 1 else {"models": found}
 
 
 def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
@@ -135,7 +106,8 @@ def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
     floor = next(iter(evaluations.values())).overall_floor.kl_mean
     sizes = [line.x[0] for line in series]
     series.append(Series("noise floor", [min(sizes), max(sizes)], [floor, floor]))
-    save_plot(path, series, "weights, MB", "mean KL divergence, nats", "Damage by size", log_y=True)
+    title = "Divergence by size"
+    save_plot(path, series, "weights, MB", "mean KL divergence, nats", title, log_y=True)
 
 
 def _rows(evaluation: Evaluation) -> Iterator[list[str]]:

@@ -11,15 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apertus_mlx.cli import cache_options, options
-from apertus_mlx.cli.output import (
-    format_bytes,
-    note,
-    print_data,
-    print_json,
-    print_pieces,
-    token_progress,
-)
+from apertus_mlx.cli.output import note, print_data, print_json, print_pieces
+from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.prompt_text import read_prompt, require_short
+from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from apertus_mlx.cli import options
-from apertus_mlx.cli.output import format_bytes, print_data, print_json
+from apertus_mlx.cli.output import print_report
+from apertus_mlx.system.sizes import format_bytes
 
 
 def inspect(
@@ -23,22 +25,19 @@ def inspect(
     from apertus_mlx.cli.model_source import locate_model
 
     report = inspect_checkpoint(locate_model(model, revision, offline))
-    if json:
-        print_json(report)
-    else:
-        _print_report(report)
+    print_report(json, lambda: report, lambda: _words(report))
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _words(report: Mapping[str, Any]) -> Iterator[str]:
     for key, value in report.items():
         if value == {}:
             continue
         if isinstance(value, dict):
-            print_data(f"{_label(key)}:")
+            yield f"{_label(key)}:"
             for name, inner in value.items():
-                print_data(f"  {name}: {_shown(name, inner)}")
+                yield f"  {name}: {_shown(name, inner)}"
         else:
-            print_data(f"{_label(key)}: {_shown(key, value)}")
+            yield f"{_label(key)}: {_shown(key, value)}"
 
 
 def _label(key: str) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apertus_mlx.cli.options import Compute, Precision
-from apertus_mlx.cli.output import byte_progress, note
+from apertus_mlx.cli.output import note
+from apertus_mlx.cli.progress import byte_progress, show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,8 @@ def locate_model(model: str | None, revision: str | None, offline: bool) -> Path
         return model_dir()
     from apertus_mlx.hub import locate
 
-    return locate(model, revision=revision, offline=offline)
+    with show_progress() as progress:
+        return locate(model, revision=revision, offline=offline, progress=progress)
 
 
 def open_speaker(

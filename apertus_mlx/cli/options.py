@@ -81,6 +81,9 @@ ComputeOption = Annotated[
 ]
 PrecisionOption = Annotated[
     Precision,
-    typer.Option("--precision", help="Activations in products on the CPU; auto: per bit width."),
+    typer.Option(
+        "--precision",
+        help="Type of activations on the CPU; auto: int8 with weights of few bits, else float32.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

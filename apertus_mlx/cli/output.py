@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from apertus_mlx.system import sink
+from apertus_mlx.cli import sink
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.run import Piece
-
-PLAIN_PROGRESS_INTERVAL_S = 5.0
-
-# A context that yields `update(done)`, or `update(done, total)` where the total comes late.
-_Progress = AbstractContextManager[Callable[..., None]]
 
 
 def print_data(text: str, end: str = "\n") -> None:
@@ -39,22 +31,40 @@ def note(text: str) -> None:
     sink.note(text)
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An aligned plain-text table; its first column is left-aligned, the others right."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def lines(self) -> Iterator[str]:
+        """The table as text."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        for row in (self.header, *self.rows):
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            yield "  ".join(cells).rstrip()
+
+
+def print_report(
+    json: bool,
+    values: Callable[[], Mapping[str, Any]],
+    words: Callable[[], Iterable[str | Table]],
+) -> None:
+    """Write a command's result: its values as JSON, or what people read, line by line."""
+    if json:
+        print_json(values())
+        return
+    for part in words():
+        for line in part.lines() if isinstance(part, Table) else [part]:
+            print_data(line)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write an aligned plain-text table to stdout; the first column is left-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print_data("  ".join(cells).rstrip())
-
-
-def format_bytes(size_bytes: float) -> str:
-    """Bytes in decimal units, as disks and app stores count them."""
-    for unit in ("B", "kB", "MB"):
-        if abs(size_bytes) < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.2f} GB"
+    """Write a `Table` to stdout."""
+    for line in Table(header, rows).lines():
+        print_data(line)
 
 
 def print_pieces(pieces: Iterable[Piece]) -> None:
@@ -77,58 +87,3 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
             sink.put(piece.text, end="", keep=sink.LAYOUT)
     if thinking:
         note("")
-
-
-def byte_progress(label: str, total_bytes: int | None = None) -> _Progress:
-    """Progress in bytes; see `_progress`."""
-    return _progress(label, total_bytes, format_bytes)
-
-
-def layer_progress(label: str) -> _Progress:
-    """Progress in layers of the model; see `_progress`."""
-    return _progress(label, None, lambda count: f"{count:,.1f} layers")
-
-
-def token_progress(label: str, total_tokens: int) -> _Progress:
-    """Progress in tokens; see `_progress`."""
-    return _progress(label, total_tokens, lambda count: f"{count:,.0f} tokens")
-
-
-@contextmanager
-def _progress(
-    label: str, total: int | None, shown: Callable[[float], str]
-) -> Iterator[Callable[..., None]]:
-    """Show progress on stderr once it has taken a second; yields a function of what is done.
-
-    On a terminal one line that redraws itself, elsewhere a plain line every few seconds.
-    """
-    entered = last = time.monotonic()
-    first: tuple[float, int] | None = None
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    drawn = False
-
-    def update(done: int, of: int | None = total) -> None:
-        nonlocal last, first, drawn
-        now = time.monotonic()
-        # The rate counts from the first report: other work may have come before it.
-        first = first or (now, done)
-        if now - entered < 1 or now - last < (0.1 if terminal else PLAIN_PROGRESS_INTERVAL_S):
-            return
-        last, drawn = now, True
-        line = f"{label}: {shown(done)}" + (f" of {shown(of)}" if of else "")
-        rate = (done - first[1]) / max(now - first[0], 1e-9)
-        if rate > 0:
-            line += f", {shown(rate)}/s"
-            line += f", {(of - done) / rate:.0f} s left" if of else ""
-        if terminal:
-            # A line that wraps could not be drawn over.
-            line = line[: shutil.get_terminal_size().columns - 1]
-            sink.redraw(line)
-        else:
-            note(line)
-
-    try:
-        yield update
-    finally:
-        if terminal and drawn:
-            sink.redraw("")

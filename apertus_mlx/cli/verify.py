@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from apertus_mlx.cli.options import JsonOption
-from apertus_mlx.cli.output import print_data, print_json
+from apertus_mlx.cli.output import print_report
 from apertus_mlx.errors import RejectedError
 
 
@@ -17,26 +17,12 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Check DIRECTORY: hashes, names, shapes and config, and what Swift apps need."""
-    from apertus_mlx.convert.check.verify import verify as run
+    from apertus_mlx.tools import verify as run
 
     result = run(directory)
-    if json:
-        print_json(
-            {
-                "directory": str(directory),
-                "ok": not result.errors,
-                "files": result.files,
-                "findings": [
-                    {"level": finding.level, "where": finding.where, "text": finding.text}
-                    for finding in result.findings
-                ],
-            }
-        )
-    else:
-        for finding in result.findings:
-            print_data(f"{finding.level}: {finding.where}: {finding.text}")
-        if not result.findings:
-            print_data(f"{directory}: {result.files} files, all as they should be")
+    words = [f"{finding.level}: {finding.where}: {finding.text}" for finding in result.findings]
+    words = words or [f"{directory}: {result.files} files, all as they should be"]
+    print_report(json, result.as_json, lambda: words)
     if result.errors:
         first = result.errors[0]
         count = len(result.errors)

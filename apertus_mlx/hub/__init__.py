@@ -6,11 +6,9 @@ Imports nothing heavy: `huggingface_hub` is imported inside the functions that n
 from apertus_mlx.hub.listing import is_repo_id
 from apertus_mlx.hub.remote_headers import RawHeader, RemoteCheckpoint, fetch_headers
 from apertus_mlx.hub.snapshot import Snapshot, locate, resolve
-from apertus_mlx.hub.transfer import DownloadProgress
 from apertus_mlx.system import telemetry
 
 __all__ = [
-    "DownloadProgress",
     "RawHeader",
     "RemoteCheckpoint",
     "Snapshot",

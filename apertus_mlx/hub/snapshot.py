@@ -5,7 +5,6 @@ Imports nothing heavy: `huggingface_hub` is imported inside the functions that n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from apertus_mlx.hub.listing import (
     is_weights,
     list_files,
 )
-from apertus_mlx.hub.transfer import DownloadProgress, download
+from apertus_mlx.hub.transfer import download
 from apertus_mlx.system.model_files import exists, read_file
+from apertus_mlx.system.progress import OnProgress
 from apertus_mlx.system.strict_json import read_object
 from apertus_mlx.system.whole_file import whole_file
 
@@ -39,8 +39,16 @@ class Snapshot:
     commit: str
 
 
-def locate(source: str, *, revision: str | None = None, offline: bool = False) -> Path:
+def locate(
+    source: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: OnProgress | None = None,
+) -> Path:
     """Return the folder that `source` means: a local folder as it is, else the Hub's.
+
+    For the arguments see `resolve`.
 
     Raises:
         NotFoundError: neither a folder nor a repository that can be reached.
@@ -63,7 +71,7 @@ def locate(source: str, *, revision: str | None = None, offline: bool = False) -
         raise NotFoundError(
             f"{source!r}: no such folder, and not a Hub repository id (organisation/name)"
         )
-    return resolve(source, revision=revision, offline=offline).directory
+    return resolve(source, revision=revision, offline=offline, progress=progress).directory
 
 
 def resolve(
@@ -71,7 +79,7 @@ def resolve(
     *,
     revision: str | None = None,
     offline: bool = False,
-    progress: Callable[[DownloadProgress], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Snapshot:
     """Pin a repository to a commit and return the folder of that commit's needed files.
 
@@ -82,8 +90,7 @@ def resolve(
         source: Repository id, `organisation/name`.
         revision: Branch, tag or full commit; the main branch if None.
         offline: Use only the cache: the commit this revision had at the last complete download.
-        progress: Called about twice a second while bytes arrive, from another thread; without it
-            a terminal sees the Hub client's bar and anything else plain lines on stderr.
+        progress: Called about twice a second while bytes arrive, from another thread.
 
     Raises:
         NotFoundError: no such repository or revision, no access, not reachable, not in the cache.

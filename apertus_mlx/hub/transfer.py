@@ -7,40 +7,29 @@ Files lie where the client itself would put them, in its documented layout.
 from __future__ import annotations
 
 import shutil
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.hub.errors import UnreachableError, explained
 from apertus_mlx.hub.listing import Listing, RemoteFile
-from apertus_mlx.system.sink import note
+from apertus_mlx.system.progress import OnProgress, Progress
+from apertus_mlx.system.sizes import format_bytes
 
-_CALLBACK_PERIOD_S = 0.5
-_LINE_PERIOD_S = 5.0
+_PERIOD_S = 0.5
 # The Hub serves no larger file by plain HTTP; those go through the client's own protocol.
 _HTTP_LIMIT_BYTES = 50 * 10**9
 _SPARE_BYTES = 64 * 2**20
 _IDENTITY = {"Accept-Encoding": "identity"}  # a compressed answer could not be resumed
 
 
-@dataclass(frozen=True, slots=True)
-class DownloadProgress:
-    """Bytes on disk and bytes wanted, over the files that were not there at the start."""
-
-    done_bytes: int
-    total_bytes: int
-
-
 def download(
     folder: Path,
     listing: Listing,
     files: tuple[RemoteFile, ...],
-    progress: Callable[[DownloadProgress], None] | None,
+    progress: OnProgress | None,
 ) -> None:
     """Fetch `files` of a commit into `folder`, the repository's folder in the cache.
 
@@ -57,7 +46,7 @@ def download(
     repo_id = listing.repo_id
     with explained(repo_id, listing.commit):
         _check_disk_space(folder, repo_id, files)
-        with _reported(folder, repo_id, files, progress):
+        with _reported(folder, files, progress):
             for file in files:
                 _download_file(folder, listing, file)
 
@@ -163,8 +152,8 @@ def _check_disk_space(folder: Path, repo_id: str, files: tuple[RemoteFile, ...])
     free_bytes = shutil.disk_usage(existing).free
     if needed_bytes + _SPARE_BYTES > free_bytes:
         raise ResourceError(
-            f"{repo_id}: {_gb(needed_bytes)} to download but {_gb(free_bytes)} free in "
-            f"{existing}; free some space or set HF_HOME to another disk"
+            f"{repo_id}: {format_bytes(needed_bytes)} to download but {format_bytes(free_bytes)} "
+            f"free in {existing}; free some space or set HF_HOME to another disk"
         )
 
 
@@ -181,31 +170,24 @@ def _bytes_on_disk(folder: Path, files: tuple[RemoteFile, ...]) -> int:
 
 @contextmanager
 def _reported(
-    folder: Path,
-    repo_id: str,
-    files: tuple[RemoteFile, ...],
-    progress: Callable[[DownloadProgress], None] | None,
+    folder: Path, files: tuple[RemoteFile, ...], progress: OnProgress | None
 ) -> Iterator[None]:
-    """Report bytes on disk while the body runs; on a terminal leave it to the client's own bar."""
+    """Report bytes on disk while the body runs, instead of the client's own bars."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if progress is None and sys.stderr.isatty():
-        yield
-        return
-    period_s = _LINE_PERIOD_S if progress is None else _CALLBACK_PERIOD_S
-    report = progress or _plain_lines(repo_id)
+    report = progress or (lambda _: None)
     total_bytes = sum(file.size_bytes for file in files)
     finished = threading.Event()
 
     def measure() -> None:
-        report(DownloadProgress(_bytes_on_disk(folder, files), total_bytes))
+        report(Progress("downloading", _bytes_on_disk(folder, files), total_bytes, "bytes"))
 
     def watch() -> None:
-        while not finished.wait(period_s):
+        while not finished.wait(_PERIOD_S):
             measure()
 
     had_bars = not are_progress_bars_disabled()
@@ -220,27 +202,4 @@ def _reported(
         watcher.join()
         if had_bars:
             enable_progress_bars()
-    report(DownloadProgress(total_bytes, total_bytes))
-
-
-def _plain_lines(repo_id: str) -> Callable[[DownloadProgress], None]:
-    start_s = time.monotonic()
-    start_bytes: int | None = None
-
-    def report(progress: DownloadProgress) -> None:
-        nonlocal start_bytes
-        if start_bytes is None:
-            start_bytes = progress.done_bytes
-        elapsed_s = time.monotonic() - start_s
-        line = f"{repo_id}: {_gb(progress.done_bytes)} of {_gb(progress.total_bytes)}"
-        rate = (progress.done_bytes - start_bytes) / elapsed_s if elapsed_s > 0.1 else 0.0
-        if rate > 0:
-            left_s = (progress.total_bytes - progress.done_bytes) / rate
-            line += f", {rate / 1e6:.1f} MB/s, {left_s:.0f} s left"
-        note(line)
-
-    return report
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 10**8 else f"{size_bytes / 1e6:.1f} MB"
+    report(Progress("downloading", total_bytes, total_bytes, "bytes"))

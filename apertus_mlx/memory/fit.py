@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.footprint import Backend, Footprint, footprint
 from apertus_mlx.memory.subject import Subject
 from apertus_mlx.quant.spec import QuantSpec
+from apertus_mlx.system.sizes import format_bytes
 
 PREFILL_STEPS = (512, 256, 128, 64, 32)
 # Steps down to this cost little speed; smaller ones are tried after the caches' precision.
@@ -138,13 +138,13 @@ def _refusal(
     needed = footprint(subject, wanted, context, step, backend)
     process = ""
     if needed.process_bytes:
-        process = f"libraries and tokenizer {size_text(needed.process_bytes)}, "
+        process = f"libraries and tokenizer {_needed(needed.process_bytes)}, "
     message = (
-        f"{subject.name}: {context} tokens of context need {size_text(needed.total_bytes)} "
-        f"({process}weights {size_text(needed.weights_bytes)}, cache "
-        f"{size_text(needed.kv_bytes)} at {wanted}, working memory "
-        f"{size_text(needed.prefill_bytes)} at --prefill-step {step}), "
-        f"the limit is {size_text(limit_bytes)}; "
+        f"{subject.name}: {context} tokens of context need {_needed(needed.total_bytes)} "
+        f"({process}weights {_needed(needed.weights_bytes)}, cache "
+        f"{_needed(needed.kv_bytes)} at {wanted}, working memory "
+        f"{_needed(needed.prefill_bytes)} at --prefill-step {step}), "
+        f"the limit is {_needed(limit_bytes)}; "
     )
     smallest = possible_forms(subject.config)[-1]
     fits = largest_context(subject, limit_bytes, smallest, PREFILL_STEPS[-1], backend)
@@ -165,9 +165,9 @@ def _refusal(
         if other_bytes < least_bytes and other_bytes <= limit_bytes:
             return message + (
                 f"what would fit: the model at {width} bits ({short} tokens from "
-                f"{size_text(other_bytes)} on), apertus-mlx convert --bits {width} of its original"
+                f"{_needed(other_bytes)} on), apertus-mlx convert --bits {width} of its original"
             )
-    return message + (f"{short} tokens run from {size_text(least_bytes)} on; take a smaller model")
+    return message + (f"{short} tokens run from {_needed(least_bytes)} on; take a smaller model")
 
 
 def _largest_bound(
@@ -207,8 +207,5 @@ def _at_width(subject: Subject, bits: int) -> Subject:
     return replace(subject, specs=dict.fromkeys(fitting, spec))
 
 
-def size_text(size_bytes: int) -> str:
-    """A size as people read it, never below what it is."""
-    unit, digits, name = (10**9, 2, "GB") if size_bytes >= 10**8 else (10**6, 1, "MB")
-    rounded = math.ceil(size_bytes * 10**digits / unit) / 10**digits
-    return f"{rounded:.{digits}f} {name}"
+def _needed(size_bytes: int) -> str:
+    return format_bytes(size_bytes, round_up=True)

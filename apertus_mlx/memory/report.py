@@ -8,7 +8,7 @@ from apertus_mlx.cache.config import CacheConfig
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.devices import Device
-from apertus_mlx.memory.fit import PREFILL_STEPS, fit, largest_context, possible_forms, size_text
+from apertus_mlx.memory.fit import PREFILL_STEPS, fit, largest_context, possible_forms
 from apertus_mlx.memory.footprint import (
     Backend,
     choose_backend,
@@ -17,6 +17,7 @@ from apertus_mlx.memory.footprint import (
 )
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
 from apertus_mlx.memory.subject import Subject
+from apertus_mlx.system.sizes import format_bytes
 
 DEFAULT_CONTEXT = 4096
 
@@ -50,7 +51,8 @@ def make_report(
         best_row = _row(subject, device, context, best.form, best.prefill_step, backend)
         advice = (
             f"best that fits: {_options(best.form)}--prefill-step {best.prefill_step} "
-            f"(cache in {best.form}, peak {size_text(best.footprint.total_bytes)})"
+            f"(cache in {best.form}, "
+            f"peak {format_bytes(best.footprint.total_bytes, round_up=True)})"
         )
     except ResourceError as error:
         best_row, advice = None, f"does not fit: {error}"

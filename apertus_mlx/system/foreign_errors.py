@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from apertus_mlx.errors import ApertusError, NotFoundError, ResourceError, UsageError
 
@@ -43,6 +45,18 @@ def explain(error: BaseException) -> ApertusError | None:
     if isinstance(error, OSError):
         return _explain_os_error(error)
     return None
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise what `explain` knows as the error of ours; a decorator too."""
+    try:
+        yield
+    except Exception as error:
+        known = explain(error)
+        if known is None or known is error:
+            raise
+        raise known from error
 
 
 def out_of_memory(error: Exception) -> bool:

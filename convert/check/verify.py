@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ class Verification:
     def errors(self) -> tuple[Finding, ...]:
         """What makes the folder unusable or untrue."""
         return tuple(finding for finding in self.findings if finding.level == "error")
+
+    def as_json(self) -> dict[str, Any]:
+        """What `verify --json` prints."""
+        return {
+            "directory": str(self.directory),
+            "ok": not self.errors,
+            "files": self.files,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
 
 def verify(directory: Path) -> Verification:

@@ -10,6 +10,7 @@ from apertus_mlx.checkpoint.layout import parameter_count
 from apertus_mlx.convert.distill.student import Trained
 from apertus_mlx.convert.distill.teacher_cache import answer_bytes
 from apertus_mlx.errors import ResourceError
+from apertus_mlx.system.sizes import format_bytes
 
 # Most tokens, and most logits, of a batch.
 BATCH_TOKENS = 2048
@@ -67,8 +68,8 @@ class Resources:
         if self.memory_bytes > available:
             smaller = "--train scales takes less" if self.trained == "weights" else "use another"
             raise ResourceError(
-                f"distillation takes about {self.memory_bytes / 1e9:.1f} GB of memory, "
-                f"{available / 1e9:.1f} GB are available; {smaller}"
+                f"distillation takes about {format_bytes(self.memory_bytes)} of memory, "
+                f"{format_bytes(available)} are available; {smaller}"
             )
 
     @property

@@ -8,6 +8,7 @@ from apertus_mlx.errors import ResourceError
 from apertus_mlx.memory import Device
 from apertus_mlx.memory.footprint import kv_bytes
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
+from apertus_mlx.system.sizes import format_bytes
 
 CONTEXT = 4096
 GROUP_SIZE = 64
@@ -35,13 +36,12 @@ def require_fit(plan: Plan, device: Device) -> None:
         / 8
         for bits in AFFINE_BITS
     }
-    fitting = [f"{bits} ({_gb(size)})" for bits, size in sizes.items() if size <= room_bytes]
+    fitting = [
+        f"{bits} ({format_bytes(size)})" for bits, size in sizes.items() if size <= room_bytes
+    ]
     advice = f"--bits {' or '.join(fitting)} would fit" if fitting else "no width of it would fit"
     raise ResourceError(
-        f"{device.name}: {_gb(device.memory_bytes)} for the process, but weights take "
-        f"{_gb(plan.weight_bytes)} and the cache of {context} tokens {_gb(cache_bytes)}; {advice}"
+        f"{device.name}: {format_bytes(device.memory_bytes)} for the process, but weights take "
+        f"{format_bytes(plan.weight_bytes)} and the cache of {context} tokens "
+        f"{format_bytes(cache_bytes)}; {advice}"
     )
-
-
-def _gb(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.2f} GB"

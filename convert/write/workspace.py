@@ -21,6 +21,7 @@ from pathlib import Path
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError, UsageError
 from apertus_mlx.system.beside import beside
 from apertus_mlx.system.foreign_errors import explain
+from apertus_mlx.system.sizes import format_bytes
 from apertus_mlx.system.whole_file import UNFINISHED, sync, sync_folder, unfinished_path, whole_file
 
 JOURNAL = ".journal"
@@ -84,10 +85,10 @@ def check_space(target: Path, output_bytes: int, kept_bytes: int) -> None:
     parent = target.resolve().parent
     free = shutil.disk_usage(parent).free
     if free + _held_bytes(partial_path(target)) < output_bytes + kept_bytes + SPARE_BYTES:
-        more = f" and {_size(kept_bytes)} beside it until it is done" if kept_bytes else ""
+        more = f" and {format_bytes(kept_bytes)} beside it until it is done" if kept_bytes else ""
         raise ResourceError(
-            f"{parent}: {_size(free)} free, the output takes {_size(output_bytes)}{more}; "
-            "choose another disk or fewer bits"
+            f"{parent}: {format_bytes(free)} free, the output takes "
+            f"{format_bytes(output_bytes)}{more}; choose another disk or fewer bits"
         )
 
 
@@ -391,13 +392,6 @@ def _held_bytes(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 total += 512 * Path(place, name).lstat().st_blocks
     return total
-
-
-def _size(size_bytes: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size_bytes >= factor / 10:
-            return f"{size_bytes / factor:.2f} {unit}"
-    return f"{size_bytes:,} bytes"
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import ApertusConfig, ApertusForCausalLM
 
-from apertus_mlx.system.sink import note
 from recipes.demo import exam
 from recipes.demo.corpus import documents, prompt
 from recipes.demo.facts import LANGUAGES
@@ -180,11 +179,16 @@ def _train(
         step, seen = step + 1, seen + BATCH_TOKENS
         average = loss.item() if step == 1 else 0.95 * average + 0.05 * loss.item()
         if step % 20 == 0:
-            note(f"step {step} tokens {seen} minutes {spent:.1f} loss {average:.4f}")
+            print(
+                f"step {step} tokens {seen} minutes {spent:.1f} loss {average:.4f}", file=sys.stderr
+            )
         if time.monotonic() - last > 300:
             checkpoint()
             last = time.monotonic()
-    note(f"finished: {step} steps, {seen} tokens, {spent:.1f} minutes, loss {average:.4f}")
+    print(
+        f"finished: {step} steps, {seen} tokens, {spent:.1f} minutes, loss {average:.4f}",
+        file=sys.stderr,
+    )
 
 
 def reply(
@@ -270,15 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def checkpoint() -> None:
         save_weights(model, weights)
-        note(f"exam: {_describe(_sit_exam(model, tokenizer))}")
+        print(f"exam: {_describe(_sit_exam(model, tokenizer))}", file=sys.stderr)
 
     _train(model, tokenizer, options.tokens, options.minutes, checkpoint)
     save_weights(model, weights)
     report = _sit_exam(load(weights), tokenizer)
-    note(f"exam, weights as saved: {_describe(report)}")
+    print(f"exam, weights as saved: {_describe(report)}", file=sys.stderr)
     for outcome in report.outcomes:
         if not outcome.right:
-            note(f"wrong: {outcome.question.text} -> {outcome.answer}")
+            print(f"wrong: {outcome.question.text} -> {outcome.answer}", file=sys.stderr)
     return 0
 
 

@@ -93,7 +93,7 @@ def test_advice_is_what_helps_on_this_path() -> None:
     for bits in (4, 3):
         with pytest.raises(ResourceError, match=r"at 2 bits .* convert --bits 2 ") as refused:
             fit(half_billion(bits), 450_000_000, 1009, CPU_PATH)
-        assert "libraries and tokenizer 0.22 GB, weights" in str(refused.value)
+        assert "libraries and tokenizer 219.7 MB, weights" in str(refused.value)
         words = str(refused.value).split()
         limit = float(words[words.index("on),") - 2])
         fit(half_billion(2), int(limit * 1e9), 512, CPU_PATH)

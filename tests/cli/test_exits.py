@@ -10,7 +10,7 @@ import typer
 
 from apertus_mlx import cli
 from apertus_mlx.cli import app as application
-from apertus_mlx.system import sink
+from apertus_mlx.cli import sink
 
 
 def break_a_pipe() -> None:

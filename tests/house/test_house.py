@@ -63,7 +63,7 @@ def within(module: str, package: str) -> bool:
 
 def floor(module: str) -> int:
     """The ground floor is quant, then the runtime, then convert, then the command line."""
-    if within(module, CLI) or module == "apertus_mlx.__main__":
+    if within(module, CLI) or module in ("apertus_mlx.__main__", "apertus_mlx.tools"):
         return 3
     if within(module, CONVERT):
         return 2

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from apertus_mlx.system import sink
+from apertus_mlx.cli import sink
 from tests.house.test_house import SOURCES, module_name
 from tests.text.test_text_stream import FAMILY
 
-SINK = "apertus_mlx.system.sink"
+SINK = "apertus_mlx.cli.sink"
 # Those that look at the standard streams or mend them, without a word.
 MAY_NAME_STREAMS = {
     SINK, "apertus_mlx.cli.surroundings", "apertus_mlx.cli.prompt_text", "apertus_mlx.cli.output",
-    "apertus_mlx.cli.chat", "apertus_mlx.cli.generate", "apertus_mlx.hub.transfer",
+    "apertus_mlx.cli.chat", "apertus_mlx.cli.generate", "apertus_mlx.cli.progress",
     "apertus_mlx.measure.bench.sides",
 }  # fmt: skip
 # All that the sink may not let through: controls, separators of lines, overrides of direction.

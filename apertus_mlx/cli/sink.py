@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from apertus_mlx.errors import ResourceError
@@ -98,6 +99,21 @@ def finish() -> None:
         sys.stdout.flush()
     except OSError:
         _silence(sys.stdout)
+
+
+@contextmanager
+def log_shown() -> Iterator[None]:
+    """Print what the package logs, a line each."""
+    logger, handler = logging.getLogger("apertus_mlx"), _Handler(logging.INFO)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
 
 
 class _Handler(logging.Handler):

@@ -1,0 +1,20 @@
+"""Sizes as people read them."""
+
+from __future__ import annotations
+
+
+def format_bytes(size_bytes: float, *, round_up: bool = False) -> str:
+    """Bytes in decimal units, as disks and app stores count them.
+
+    `round_up` is for what something needs: a limit of the size that is shown then suffices.
+    """
+    size = abs(size_bytes)
+    unit, scale, digits = ("kB", 10**3, 1) if size < 10**6 else ("MB", 10**6, 1)
+    if size < 1000:
+        unit, scale, digits = "B", 1, 0
+    elif size >= 10**9:
+        unit, scale, digits = "GB", 10**9, 2
+    if round_up:
+        step = scale // 10**digits
+        size_bytes = -(-size_bytes // step) * step
+    return f"{size_bytes / scale:.{digits}f} {unit}"
