@@ -111,24 +111,19 @@ def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
 
 
 def _rows(evaluation: Evaluation) -> Iterator[list[str]]:
-    for language, (divergence, floor) in evaluation.languages.items():
-        yield _row(language, divergence, floor)
+    for language, (found, floor) in evaluation.languages.items():
+        yield _row(language, found, floor)
     yield _row("all", evaluation.overall, evaluation.overall_floor)
 
 
-def _row(label: str, divergence: Divergence, floor: Divergence) -> list[str]:
+def _row(label: str, found: Divergence, floor: Divergence) -> list[str]:
     return [
         label,
-        str(divergence.tokens),
-        *(
-            f"{value:.5f}"
-            for value in (divergence.kl_mean, divergence.kl_median, divergence.kl_p90)
-        ),
-        "-" if divergence.kl_confident is None else f"{divergence.kl_confident:.5f}",
+        str(found.tokens),
+        *(f"{value:.5f}" for value in (found.kl_mean, found.kl_median, found.kl_p90)),
+        "-" if found.kl_confident is None else f"{found.kl_confident:.5f}",
         f"{floor.kl_mean:.1e}",
-        f"{divergence.top1_agreement:.2%}",
-        "-" if divergence.perplexity is None else f"{divergence.perplexity:.3f}",
-        "-"
-        if divergence.perplexity_difference is None
-        else f"{divergence.perplexity_difference:+.3f}",
+        f"{found.top1_agreement:.2%}",
+        "-" if found.perplexity is None else f"{found.perplexity:.3f}",
+        "-" if found.perplexity_difference is None else f"{found.perplexity_difference:+.3f}",
     ]
