@@ -1,4 +1,7 @@
-"""Run the Apertus language models with MLX. Importing this package loads nothing heavy."""
+"""Run and quantize the Apertus language models with MLX; see docs/python.md.
+
+Importing this package loads nothing heavy: what it offers comes when it is first asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from apertus_mlx.api import Answer, Apertus, Chat, Message, Piece, Stream, load
+    from apertus_mlx.errors import (
+        ApertusError,
+        NotFoundError,
+        RejectedError,
+        ResourceError,
+        UsageError,
+    )
+    from apertus_mlx.system.progress import Progress
     from apertus_mlx.tools import convert_model, distill, evaluate, plan, verify
 
 __version__ = "0.1.0"
-# name -> the module that defines it; imported when it is first asked for.
-_HOMES = dict.fromkeys(
-    ("convert_model", "distill", "evaluate", "plan", "verify"), "apertus_mlx.tools"
-)
-__all__ = ["__version__", "convert_model", "distill", "evaluate", "plan", "verify"]
+
+_NAMES = {
+    "api": ("Answer", "Apertus", "Chat", "Message", "Piece", "Stream", "load"),
+    "errors": ("ApertusError", "NotFoundError", "RejectedError", "ResourceError", "UsageError"),
+    "system.progress": ("Progress",),
+    "tools": ("convert_model", "distill", "evaluate", "plan", "verify"),
+}
+# name -> the module that defines it.
+_HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = [
+    "Answer", "Apertus", "ApertusError", "Chat", "Message", "NotFoundError", "Piece", "Progress",
+    "RejectedError", "ResourceError", "Stream", "UsageError", "__version__", "convert_model",
+    "distill", "evaluate", "load", "plan", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

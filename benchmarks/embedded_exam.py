@@ -16,21 +16,22 @@ from pathlib import Path
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.demo import model_dir
-from apertus_mlx.generation.run import Generation, Speaker, load_speaker
-from apertus_mlx.generation.sampling import SamplingParams
+from apertus_mlx.generation.model_folder import LoadedModel, open_folder
+from apertus_mlx.generation.options import SamplingOptions
+from apertus_mlx.generation.run import Generation
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.template import Message
 from recipes.demo import exam
 from recipes.demo.facts import LANGUAGES
 
 
-def sit(speaker: Speaker) -> exam.Report:
+def sit(loaded: LoadedModel) -> exam.Report:
     """Let a model answer all questions."""
 
     def answer(question: str, language: str) -> str:
-        assert speaker.template is not None
-        prompt = speaker.template.render([Message(role="user", content=question)])
-        generation = Generation(speaker, prompt, SamplingParams(temperature=0), 40)
+        assert loaded.folder.template is not None
+        prompt = loaded.folder.template.render([Message(role="user", content=question)])
+        generation = Generation(loaded, prompt, SamplingOptions(temperature=0, max_tokens=40))
         return "".join(piece.text for piece in generation)
 
     return exam.run(answer)
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def _row(name: str, directory: Path) -> dict[str, str | int]:
-    report = sit(load_speaker(directory))
+    report = sit(open_folder(directory).load())
     right, count = report.score()
     row: dict[str, str | int] = {"weights": name, "right": right, "questions": count}
     for half in exam.HALVES:

@@ -17,7 +17,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from apertus_mlx.generation.run import Piece, load_speaker
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.generation.run import Piece
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import FORMS, Counts, Play
 
@@ -43,13 +45,13 @@ def main(compute: str, sequences: int, first: int = 0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = config_4x(num_attention_heads=2, head_dim=32, max_position_embeddings=4096)
         model = write_checkpoint(Path(folder) / "model", config)
-        speaker = load_speaker(model, "float32", compute=compute)  # type: ignore[arg-type]
+        loaded = open_folder(model).load(RunOptions(dtype="float32", compute=compute))  # type: ignore[arg-type]
         for seed in range(first, first + sequences):
             form = list(FORMS)[seed // 2 % len(FORMS)]
             kind = ("bytecode", "signal")[seed % 2]
             play = (Play, SignalledPlay)[seed % 2]
             try:
-                play(speaker, FORMS[form], seed, counts[kind], Path(folder)).play(STEPS)
+                play(loaded, FORMS[form], seed, counts[kind], Path(folder)).play(STEPS)
             except Exception as error:
                 failures.append(f"{form}, {kind}, seed {seed}: {type(error).__name__} {error}")
                 print(failures[-1], flush=True)

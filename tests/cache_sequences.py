@@ -23,9 +23,10 @@ import apertus_mlx
 from apertus_mlx.cache import Cache, CacheConfig
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
+from apertus_mlx.generation.model_folder import LoadedModel
+from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.generation.prompt_cache import Fingerprint, load_prompt_cache, save_prompt_cache
-from apertus_mlx.generation.run import Piece, Speaker
-from apertus_mlx.generation.sampling import SamplingParams
+from apertus_mlx.generation.run import Piece
 from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.system import rust_panics
 
@@ -154,14 +155,14 @@ class Play:
     """One conversation in one form of cache."""
 
     def __init__(
-        self, speaker: Speaker, form: CacheConfig, seed: int, counts: Counts, folder: Path
+        self, loaded: LoadedModel, form: CacheConfig, seed: int, counts: Counts, folder: Path
     ) -> None:
         self.random = random.Random(seed)
         self.form, self.counts, self.folder = form, counts, folder
-        self.model = Recording(speaker.model)
-        self.speaker = replace(speaker, model=self.model)
+        self.model = Recording(loaded.model)
+        self.loaded = replace(loaded, model=self.model)
         system = self.random.choice([None, "be brief"])
-        self.talk = Conversation(self.speaker, system=system, form=form)
+        self.talk = Conversation(self.loaded, system=system, form=form)
         self.undone: list[str] = []
         self.said: list[list[int]] = []
         self.asked = 0
@@ -175,7 +176,9 @@ class Play:
             self.counts.steps += 1
             self._require_only_what_was_said()
         # What the next turn makes of it.
-        self._answer(self.talk.ask(self._question(), SamplingParams(temperature=0), 1), "all")
+        self._answer(
+            self.talk.ask(self._question(), SamplingOptions(temperature=0, max_tokens=1)), "all"
+        )
         self.counts.sequences += 1
 
     def interrupt(self, pieces: Iterable[Piece]) -> None:
@@ -206,9 +209,9 @@ class Play:
             return
         path = self.folder / "prompt"
         save_prompt_cache(path, prefix, MADE_WITH)
-        saved = load_prompt_cache(path, self.speaker.config, self.form, mx.float32, MADE_WITH)
+        saved = load_prompt_cache(path, self.loaded.folder.config, self.form, mx.float32, MADE_WITH)
         kept = self.model.history, self.model.logits_at, self.model.position
-        resumed = CachedPrefix(self.speaker.model, self.form)
+        resumed = CachedPrefix(self.loaded.model, self.form)
         resumed.restore(saved.tokens, saved.layers)
         assert resumed.tokens == prefix.tokens
         self.talk._prefix = resumed
@@ -220,13 +223,15 @@ class Play:
         return f"<{self.asked}>{text}"
 
     def _settings(self) -> tuple[Any, ...]:
-        params = SamplingParams(
+        stops = self.random.choice([(), (), tuple("aeiourst"), ("\x00", "qq")])
+        options = SamplingOptions(
+            max_tokens=self.random.choice([1, 2, 4, 7]),
+            stop=stops,
             temperature=self.random.choice([0.0, 0.9]),
             repetition_penalty=self.random.choice([1.0, 1.3]),
             seed=self.random.randrange(1000),
         )
-        stops = self.random.choice([(), (), tuple("aeiourst"), ("\x00", "qq")])
-        return params, self.random.choice([1, 2, 4, 7]), stops, self.random.choice([16, 64, 512])
+        return options, self.random.choice([16, 64, 512])
 
     def _answer(self, pieces: Generator[Piece, None, None], end: str | None = None) -> None:
         self.model.logits_at = {}
@@ -243,7 +248,7 @@ class Play:
             self.counts.interrupts += 1
         finally:
             pieces.close()
-        if (result := self.talk.last_result) is not None:
+        if (result := self.talk.last_answer) is not None:
             self.said.append([*result.prompt_token_ids, *result.token_ids])
         self._compare()
 
@@ -300,7 +305,7 @@ class Play:
 
     def _require_only_what_was_said(self) -> None:
         tokens = self.talk._prefix.tokens
-        text = self.speaker.tokenizer.decode(tokens)
+        text = self.loaded.folder.tokenizer.decode(tokens)
         # The latest run may have ended before it touched the cache.
         assert not tokens or any(_begin_alike(tokens, said) for said in self.said)
         for question in self.undone:

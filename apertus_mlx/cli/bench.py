@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apertus_mlx.cli import cache_options, options
+from apertus_mlx.cli import options
 from apertus_mlx.cli.output import note, print_data, print_json, print_table
 from apertus_mlx.cli.progress import token_progress
+from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ class Peer(enum.StrEnum):
     MLX_LM = "mlx-lm"
 
 
+@options.spread
 def bench(
     model: Annotated[
         str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
     ] = None,
+    *,
     prompt_tokens: Annotated[
         str | None,
         typer.Option(
@@ -70,19 +73,7 @@ def bench(
         Path | None,
         typer.Option("--plot", help="Draw speed against depth into this SVG, PNG or PDF file."),
     ] = None,
-    dtype: options.DTypeOption = None,
-    compute: options.ComputeOption = options.Compute.AUTO,
-    precision: options.PrecisionOption = options.Precision.AUTO,
-    kv_bits: cache_options.KvBitsOption = None,
-    kv_bits_v: cache_options.KvBitsVOption = None,
-    max_kv: cache_options.MaxKvOption = None,
-    kv_sink: cache_options.KvSinkOption = None,
-    kv_rotate: cache_options.KvRotateOption = None,
-    prefill_step: cache_options.PrefillStepOption = None,
-    memory_limit: cache_options.MemoryLimitOption = None,
-    force: cache_options.ForceOption = False,
-    revision: options.RevisionOption = None,
-    offline: options.OfflineOption = False,
+    settings: RunOptions,
     json: options.JsonOption = False,
 ) -> None:
     """Measure how fast MODEL reads and writes here, and what it takes in memory.
@@ -90,13 +81,13 @@ def bench(
     Tokens are random, drawing them and reading them back is included, a first go does not count.
     ± is half of what lies between the slowest and the fastest turn.
     """
-    from apertus_mlx.backend.choose import uses_cpu
-    from apertus_mlx.backend.hardware import available_bytes, has_gpu, has_library
-    from apertus_mlx.cache import FULL_PRECISION
+    from apertus_mlx.backend.hardware import has_library
+    from apertus_mlx.cache.config import FULL_BITS
     from apertus_mlx.checkpoint.inventory import take_inventory
     from apertus_mlx.cli.model_source import locate_model
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.errors import RejectedError, UsageError
+    from apertus_mlx.generation.memory_plan import describe_plan, memory_limit, plan_memory
     from apertus_mlx.measure.bench.sides import Settings
     from apertus_mlx.measure.bench.workload import make_workload
     from apertus_mlx.system.model_files import check_folder
@@ -107,11 +98,9 @@ def bench(
             raise UsageError("--plot draws speed against depth: --depths must not be empty")
     if against is not None and not has_library("mlx_lm"):
         raise UsageError("--against mlx-lm: install it: pip install mlx-lm")
-    form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
-    request = cache_options.read_memory_request(
-        form or FULL_PRECISION, prefill_step, memory_limit, force
-    )
-    directory = locate_model(model, revision, offline)
+    if settings.form is None:  # the planner must not change what is compared
+        settings = replace(settings, kv_bits=FULL_BITS)
+    directory = locate_model(model, settings.revision, settings.offline)
     inventory = take_inventory(directory)
     if against is not None and "model_file" in inventory.config.asks_for_code:
         raise RejectedError(f"{directory}: config.json: model_file: mlx-lm would run that code")
@@ -128,28 +117,24 @@ def bench(
     sides = 1 if against is None else 2
     if sides > 1:
         # Both models are in memory at once, so each side gets its share of it.
-        limit = request.limit_bytes or available_bytes(
-            has_gpu() and not uses_cpu(compute.value, dtype.value if dtype else None)
-        )
-        request = replace(request, limit_bytes=limit // sides)
-    dtype_name = dtype.value if dtype else None
-    fit = cache_options.choose_settings(
-        request, inventory, workload.context, dtype_name, compute.value, precision.value
-    )
-    settings = Settings(
+        settings = replace(settings, memory_limit=memory_limit(settings) // sides)
+    fit = plan_memory(inventory, settings, workload.context)
+    if line := describe_plan(fit, settings, workload.context):
+        note(line)
+    side_settings = Settings(
         directory=str(directory),
         vocab_size=inventory.config.vocab_size,
         new_tokens=workload.new_tokens,
         seed=workload.seed,
-        dtype=dtype_name,
-        compute=compute.value,
-        precision=precision.value,
+        dtype=settings.dtype,
+        compute=settings.compute,
+        precision=settings.precision,
         form=asdict(fit.form),
         prefill_step=fit.prefill_step,
         buffer_cache_bytes=fit.buffer_cache_bytes,
         wired_bytes=fit.wired_bytes,
     )
-    report = _measure(inventory, model or "embedded", workload, fit.form, settings, sides)
+    report = _measure(inventory, model or "embedded", workload, fit.form, side_settings, sides)
     if json:
         print_json(asdict(report))
     else:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from apertus_mlx.cli import cache_options, options, sink
+from apertus_mlx.cli import options, sink
 from apertus_mlx.cli.generate import summary
-from apertus_mlx.cli.output import note, print_data, print_pieces
-from apertus_mlx.cli.prompt_text import open_lines, require_short
+from apertus_mlx.cli.output import note, print_pieces
+from apertus_mlx.cli.prompt_text import open_lines
+from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from apertus_mlx.generation.run import Speaker
-    from apertus_mlx.generation.sampling import SamplingParams
-    from apertus_mlx.memory import Fit
+    from apertus_mlx.generation.conversation import Conversation
 
-# Memory is planned for a conversation of so many tokens, or the model's context if shorter.
-CHAT_CONTEXT = 8192
 HELP = """/undo    forget the last question and its answer
 /retry   answer the last question again
 /reset   start over
@@ -26,91 +23,43 @@ HELP = """/undo    forget the last question and its answer
 /exit    leave (or Ctrl-D); a line that ends with \\ continues on the next"""
 
 
+@options.spread
 def chat(
     model: options.ModelOption = None,
-    revision: options.RevisionOption = None,
-    offline: options.OfflineOption = False,
+    *,
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
-    max_tokens: options.MaxTokensOption = 1024,
-    temperature: options.TemperatureOption = None,
-    top_p: options.TopPOption = None,
-    top_k: options.TopKOption = None,
-    min_p: options.MinPOption = None,
-    repetition_penalty: options.RepetitionPenaltyOption = None,
-    seed: options.SeedOption = None,
-    stop: options.StopOption = None,
-    dtype: options.DTypeOption = None,
-    compute: options.ComputeOption = options.Compute.AUTO,
-    precision: options.PrecisionOption = options.Precision.AUTO,
-    kv_bits: cache_options.KvBitsOption = None,
-    kv_bits_v: cache_options.KvBitsVOption = None,
-    max_kv: cache_options.MaxKvOption = None,
-    kv_sink: cache_options.KvSinkOption = None,
-    kv_rotate: cache_options.KvRotateOption = None,
-    prefill_step: cache_options.PrefillStepOption = None,
-    memory_limit: cache_options.MemoryLimitOption = None,
-    force: cache_options.ForceOption = False,
+    sampling: SamplingOptions,
+    settings: RunOptions,
 ) -> None:
     """Talk with a model; earlier turns are not computed again. /help lists what it understands."""
-    from apertus_mlx.checkpoint.generation_config import GenerationConfig
-    from apertus_mlx.cli.model_source import locate_model, open_speaker
-    from apertus_mlx.generation.sampling import resolve_params
-
-    def choose(config: GenerationConfig) -> SamplingParams:
-        return resolve_params(
-            config,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-
-    choose(GenerationConfig())
-    open_lines()
-    form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
-    request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
-    dtype_name = dtype.value if dtype else None
-    directory = locate_model(model, revision, offline)
-    with cache_options.MemoryGuard(request, dtype_name, compute.value, precision.value) as memory:
-        speaker = open_speaker(
-            directory,
-            dtype_name,
-            compute,
-            precision,
-            lambda inventory, *_: memory.choose(inventory, CHAT_CONTEXT),
-        )
-        params = choose(speaker.generation_config)
-        _converse(speaker, system, think, memory.fit, params, max_tokens, stop or ())
-
-
-def _converse(
-    speaker: Speaker,
-    system: str | None,
-    think: bool,
-    fit: Fit,
-    params: SamplingParams,
-    max_tokens: int,
-    stop: Sequence[str],
-) -> None:
-    from apertus_mlx.errors import UsageError
+    from apertus_mlx.backend.memory_limits import mlx_limits
+    from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
     from apertus_mlx.generation.conversation import Conversation
 
-    conversation = Conversation(speaker, system, think, fit.form)
+    open_lines()
+    folder = open_model(model, settings)
+    plan = plan_run(folder, settings, CHAT_CONTEXT)
+    with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
+        loaded = load_weights(folder, settings)
+        _converse(
+            lambda: Conversation(loaded, system, think, plan.form), sampling, plan.prefill_step
+        )
+
+
+def _converse(start: Callable[[], Conversation], sampling: SamplingOptions, step: int) -> None:
+    from apertus_mlx.errors import UsageError
+
+    conversation = start()
     note("type a message; /help for more")
 
     def answer(question: str | None) -> None:
-        settings = (params, max_tokens, stop, fit.prefill_step)
         if question is None:
-            pieces = conversation.retry(*settings)
+            pieces = conversation.retry(sampling, step)
         else:
-            require_short(question, speaker.tokenizer, speaker.context_length)
-            pieces = conversation.ask(question, *settings)
+            pieces = conversation.ask(question, sampling, step)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
             print_pieces(pieces)
-        print_data("")
 
     while (line := _read_line()) is not None:
         command = line.strip()
@@ -120,7 +69,7 @@ def _converse(
             if command == "/help":
                 sink.note(HELP, keep=sink.LAYOUT)
             elif command == "/reset":
-                conversation = Conversation(speaker, system, think, fit.form)
+                conversation = start()
             elif command == "/undo":
                 if not conversation.undo():
                     note("there is nothing to undo")
@@ -130,8 +79,8 @@ def _converse(
                 else:
                     answer(None)
             elif command == "/stats":
-                result = conversation.last_result
-                note(summary(result) if result else "nothing has been answered yet")
+                last = conversation.last_answer
+                note(summary(last) if last else "nothing has been answered yet")
             elif command.startswith("/") and " " not in command:
                 note(f"{command}: unknown; /help lists the commands")
             elif command:

@@ -86,12 +86,14 @@ def _reset(json: bool) -> None:
 
 def _require_memory(inventory: Inventory, dtype: str) -> None:
     """Refuse a model that does not fit before anything is loaded."""
-    from apertus_mlx.cache import FULL_PRECISION
-    from apertus_mlx.cli.cache_options import choose_settings, read_memory_request
+    from apertus_mlx.cache.config import FULL_BITS
+    from apertus_mlx.generation.memory_plan import plan_memory
+    from apertus_mlx.generation.options import RunOptions
     from apertus_mlx.measure.doctor.mlx_device import CONTEXT
 
-    request = read_memory_request(FULL_PRECISION, None, None, force=False)
-    choose_settings(request, inventory, CONTEXT, dtype, "mlx")
+    # `dtype` is one of MLX's names.
+    settings = RunOptions(kv_bits=FULL_BITS, dtype=dtype, compute="mlx")  # type: ignore[arg-type]
+    plan_memory(inventory, settings, CONTEXT)
 
 
 def _words(report: Report) -> Iterator[str | Table]:

@@ -2,150 +2,91 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apertus_mlx.cli import cache_options, options
-from apertus_mlx.cli.output import note, print_data, print_json, print_pieces
+from apertus_mlx.cli import options
+from apertus_mlx.cli.output import note, print_json, print_pieces
 from apertus_mlx.cli.progress import token_progress
-from apertus_mlx.cli.prompt_text import read_prompt, require_short
+from apertus_mlx.cli.prompt_text import read_prompt
+from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from apertus_mlx.checkpoint.inventory import Inventory
-    from apertus_mlx.generation.prompt_cache import PromptCache
-    from apertus_mlx.generation.run import Generation, Result
-    from apertus_mlx.text.template import ChatTemplate
-    from apertus_mlx.text.tokenizer import Tokenizer
+    from apertus_mlx.generation.run import Answer, Generation
+    from apertus_mlx.memory import Fit
 
 
+@options.spread
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="What to say to the model; default: standard input.")
     ] = None,
     model: options.ModelOption = None,
-    revision: options.RevisionOption = None,
-    offline: options.OfflineOption = False,
+    *,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as text, without chat template.")
     ] = False,
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
-    max_tokens: options.MaxTokensOption = 1024,
-    temperature: options.TemperatureOption = None,
-    top_p: options.TopPOption = None,
-    top_k: options.TopKOption = None,
-    min_p: options.MinPOption = None,
-    repetition_penalty: options.RepetitionPenaltyOption = None,
-    seed: options.SeedOption = None,
-    stop: options.StopOption = None,
-    dtype: options.DTypeOption = None,
-    compute: options.ComputeOption = options.Compute.AUTO,
-    precision: options.PrecisionOption = options.Precision.AUTO,
-    kv_bits: cache_options.KvBitsOption = None,
-    kv_bits_v: cache_options.KvBitsVOption = None,
-    max_kv: cache_options.MaxKvOption = None,
-    kv_sink: cache_options.KvSinkOption = None,
-    kv_rotate: cache_options.KvRotateOption = None,
-    prefill_step: cache_options.PrefillStepOption = None,
-    memory_limit: cache_options.MemoryLimitOption = None,
-    force: cache_options.ForceOption = False,
-    prompt_cache: cache_options.PromptCacheOption = None,
+    sampling: SamplingOptions,
+    settings: RunOptions,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-cache", help="Resume the prompt from this file; it is made if not there."
+        ),
+    ] = None,
     json: options.JsonOption = False,
 ) -> None:
     """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
-    from apertus_mlx.checkpoint.generation_config import GenerationConfig
-    from apertus_mlx.cli.model_source import locate_model, open_speaker
-    from apertus_mlx.errors import UsageError
+    from apertus_mlx.backend.memory_limits import mlx_limits
+    from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
     from apertus_mlx.generation.cached_prefix import CachedPrefix
-    from apertus_mlx.generation.run import Generation, require_room
-    from apertus_mlx.generation.sampling import SamplingParams, resolve_params
+    from apertus_mlx.generation.model_folder import require_prompt
+    from apertus_mlx.generation.run import Generation
 
-    def choose(config: GenerationConfig) -> SamplingParams:
-        return resolve_params(
-            config,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-
-    choose(GenerationConfig())  # Refuse bad values before a model is fetched or loaded.
-    if raw and (system is not None or think):
-        raise UsageError("--raw takes no chat template, so neither --system nor --think")
-    if stop and not all(stop):
-        raise UsageError("--stop: an empty string would stop at once")
     text = read_prompt() if prompt is None or prompt == "-" else prompt
-    if not text:
-        raise UsageError("the prompt is empty; pass it as an argument or on standard input")
-
-    form = cache_options.read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
-    request = cache_options.read_memory_request(form, prefill_step, memory_limit, force)
-    dtype_name = dtype.value if dtype else None
-
+    require_prompt(text, system, think, raw)
     started = time.perf_counter()
-    directory = locate_model(model, revision, offline)
-    prompt_ids: list[int] = []
-    saved: PromptCache | None = None
-
-    def before_weights(
-        inventory: Inventory, tokenizer: Tokenizer, template: ChatTemplate | None
-    ) -> None:
-        nonlocal saved
-        require_short(text, tokenizer, inventory.config.max_position_embeddings)
-        prompt_ids.extend(_prompt_ids(tokenizer, template, text, raw, system, think))
-        require_room(len(prompt_ids), inventory.config.max_position_embeddings)
-        memory.choose(inventory, len(prompt_ids) + max_tokens)
-        if prompt_cache is not None:
-            saved = cache_options.open_prompt_cache(
-                prompt_cache, inventory, memory.fit.form, dtype_name, compute.value
-            )
-            saved.require_use(prompt_ids)
-
-    guard = cache_options.MemoryGuard(request, dtype_name, compute.value, precision.value)
-    with guard as memory:
-        speaker = open_speaker(directory, dtype_name, compute, precision, before_weights)
+    folder = open_model(model, settings)
+    if folder.template is None and not raw:
+        note("the model has no chat template (a base model?); continuing the prompt as text")
+    prompt_ids = folder.prompt_ids(text, system=system, think=think, raw=raw)
+    folder.require_room(len(prompt_ids))
+    plan = plan_run(folder, settings, len(prompt_ids) + sampling.max_tokens)
+    saved = None
+    if prompt_cache is not None:
+        saved = folder.prompt_cache(prompt_cache, plan.form, settings)
+        saved.require_use(prompt_ids)
+    with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
+        loaded = load_weights(folder, settings)
         loaded_s = time.perf_counter() - started
         if saved is None:
-            prefix = CachedPrefix(speaker.model, memory.fit.form)
+            prefix = CachedPrefix(loaded.model, plan.form)
         else:
-            prefix = saved.resume(speaker.model, prompt_ids)
+            prefix = saved.resume(loaded.model, prompt_ids)
         run = Generation(
-            speaker,
+            loaded,
             prompt_ids,
-            choose(speaker.generation_config),
-            max_tokens,
-            stop or (),
-            memory.fit.prefill_step,
+            sampling,
+            plan.prefill_step,
             prefix,
             on_prefix=None if saved is None else saved.save,
         )
         try:
             _answer(run, json)
         finally:
-            result = run.result
             if json:
-                print_json(
-                    {
-                        **asdict(result),
-                        "load_s": loaded_s,
-                        "model": str(directory) if model else "embedded",
-                        "prompt_tokens": len(result.prompt_token_ids),
-                        "generated_tokens": len(result.token_ids),
-                        "memory": cache_options.report_fit(memory.fit),
-                    }
-                )
+                name = str(folder.directory) if model else "embedded"
+                print_json(_report(run.answer, loaded_s, name, plan))
             else:
-                if sys.stdout.isatty():
-                    print_data("")
-                note(summary(result))
+                note(summary(run.answer))
         if saved is not None:
             saved.finish()
 
@@ -160,33 +101,30 @@ def _answer(run: Generation, json: bool) -> None:
             print_pieces(run)
 
 
-def summary(result: Result) -> str:
+def _report(answer: Answer, loaded_s: float, model: str, plan: Fit) -> dict[str, Any]:
+    """What `--json` prints."""
+    from apertus_mlx.generation.memory_plan import report_plan
+
+    report = asdict(answer)
+    return {
+        "text": report.pop("text"),
+        "thoughts": report.pop("thought"),
+        **report,
+        "load_s": loaded_s,
+        "model": model,
+        "prompt_tokens": answer.prompt_tokens,
+        "generated_tokens": answer.generated_tokens,
+        "memory": report_plan(plan),
+    }
+
+
+def summary(answer: Answer) -> str:
     """One line about what a run took."""
-    prompt_tokens = len(result.prompt_token_ids)
-    reused = f" ({result.reused_prompt_tokens} reused)" if result.reused_prompt_tokens else ""
+    reused = f" ({answer.reused_prompt_tokens} reused)" if answer.reused_prompt_tokens else ""
     return (
-        f"prompt {prompt_tokens} tokens{reused}, {result.prefill_tokens_per_s:.1f} tokens/s; "
-        f"answer {len(result.token_ids)} tokens, {result.decode_tokens_per_s:.1f} tokens/s; "
-        f"first token after {result.time_to_first_token_s:.2f} s; "
-        f"peak memory {format_bytes(result.peak_memory_bytes)}"
+        f"prompt {answer.prompt_tokens} tokens{reused}, {answer.prefill_tokens_per_s:.1f} "
+        f"tokens/s; answer {answer.generated_tokens} tokens, "
+        f"{answer.decode_tokens_per_s:.1f} tokens/s; "
+        f"first token after {answer.time_to_first_token_s:.2f} s; "
+        f"peak memory {format_bytes(answer.peak_memory_bytes)}"
     )
-
-
-def _prompt_ids(
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    text: str,
-    raw: bool,
-    system: str | None,
-    think: bool,
-) -> list[int]:
-    from apertus_mlx.text.template import Message
-
-    if raw or template is None:
-        if not raw:
-            note("the model has no chat template (a base model?); continuing the prompt as text")
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + tokenizer.encode(text)
-    messages = [] if system is None else [Message(role="system", content=system)]
-    messages.append(Message(role="user", content=text))
-    return template.render(messages, think=think)

@@ -1,21 +1,17 @@
-"""Where a command's model comes from: a folder, the Hub, or the wheel; and loading it, audibly."""
+"""A command's model: found in a folder, on the Hub or in the wheel, then opened and loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apertus_mlx.cli.options import Compute, Precision
 from apertus_mlx.cli.output import note
 from apertus_mlx.cli.progress import byte_progress, show_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from apertus_mlx.checkpoint.inventory import Inventory
-    from apertus_mlx.generation.run import Speaker
-    from apertus_mlx.text.template import ChatTemplate
-    from apertus_mlx.text.tokenizer import Tokenizer
+    from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder
+    from apertus_mlx.generation.options import RunOptions
+    from apertus_mlx.memory import Fit
 
 
 def locate_model(model: str | None, revision: str | None, offline: bool) -> Path:
@@ -31,39 +27,32 @@ def locate_model(model: str | None, revision: str | None, offline: bool) -> Path
         return locate(model, revision=revision, offline=offline, progress=progress)
 
 
-def open_speaker(
-    directory: Path,
-    dtype: str | None,
-    compute: Compute,
-    precision: Precision,
-    before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None],
-) -> Speaker:
-    """Load the model in `directory`; tells what was ignored in it. See `load_speaker`."""
-    from apertus_mlx.backend.hardware import has_gpu
-    from apertus_mlx.generation.run import load_speaker
+def open_model(model: str | None, options: RunOptions) -> ModelFolder:
+    """Find and open the folder of `model`; tells what in it is not used."""
+    from apertus_mlx.generation.model_folder import open_folder
 
-    def tell(inventory: Inventory) -> None:
-        for name, reason in inventory.dropped.items():
-            note(f"{name}: not used, {reason}")
-        if inventory.config.asks_for_code:
-            keys = ", ".join(inventory.config.asks_for_code)
-            note(f"config.json asks for code of its own ({keys}); never run")
+    folder = open_folder(locate_model(model, options.revision, options.offline))
+    for line in folder.notes:
+        note(line)
+    return folder
+
+
+def plan_run(folder: ModelFolder, options: RunOptions, context: int) -> Fit:
+    """See `plan_memory`; tells what it chose if that is not the usual."""
+    from apertus_mlx.generation.memory_plan import describe_plan
+
+    plan = folder.plan(options, context)
+    if line := describe_plan(plan, options, context):
+        note(line)
+    return plan
+
+
+def load_weights(folder: ModelFolder, options: RunOptions) -> LoadedModel:
+    """Load the weights and show how far it is; tells if there is no GPU."""
+    from apertus_mlx.backend.hardware import has_gpu
 
     with byte_progress("loading") as update:
-        speaker = load_speaker(
-            directory,
-            dtype,
-            compute=compute.value,
-            precision=precision.value,
-            on_inventory=tell,
-            before_weights=before_weights,
-            on_bytes=update,
-        )
+        loaded = folder.load(options, update)
     if not has_gpu():
         note("MLX has no GPU on this machine: computing on the CPU")
-    if speaker.generation_config.ignored_keys:
-        note(
-            "generation_config.json: not implemented, ignored: "
-            + ", ".join(speaker.generation_config.ignored_keys)
-        )
-    return speaker
+    return loaded

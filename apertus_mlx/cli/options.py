@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
 
 import typer
+
+from apertus_mlx.generation.options import CacheOptions, RunOptions, SamplingOptions
 
 
 class DType(enum.StrEnum):
@@ -48,42 +54,128 @@ SystemOption = Annotated[str | None, typer.Option("--system", "-s", help="System
 ThinkOption = Annotated[
     bool, typer.Option("--think", help="Let the model deliberate first (shown on stderr).")
 ]
-MaxTokensOption = Annotated[
-    int, typer.Option("--max-tokens", "-n", min=1, max=2**31 - 1, help="Most tokens to generate.")
-]
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature", "--temp", "-t", help="0 takes the likeliest token; default: the model's."
-    ),
-]
-TopPOption = Annotated[
-    float | None, typer.Option("--top-p", help="Keep the likeliest tokens up to this mass.")
-]
-TopKOption = Annotated[
-    int | None, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")
-]
-MinPOption = Annotated[
-    float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")
-]
-RepetitionPenaltyOption = Annotated[
-    float | None, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")]
-StopOption = Annotated[
-    list[str] | None, typer.Option("--stop", help="End the answer before this text; repeatable.")
-]
 DTypeOption = Annotated[
     DType | None, typer.Option("--dtype", help="Type to compute in; default: what suits.")
 ]
-ComputeOption = Annotated[
-    Compute, typer.Option("--compute", help="mlx, or cpu where MLX has no GPU; auto chooses.")
-]
-PrecisionOption = Annotated[
-    Precision,
-    typer.Option(
-        "--precision",
-        help="Type of activations on the CPU; auto: int8 with weights of few bits, else float32.",
-    ),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+# The options of `SamplingOptions`, `CacheOptions` and `RunOptions`, in the order of the help.
+_OPTIONS: dict[str, Any] = {
+    "max_tokens": Annotated[
+        int,
+        typer.Option("--max-tokens", "-n", min=1, max=2**31 - 1, help="Most tokens to generate."),
+    ],
+    "temperature": Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            "--temp",
+            "-t",
+            help="0 takes the likeliest token; default: the model's.",
+        ),
+    ],
+    "top_p": Annotated[
+        float | None, typer.Option("--top-p", help="Keep the likeliest tokens up to this mass.")
+    ],
+    "top_k": Annotated[
+        int | None, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")
+    ],
+    "min_p": Annotated[
+        float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")
+    ],
+    "repetition_penalty": Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")
+    ],
+    "seed": Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")],
+    "stop": Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="End the answer before this text; repeatable."),
+    ],
+    "dtype": DTypeOption,
+    "compute": Annotated[
+        Compute, typer.Option("--compute", help="mlx, or cpu where MLX has no GPU; auto chooses.")
+    ],
+    "precision": Annotated[
+        Precision,
+        typer.Option(
+            "--precision",
+            help="Type of activations on the CPU; auto: int8 with weights of few bits, else "
+            "float32.",
+        ),
+    ],
+    "kv_bits": Annotated[
+        int | None,
+        typer.Option(
+            "--kv-bits", help="Bits of cached keys and values: 2, 3, 4, 6, 8 or 16 (full)."
+        ),
+    ],
+    "kv_bits_v": Annotated[
+        int | None,
+        typer.Option("--kv-bits-v", help="Bits of cached values; default: those of keys."),
+    ],
+    "max_kv": Annotated[
+        int | None,
+        typer.Option(
+            "--max-kv", help="Keep at most this many positions: the first few, the latest."
+        ),
+    ],
+    "kv_sink": Annotated[
+        int | None, typer.Option("--kv-sink", help="First positions that always stay; default: 4.")
+    ],
+    "kv_rotate": Annotated[
+        bool | None,
+        typer.Option(
+            "--kv-rotate/--no-kv-rotate",
+            help="Rotate keys before they are quantized; default: where heads allow it.",
+        ),
+    ],
+    "prefill_step": Annotated[
+        int | None,
+        typer.Option(
+            "--prefill-step",
+            min=1,
+            max=2**20,
+            help="Prompt tokens per step; default: 512, or less.",
+        ),
+    ],
+    "memory_limit": Annotated[
+        str | None,
+        typer.Option(
+            "--memory-limit", help="Stay below this, as 1.2GB; default: what the machine can give."
+        ),
+    ],
+    "force": Annotated[
+        bool, typer.Option("--force", help="Try even where the memory will not suffice.")
+    ],
+    "revision": RevisionOption,
+    "offline": OfflineOption,
+}
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` an option for each field of its parameters that are dataclasses of options."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters, groups = [], {}
+    for parameter in signature.parameters.values():
+        group = parameter.annotation
+        if group not in (SamplingOptions, CacheOptions, RunOptions):
+            parameters.append(parameter)
+            continue
+        groups[parameter.name] = group
+        defaults = {field.name: field.default for field in fields(group)}
+        for name in _OPTIONS:
+            if name in defaults:
+                option = parameter.replace(
+                    name=name, annotation=_OPTIONS[name], default=defaults[name]
+                )
+                parameters.append(option)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run

@@ -68,22 +68,25 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_pieces(pieces: Iterable[Piece]) -> None:
-    """Write an answer to stdout as it comes, and the deliberation before it to stderr.
+    """Write an answer and a newline to stdout as it comes, the deliberation before it to stderr.
 
-    On a terminal with controls escaped: a model's text must not give it orders. Into a pipe or
-    file as it is.
+    An interrupt or an error that ends the answer leaves the newline, too. On a terminal with
+    controls escaped: a model's text must not give it orders. Into a pipe or file as it is.
     """
     exact = not sys.stdout.isatty()
     thinking = False
-    for piece in pieces:
-        if thinking and not piece.is_thought:
-            note("")
-        thinking = piece.is_thought
+    try:
+        for piece in pieces:
+            if thinking and not piece.is_thought:
+                note("")
+            thinking = piece.is_thought
+            if thinking:
+                sink.note(piece.text, end="", keep=sink.LAYOUT)
+            elif exact:
+                sink.put_exactly(piece.text)
+            else:
+                sink.put(piece.text, end="", keep=sink.LAYOUT)
+    finally:
         if thinking:
-            sink.note(piece.text, end="", keep=sink.LAYOUT)
-        elif exact:
-            sink.put_exactly(piece.text)
-        else:
-            sink.put(piece.text, end="", keep=sink.LAYOUT)
-    if thinking:
-        note("")
+            note("")
+        print_data("")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from apertus_mlx.cli import cache_options, options
+from apertus_mlx.cli import options
 from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
+from apertus_mlx.generation.options import CacheOptions
 from apertus_mlx.system.sizes import format_bytes
 
 
+@options.spread
 def plan(
     model: Annotated[
         str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
     ] = None,
+    *,
     device: Annotated[
         str | None,
         typer.Option(
@@ -28,12 +32,7 @@ def plan(
         int | None,
         typer.Option("--context", min=1, help="Tokens of prompt and answer; default: 4096."),
     ] = None,
-    kv_bits: cache_options.KvBitsOption = None,
-    kv_bits_v: cache_options.KvBitsVOption = None,
-    max_kv: cache_options.MaxKvOption = None,
-    kv_sink: cache_options.KvSinkOption = None,
-    kv_rotate: cache_options.KvRotateOption = None,
-    prefill_step: cache_options.PrefillStepOption = None,
+    cache: CacheOptions,
     revision: options.RevisionOption = None,
     offline: options.OfflineOption = False,
     json: options.JsonOption = False,
@@ -49,12 +48,7 @@ def plan(
             model,
             device=device,
             context=context,
-            kv_bits=kv_bits,
-            kv_bits_v=kv_bits_v,
-            max_kv=max_kv,
-            kv_sink=kv_sink,
-            kv_rotate=kv_rotate,
-            prefill_step=prefill_step,
+            **asdict(cache),
             revision=revision,
             offline=offline,
             progress=progress,

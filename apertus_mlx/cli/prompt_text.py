@@ -1,16 +1,12 @@
-"""Text from people: whole, in UTF-8, and no longer than a model could read."""
+"""Text from standard input: whole, in UTF-8, and no longer than a model could read."""
 
 from __future__ import annotations
 
 import io
 import sys
-from typing import TYPE_CHECKING
 
 from apertus_mlx.cli.output import note
 from apertus_mlx.errors import UsageError
-
-if TYPE_CHECKING:
-    from apertus_mlx.text.tokenizer import Tokenizer
 
 # Some 15 million tokens; what goes on is no prompt.
 MAX_PROMPT_BYTES = 64 * 2**20
@@ -38,22 +34,6 @@ def read_prompt() -> str:
             f"standard input: byte {data[error.start]:#04x} at {error.start} is not UTF-8; convert "
             "the text, as with `iconv -f latin1 -t utf-8`"
         ) from None
-
-
-def require_short(text: str, tokenizer: Tokenizer, context: int) -> None:
-    """Refuse a text that cannot fit the context; encoding it would take 190 times its size.
-
-    Raises:
-        UsageError: even in its vocabulary's longest tokens it does not fit.
-    """
-    if len(text.encode("utf-8", "surrogatepass")) <= context:
-        return  # no token is shorter than a byte, and knowing the longest takes a second
-    least = tokenizer.least_tokens(text)
-    if least > context:
-        raise UsageError(
-            f"the prompt has {least} tokens or more, but the model's context is {context}, answer "
-            "included; shorten it"
-        )
 
 
 def open_lines() -> None:

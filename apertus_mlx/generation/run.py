@@ -1,104 +1,25 @@
-"""From a prompt to text: the model, its tokenizer and its defaults put together, and one run."""
+"""From a prompt to text: one run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
 
-from apertus_mlx.backend.choose import Compute, Precision, load_for
 from apertus_mlx.backend.hardware import peak_bytes
-from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
-from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix, Run
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
-from apertus_mlx.generation.sampling import Sampler, SamplingParams
-from apertus_mlx.model.language_model import LanguageModel
+from apertus_mlx.generation.model_folder import LoadedModel
+from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
+from apertus_mlx.generation.sampling import Sampler, resolve_params
 from apertus_mlx.text.stream import TextStream
-from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Role, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
-DEFAULT_MAX_TOKENS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Speaker:
-    """A model that is ready to speak: weights, tokenizer, chat template and defaults."""
-
-    directory: Path
-    config: ModelConfig
-    generation_config: GenerationConfig
-    model: LanguageModel
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens that prompt and answer may have together."""
-        return self.config.max_position_embeddings
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer; the end of the assistant's turn always does."""
-        stated = self.generation_config.eos_token_ids or self.config.eos_token_ids
-        return frozenset({*stated, self.tokenizer.control.end(Role.ASSISTANT)})
-
-
-def load_speaker(
-    directory: Path,
-    dtype: str | None = None,
-    *,
-    compute: Compute = "auto",
-    precision: Precision = "auto",
-    on_inventory: Callable[[Inventory], None] | None = None,
-    before_weights: Callable[[Inventory, Tokenizer, ChatTemplate | None], None] | None = None,
-    on_bytes: Callable[[int, int], None] | None = None,
-) -> Speaker:
-    """Load everything that generation needs from the model folder `directory`.
-
-    The small files are checked before any weight is read. For `compute` and `precision` see
-    `load_for`. `on_inventory` is told what was found,
-    `before_weights` may still refuse (what it raises ends the loading), `on_bytes` is told how many
-    bytes of weights are loaded and how many there are.
-
-    Raises:
-        NotFoundError, RejectedError: see `load_for`, `Tokenizer.load` and `ChatTemplate.load`.
-    """
-    inventory = take_inventory(directory)
-    if on_inventory is not None:
-        on_inventory(inventory)
-    config = inventory.config
-    generation_config = read_generation_config(directory, config.vocab_size)
-    tokenizer = Tokenizer.load(
-        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
-    )
-    template = ChatTemplate.load(directory, tokenizer)
-    if before_weights is not None:
-        before_weights(inventory, tokenizer, template)
-    model = load_for(inventory, compute, dtype, precision, on_bytes)
-    return Speaker(directory, config, generation_config, model, tokenizer, template)
-
-
-def require_room(prompt_tokens: int, context_length: int) -> int:
-    """How many tokens an answer may have after a prompt.
-
-    Raises:
-        UsageError: none.
-    """
-    room = context_length - prompt_tokens
-    if room < 1:
-        raise UsageError(
-            f"the prompt has {prompt_tokens} tokens, but the model's context is "
-            f"{context_length}, answer included; shorten it by {1 - room} or more"
-        )
-    return room
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +31,26 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Answer:
     """What one run produced and what it took.
 
-    `token_ids` are all that were generated, a stop id included; `text` leaves out control tokens,
-    deliberation and whatever follows a stop string. Rates are 0 where there was nothing to time.
+    Attributes:
+        text: the answer alone, without control tokens, deliberation or what follows a stop string.
+        thought: the deliberation before it; empty if there was none.
+        token_ids: all that were generated, a stop id included.
+        prompt_token_ids: the prompt's.
+        finish_reason: `stop`: the model or a stop string ended it; `length`: it reached
+            `max_tokens` or the model's context; `cancelled`: someone ended it.
+        reused_prompt_tokens: tokens of the prompt that had been computed before.
+        prefill_tokens_per_s: prompt tokens computed in a second; 0 if there was nothing to time.
+        decode_tokens_per_s: tokens generated in a second after the first one; 0 likewise.
+        time_to_first_token_s: seconds from the start to the first token.
+        peak_memory_bytes: the most memory that the process has held.
+        seed: with which the same prompt gives the same answer again.
     """
 
     text: str
-    thoughts: str
+    thought: str
     token_ids: list[int]
     prompt_token_ids: list[int]
     finish_reason: FinishReason
@@ -129,46 +61,59 @@ class Result:
     peak_memory_bytes: int
     seed: int
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the prompt has."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def generated_tokens(self) -> int:
+        """How many tokens were generated, a stop id included."""
+        return len(self.token_ids)
+
+
+class _Cancelled(BaseException):
+    """Ends the reading of a prompt as an interrupt would."""
+
 
 @dataclass
 class Generation:
-    """One run over `prompt`; iterate over it, once, for pieces of text, then read `result`.
+    """One run over `prompt`; iterate over it, once, for pieces of text, then read `answer`.
 
     Tokens that `prefix` holds already are not computed again; afterwards it holds as much of prompt
-    and answer as has been computed. Closing the iterator, or an interrupt, ends the run; `result`
-    then holds what there was.
+    and answer as has been computed. Closing the iterator, `cancelled` or an interrupt ends the run;
+    `answer` then holds what there was.
 
     Attributes:
         on_prefill: is told how many tokens of the prompt are done, those reused included.
         on_prefix: is called once, when `prefix` holds all of the prompt but its last token.
+        cancelled: is asked after each token, and chunk of the prompt, whether to end here.
         reused: tokens of the prompt that were not computed; known once the run has begun.
 
     Raises:
         UsageError: prompt and at least one new token do not fit the model's context.
     """
 
-    speaker: Speaker
+    loaded: LoadedModel
     prompt: Sequence[int]
-    params: SamplingParams
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    stop_strings: Sequence[str] = ()
+    options: SamplingOptions = DEFAULT_SAMPLING
     prefill_step: int = DEFAULT_PREFILL_STEP
     prefix: CachedPrefix | None = None
     on_prefill: Callable[[int], None] | None = None
     on_prefix: Callable[[CachedPrefix], None] | None = None
+    cancelled: Callable[[], bool] | None = None
     reused: int = field(default=0, init=False)
     token_ids: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UsageError("the prompt is empty")
-        room = require_room(len(self.prompt), self.speaker.context_length)
-        if self.max_tokens < 1:
-            raise UsageError(f"--max-tokens {self.max_tokens}: expected 1 or more")
-        self.max_tokens = min(self.max_tokens, room)
+        room = self.loaded.folder.require_room(len(self.prompt))
+        self._max_tokens = min(self.options.max_tokens, room)
+        self._params = resolve_params(self.loaded.folder.generation_config, self.options)
         self._begun = False
-        self._answer: list[str] = []
-        self._thoughts: list[str] = []
+        self._text: list[str] = []
+        self._thought: list[str] = []
         self._finish: FinishReason = "cancelled"
         self._started = self._first = self._last = 0.0
 
@@ -180,11 +125,13 @@ class Generation:
 
     def _pieces(self) -> Generator[Piece, None, None]:
         self._started = time.perf_counter()
-        prefix = CachedPrefix(self.speaker.model) if self.prefix is None else self.prefix
+        prefix = CachedPrefix(self.loaded.model) if self.prefix is None else self.prefix
         run = prefix.begin(self.prompt)
         self.reused = run.reused
         try:
             yield from self._answered(run, self._read(run, prefix))
+        except _Cancelled:
+            return
         except Exception:
             run.fail()
             raise
@@ -195,6 +142,8 @@ class Generation:
         def on_chunk(done: int) -> None:
             if self.on_prefill is not None:
                 self.on_prefill(before + done)
+            if self.cancelled is not None and self.cancelled():
+                raise _Cancelled
 
         before = run.reused
         if self.on_prefix is not None:
@@ -206,10 +155,10 @@ class Generation:
         return run.read(None, self.prefill_step, on_chunk)
 
     def _answered(self, run: Run, logits: mx.array) -> Iterator[Piece]:
-        stop_ids = self.speaker.stop_ids
-        sampler = Sampler(self.params, self.prompt, self.speaker.config.output_vocab_size)
-        text = _Segments(self.speaker.tokenizer, self.stop_strings)
-        for token in draw_tokens(run.step, logits, sampler, self.max_tokens):
+        stop_ids = self.loaded.folder.stop_ids
+        sampler = Sampler(self._params, self.prompt, self.loaded.model.config.output_vocab_size)
+        text = _Segments(self.loaded.folder.tokenizer, self.options.stop_strings)
+        for token in draw_tokens(run.step, logits, sampler, self._max_tokens):
             self._last = time.perf_counter()
             self._first = self._first or self._last
             self.token_ids.append(token)
@@ -220,22 +169,24 @@ class Generation:
             if text.stopped:
                 self._finish = "stop"
                 break
+            if self.cancelled is not None and self.cancelled():
+                break
         else:
             self._finish = "length"
         yield from self._kept(text.finish())
 
     def _kept(self, piece: Piece) -> Iterator[Piece]:
         if piece.text:
-            (self._thoughts if piece.is_thought else self._answer).append(piece.text)
+            (self._thought if piece.is_thought else self._text).append(piece.text)
             yield piece
 
     @property
-    def result(self) -> Result:
+    def answer(self) -> Answer:
         """What has been produced so far."""
         prefill_s, decode_s = self._first - self._started, self._last - self._first
-        return Result(
-            text="".join(self._answer),
-            thoughts="".join(self._thoughts),
+        return Answer(
+            text="".join(self._text),
+            thought="".join(self._thought),
             token_ids=list(self.token_ids),
             prompt_token_ids=list(self.prompt),
             finish_reason=self._finish,
@@ -243,8 +194,8 @@ class Generation:
             prefill_tokens_per_s=_rate(len(self.prompt) - self.reused, prefill_s),
             decode_tokens_per_s=_rate(len(self.token_ids) - 1, decode_s),
             time_to_first_token_s=max(prefill_s, 0.0),
-            peak_memory_bytes=peak_bytes(self.speaker.model.on_gpu),
-            seed=self.params.seed,
+            peak_memory_bytes=peak_bytes(self.loaded.model.on_gpu),
+            seed=self._params.seed,
         )
 
 

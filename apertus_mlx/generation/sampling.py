@@ -10,16 +10,16 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
-from apertus_mlx.checkpoint.generation_config import RANGES, GenerationConfig
-from apertus_mlx.errors import UsageError
+from apertus_mlx.checkpoint.generation_config import GenerationConfig
+from apertus_mlx.generation.options import SamplingOptions, require_ranges
 from apertus_mlx.model.language_model import NextTokenLogits
 
-MAX_SEED = 2**63
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.8, 0.9
 # Below it even neighbours in float32 differ by a factor of 7 or more in probability (logits of 20):
 # the likeliest token is all there is.
@@ -42,11 +42,7 @@ class SamplingParams:
     seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
 
     def __post_init__(self) -> None:
-        for name, allowed in RANGES.items():
-            value = getattr(self, name)
-            _require(allowed.holds(value), name.replace("_", "-"), value, allowed.words)
-        _require(self.top_k >= 0, "top-k", self.top_k, "0 (off) or more")
-        _require(0 <= self.seed < MAX_SEED, "seed", self.seed, "from 0 to 2^63 - 1")
+        require_ranges(self)
 
     @property
     def greedy(self) -> bool:
@@ -54,34 +50,27 @@ class SamplingParams:
         return self.temperature < COLDEST or self.top_k == 1
 
 
-def resolve_params(
-    config: GenerationConfig,
-    *,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-) -> SamplingParams:
+def resolve_params(config: GenerationConfig, options: SamplingOptions) -> SamplingParams:
     """What the user asked for, else what the model's makers recommend, else our defaults.
 
     Without any recommendation that is temperature 0.8 and top-p 0.9 (the Apertus model cards).
     """
+
+    def choose(name: str, default: float) -> Any:
+        asked = getattr(options, name)
+        return (getattr(config, name) or default) if asked is None else asked
+
+    temperature = options.temperature
     if temperature is None:
         temperature = 0.0 if config.do_sample is False else config.temperature
     recommended = config.temperature is not None or config.top_p is not None
-    if top_p is None:
-        top_p = config.top_p or (1.0 if recommended else DEFAULT_TOP_P)
     return SamplingParams(
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-        top_p=top_p,
-        top_k=(config.top_k or 0) if top_k is None else top_k,
-        min_p=(config.min_p or 0.0) if min_p is None else min_p,
-        repetition_penalty=(
-            (config.repetition_penalty or 1.0) if repetition_penalty is None else repetition_penalty
-        ),
-        seed=secrets.randbelow(2**32) if seed is None else seed,
+        top_p=choose("top_p", 1.0 if recommended else DEFAULT_TOP_P),
+        top_k=choose("top_k", 0),
+        min_p=choose("min_p", 0.0),
+        repetition_penalty=choose("repetition_penalty", 1.0),
+        seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
     )
 
 
@@ -177,8 +166,3 @@ def nucleus(probabilities: mx.array, top_p: float) -> mx.array:
     likeliest = probabilities[by_rank]
     kept_ranks = mx.cumsum(likeliest) - likeliest < top_p
     return mx.put_along_axis(mx.zeros((size,), mx.bool_), by_rank, kept_ranks, axis=-1)
-
-
-def _require(holds: bool, name: str, value: float, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"--{name} {value}: expected {expected}")

@@ -17,11 +17,12 @@ from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.checkpoint.layout import matrices
 from apertus_mlx.cli.app import app
-from apertus_mlx.cli.cache_options import choose_settings, read_memory_request
 from apertus_mlx.demo import model_dir
 from apertus_mlx.errors import ResourceError
-from apertus_mlx.generation.run import Generation, load_speaker
-from apertus_mlx.generation.sampling import SamplingParams
+from apertus_mlx.generation.memory_plan import plan_memory
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions, SamplingOptions
+from apertus_mlx.generation.run import Generation
 from apertus_mlx.memory import Subject, fit, footprint
 from apertus_mlx.memory.cpu import weights_bytes
 from apertus_mlx.memory.footprint import CPU_PATH, GPU_16_BIT, choose_backend
@@ -122,11 +123,11 @@ def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_the_peak_is_that_of_who_computes(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
-    speaker = load_speaker(model_dir(), compute="cpu")
-    assert not speaker.model.on_gpu
-    run = Generation(speaker, [1, 100, 200], SamplingParams(temperature=0), 2)
+    loaded = open_folder(model_dir()).load(RunOptions(compute="cpu"))
+    assert not loaded.model.on_gpu
+    run = Generation(loaded, [1, 100, 200], SamplingOptions(temperature=0, max_tokens=2))
     list(run)
-    assert run.result.peak_memory_bytes > 50_000_000
+    assert run.answer.peak_memory_bytes > 50_000_000
     assert hardware.peak_bytes(True) == 41_100
     app(["generate", "hi", "--compute", "cpu", "-n", "2", "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["peak_memory_bytes"] > 50_000_000
@@ -135,9 +136,8 @@ def test_the_peak_is_that_of_who_computes(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_a_gpu_beside_the_cpu_path_plans_nothing_of_it() -> None:
     pytest.importorskip("onnxruntime")
-    request = read_memory_request(None, None, None, force=False)
     inventory = take_inventory(model_dir())
-    chosen: Any = choose_settings(request, inventory, 100, None, "cpu", "int8")
+    chosen: Any = plan_memory(inventory, RunOptions(compute="cpu", precision="int8"), 100)
     assert chosen.backend.cpu == "int8"
     assert chosen.limit_bytes < 2**39
     assert chosen.wired_bytes == 0

@@ -9,7 +9,8 @@ import pytest
 
 from apertus_mlx.backend.choose import Compute
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.generation.run import load_speaker
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
 from tests.builders import config_4x, write_checkpoint
 
 
@@ -22,16 +23,14 @@ def test_a_file_that_is_cut(compute: Compute, left_bytes: int, tmp_path: Path) -
         os.truncate(folder / "model.safetensors", left_bytes)
 
     with pytest.raises(RejectedError, match=r"model\.safetensors: was changed while") as caught:
-        load_speaker(folder, compute=compute, on_bytes=cut)
+        open_folder(folder).load(RunOptions(compute=compute), cut)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("compute", ["mlx", "cpu"])
 def test_a_file_that_is_taken_away(compute: Compute, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, config_4x(num_hidden_layers=1))
-
-    def take_away(_: object) -> None:
-        (folder / "model.safetensors").unlink()
-
+    opened = open_folder(folder)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(RejectedError, match=r"model\.safetensors: is missing"):
-        load_speaker(folder, compute=compute, on_inventory=take_away)
+        opened.load(RunOptions(compute=compute))

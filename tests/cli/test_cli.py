@@ -50,7 +50,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generate_answers_offline() -> None:
     done = run("generate", QUESTION)
     assert done.returncode == 0
-    assert done.stdout == b"The capital of France is Paris."
+    assert done.stdout == b"The capital of France is Paris.\n"
     stats = done.stderr.decode()
     for part in ("prompt", "tokens/s", "first token after", "peak memory", "demonstration"):
         assert part in stats
@@ -138,7 +138,7 @@ def test_what_computes_is_a_choice() -> None:
     installed = importlib.util.find_spec("onnxruntime") is not None
     for compute in ("mlx", "auto", *(["cpu"] if installed else [])):
         done = run("generate", QUESTION, "--compute", compute)
-        assert done.stdout == b"The capital of France is Paris."
+        assert done.stdout == b"The capital of France is Paris.\n"
     line = refused(2, "generate", QUESTION, "--compute", "cpu", "--dtype", "bfloat16")
     assert "--dtype bfloat16" in line
     refused(2, "generate", QUESTION, "--compute", "gpu")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from apertus_mlx.cli.prompt_text import require_short
 from apertus_mlx.errors import UsageError
+from apertus_mlx.generation.model_folder import ModelFolder
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import load_tokenizer, write_tokenizer
 from tests.commands import command, refusal
@@ -31,6 +33,7 @@ def test_a_short_prompt_needs_no_look_at_the_vocabulary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    folder: Any = SimpleNamespace(tokenizer=tokenizer, context_length=6)
     asked: list[str] = []
     least = Tokenizer.least_tokens
 
@@ -41,9 +44,9 @@ def test_a_short_prompt_needs_no_look_at_the_vocabulary(
     monkeypatch.setattr(Tokenizer, "least_tokens", noted)
     # As many bytes as the context has positions: é has two, half a surrogate pair three.
     for text in ("", "x" * 6, "é" * 3, "\udcff" * 2):
-        require_short(text, tokenizer, 6)
+        ModelFolder.require_short(folder, text)
     assert not asked
-    require_short("x" * 7, tokenizer, 6)
+    ModelFolder.require_short(folder, "x" * 7)
     assert asked == ["x" * 7]
     with pytest.raises(UsageError, match="tokens or more"):
-        require_short("x" * 10_000, tokenizer, 6)
+        ModelFolder.require_short(folder, "x" * 10_000)

@@ -9,7 +9,7 @@ import pytest
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.demo import model_dir
-from apertus_mlx.generation.run import load_speaker
+from apertus_mlx.generation.model_folder import open_folder
 from benchmarks.embedded_exam import sit
 
 MAX_BYTES = 6_000_000
@@ -27,7 +27,7 @@ def test_size_and_form() -> None:
 
 
 def test_answers_at_least_90_of_100_held_out_questions() -> None:
-    report = sit(load_speaker(model_dir()))
+    report = sit(open_folder(model_dir()).load())
     right, count = report.score()
     assert count == 100
     assert right >= 90
@@ -44,10 +44,10 @@ def test_answers_at_least_90_of_100_held_out_questions() -> None:
 )
 def test_speaks_four_languages(question: str, answer: str) -> None:
     from apertus_mlx.generation.conversation import Conversation
-    from apertus_mlx.generation.sampling import SamplingParams
+    from apertus_mlx.generation.options import SamplingOptions
 
-    conversation = Conversation(load_speaker(model_dir()))
-    pieces = conversation.ask(question, SamplingParams(temperature=0))
+    conversation = Conversation(open_folder(model_dir()).load())
+    pieces = conversation.ask(question, SamplingOptions(temperature=0))
     assert answer in "".join(piece.text for piece in pieces)
 
 

@@ -8,7 +8,8 @@ from zlib import crc32
 import pytest
 
 from apertus_mlx.backend.choose import Compute
-from apertus_mlx.generation.run import load_speaker
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import FORMS, Counts, Play
 
@@ -28,10 +29,10 @@ def test_logits_are_those_of_a_fresh_run(
 ) -> None:
     if compute == "cpu":
         pytest.importorskip("onnxruntime")
-    speaker = load_speaker(folder, "float32", compute=compute)
+    loaded = open_folder(folder).load(RunOptions(dtype="float32", compute=compute))
     counts = Counts()
     first = crc32(f"{compute} {form}".encode())
     for seed in range(first, first + SEQUENCES):
-        Play(speaker, FORMS[form], seed, counts, tmp_path).play(STEPS)
+        Play(loaded, FORMS[form], seed, counts, tmp_path).play(STEPS)
     assert counts.sequences == SEQUENCES
     assert counts.interrupts and counts.compared

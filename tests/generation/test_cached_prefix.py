@@ -16,42 +16,49 @@ from apertus_mlx.cache import Cache, CacheConfig, FullCache
 from apertus_mlx.demo import model_dir
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
-from apertus_mlx.generation.run import Generation, Speaker, load_speaker
-from apertus_mlx.generation.sampling import SamplingParams
+from apertus_mlx.generation.model_folder import LoadedModel, open_folder
+from apertus_mlx.generation.options import RunOptions, SamplingOptions
+from apertus_mlx.generation.run import Generation
 from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.template import Message
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import interrupt_after
 
-GREEDY = SamplingParams(temperature=0, seed=0)
+GREEDY = SamplingOptions(temperature=0, seed=0)
+
+
+def greedy(max_tokens: int) -> SamplingOptions:
+    return replace(GREEDY, max_tokens=max_tokens)
+
+
 QUESTION = "What is the capital of France?"
 # Reached by MLX's form through `FullCache`, by the host's own through its attention.
 COMPUTES: tuple[Compute, ...] = ("mlx", "cpu")
 
 
 @pytest.fixture(scope="module", params=COMPUTES)
-def speaker(request: pytest.FixtureRequest) -> Speaker:
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     if request.param == "cpu":
         pytest.importorskip("onnxruntime")
-    return load_speaker(model_dir(), "float32", compute=request.param)
+    return open_folder(model_dir()).load(RunOptions(dtype="float32", compute=request.param))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     folder = write_checkpoint(tmp_path_factory.mktemp("model"), config_4x(head_dim=64))
-    return load_speaker(folder, compute="mlx").model
+    return open_folder(folder).load(RunOptions(compute="mlx")).model
 
 
 def log_probabilities(logits: mx.array) -> np.ndarray:
     return np.array(logits - mx.logsumexp(logits))
 
 
-def require_next_turn_as_from_the_start(talk: Conversation, speaker: Speaker) -> None:
-    assert speaker.template is not None
+def require_next_turn_as_from_the_start(talk: Conversation, loaded: LoadedModel) -> None:
+    assert loaded.folder.template is not None
     question = Message(role="user", content="And of Germany?")
-    prompt = speaker.template.render([*talk.messages, question])
+    prompt = loaded.folder.template.render([*talk.messages, question])
     kept = talk._prefix.begin(prompt).read()
-    fresh = speaker.model(mx.array([prompt]))[0, -1]
+    fresh = loaded.model(mx.array([prompt]))[0, -1]
     difference = np.abs(log_probabilities(kept) - log_probabilities(fresh)).max()
     assert difference < 1e-4
 
@@ -78,17 +85,17 @@ class Interrupting:
 
 @pytest.mark.parametrize("behind", [True, False])
 @pytest.mark.parametrize("step", [1, 3, 7])
-def test_an_interrupted_step_leaves_no_row(speaker: Speaker, step: int, behind: bool) -> None:
-    interrupting: Any = Interrupting(speaker.model, step, behind)
-    talk = Conversation(replace(speaker, model=interrupting))
+def test_an_interrupted_step_leaves_no_row(loaded: LoadedModel, step: int, behind: bool) -> None:
+    interrupting: Any = Interrupting(loaded.model, step, behind)
+    talk = Conversation(replace(loaded, model=interrupting))
     with pytest.raises(KeyboardInterrupt):
         list(talk.ask(QUESTION, GREEDY))
-    require_next_turn_as_from_the_start(talk, speaker)
+    require_next_turn_as_from_the_start(talk, loaded)
 
 
 @pytest.mark.parametrize("append", [1, 3, 4])
 def test_an_interrupt_between_layers_leaves_no_row(
-    speaker: Speaker, append: int, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, append: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
 
@@ -102,15 +109,15 @@ def test_an_interrupt_between_layers_leaves_no_row(
 
         return interrupted
 
-    talk = Conversation(speaker)
+    talk = Conversation(loaded)
     with monkeypatch.context() as patch:
         patch.setattr(FullCache, "update_and_fetch", interrupt(FullCache.update_and_fetch))
-        if hasattr(speaker.model, "_attention"):
-            patch.setattr(speaker.model, "_attention", interrupt(speaker.model._attention))
+        if hasattr(loaded.model, "_attention"):
+            patch.setattr(loaded.model, "_attention", interrupt(loaded.model._attention))
         with pytest.raises(KeyboardInterrupt):
             list(talk.ask(QUESTION, GREEDY))
     assert calls == append
-    require_next_turn_as_from_the_start(talk, speaker)
+    require_next_turn_as_from_the_start(talk, loaded)
 
 
 @pytest.mark.parametrize(
@@ -119,16 +126,16 @@ def test_an_interrupt_between_layers_leaves_no_row(
      CacheConfig(4, 4, bound=200)],
     ids=str,
 )  # fmt: skip
-def test_nothing_speaks_on_after_undo(speaker: Speaker, form: CacheConfig) -> None:
-    talk = Conversation(speaker, form=form)
-    list(talk.ask(f"{QUESTION} " * 20, GREEDY, 20))
+def test_nothing_speaks_on_after_undo(loaded: LoadedModel, form: CacheConfig) -> None:
+    talk = Conversation(loaded, form=form)
+    list(talk.ask(f"{QUESTION} " * 20, greedy(20)))
     assert talk.undo()
     assert talk._prefix.tokens == []
-    answer = "".join(p.text for p in talk.ask("What is the chemical symbol for gold?", GREEDY, 30))
-    result = talk.last_result
+    answer = "".join(p.text for p in talk.ask("What is the chemical symbol for gold?", greedy(30)))
+    result = talk.last_answer
     assert result is not None
-    prefix = CachedPrefix(speaker.model, form)
-    fresh = Generation(speaker, result.prompt_token_ids, GREEDY, 30, prefix=prefix)
+    prefix = CachedPrefix(loaded.model, form)
+    fresh = Generation(loaded, result.prompt_token_ids, greedy(30), prefix=prefix)
     assert answer == "".join(piece.text for piece in fresh)
 
 
@@ -162,11 +169,11 @@ def test_an_interrupt_before_any_bytecode(form: CacheConfig, model: LanguageMode
     assert bytecode > 1000
 
 
-def test_undo_keeps_what_is_older(speaker: Speaker) -> None:
-    talk = Conversation(speaker)
-    list(talk.ask(QUESTION, GREEDY, 20))
+def test_undo_keeps_what_is_older(loaded: LoadedModel) -> None:
+    talk = Conversation(loaded)
+    list(talk.ask(QUESTION, greedy(20)))
     before = talk._prefix.tokens
-    list(talk.ask("And of Italy?", GREEDY, 20))
+    list(talk.ask("And of Italy?", greedy(20)))
     talk.undo()
     assert talk._prefix.tokens == before
 
@@ -178,27 +185,27 @@ class InterruptedList(list[Message]):
         raise KeyboardInterrupt
 
 
-def test_a_question_that_was_never_put_says_nothing_of_the_next(speaker: Speaker) -> None:
-    talk = Conversation(speaker)
-    list(talk.ask(QUESTION, GREEDY, 20))
+def test_a_question_that_was_never_put_says_nothing_of_the_next(loaded: LoadedModel) -> None:
+    talk = Conversation(loaded)
+    list(talk.ask(QUESTION, greedy(20)))
     before = talk._prefix.tokens
     # Another start of the prompt, so that little of what is older is shared.
     messages, talk.messages = talk.messages, InterruptedList(talk.messages)
     talk.messages.insert(0, Message(role="system", content="Speak Romansh."))
     talk.messages.pop(1)
     with pytest.raises(KeyboardInterrupt):
-        list(talk.ask("And of Italy?", GREEDY, 20))
+        list(talk.ask("And of Italy?", greedy(20)))
     talk.messages = messages
-    list(talk.ask("And of Italy?", GREEDY, 20))
+    list(talk.ask("And of Italy?", greedy(20)))
     talk.undo()
     assert talk._prefix.tokens == before
 
 
-def test_retry_reads_no_token_again(speaker: Speaker) -> None:
-    talk = Conversation(speaker)
-    first = "".join(piece.text for piece in talk.ask(QUESTION, GREEDY, 20))
-    assert "".join(piece.text for piece in talk.retry(GREEDY, 20)) == first
-    result = talk.last_result
+def test_retry_reads_no_token_again(loaded: LoadedModel) -> None:
+    talk = Conversation(loaded)
+    first = "".join(piece.text for piece in talk.ask(QUESTION, greedy(20)))
+    assert "".join(piece.text for piece in talk.retry(greedy(20))) == first
+    result = talk.last_answer
     assert result is not None
     assert result.reused_prompt_tokens == len(result.prompt_token_ids) - 1
     assert len(talk.messages) == 2
@@ -207,13 +214,13 @@ def test_retry_reads_no_token_again(speaker: Speaker) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
-def test_every_stop_is_accounted_for(speaker: Speaker, count: int) -> None:
+def test_every_stop_is_accounted_for(loaded: LoadedModel, count: int) -> None:
     """Whether length or the caller ends a run, ids and rows are those of prompt and answer."""
     for close in (False, True):
-        prefix = CachedPrefix(speaker.model)
-        assert speaker.template is not None
-        prompt = speaker.template.render([Message(role="user", content=QUESTION)])
-        run = Generation(speaker, prompt, GREEDY, 40 if close else count, prefix=prefix)
+        prefix = CachedPrefix(loaded.model)
+        assert loaded.folder.template is not None
+        prompt = loaded.folder.template.render([Message(role="user", content=QUESTION)])
+        run = Generation(loaded, prompt, greedy(40 if close else count), prefix=prefix)
         pieces = iter(run)
         for _ in range(count if close else 100):
             next(pieces, None)
@@ -224,26 +231,26 @@ def test_every_stop_is_accounted_for(speaker: Speaker, count: int) -> None:
         assert {layer.offset for layer in prefix.layers} == {len(prefix.tokens)}
 
 
-def test_a_generation_runs_once(speaker: Speaker) -> None:
-    run = Generation(speaker, [1, 100], GREEDY, 3)
+def test_a_generation_runs_once(loaded: LoadedModel) -> None:
+    run = Generation(loaded, [1, 100], greedy(3))
     list(run)
-    result = run.result
+    result = run.answer
     with pytest.raises(RuntimeError, match="runs once"):
         list(run)
-    assert run.result.token_ids == result.token_ids
+    assert run.answer.token_ids == result.token_ids
 
 
-def test_an_older_run_goes_no_further(speaker: Speaker) -> None:
-    talk = Conversation(speaker)
-    older = talk.ask(QUESTION, GREEDY, 20)
+def test_an_older_run_goes_no_further(loaded: LoadedModel) -> None:
+    talk = Conversation(loaded)
+    older = talk.ask(QUESTION, greedy(20))
     next(older)
-    newer = talk.ask("And of Italy?", GREEDY, 20)
+    newer = talk.ask("And of Italy?", greedy(20))
     next(newer)
     with pytest.raises(RuntimeError, match="this run is over"):
         list(older)
     # It takes nothing from the newer one with it.
     list(newer)
-    require_next_turn_as_from_the_start(talk, speaker)
+    require_next_turn_as_from_the_start(talk, loaded)
 
 
 def test_a_run_refuses_layers_that_hold_something_else(model: LanguageModel) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from apertus_mlx.checkpoint.generation_config import GenerationConfig
 from apertus_mlx.errors import UsageError
+from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.generation.sampling import (
     Sampler,
     SamplingParams,
@@ -157,11 +158,13 @@ def test_values_outside_their_range(wrong: dict[str, Any]) -> None:
 
 
 def test_whose_word_counts() -> None:
-    assert resolve_params(GenerationConfig()).temperature == 0.8
-    assert resolve_params(GenerationConfig()).top_p == 0.9
+    assert resolve_params(GenerationConfig(), SamplingOptions()).temperature == 0.8
+    assert resolve_params(GenerationConfig(), SamplingOptions()).top_p == 0.9
     makers = GenerationConfig(temperature=0.5, top_k=20)
-    params = resolve_params(makers)
+    params = resolve_params(makers, SamplingOptions())
     assert (params.temperature, params.top_k, params.top_p) == (0.5, 20, 1.0)
-    assert resolve_params(makers, temperature=0, top_k=0).greedy
-    assert resolve_params(GenerationConfig(do_sample=False)).greedy
-    assert not resolve_params(GenerationConfig(do_sample=False), temperature=1.0).greedy
+    assert resolve_params(makers, SamplingOptions(temperature=0, top_k=0)).greedy
+    assert resolve_params(GenerationConfig(do_sample=False), SamplingOptions()).greedy
+    assert not resolve_params(
+        GenerationConfig(do_sample=False), SamplingOptions(temperature=1.0)
+    ).greedy

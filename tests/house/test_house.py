@@ -113,10 +113,12 @@ def test_the_command_line_starts_light() -> None:
 
 def test_first_token_without_transformers() -> None:
     loaded = loaded_after(
+        "from apertus_mlx.generation.options import SamplingOptions\n"
         "from apertus_mlx.generation.run import *\n"
+        "from apertus_mlx.generation.model_folder import open_folder\n"
         "from apertus_mlx.demo import model_dir\n"
-        "speaker = load_speaker(model_dir())\n"
-        "next(iter(Generation(speaker, [1, 100], SamplingParams())))"
+        "loaded = open_folder(model_dir()).load()\n"
+        "next(iter(Generation(loaded, [1, 100], SamplingOptions())))"
     )
     assert "mlx" in loaded
     assert not loaded & {"transformers", "torch", "mlx_lm", "huggingface_hub", CONVERT}

@@ -275,7 +275,7 @@ def test_refusals_come_before_the_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = write_model(tmp_path / "model", head_dim=64)
-    monkeypatch.setattr("apertus_mlx.generation.run.load_for", None)
+    monkeypatch.setattr("apertus_mlx.generation.model_folder.load_for", None)
     prompt = ["hello"] if command == "generate" else []
     result = run(command, *prompt, "--model", str(folder), *arguments)
     assert isinstance(result.exception, error)

@@ -6,19 +6,17 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 
 from apertus_mlx import __version__
-from apertus_mlx.backend.choose import Compute, Precision
 from apertus_mlx.backend.memory_limits import mlx_limits
 from apertus_mlx.backend.metal.enabled import enabled
 from apertus_mlx.backend.mlx import DTYPES, compute_dtype
 from apertus_mlx.cache import Cache, CacheConfig, rewind
-from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.generation.decode import decode, prefill
-from apertus_mlx.generation.run import load_speaker
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.measure.bench.sides import Loaded, Ready, Settings, serve
 from apertus_mlx.measure.bench.stopwatch import Stopwatch
@@ -66,18 +64,14 @@ def open_side(settings: Settings) -> Iterator[Loaded]:
 
 def _load(settings: Settings) -> Loaded:
     started = time.perf_counter()
-    speaker = load_speaker(
-        Path(settings.directory),
-        settings.dtype,
-        compute=cast(Compute, settings.compute),
-        precision=cast(Precision, settings.precision),
-    )
+    chosen = {name: getattr(settings, name) for name in ("dtype", "compute", "precision")}
+    loaded = open_folder(Path(settings.directory)).load(RunOptions(**chosen))
     load_s = time.perf_counter() - started
-    inventory = take_inventory(speaker.directory)
+    inventory = loaded.folder.inventory
     form = CacheConfig(**settings.form)
     kernels: list[str] = []
-    if isinstance(speaker.model, Model):
-        backend = f"MLX on the {'GPU' if speaker.model.on_gpu else 'CPU'}"
+    if isinstance(loaded.model, Model):
+        backend = f"MLX on the {'GPU' if loaded.model.on_gpu else 'CPU'}"
         dtype = DTYPES[settings.dtype] if settings.dtype else compute_dtype(inventory)
         found = enabled(inventory.config, inventory.specs, dtype)
         kernels = sorted(found.kernels) + ["compiled step"] * bool(found.compiled_step)
@@ -87,7 +81,7 @@ def _load(settings: Settings) -> Loaded:
     ready = Ready(
         version=__version__,
         backend=backend,
-        on_gpu=speaker.model.on_gpu,
+        on_gpu=loaded.model.on_gpu,
         kernels=kernels,
         dtype=str(dtype).removeprefix("mlx.core."),
         cache=str(form),
@@ -95,7 +89,7 @@ def _load(settings: Settings) -> Loaded:
         prefill_step=settings.prefill_step,
         load_s=load_s,
     )
-    engine = Ours(speaker.model, form, settings.prefill_step)
+    engine = Ours(loaded.model, form, settings.prefill_step)
     watch = Stopwatch(engine, settings.vocab_size, settings.new_tokens, settings.seed)
     return ready, watch.seconds
 

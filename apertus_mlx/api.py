@@ -1,0 +1,606 @@
+"""The Python API: find a model, load it, and ask it.
+
+    from apertus_mlx import load
+    model = load("swiss-ai/Apertus-v1.1-0.5B-Instruct")
+    print(model.generate("What is the capital of France?", temperature=0).text)
+
+Nothing here prints. Errors are those of `apertus_mlx.errors`; a value of a wrong type is a
+TypeError that begins with the argument's name.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from apertus_mlx import hub
+from apertus_mlx.backend.hardware import has_gpu
+from apertus_mlx.backend.memory_limits import mlx_limits
+from apertus_mlx.demo import model_dir
+from apertus_mlx.errors import NotFoundError, UsageError
+from apertus_mlx.generation.cached_prefix import CachedPrefix
+from apertus_mlx.generation.conversation import Conversation
+from apertus_mlx.generation.memory_plan import describe_plan, report_plan
+from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder, open_folder
+from apertus_mlx.generation.options import (
+    CHAT_CONTEXT,
+    RunKeywords,
+    RunOptions,
+    SamplingKeywords,
+    SamplingOptions,
+)
+from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.memory import Fit
+from apertus_mlx.system.arguments import expect, expect_range
+from apertus_mlx.system.foreign_errors import own_errors
+from apertus_mlx.system.progress import OnProgress, Progress
+from apertus_mlx.text.template import Message
+
+__all__ = ["Answer", "Apertus", "Chat", "Message", "Piece", "Progress", "Stream", "load"]
+
+# What the package logs reaches a program's own handlers, never stderr unasked.
+logging.getLogger("apertus_mlx").addHandler(logging.NullHandler())
+
+# Positions whose logits are computed at a time for `logprobs`: 131,072 float32 numbers each.
+_LOGITS_STEP = 32
+
+# A conversation; each message has a role and a content.
+Messages = Sequence[Mapping[str, object]]
+# Pieces of an answer, and the answer so far; both from a function that says whether to stop.
+_Work = Callable[
+    [Callable[[], bool]], tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
+]
+_T = TypeVar("_T")
+
+
+@own_errors()
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    context: int | None = None,
+    progress: OnProgress | None = None,
+    **options: Unpack[RunKeywords],
+) -> Apertus:
+    """Find a model, check its files, plan its memory, and load its weights.
+
+    Args:
+        model: a Hub id (`organisation/name`), a folder, or None for the small demonstration model
+            in the package.
+        context: tokens of prompt and answer together that memory is planned for; 8,192, or the
+            model's context if that is shorter, by default.
+        progress: told of the stages `downloading`, from another thread, and `loading`, in bytes.
+        **options: the fields of `RunOptions`, which are the command line's options:
+            `memory_limit="1.2GB"`, `kv_bits=8`, `compute="mlx"`, ...
+
+    Raises:
+        NotFoundError: there is no such model, or it cannot be reached.
+        RejectedError: a file of it is damaged or not supported.
+        ResourceError: too little memory or disk.
+        TypeError: a value of a wrong type, or an unknown option.
+        UsageError: a value out of range.
+    """
+    expect(str | os.PathLike | None, model=model)
+    expect(int | None, context=context)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function, not {type(progress).__name__}")
+    expect_range(1, 2**31, context=context)
+    settings = RunOptions(**options)
+    report = progress or (lambda _: None)
+    folder = open_folder(_locate(model, settings, progress))
+    context = context or CHAT_CONTEXT
+    plan = folder.plan(settings, context)
+    notes = list(folder.notes)
+    if folder.template is None:
+        notes.append("the model has no chat template (a base model?); it continues text")
+    if (line := describe_plan(plan, settings, context)) is not None:
+        notes.append(line)
+    if not has_gpu():
+        notes.append("MLX has no GPU on this machine: computing on the CPU")
+    with ExitStack() as stack:
+        stack.enter_context(mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes))
+        # MLX's usual streams belong to one thread; this one may be used by any, one at a time.
+        stream = mx.new_thread_unsafe_stream(mx.default_device())
+        with mx.stream(stream):
+            loaded = folder.load(
+                settings, lambda done, total: report(Progress("loading", done, total, "bytes"))
+            )
+        size_bytes = folder.inventory.checkpoint.size_bytes
+        report(Progress("loading", size_bytes, size_bytes, "bytes"))
+        return Apertus(loaded, plan, notes, stream, stack.pop_all())
+
+
+def _locate(
+    model: str | os.PathLike[str] | None, settings: RunOptions, progress: OnProgress | None
+) -> Path:
+    """The folder of `model`, fetched from the Hub if it is an id."""
+    if model is None:
+        return model_dir()
+    if not isinstance(model, str) and not Path(model).exists():
+        raise NotFoundError(f"{os.fspath(model)}: no such folder")
+    return hub.locate(
+        os.fspath(model),
+        revision=settings.revision,
+        offline=settings.offline,
+        progress=progress,
+    )
+
+
+class Apertus:
+    """A loaded model; any thread may use it, and calls queue. Made by `load`.
+
+    Attributes:
+        notes: what the command line would say while it loads: files that are not used, settings
+            that memory has forced, a missing GPU.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        plan: Fit,
+        notes: Sequence[str],
+        stream: mx.Stream,
+        limits: ExitStack,
+    ) -> None:
+        """Take over a model; use `load`."""
+        self.notes = list(notes)
+        self._loaded: LoadedModel | None = loaded
+        self._plan = plan
+        self._stream = stream
+        self._limits = limits
+        self._lock = threading.Lock()
+        # The thread that has the lock, or that an open stream was last read by.
+        self._owner: int | None = None
+        self._cancel = threading.Event()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Apertus {'closed' if self._loaded is None else self._loaded.folder.directory}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def directory(self) -> Path:
+        """The model's folder."""
+        return self._folder.directory
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return self._folder.context_length
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Form of the cache, prefill step, limit and planned bytes, as `generate --json` has it."""
+        return report_plan(self._plan)
+
+    @property
+    def model(self) -> nn.Module:
+        """The MLX module, which functions of mlx-lm accept; see docs/python.md for which.
+
+        Raises:
+            UsageError: the CPU path computes this model.
+        """
+        model = self._open().model
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                'this model is computed without MLX\'s modules; load it with compute="mlx"'
+            )
+        return model
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        system: str | None = None,
+        think: bool = False,
+        raw: bool = False,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Answer:
+        """Answer a question, or the last message of a conversation.
+
+        Args:
+            prompt: a text, or messages such as `{"role": "user", "content": "..."}`.
+            system: a system message to put first.
+            think: whether the model deliberates before it answers.
+            raw: continue a text as it is, without the model's chat template.
+            **sampling: the fields of `SamplingOptions`: `temperature`, `max_tokens`, `stop`, ...
+
+        Raises:
+            RejectedError: the chat template refuses the messages, or the weights are damaged.
+            TypeError: a value of a wrong type, or an unknown option.
+            UsageError: a value out of range, a prompt longer than the model's context, an open
+                stream in this thread, or a closed model.
+        """
+        return _finish(self.stream(prompt, system=system, think=think, raw=raw, **sampling))
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        system: str | None = None,
+        think: bool = False,
+        raw: bool = False,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Stream:
+        """Answer as `generate` does, piece by piece; other calls wait until the stream ends."""
+        ids = self._prompt_ids("prompt", prompt, system, think, raw)
+        self._folder.require_room(len(ids))
+        options = SamplingOptions(**sampling)
+
+        def work(cancelled: Callable[[], bool]) -> Any:
+            prefix = CachedPrefix(self._open().model, self._plan.form)
+            run = self._generation(ids, options, prefix, cancelled)
+            return iter(run), lambda: run.answer
+
+        return Stream(self, work)
+
+    def generate_all(
+        self,
+        prompts: Sequence[str | Messages],
+        *,
+        system: str | None = None,
+        think: bool = False,
+        raw: bool = False,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> list[Answer]:
+        """Answer many prompts one after the other, as `generate` does; one answer for each.
+
+        What a prompt begins with like the one before it is not computed again, unless the cache
+        cannot go back so far (`kv_bits` below 16, `max_kv`). After `stop`, the answers that are
+        left are empty.
+        """
+        every = [
+            self._prompt_ids(f"prompts[{index}]", prompt, system, think, raw)
+            for index, prompt in enumerate(cast(list[str | Messages], _list("prompts", prompts)))
+        ]
+        for ids in every:
+            self._folder.require_room(len(ids))
+        options = SamplingOptions(**sampling)
+        answers = []
+        with self._turn() as cancel, mx.stream(self._stream):
+            prefix = CachedPrefix(self._open().model, self._plan.form)
+            for ids in every:
+                run = self._generation(ids, options, prefix, cancel.is_set)
+                if not cancel.is_set():
+                    deque(run, maxlen=0)
+                answers.append(run.answer)
+        return answers
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        think: bool = False,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Chat:
+        """Start a conversation, in which no turn is computed twice.
+
+        Args:
+            system: a system message to put first.
+            think: whether the model deliberates before it answers.
+            **sampling: the fields of `SamplingOptions` for all turns.
+
+        Raises:
+            RejectedError: the model has no chat template.
+            TypeError, UsageError: see `generate`.
+        """
+        expect(str | None, system=system)
+        expect(bool, think=think)
+        options = SamplingOptions(**sampling)
+        with mx.stream(self._stream):
+            return Chat(self, Conversation(self._open(), system, think, self._plan.form), options)
+
+    def render(self, messages: Messages, *, think: bool = False) -> list[int]:
+        """The token ids of the prompt that the model's chat template makes of a conversation.
+
+        Raises:
+            RejectedError: there is no template, or it refuses the messages.
+            TypeError, UsageError: see `generate`.
+        """
+        expect(bool, think=think)
+        return self._rendered("messages", _messages("messages", messages), think)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, without BOS; no text becomes a special token."""
+        expect(str, text=text)
+        return self._folder.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without the special ones.
+
+        Raises:
+            UsageError: an id beyond the vocabulary.
+        """
+        for one in _list("ids", ids):
+            expect(int, ids=one)
+        size = self._folder.tokenizer.vocab_size
+        if wrong := [one for one in ids if not 0 <= one < size]:
+            raise UsageError(f"ids: {wrong[0]} is no token; there are {size}")
+        return self._folder.tokenizer.decode(ids)
+
+    def logprobs(self, text: str) -> list[float]:
+        """The natural logarithm of each token's probability, given all tokens before it.
+
+        One number for each id of `encode(text)`. The first is that after BOS; of a model without
+        BOS it is NaN, since nothing comes before it. Computed in chunks and with the form of cache
+        that the model was loaded with.
+
+        Raises:
+            TypeError, UsageError: see `generate`.
+        """
+        expect(str, text=text)
+        ids = self._folder.encode_raw(text)
+        if len(ids) > self.context_length:
+            self._folder.require_room(len(ids))
+        with self._turn(), mx.stream(self._stream):
+            model = self._open().model
+            cache = model.make_cache(self._plan.form)
+            found: list[float] = [] if self._folder.tokenizer.bos_id is not None else [math.nan]
+            for start in range(0, len(ids) - 1, self._plan.prefill_step):
+                chunk = ids[start : min(start + self._plan.prefill_step, len(ids) - 1)]
+                hidden = model.model(mx.array([chunk]), cache)
+                for first in range(0, len(chunk), _LOGITS_STEP):
+                    part = hidden[:, first : first + _LOGITS_STEP]
+                    logits = model.logits(part)[0].astype(mx.float32)
+                    following = mx.array(ids[start + first + 1 :][: logits.shape[0]])
+                    taken = mx.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
+                    found += (taken - mx.logsumexp(logits, axis=-1)).tolist()  # type: ignore[arg-type]
+                mx.clear_cache()
+        return found if text else []
+
+    def stop(self) -> None:
+        """End the answer that is being computed, from another thread; harmless if there is none.
+
+        The call returns what there was, with finish reason `cancelled`.
+        """
+        self._cancel.set()
+
+    def close(self) -> None:
+        """End what is being computed, and give back the memory; a second time does nothing."""
+        self._closed = True
+        self.stop()
+        self._free()
+
+    def _generation(
+        self,
+        ids: Sequence[int],
+        options: SamplingOptions,
+        prefix: CachedPrefix,
+        cancelled: Callable[[], bool],
+    ) -> Generation:
+        step = self._plan.prefill_step
+        return Generation(self._open(), ids, options, step, prefix, cancelled=cancelled)
+
+    def _prompt_ids(
+        self, name: str, prompt: str | Messages, system: str | None, think: bool, raw: bool
+    ) -> list[int]:
+        expect(str | None, system=system)
+        expect(bool, think=think, raw=raw)
+        if isinstance(prompt, str):
+            return self._folder.prompt_ids(prompt, system=system, think=think, raw=raw)
+        messages = _messages(name, prompt)
+        if raw:
+            raise UsageError(f"{name}: raw continues a text, and these are messages")
+        if system is not None:
+            messages.insert(0, Message(role="system", content=system))
+        return self._rendered(name, messages, think)
+
+    def _rendered(self, name: str, messages: Sequence[Message], think: bool) -> list[int]:
+        try:
+            return self._folder.render(messages, think)
+        except TypeError as error:  # what a content may hold is known to the template alone
+            raise TypeError(f"{name}: {error}") from None
+
+    def _open(self) -> LoadedModel:
+        loaded = self._loaded
+        if loaded is None or self._closed:
+            raise UsageError("this model is closed; load it again")
+        return loaded
+
+    @property
+    def _folder(self) -> ModelFolder:
+        return self._open().folder
+
+    @contextmanager
+    def _turn(self) -> Iterator[threading.Event]:
+        """Wait until no other thread computes; yields the event that ends this turn."""
+        self._open()
+        if self._owner == threading.get_ident():
+            raise UsageError(
+                "this thread has an open stream of this model; read it to its end or close() it"
+            )
+        try:
+            with self._lock:
+                self._open()
+                self._owner, self._cancel = threading.get_ident(), threading.Event()
+                try:
+                    with own_errors():
+                        yield self._cancel
+                finally:
+                    self._owner = None
+        finally:
+            if self._closed:
+                self._free()
+
+    def _free(self) -> None:
+        """Give the weights back, unless someone computes: whoever ends last does it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._loaded = None
+                self._limits.close()
+            finally:
+                self._lock.release()
+
+
+class Stream(Iterator[Piece]):
+    """Pieces of one answer, as they become certain.
+
+    The model computes as the stream is read; `close`, or letting go of it, ends the answer.
+    """
+
+    def __init__(self, model: Apertus, work: _Work) -> None:
+        """Use `Apertus.stream` or `Chat.stream`."""
+        # The generator must not hold this object: letting go of it has to end the generator.
+        self._answers: list[Callable[[], Answer | None]] = []
+        self._pieces = _pieces(model, work, self._answers)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the answer where it is; a second time does nothing."""
+        self._pieces.close()
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the stream has ended; before that, what there is.
+
+        Raises:
+            UsageError: nothing has been read yet.
+        """
+        found = self._answers[-1]() if self._answers else None
+        if found is None:
+            raise UsageError("nothing of this stream has been read yet")
+        return found
+
+
+class Chat:
+    """A conversation; made by `Apertus.chat`."""
+
+    def __init__(
+        self, model: Apertus, conversation: Conversation, sampling: SamplingOptions
+    ) -> None:
+        """Use `Apertus.chat`."""
+        self._model = model
+        self._conversation = conversation
+        self._sampling = sampling
+
+    @property
+    def messages(self) -> list[Message]:
+        """A copy of all messages so far; thoughts are not kept."""
+        return [cast(Message, dict(message)) for message in self._conversation.messages]
+
+    def ask(self, text: str, **sampling: Unpack[SamplingKeywords]) -> Answer:
+        """Add a user's message and return the answer.
+
+        An answer that is ended early stays in the conversation as far as it went.
+
+        Raises:
+            RejectedError, TypeError, UsageError: see `Apertus.generate`; if the conversation no
+                longer fits the model's context, it stays as it was.
+        """
+        return _finish(self.stream(text, **sampling))
+
+    def stream(self, text: str, **sampling: Unpack[SamplingKeywords]) -> Stream:
+        """Answer as `ask` does, piece by piece."""
+        expect(str, text=text)
+        if not text:
+            raise UsageError("text: a question must not be empty")
+        return self._streamed(sampling, lambda *how: self._conversation.ask(text, *how))
+
+    def retry(self, **sampling: Unpack[SamplingKeywords]) -> Answer:
+        """Answer the last question again.
+
+        Raises:
+            UsageError: there is none.
+        """
+        return _finish(self._streamed(sampling, self._conversation.retry))
+
+    def undo(self) -> bool:
+        """Forget the last question and its answer; returns whether there was one."""
+        with self._model._turn(), mx.stream(self._model._stream):
+            return self._conversation.undo()
+
+    def _streamed(
+        self, sampling: Mapping[str, Any], answer: Callable[..., Generator[Piece, None, None]]
+    ) -> Stream:
+        options = replace(self._sampling, **sampling)
+
+        def work(cancelled: Callable[[], bool]) -> Any:
+            before = self._conversation.run
+
+            def latest() -> Answer | None:
+                run = self._conversation.run
+                return None if run is None or run is before else run.answer
+
+            return answer(options, self._model._plan.prefill_step, cancelled), latest
+
+        return Stream(self._model, work)
+
+
+def _pieces(
+    model: Apertus, work: _Work, answers: list[Callable[[], Answer | None]]
+) -> Generator[Piece, None, None]:
+    """Read an answer in turn; `answers` gets what tells the answer so far, at the end for good."""
+    with model._turn() as cancel:
+        pieces, answer = work(cancel.is_set)
+        answers.append(answer)
+        try:
+            while True:
+                # Entered anew each time, since whoever reads may use streams of MLX of their own.
+                with mx.stream(model._stream):
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield piece
+                model._owner = threading.get_ident()
+        finally:
+            with mx.stream(model._stream):
+                pieces.close()
+            final = answer()
+            answers.append(lambda: final)
+
+
+def _finish(stream: Stream) -> Answer:
+    with stream:
+        deque(stream, maxlen=0)
+    return stream.answer
+
+
+def _messages(name: str, messages: object) -> list[Message]:
+    """Check a conversation.
+
+    Raises:
+        TypeError: it is no list of messages.
+        UsageError: it is empty, or a message lacks its role or content.
+    """
+    found = _list(name, messages)
+    if not found:
+        raise UsageError(f"{name}: there is no message")
+    for index, message in enumerate(found):
+        expect(Mapping, **{f"{name}[{index}]": message})
+        for key in ("role", "content"):
+            if key not in cast(Mapping[str, object], message):
+                raise UsageError(f"{name}[{index}]: has no {key!r}")
+        expect(str, **{f"{name}[{index}]['role']": cast(Mapping[str, object], message)["role"]})
+    return cast(list[Message], found)
+
+
+def _list(name: str, value: object) -> list[object]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name}: expected a list, not {type(value).__name__}")
+    return list(value)

@@ -1,0 +1,69 @@
+"""Which form of cache and which prefill step a run uses, so that it fits the memory there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apertus_mlx.backend.choose import uses_cpu
+from apertus_mlx.backend.hardware import available_bytes, has_gpu
+from apertus_mlx.cache import FULL_PRECISION
+from apertus_mlx.checkpoint.inventory import Inventory
+from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.memory import Fit, fit, footprint
+from apertus_mlx.memory.fit import PREFILL_STEPS
+from apertus_mlx.memory.footprint import choose_backend
+from apertus_mlx.memory.subject import inventory_subject
+from apertus_mlx.system.sizes import format_bytes
+
+
+def memory_limit(options: RunOptions) -> int:
+    """The bytes that a run may take: what was asked for, else what this machine can give."""
+    asked = options.limit_bytes
+    if asked is not None:
+        return asked
+    return available_bytes(has_gpu() and not uses_cpu(options.compute, options.dtype))
+
+
+def plan_memory(inventory: Inventory, options: RunOptions, context: int) -> Fit:
+    """Settings with which `context` positions (the model's own, if fewer) fit `memory_limit`.
+
+    Raises:
+        ResourceError: nothing fits; the message has the numbers that would.
+        UsageError: this model's heads cannot be cached as asked.
+    """
+    config, form = inventory.config, options.form
+    if form is not None:
+        form.require_fit(config.head_dim)
+    subject = inventory_subject(inventory, str(inventory.checkpoint.directory))
+    cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
+    backend = choose_backend(subject, has_gpu(), options.dtype, cpu)
+    context = min(context, config.max_position_embeddings)
+    limit = memory_limit(options)
+    if not options.force:
+        return fit(subject, limit, context, backend, form, options.prefill_step)
+    form, step = form or FULL_PRECISION, options.prefill_step or PREFILL_STEPS[0]
+    return Fit(form, step, footprint(subject, form, context, step, backend), limit, backend)
+
+
+def describe_plan(plan: Fit, options: RunOptions, context: int) -> str | None:
+    """One line about a plan that a limit has shaped; None about the usual one."""
+    usual = (options.form or FULL_PRECISION, options.prefill_step or PREFILL_STEPS[0])
+    chosen = (plan.form, plan.prefill_step)
+    if options.force or (options.memory_limit is None and chosen == usual):
+        return None
+    needed, limit = plan.footprint.total_bytes, plan.limit_bytes
+    return (
+        f"memory: about {format_bytes(needed)} of {format_bytes(limit)} "
+        f"at {context} tokens, with the cache in {plan.form} and prefill steps of "
+        f"{plan.prefill_step}"
+    )
+
+
+def report_plan(plan: Fit) -> dict[str, Any]:
+    """What was chosen and what it is to take, in bytes."""
+    return {
+        "cache": str(plan.form),
+        "prefill_step": plan.prefill_step,
+        "limit_bytes": plan.limit_bytes,
+        **plan.footprint.report(),
+    }

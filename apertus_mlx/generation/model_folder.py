@@ -1,0 +1,210 @@
+"""A model in two steps: its folder, whose small files are read and checked, then its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apertus_mlx.backend.choose import load_for, uses_cpu
+from apertus_mlx.backend.mlx import DTYPES, compute_dtype
+from apertus_mlx.cache import CacheConfig
+from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
+from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
+from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.generation.memory_plan import plan_memory
+from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.generation.prompt_cache import PromptCache
+from apertus_mlx.memory import Fit
+from apertus_mlx.model.language_model import LanguageModel
+from apertus_mlx.text.template import ChatTemplate, Message
+from apertus_mlx.text.tokenizer import Role, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """What a model's folder holds but the weights: enough to render prompts and plan memory."""
+
+    directory: Path
+    inventory: Inventory
+    generation_config: GenerationConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.inventory.config
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that prompt and answer may have together."""
+        return self.config.max_position_embeddings
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer; the end of the assistant's turn always does."""
+        stated = self.generation_config.eos_token_ids or self.config.eos_token_ids
+        return frozenset({*stated, self.tokenizer.control.end(Role.ASSISTANT)})
+
+    @property
+    def notes(self) -> list[str]:
+        """What in the folder is not used, and why; a line each."""
+        notes = [f"{name}: not used, {reason}" for name, reason in self.inventory.dropped.items()]
+        if self.config.asks_for_code:
+            keys = ", ".join(self.config.asks_for_code)
+            notes.append(f"config.json asks for code of its own ({keys}); never run")
+        if ignored := self.generation_config.ignored_keys:
+            notes.append(f"generation_config.json: not implemented, ignored: {', '.join(ignored)}")
+        if self.template is None:
+            notes.append("the model has no chat template (a base model?); it continues text")
+        return notes
+
+    def render(self, messages: Sequence[Message], think: bool = False) -> list[int]:
+        """The prompt of a conversation, by the model's own chat template.
+
+        Raises:
+            RejectedError: there is no template, or it refuses the messages.
+            UsageError: a message cannot fit the context.
+        """
+        template = self.require_template()
+        for message in messages:
+            if isinstance(content := message.get("content"), str):
+                self.require_short(content)
+        return template.render(messages, think=think)
+
+    def require_template(self) -> ChatTemplate:
+        """The model's chat template.
+
+        Raises:
+            RejectedError: it has none.
+        """
+        if self.template is None:
+            raise RejectedError(
+                f"{self.directory}: has no chat template (a base model?); "
+                "use `generate --raw` to continue text"
+            )
+        return self.template
+
+    def encode_raw(self, text: str) -> list[int]:
+        """The prompt that `text` is without a chat template: BOS, if the model has one, and text.
+
+        Raises:
+            UsageError: it cannot fit the context.
+        """
+        self.require_short(text)
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return bos + self.tokenizer.encode(text)
+
+    def prompt_ids(
+        self, text: str, *, system: str | None = None, think: bool = False, raw: bool = False
+    ) -> list[int]:
+        """The prompt of one question; continues `text` as it is if `raw` or without a template.
+
+        Raises:
+            RejectedError: the template refuses the messages.
+            UsageError: nothing to say, more than the context can hold, or `raw` with what only a
+                template can say.
+        """
+        require_prompt(text, system, think, raw)
+        if raw or self.template is None:
+            return self.encode_raw(text)
+        messages = [] if system is None else [Message(role="system", content=system)]
+        return self.render([*messages, Message(role="user", content=text)], think)
+
+    def require_short(self, text: str) -> None:
+        """Refuse a text that cannot fit the context; encoding it would take 190 times its size.
+
+        Raises:
+            UsageError: even in its vocabulary's longest tokens it does not fit.
+        """
+        if len(text.encode("utf-8", "surrogatepass")) <= self.context_length:
+            return  # no token is shorter than a byte, and knowing the longest takes a second
+        least = self.tokenizer.least_tokens(text)
+        if least > self.context_length:
+            raise UsageError(
+                f"the prompt has {least} tokens or more, but the model's context is "
+                f"{self.context_length}, answer included; shorten it"
+            )
+
+    def require_room(self, prompt_tokens: int) -> int:
+        """How many tokens an answer may have after a prompt.
+
+        Raises:
+            UsageError: none.
+        """
+        room = self.context_length - prompt_tokens
+        if room < 1:
+            raise UsageError(
+                f"the prompt has {prompt_tokens} tokens, but the model's context is "
+                f"{self.context_length}, answer included; shorten it by {1 - room} or more"
+            )
+        return room
+
+    def plan(self, options: RunOptions, context: int) -> Fit:
+        """See `plan_memory`."""
+        return plan_memory(self.inventory, options, context)
+
+    def prompt_cache(self, path: Path, form: CacheConfig, options: RunOptions) -> PromptCache:
+        """The prompt cache at `path`, checked.
+
+        Raises:
+            RejectedError: it is damaged, or made under other conditions.
+        """
+        dtype = "float32" if uses_cpu(options.compute, options.dtype) else options.dtype
+        number = DTYPES[dtype] if dtype else compute_dtype(self.inventory)
+        return PromptCache(path, self.inventory, form, number)
+
+    def load(
+        self,
+        options: RunOptions | None = None,
+        on_bytes: Callable[[int, int], None] | None = None,
+    ) -> LoadedModel:
+        """Load the weights; `on_bytes` is told the bytes read so far and in all.
+
+        Raises:
+            RejectedError, UsageError: see `load_for`.
+        """
+        options = options or RunOptions()
+        model = load_for(
+            self.inventory, options.compute, options.dtype, options.precision, on_bytes
+        )
+        return LoadedModel(self, model)
+
+
+def open_folder(directory: Path) -> ModelFolder:
+    """Read and check all files of `directory` but the weights.
+
+    Raises:
+        NotFoundError, RejectedError: see `take_inventory`, `Tokenizer.load` and
+            `ChatTemplate.load`.
+    """
+    inventory = take_inventory(directory)
+    config = inventory.config
+    generation_config = read_generation_config(directory, config.vocab_size)
+    tokenizer = Tokenizer.load(
+        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+    )
+    template = ChatTemplate.load(directory, tokenizer)
+    return ModelFolder(directory, inventory, generation_config, tokenizer, template)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model's folder and its weights, ready to run."""
+
+    folder: ModelFolder
+    model: LanguageModel
+
+
+def require_prompt(text: str, system: str | None, think: bool, raw: bool) -> None:
+    """Check what can be checked without a model.
+
+    Raises:
+        UsageError: an empty `text`, or `raw` together with what only a template can say.
+    """
+    if not text:
+        raise UsageError("the prompt is empty; pass it as an argument or on standard input")
+    if raw and (system is not None or think):
+        raise UsageError("--raw takes no chat template, so neither --system nor --think")
