@@ -27,7 +27,7 @@ def build(values: dict[str, Any], bits: int | None) -> tuple[Model, Any]:
         nn.quantize(model, group_size=64, bits=bits)
     mx.eval(model.parameters())
     for layer in model.layers:
-        layer.mlp.act_fn.fold()
+        layer.mlp.act_fn.fuse(compiled=False)
     theirs = apertus.Model(apertus.ModelArgs.from_dict(values))
     if bits is not None:
         nn.quantize(theirs, group_size=64, bits=bits)

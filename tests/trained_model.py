@@ -25,7 +25,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from apertus_mlx.checkpoint.config import parse_config
-from apertus_mlx.convert.distill import host
+from apertus_mlx.convert.distill.numpy_products import attend_by_numpy, product
 from apertus_mlx.demo import model_dir
 from apertus_mlx.model.apertus import Model
 from recipes.demo.corpus import documents
@@ -57,7 +57,7 @@ class Projection(nn.Module):
         self.weight = mx.random.normal((rows, columns)) * columns**-0.5
 
     def __call__(self, x: mx.array) -> mx.array:
-        return host.product(x, self.weight)
+        return product(x, self.weight)
 
 
 def trained_model(folder: Path) -> Path:
@@ -112,7 +112,8 @@ def train(steps: int = STEPS) -> dict[str, mx.array]:
 def new_model() -> Model:
     """Random weights: normal, each matrix scaled to keep the size of what it is given."""
     config = parse_config(CONFIG)
-    model = Model(config, host)
+    model = Model(config)
+    attend_by_numpy(model)
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for _, module in modules:
         for name, child in list(module.items()):

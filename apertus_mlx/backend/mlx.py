@@ -24,7 +24,7 @@ from apertus_mlx.checkpoint.inventory import (
 from apertus_mlx.checkpoint.tensors import Checkpoint
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import Model
-from apertus_mlx.model.scaled_linear import ScaledLinear
+from apertus_mlx.model.linear import ScaledLinear
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import checked
 
@@ -63,7 +63,8 @@ def load_inventory(
     factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
-    model.fold()
+    model.on_gpu = hardware.has_gpu()
+    model.fuse(compiled_activation=model.on_gpu)
     _use_kernels(model, inventory, compute)
     model.eval()
     return model
@@ -73,12 +74,14 @@ def _use_kernels(model: Model, inventory: Inventory, dtype: mx.Dtype) -> None:
     """Use the fused kernels that have been proved on this machine; elsewhere there are none."""
     if not hardware.has_metal():
         return
+    from apertus_mlx.backend.metal.compiled_step import CompiledStep
     from apertus_mlx.backend.metal.enabled import enabled
-    from apertus_mlx.backend.metal.fused import FusedOperations
+    from apertus_mlx.backend.metal.fused import FusedStep
 
     found = enabled(inventory.config, inventory.specs, dtype)
     if found.kernels:
-        model.use(FusedOperations(found.kernels), found.compiled_step)
+        step = FusedStep(found.kernels)
+        model.use(CompiledStep(step) if found.compiled_step else step)
 
 
 def _as_arguments(spec: QuantSpec | None) -> dict[str, Any] | bool:

@@ -1,4 +1,4 @@
-"""Attention over keys and values in several parts, some of them quantized; plain MLX.
+"""Attention over what a cache gives: arrays, or several parts of which some are quantized.
 
 Scores of all parts meet in one softmax, so the result is exactly that of attention over the
 dequantized whole. Nothing but a block of it is ever dequantized at a time.
@@ -10,7 +10,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from apertus_mlx.cache.protocol import Mask
+from apertus_mlx.cache.protocol import Mask, Stored
 from apertus_mlx.cache.segments import Codes, Segments, rotate
 
 # Up to so many query rows a key head, codes are multiplied as they are.
@@ -21,10 +21,12 @@ BLOCK = 512
 MAX_SCORES_BYTES = 2**23
 
 
-def attend(
-    queries: mx.array, keys: Segments, values: Segments, scale: float, mask: Mask
-) -> mx.array:
-    """Attention of `queries` `[B, heads, L, head_dim]`; the same shape."""
+def attend(queries: mx.array, keys: Stored, values: Stored, scale: float, mask: Mask) -> mx.array:
+    """Scaled dot-product attention of `queries` `[B, heads, L, head_dim]`; the same shape."""
+    if isinstance(keys, mx.array):
+        assert isinstance(values, mx.array)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    assert isinstance(values, Segments)
     if keys.rotated:
         queries = rotate(queries)
     if len(keys.parts) == 1 and len(values.parts) == 1:

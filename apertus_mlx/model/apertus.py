@@ -1,8 +1,8 @@
 """Apertus: a dense decoder with grouped-query attention, QK-norm and xIELU.
 
 Follows mlx-lm's model interface (`__call__(inputs, cache)`, `layers`, `make_cache`), so its tools
-run this model too. The arithmetic that other hardware may want to fuse is called by name through
-`ops`; `ops/plain.py` spells it out.
+run this model too. Everything is plain MLX as the equations stand. Quicker forms come from outside:
+`Model.use` takes another way to compute the step of one token.
 
 Sources: "Apertus: Democratizing Open and Compliant LLMs for Global Language Environments"
 (arXiv 2509.14233); xIELU: "Deriving Activation Functions Using Integration" (arXiv 2411.13010).
@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from apertus_mlx.backend.metal.compiled_step import CompiledStep
 from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, make_layer_cache
+from apertus_mlx.cache.attention import attend
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.checkpoint.config import ModelConfig, Rope
-from apertus_mlx.model import embedding_row, plain
-from apertus_mlx.model.joined_linear import join
+from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.model.language_model import NextTokenLogits
-from apertus_mlx.model.operations import Operations, Stream
+from apertus_mlx.model.linear import join
 
 
 class XIELU(nn.Module):
@@ -41,16 +40,21 @@ class XIELU(nn.Module):
         self.alpha_n = mx.full((1,), math.log(math.expm1(0.8 - 0.5)))
         self.beta = mx.array(0.5)
         self.eps = mx.array(-1e-6)
-        self._folded: tuple[mx.array, ...] | None = None
+        self._slopes: tuple[mx.array, ...] | None = None
+        self._apply = xielu
 
-    def fold(self) -> None:
-        """Compute the slopes once; call after the weights are final."""
-        self._folded = self.slopes()
-        mx.eval(self._folded)
+    def fuse(self, compiled: bool) -> None:
+        """Compute the slopes once; call after the weights are final.
+
+        `compiled`: apply it as one kernel, not ten. On a CPU MLX would call a C++ compiler first.
+        """
+        self._slopes = self.slopes()
+        self._apply = compiled_xielu if compiled else xielu
+        mx.eval(self._slopes)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply to `x` of any shape."""
-        return _xielu(x, *(self._folded or self.slopes()))
+        return self._apply(x, *(self._slopes or self.slopes()))
 
     def slopes(self) -> tuple[mx.array, ...]:
         """`alpha_p`, `alpha_n`, `beta` and `eps` as they stand in the equation, in float32."""
@@ -74,9 +78,8 @@ def xielu(
     return (mx.where(y > 0, positive, negative) + beta * y).astype(x.dtype)
 
 
-# On a GPU one kernel instead of ten; on the CPU MLX would call a C++ compiler first. Compiled for
-# each shape anew, since without known shapes MLX leaves the first cast out of the kernel.
-_xielu = xielu if mx.default_device() == mx.cpu else mx.compile(xielu)
+# For each shape anew: without known shapes MLX leaves the first cast out of the kernel.
+compiled_xielu = mx.compile(xielu)
 
 
 class RotaryEmbedding(nn.Module):
@@ -127,11 +130,11 @@ def rotary_wavelengths(head_dim: int, rope: Rope) -> list[float]:
 class Attention(nn.Module):
     """Grouped-query attention with RMS-normalized queries and keys."""
 
-    def __init__(self, config: ModelConfig, ops: Operations) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ops = ops
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -142,135 +145,180 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rope = RotaryEmbedding(config.head_dim, config.rope)
 
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+        """Attend from `x` `[B, L, D]` to all positions in `cache` and itself; the same shape."""
+        batch, length, _ = x.shape
+        queries, keys, values = self.project(x)
+        offset = 0 if cache is None else cache.offset
+        queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset)
+        keys = self.rope(self.k_norm(keys).transpose(0, 2, 1, 3), offset)
+        values = values.transpose(0, 2, 1, 3)
+        if cache is None:
+            output = attend(queries, keys, values, self.scale, mask)
+        else:
+            # All of them so far: arrays, or parts of which some are quantized.
+            all_keys, all_values = cache.update_and_fetch(keys, values)
+            output = attend(queries, all_keys, all_values, self.scale, mask)
+        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries `[B, L, heads, head_dim]`, keys and values `[B, L, kv_heads, head_dim]`."""
+        if self.is_joined:
+            return self.split(self.qkv_proj(x))
+        queries, keys, values = (
+            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return queries, keys, values
+
+    def split(self, qkv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What `project` returns, of the output of `qkv_proj`."""
+        rows = qkv.reshape(*qkv.shape[:2], -1, self.head_dim)
+        queries, keys, values = mx.split(rows, [self.heads, self.heads + self.kv_heads], axis=2)
+        return queries, keys, values
+
     @property
     def is_joined(self) -> bool:
         """Whether `qkv_proj` has taken the place of `q_proj`, `k_proj` and `v_proj`."""
         return "qkv_proj" in self
 
-    def fold(self) -> None:
+    def fuse(self) -> None:
         """Join the three projections of the input, where that changes no number."""
         joined = join((self.q_proj, self.k_proj, self.v_proj))
         if joined is not None:
             del self.q_proj, self.k_proj, self.v_proj
             self.qkv_proj = joined
 
-    def __call__(self, norm: nn.RMSNorm, stream: Stream, mask: Mask, cache: Cache | None) -> Stream:
-        """Attend from the normalized `stream` to all positions in `cache` and itself."""
-        return self.ops.attend(self, norm, stream, mask, cache)
-
 
 class MLP(nn.Module):
     """Up projection, xIELU, down projection; Apertus has no gate."""
 
-    def __init__(self, config: ModelConfig, ops: Operations) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ops = ops
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = XIELU()
 
-    def __call__(self, norm: nn.RMSNorm, stream: Stream) -> Stream:
-        """Transform each position of the normalized `stream` by itself."""
-        return self.ops.feed_forward(self, norm, stream)
+    def __call__(self, x: mx.array) -> mx.array:
+        """Transform each position of `x` `[B, L, D]` by itself; the same shape."""
+        return self.down_proj(self.act_fn(self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward."""
 
-    def __init__(self, config: ModelConfig, ops: Operations) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, ops)
-        self.mlp = MLP(config, ops)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
         self.attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, stream: Stream, mask: Mask, cache: Cache | None) -> Stream:
-        """The residual stream after this layer."""
-        stream = self.self_attn(self.attention_layernorm, stream, mask, cache)
-        return self.mlp(self.feedforward_layernorm, stream)
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+        """The residual stream `x` `[B, L, D]` after this layer."""
+        x = x + self.self_attn(self.attention_layernorm(x), mask, cache)
+        return x + self.mlp(self.feedforward_layernorm(x))
 
 
 class Decoder(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, config: ModelConfig, ops: Operations) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ops = ops
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config, ops) for _ in range(config.num_hidden_layers)]
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> mx.array:
         """Final hidden states `[B, L, D]` of the token ids `inputs` `[B, L]`."""
-        return self.ops.normalize(self.norm, self.stream(inputs, cache))
-
-    def stream(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> Stream:
-        """The residual stream behind the last layer."""
         caches = cache if cache is not None else [None] * len(self.layers)
-        stream = Stream(self.ops.embed(self.embed_tokens, inputs))
-        mask = _mask(inputs.shape[1], caches[0])
+        x = self.embed_tokens(inputs)
+        mask = make_mask(inputs.shape[1], caches[0])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            stream = layer(stream, mask, layer_cache)
-        return stream
+            x = layer(x, mask, layer_cache)
+        hidden: mx.array = self.norm(x)
+        return hidden
+
+
+def make_mask(length: int, cache: Cache | None) -> Mask:
+    """Which positions `length` new queries see; the same in all layers."""
+    if cache is not None:
+        return cache.make_mask(length, return_array=False, window_size=None)
+    return "causal" if length > 1 else None
+
+
+class Step(Protocol):
+    """Another way to compute what `Model.next_token_logits` says of a single token."""
+
+    @property
+    def joined_rows(self) -> bool:
+        """Whether it writes keys and values of a position to the cache together."""
+
+    def __call__(
+        self, model: Model, token: mx.array, cache: Sequence[Cache | None] | None
+    ) -> NextTokenLogits:
+        """Logits after `token` `[1, 1]`."""
 
 
 class Model(nn.Module):
-    """A decoder with its head, tied to the embedding or not."""
+    """A decoder with its head, tied to the embedding or not.
 
-    def __init__(self, config: ModelConfig, ops: Operations = plain) -> None:
+    Attributes:
+        on_gpu: whether a GPU computes it; whoever loads it says so.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.ops = ops
         self.model_type = config.family
-        self._compiled_step: CompiledStep | None = None
-        self.model = Decoder(config, ops)
+        self.on_gpu = False
+        self._step: Step | None = None
+        self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.output_vocab_size, bias=False)
 
     def __call__(self, inputs: mx.array, cache: Sequence[Cache | None] | None = None) -> mx.array:
         """Logits `[B, L, vocabulary]` of the token ids `inputs` `[B, L]`."""
+        if self._step is not None and inputs.size == 1:
+            return self._step(self, inputs, cache).values[None, None]
         return self.logits(self.model(inputs, cache))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits `[B, L, vocabulary]` of final hidden states `[B, L, D]`."""
-        return plain.logits(self.head, hidden)
+        head = self.head.as_linear if self.config.tie_word_embeddings else self.head
+        logits: mx.array = head(hidden)
+        return logits
 
     def next_token_logits(
         self, inputs: mx.array, cache: Sequence[Cache | None] | None = None
     ) -> NextTokenLogits:
         """Logits of the token after the last of `inputs` `[1, L]`."""
-        if self._compiled_step is not None and inputs.size == 1:
-            logits = self._compiled_step(inputs, cache)
-            if logits is not None:
-                return logits
-        return self.eager_logits(inputs, cache)
+        if self._step is not None and inputs.size == 1:
+            return self._step(self, inputs, cache)
+        return NextTokenLogits(self.logits(self.model(inputs, cache)[:, -1:])[0, 0])
 
-    def eager_logits(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> NextTokenLogits:
-        """See `next_token_logits`; described to MLX anew, and so for any cache."""
-        return self.ops.next_token_logits(
-            self.head, self.model.norm, self.model.stream(inputs, cache)
-        )
+    def use(self, step: Step | None) -> None:
+        """Compute single tokens by `step` from now on, or as this file says (None).
 
-    def use(self, ops: Operations, compiled_step: bool = False) -> None:
-        """Compute with other operations from now on; caches made before are not for them.
-
-        `compiled_step`: describe the step of decoding to MLX only once; see `CompiledStep`.
+        Caches made before are not for it.
         """
-        for _, module in self.named_modules():
-            if isinstance(module, Model | Decoder | Attention | MLP):
-                module.ops = ops
-        self._compiled_step = CompiledStep(self.eager_logits) if compiled_step else None
+        self._step = step
 
-    def fold(self) -> None:
-        """Bring the weights, now final, into the form that is the quickest to compute with."""
-        self.model.embed_tokens.by_product = embedding_row.works(self.model.embed_tokens)
+    def fuse(self, compiled_activation: bool = False) -> None:
+        """Bring the weights, now final, into the form that is the quickest to compute with.
+
+        Matrices that are joined lose their own names among the parameters. For
+        `compiled_activation` see `XIELU.fuse`.
+        """
+        if ProductEmbedding.is_exact(self.model.embed_tokens):
+            self.model.embed_tokens = ProductEmbedding(self.model.embed_tokens)
         for layer in self.layers:
-            layer.self_attn.fold()
-            layer.mlp.act_fn.fold()
+            layer.self_attn.fuse()
+            layer.mlp.act_fn.fuse(compiled_activation)
 
     @property
     def arithmetic(self) -> str:
-        """See `LanguageModel.arithmetic`."""
+        """In words, what its numbers depend on beside the checkpoint, by more than rounding."""
         return f"--compute mlx in {str(self.model.norm.weight.dtype).removeprefix('mlx.core.')}"
 
     @property
@@ -283,23 +331,11 @@ class Model(nn.Module):
         """The decoder layers."""
         return self.model.layers
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether a GPU computes it: where MLX's default device is one."""
-        return bool(mx.default_device() != mx.cpu)
-
     def make_cache(self, form: CacheConfig = FULL_PRECISION) -> list[Cache]:
         """An empty cache of this form for each layer.
 
         Raises:
             UsageError: heads of this model cannot be quantized or rotated as `form` asks.
         """
-        return [
-            make_layer_cache(form, self.config.head_dim, self.ops.joined_rows) for _ in self.layers
-        ]
-
-
-def _mask(length: int, cache: Cache | None) -> Mask:
-    if cache is not None:
-        return cache.make_mask(length, return_array=False, window_size=None)
-    return "causal" if length > 1 else None
+        joined = self._step is not None and self._step.joined_rows
+        return [make_layer_cache(form, self.config.head_dim, joined) for _ in self.layers]

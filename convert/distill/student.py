@@ -18,15 +18,12 @@ from mlx.utils import tree_unflatten
 
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.distill import host
-from apertus_mlx.convert.distill.host import product
+from apertus_mlx.convert.distill.numpy_products import attend_by_numpy, product
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.errors import UsageError
-from apertus_mlx.model import plain
 from apertus_mlx.model.apertus import DecoderLayer, Model
-from apertus_mlx.model.operations import Stream
 from apertus_mlx.quant.packing import pack, unpack
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -129,11 +126,10 @@ class Recomputed(nn.Module):
         self.layer = layer
         self._run = nn.utils.checkpoint(layer)
 
-    def __call__(self, stream: Stream, *others: Any) -> Stream:
+    def __call__(self, *arguments: Any) -> mx.array:
         """As the layer itself."""
-        if stream.update is not None:
-            stream = Stream(stream.residual + stream.update)
-        return Stream(*self._run(stream, *others))
+        after: mx.array = self._run(*arguments)
+        return after
 
 
 def rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -177,7 +173,9 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     """
     check_student(weights.source)
     config = weights.config
-    model = Model(config, plain if has_gpu() else host)
+    model = Model(config)
+    if not has_gpu():
+        attend_by_numpy(model)
     modules: dict[str, Any] = {}
     for matrix in layout.matrices(config):
         found = weights.source.matrices[matrix.path]

@@ -22,7 +22,6 @@ from apertus_mlx.checkpoint.inventory import XIELU_DEFAULTS
 from apertus_mlx.convert.sources.reading import Reader, block_rows
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.convert.write.keep import NOTHING, Keep
-from apertus_mlx.model import plain
 from apertus_mlx.model.apertus import DecoderLayer
 from apertus_mlx.quant.affine import round_scales
 
@@ -130,7 +129,7 @@ class Layer:
         self, weights: Weights, index: int, finish: Callable[[Array], Array] | None = None
     ) -> None:
         self.path = layout.layer(index)
-        self._module = module = DecoderLayer(weights.config, plain)
+        self._module = module = DecoderLayer(weights.config)
         self.projections = {
             name: Projection(weights.matrix(f"{self.path}.{name}"), finish)
             for stage in self.STAGES
@@ -148,7 +147,10 @@ class Layer:
                     owner = getattr(owner, part)
                 value = mx.array(weights.vector(name))
                 setattr(owner, attribute, value.reshape(getattr(owner, attribute).shape))
-        module.mlp.act_fn.fold()
+        # Attention then ends with what o is given.
+        owner = module.self_attn
+        owner.o_proj = nn.Identity()
+        module.mlp.act_fn.fuse(compiled=has_gpu())
 
     def attention_input(self, residual: mx.array) -> mx.array:
         """What q, k and v are given, for the residual stream `[B, L, D]`."""
@@ -156,7 +158,7 @@ class Layer:
 
     def mixed_values(self, x: mx.array) -> mx.array:
         """What o is given, for what q, k and v are given."""
-        return plain.mix(self._module.self_attn, x, "causal" if x.shape[1] > 1 else None, None)
+        return self._module.self_attn(x, "causal" if x.shape[1] > 1 else None, None)
 
     def up_input(self, residual: mx.array) -> mx.array:
         """What up is given, for the residual stream after attention."""

@@ -11,16 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from apertus_mlx.backend.metal.fused import FusedOperations
+from apertus_mlx.backend.metal.fused import FusedStep
 from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
-from apertus_mlx.model import plain
 from apertus_mlx.model.apertus import Model
-from apertus_mlx.model.operations import Operations
-from apertus_mlx.model.scaled_linear import ScaledLinear
+from apertus_mlx.model.linear import ScaledLinear
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x
 from tests.metal_harness import SCHEDULES, metal_kernel, missing
@@ -79,13 +77,14 @@ def pair(
         if accepted(kernel.place):
             kernels.setdefault(kernel.place, kernel)
     counting = Counting()
-    fused = Model(config, FusedOperations(kernels, counting))
+    fused = Model(config)
+    fused.use(FusedStep(kernels, counting))
     nn.quantize(fused, class_predicate=as_arguments)
     fused.update(reference.parameters())
     for model in (reference, fused):
         change(model)
         mx.eval(model.parameters())
-        model.fold()
+        model.fuse()
     return reference, fused, counting
 
 
@@ -228,8 +227,3 @@ def test_several_positions_or_sequences_are_plain() -> None:
     assert mx.array_equal(fused(ids), reference(ids))
     assert mx.array_equal(fused(mx.array([PROMPT])), reference(mx.array([PROMPT])))
     assert counting.launches.total() == 0
-
-
-def test_plain_operations_are_operations() -> None:
-    operations: Operations = plain
-    assert not operations.joined_rows

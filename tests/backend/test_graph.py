@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -14,20 +13,19 @@ import numpy as np
 import pytest
 
 from apertus_mlx.backend import command_buffers
+from apertus_mlx.backend.metal.compiled_step import CompiledStep
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cache import CacheConfig
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.generation.decode import MIN_CHUNK, chunk_sizes, decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams, kth_largest
 from apertus_mlx.memory.speed import DISPATCHES_PER_LAYER, DISPATCHES_PER_TOKEN
-from apertus_mlx.model import apertus as model_module
-from apertus_mlx.model import embedding_row, plain
-from apertus_mlx.model.apertus import Attention, Model
+from apertus_mlx.model.apertus import Attention, Model, Step
+from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.model.language_model import NextTokenLogits
-from apertus_mlx.model.operations import Operations
 from tests import decode_step
 from tests.builders import config_4x, random_weights, write_checkpoint
-from tests.decode_step import mlx_lm_dispatches, our_dispatches
+from tests.decode_step import JoinedPlain, mlx_lm_dispatches, our_dispatches
 from tests.dispatch_count import count_dispatches
 
 PROMPT = [1, 65, 74, 150, 233, 80, 201, 99]
@@ -40,10 +38,12 @@ def build(
     accepted: Callable[[str], bool] | None = None,
     layers: int = 2,
     dtype: mx.Dtype = mx.bfloat16,
-    ops: Operations | None = None,
+    step: Step | None = None,
+    compiled_activation: bool = False,
 ) -> Model:
     size = {"hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": True}
-    return decode_step.build(config_4x(**size, num_hidden_layers=layers), accepted, dtype, ops)
+    config = config_4x(**size, num_hidden_layers=layers)
+    return decode_step.build(config, accepted, dtype, step, compiled_activation)
 
 
 GREEDY = SamplingParams(temperature=0)
@@ -59,15 +59,10 @@ GREEDY = SamplingParams(temperature=0)
     ],
     ids=["plain", "around products", "products", "all"],
 )
-def test_dispatch_budget(
-    kernels: Callable[[str], bool] | None,
-    budgets: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # As on a GPU, where the activation is compiled.
-    monkeypatch.setattr(model_module, "_xielu", mx.compile(model_module.xielu))
+def test_dispatch_budget(kernels: Callable[[str], bool] | None, budgets: tuple[int, int]) -> None:
     for name, budget in zip(LAYERS, budgets, strict=True):
-        found = our_dispatches(build(kernels, LAYERS[name]))
+        # As on a GPU, where the activation is compiled.
+        found = our_dispatches(build(kernels, LAYERS[name], compiled_activation=True))
         print(name, found)
         assert found.total <= budget
         if kernels is None:
@@ -99,31 +94,31 @@ def test_the_counter_sees_what_should_not_be_there() -> None:
 
 def test_joined_projections_give_the_same_bits() -> None:
     x = mx.random.normal((2, 3, 128))
-    attention = Attention(parse_config(config_4x(hidden_size=128)), plain)
     for bits in (2, 3, 4, 6):
-        attention = Attention(parse_config(config_4x(hidden_size=128)), plain)
+        attention = Attention(parse_config(config_4x(hidden_size=128)))
         nn.quantize(attention, 64, bits)
-        apart = plain.project(attention, x)
-        attention.fold()
+        apart = attention.project(x)
+        attention.fuse()
         assert attention.is_joined
-        assert all(map(mx.array_equal, plain.project(attention, x), apart))
+        assert all(map(mx.array_equal, attention.project(x), apart))
 
 
 def test_projections_of_different_formats_stay_apart() -> None:
-    attention = Attention(parse_config(config_4x(hidden_size=128)), plain)
+    attention = Attention(parse_config(config_4x(hidden_size=128)))
     attention.q_proj = attention.q_proj.to_quantized(64, 4)
     attention.k_proj = attention.k_proj.to_quantized(64, 4)
     attention.v_proj = attention.v_proj.to_quantized(64, 6)
-    attention.fold()
+    attention.fuse()
     assert not attention.is_joined and "q_proj" in attention
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_an_embedding_row_by_product(bits: int) -> None:
     embedding = nn.QuantizedEmbedding(300, 128, 64, bits)
-    assert embedding_row.works(embedding)
+    assert ProductEmbedding.is_exact(embedding)
+    by_product = ProductEmbedding(embedding)
     for token in (0, 7, 299):
-        row = embedding_row.row(embedding, mx.array([[token]]))
+        row = by_product(mx.array([[token]]))
         codes, scales, biases = (
             embedding[n][token : token + 1] for n in ("weight", "scales", "biases")
         )
@@ -135,7 +130,7 @@ def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: Any
     embedding = nn.QuantizedEmbedding(300, 128, 64, 4)
     right = mx.gather_qmm
     monkeypatch.setattr(mx, "gather_qmm", lambda *a, **k: right(*a, **k) * 1.01)
-    assert not embedding_row.works(embedding)
+    assert not ProductEmbedding.is_exact(embedding)
     assert "gathered" in caplog.text
 
 
@@ -144,7 +139,7 @@ def test_loaded_models_use_both(tmp_path: Path) -> None:
     model = load_model(write_checkpoint(tmp_path, config, random_weights(config)))
     assert all(layer.self_attn.is_joined for layer in model.layers)
     quantized = build(dtype=mx.float32)
-    assert quantized.model.embed_tokens.by_product
+    assert isinstance(quantized.model.embed_tokens, ProductEmbedding)
 
 
 @pytest.mark.parametrize("step", [64, 128, 512, 2048])
@@ -171,18 +166,12 @@ def test_command_buffers(chip: str, raised: bool, monkeypatch: pytest.MonkeyPatc
     assert environment["MLX_MAX_MB_PER_BUFFER"] == "77"
 
 
-def joined_plain() -> Operations:
-    """The plain operations, with caches that hold keys and values in one buffer."""
-    parts = {name: getattr(plain, name) for name in dir(plain) if not name.startswith("_")}
-    return SimpleNamespace(**{**parts, "joined_rows": True})  # type: ignore[return-value]
-
-
 def test_a_compiled_step_gives_the_same_tokens_and_logits() -> None:
-    model = build(dtype=mx.float32, ops=joined_plain())
+    model = build(dtype=mx.float32, step=JoinedPlain())
     runs = []
     for compiled in (False, True):
         if compiled:
-            model.use(model.ops, compiled_step=True)
+            model.use(CompiledStep(JoinedPlain()))
         caches = model.make_cache()
         logits = prefill(model, PROMPT, caches)
         sampler = Sampler(GREEDY, PROMPT, model.config.vocab_size)
@@ -198,12 +187,12 @@ def test_a_compiled_step_gives_the_same_tokens_and_logits() -> None:
 
 @pytest.mark.parametrize("form", [CacheConfig(bound=64), CacheConfig(4, 4)])
 def test_other_caches_do_without_a_compiled_step(form: CacheConfig) -> None:
-    model = build(dtype=mx.float32, ops=joined_plain())
+    model = build(dtype=mx.float32, step=JoinedPlain())
     expected, caches = model.make_cache(form), model.make_cache(form)
     for cache in (expected, caches):
         prefill(model, PROMPT, cache)
     eager = model.next_token_logits(mx.array([[7]]), expected).values
-    model.use(model.ops, compiled_step=True)
+    model.use(CompiledStep(JoinedPlain()))
     assert mx.array_equal(model.next_token_logits(mx.array([[7]]), caches).values, eager)
 
 

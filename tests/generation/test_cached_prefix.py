@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apertus_mlx.backend.choose import Compute
-from apertus_mlx.backend.metal.fused import FusedOperations
+from apertus_mlx.backend.metal.compiled_step import CompiledStep
 from apertus_mlx.cache import Cache, CacheConfig, FullCache
 from apertus_mlx.demo import model_dir
 from apertus_mlx.generation.cached_prefix import CachedPrefix
@@ -23,6 +23,7 @@ from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.template import Message
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import interrupt_after
+from tests.decode_step import JoinedPlain
 
 GREEDY = SamplingOptions(temperature=0, seed=0)
 
@@ -287,7 +288,7 @@ def test_after_an_error_nothing_is_held(
 
 def test_a_step_replayed_from_a_trace_is_accounted_for(model: LanguageModel) -> None:
     prompt = [1, 2, 3, 4]
-    model.use(FusedOperations({}), compiled_step=True)  # type: ignore[attr-defined]
+    model.use(CompiledStep(JoinedPlain()))  # type: ignore[attr-defined]
     prefix = CachedPrefix(model)
     run = prefix.begin(prompt)
     run.read()

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from apertus_mlx.backend.metal.fused import FusedOperations
+from apertus_mlx.backend.metal.compiled_step import CompiledStep
 from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.checkpoint.inventory import take_inventory
@@ -36,6 +36,7 @@ from apertus_mlx.generation.prompt_cache import (
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint, write_json
+from tests.decode_step import JoinedPlain
 
 TOKENS = [(11 * i * i + 5 * i) % 380 for i in range(230)]
 FORMS = [
@@ -361,7 +362,7 @@ def test_a_resumed_cache_is_of_the_kind_that_the_model_makes(
 
     inventory = take_inventory(directory)
     joined = load_inventory(inventory)
-    joined.use(FusedOperations({}), compiled_step=True)
+    joined.use(CompiledStep(JoinedPlain()))
     for index, model in enumerate((CPUModel(inventory), load_inventory(inventory), joined)):
         path = tmp_path / str(index)
         made = CachedPrefix(model)

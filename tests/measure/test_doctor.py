@@ -13,7 +13,8 @@ import mlx.core as mx
 import pytest
 
 from apertus_mlx.backend.metal import enabled, verdict
-from apertus_mlx.backend.metal.fused import FusedOperations
+from apertus_mlx.backend.metal.compiled_step import CompiledStep
+from apertus_mlx.backend.metal.fused import FusedStep
 from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.backend.metal.verdict import Verdict
 from apertus_mlx.backend.mlx import load_inventory
@@ -30,7 +31,6 @@ from apertus_mlx.measure.doctor.mlx_device import MLXDevice
 from apertus_mlx.measure.doctor.report import conclude
 from apertus_mlx.measure.doctor.trace import trace
 from apertus_mlx.measure.doctor.tune import ROUNDS, race
-from apertus_mlx.model import plain
 from tests import metal_harness
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.simulated_device import (
@@ -288,12 +288,12 @@ def test_loading_uses_what_is_enabled(tiny: Path, monkeypatch: pytest.MonkeyPatc
     inventory = take_inventory(tiny)
     kernels = kernels_for(inventory.config, inventory.specs, mx.float32)
     chosen = {kernel.place: kernel for kernel in reversed(kernels)}
-    assert load_inventory(inventory, "float32").ops is plain
+    assert load_inventory(inventory, "float32")._step is None
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     found = verdict.Accepted(chosen, True)
     monkeypatch.setattr(enabled, "enabled", lambda *arguments: found)
     model = load_inventory(inventory, "float32")
-    assert isinstance(model.ops, FusedOperations) and model.layers[0].mlp.ops is model.ops
+    assert isinstance(model._step, CompiledStep) and isinstance(model._step._step, FusedStep)
     assert model.make_cache()[0].joined
 
 

@@ -55,7 +55,7 @@ def build(shape: tuple[int, ...]) -> Built:
         }
     mx.eval(model.parameters())
     for layer in model.layers:
-        layer.mlp.act_fn.fold()
+        layer.mlp.act_fn.fuse(compiled=False)
     return Built(model, Subject("test", config, specs, 0, frozenset({"F32"})))
 
 

@@ -9,49 +9,56 @@ are attended to as a whole with a mask. When a buffer grows, the step is traced 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from apertus_mlx.cache import Cache, FullCache
+from apertus_mlx.cache.protocol import Mask
+from apertus_mlx.model.apertus import Model, Step
 from apertus_mlx.model.language_model import NextTokenLogits
-
-if TYPE_CHECKING:
-    from apertus_mlx.cache.protocol import Mask
 
 
 class CompiledStep:
-    """`Model.next_token_logits` of one token, with all positions of a layer in one buffer.
+    """A step for caches that hold all positions of a layer in one buffer; for others `step` itself.
 
     Args:
-        step: what is to be replayed, of a token and its caches.
+        step: what is to be replayed. A compiled step serves one model.
     """
 
-    def __init__(self, step: Callable[[mx.array, Sequence[Any]], NextTokenLogits]) -> None:
+    def __init__(self, step: Step) -> None:
         self._step = step
+        self._model: Model | None = None
         self._replay = mx.compile(self._trace)
-        # Which of best and peaks the model's operations give.
+        # Which of best and peaks the step gives.
         self._given: tuple[bool, bool] = (False, False)
 
-    def __call__(
-        self, token: mx.array, caches: Sequence[Cache | None] | None
-    ) -> NextTokenLogits | None:
-        """Logits after `token` `[1, 1]`; None, and nothing done, where a cache is of another kind.
+    @property
+    def joined_rows(self) -> bool:
+        """Whether the step writes keys and values of a position to the cache together."""
+        return self._step.joined_rows
 
-        The caches are written as `Model.next_token_logits` writes them.
-        """
+    def __call__(
+        self, model: Model, token: mx.array, cache: Sequence[Cache | None] | None
+    ) -> NextTokenLogits:
+        """Logits after `token` `[1, 1]`; the caches are written as `step` writes them."""
         stores = []
-        for cache in caches or ():
-            if type(cache) is not FullCache or not cache.joined or cache.config.bound is not None:
-                return None
-            stores.append(cache.rows)
+        for layer in cache or ():
+            if type(layer) is not FullCache or not layer.joined or layer.config.bound is not None:
+                return self._step(model, token, cache)
+            stores.append(layer.rows)
         if not stores or not stores[0].length:
-            return None
+            return self._step(model, token, cache)
         for store in stores:
             store.reserve(store.length + 1, store.arrays)
         position = mx.array([stores[0].length], mx.int32)
-        outputs = self._replay(token, position, [store.arrays[0] for store in stores])
+        # Held only meanwhile: the model holds this step, and would never be freed at once.
+        self._model = model
+        try:
+            outputs = self._replay(token, position, [store.arrays[0] for store in stores])
+        finally:
+            self._model = None
         buffers, found = outputs[: len(stores)], list(outputs[len(stores) :])
         for store, buffer in zip(stores, buffers, strict=True):
             store.arrays = [buffer]
@@ -63,8 +70,9 @@ class CompiledStep:
     def _trace(
         self, token: mx.array, position: mx.array, buffers: Sequence[mx.array]
     ) -> list[mx.array]:
-        caches = [_Buffer(buffer, position) for buffer in buffers]
-        after = self._step(token, caches)
+        assert self._model is not None
+        caches: list[Any] = [_Buffer(buffer, position) for buffer in buffers]
+        after = self._step(self._model, token, caches)
         self._given = (after.best is not None, after.peaks is not None)
         found = [x for x in (after.values, after.best, after.peaks) if x is not None]
         return [*(cache.rows for cache in caches), *found]

@@ -1,13 +1,9 @@
-"""The operations with fused Metal kernels, where there is one to use; else their plain form.
-
-Kernels compute one position of one sequence, which is what decoding asks for. Prompts take the
-plain form.
-"""
+"""The step of one token with fused Metal kernels, where there is one to use; else in plain MLX."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,22 +14,30 @@ from apertus_mlx.backend.metal.best_token import BestToken
 from apertus_mlx.backend.metal.kernel import Factory, Kernel, Run, build
 from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.backend.metal.quantized_matvec import Epilogue, Prologue, QuantizedMatvec, unfit
-from apertus_mlx.model import plain
+from apertus_mlx.cache import Cache
+from apertus_mlx.cache.attention import attend
+from apertus_mlx.cache.protocol import Mask, Stored
+from apertus_mlx.model.apertus import MLP, Attention, Model, make_mask
+from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.model.language_model import NextTokenLogits
-from apertus_mlx.model.operations import Stream
 from apertus_mlx.quant.spec import QuantSpec
-
-if TYPE_CHECKING:
-    from apertus_mlx.cache import Cache
-    from apertus_mlx.cache.protocol import Mask
-    from apertus_mlx.model.apertus import MLP, Attention
 
 # A product with one matrix: from the vector and what prologue and epilogue ask for.
 Product = Callable[..., list[mx.array]]
 
 
-class FusedOperations:
-    """See `Operations`.
+class Stream(NamedTuple):
+    """The residual stream `[1, 1, D]`, and what is still to be added to it by whoever comes next.
+
+    The addition is left open because a kernel can do it together with what follows or precedes.
+    """
+
+    residual: mx.array
+    update: mx.array | None = None
+
+
+class FusedStep:
+    """`Model.next_token_logits` of a single token; see `apertus_mlx.model.apertus.Step`.
 
     Args:
         kernels: by `Kernel.place`, those that may be used.
@@ -43,21 +47,32 @@ class FusedOperations:
     def __init__(self, kernels: Mapping[str, Kernel], factory: Factory | None = None) -> None:
         self._kernels = kernels
         self._factory = factory
-        # By what they serve; the modules live as long as the model that has these operations.
+        # By what they serve; the modules live as long as the model that uses this step.
         self._runs: dict[tuple[Any, ...], Any] = {}
         self._position: tuple[int, mx.array] = (0, mx.array([0], mx.int32))
 
     @property
     def joined_rows(self) -> bool:
-        """See `Operations.joined_rows`."""
+        """Whether a kernel writes keys and values of a position to the cache together."""
         kernels = self._kernels.values()
         return any(isinstance(kernel, QKNormRope | AttentionInput) for kernel in kernels)
 
-    def embed(self, embedding: nn.Module, ids: mx.array) -> mx.array:
-        """See `Operations.embed`."""
-        return plain.embed(embedding, ids)
+    def __call__(
+        self, model: Model, token: mx.array, cache: Sequence[Cache | None] | None
+    ) -> NextTokenLogits:
+        """Logits after `token` `[1, 1]`."""
+        decoder = model.model
+        caches = cache if cache is not None else [None] * len(decoder.layers)
+        stream = Stream(decoder.embed_tokens(token))
+        mask = make_mask(1, caches[0])
+        for layer, layer_cache in zip(decoder.layers, caches, strict=True):
+            stream = self._attend(
+                layer.self_attn, layer.attention_layernorm, stream, mask, layer_cache
+            )
+            stream = self._feed_forward(layer.mlp, layer.feedforward_layernorm, stream)
+        return self._logits(model, decoder.norm, stream)
 
-    def attend(
+    def _attend(
         self,
         attention: Attention,
         norm: nn.RMSNorm,
@@ -65,34 +80,28 @@ class FusedOperations:
         mask: Mask,
         cache: Cache | None,
     ) -> Stream:
-        """See `Operations.attend`."""
-        if not _is_one_position(stream):
-            return plain.attend(attention, norm, stream, mask, cache)
         append = getattr(cache, "append", None)  # which caches from elsewhere have not
         whole = self._attention_input(attention)
         if whole is not None and append is not None and cache is not None:
             residual = _sum(stream)
             queries, rows = whole(residual, norm.weight, *self._rotary(attention, cache))
             keys, values = append(rows)
-            mixed = plain.weigh(attention, queries, keys, values, mask)
+            mixed = _mix(attention, queries, keys, values, mask)
         elif attention.is_joined:
             residual, qkv = self._normed_product(attention.qkv_proj, norm, stream)
-            mixed = self._mix(attention, qkv, mask, cache)
+            mixed = self._mix_joined(attention, qkv, mask, cache)
         else:
-            residual, x = self._settle(norm, stream)
-            mixed = plain.mix(attention, x, mask, cache)
+            residual, x = self._normed(norm, stream)
+            mixed = _mix_apart(attention, *attention.project(x), cache, mask)
         return self._add_product(attention.o_proj, mixed, residual)
 
-    def feed_forward(self, mlp: MLP, norm: nn.RMSNorm, stream: Stream) -> Stream:
-        """See `Operations.feed_forward`."""
-        if not _is_one_position(stream):
-            return plain.feed_forward(mlp, norm, stream)
+    def _feed_forward(self, mlp: MLP, norm: nn.RMSNorm, stream: Stream) -> Stream:
         product = self._product(mlp.up_proj, "rms_norm", "xielu", norm.eps)
         if product is not None:
             residual = _sum(stream)
             inner = product(residual, norm.weight, self._slopes(mlp))[0]
         else:
-            residual, x = self._settle(norm, stream)
+            residual, x = self._normed(norm, stream)
             product = self._product(mlp.up_proj, "none", "xielu")
             if product is not None:
                 inner = product(x, self._slopes(mlp))[0]
@@ -100,45 +109,32 @@ class FusedOperations:
                 inner = mlp.act_fn(mlp.up_proj(x))
         return self._add_product(mlp.down_proj, inner, residual)
 
-    def normalize(self, norm: nn.RMSNorm, stream: Stream) -> mx.array:
-        """See `Operations.normalize`."""
-        if not _is_one_position(stream):
-            return plain.normalize(norm, stream)
-        return self._settle(norm, stream)[1]
-
-    def next_token_logits(
-        self, head: nn.Module, norm: nn.RMSNorm, stream: Stream
-    ) -> NextTokenLogits:
-        """See `Operations.next_token_logits`."""
-        if not _is_one_position(stream):
-            return plain.next_token_logits(head, norm, stream)
-        product = self._product(head, "rms_norm", "peaks", norm.eps)
+    def _logits(self, model: Model, norm: nn.RMSNorm, stream: Stream) -> NextTokenLogits:
+        product = self._product(model.head, "rms_norm", "peaks", norm.eps)
         if product is not None:
             found = product(_sum(stream), norm.weight)
         else:
-            _, x = self._settle(norm, stream)
-            product = self._product(head, "none", "peaks")
+            _, x = self._normed(norm, stream)
+            product = self._product(model.head, "none", "peaks")
             if product is None:
-                return NextTokenLogits(plain.logits(head, x)[0, 0])
+                return NextTokenLogits(model.logits(x)[0, 0])
             found = product(x)
         logits, peaks, tokens = found
         whole = logits.size % peaks.size == 0
         return NextTokenLogits(logits[0, 0], self._best(peaks, tokens), peaks if whole else None)
 
-    def _mix(
+    def _mix_joined(
         self, attention: Attention, qkv: mx.array, mask: Mask, cache: Cache | None
     ) -> mx.array:
-        """See `plain.mix`, from what `qkv_proj` gives."""
+        """The heads' outputs `[1, 1, heads * head_dim]`, from what `qkv_proj` gives."""
         rotate = self._rotation(attention)
         # Caches from elsewhere have no `append`.
         append = getattr(cache, "append", None)
         if rotate is None or cache is None or append is None:
-            apart = plain.split(attention, qkv)
-            rotated = plain.rotate_and_store(attention, *apart, cache)
-            return plain.weigh(attention, *rotated, mask)
+            return _mix_apart(attention, *attention.split(qkv), cache, mask)
         queries, rows = rotate([qkv, *self._rotary(attention, cache)])
         keys, values = append(rows)
-        return plain.weigh(attention, queries, keys, values, mask)
+        return _mix(attention, queries, keys, values, mask)
 
     def _normed_product(
         self, linear: nn.Module, norm: nn.RMSNorm, stream: Stream
@@ -146,7 +142,7 @@ class FusedOperations:
         """The residual stream, and its norm times a matrix."""
         product = self._product(linear, "rms_norm", "none", norm.eps)
         if product is None:
-            residual, x = self._settle(norm, stream)
+            residual, x = self._normed(norm, stream)
             return residual, linear(x)
         residual = _sum(stream)
         return residual, product(residual, norm.weight)[0]
@@ -157,16 +153,16 @@ class FusedOperations:
             return Stream(residual, linear(x))
         return Stream(product(x, residual)[0])
 
-    def _settle(self, norm: nn.RMSNorm, stream: Stream) -> tuple[mx.array, mx.array]:
-        """See `plain.settle`."""
+    def _normed(self, norm: nn.RMSNorm, stream: Stream) -> tuple[mx.array, mx.array]:
+        """The residual stream with its update, and its RMS norm."""
         residual, update = stream
-        if update is None:
-            return plain.settle(norm, stream)
-        run = self._run(AddRMSNorm, residual.size, residual.dtype, norm.eps)
-        if run is None:
-            return plain.settle(norm, stream)
-        residual, x = run([residual, update, norm.weight])
-        return residual, x
+        if update is not None:
+            run = self._run(AddRMSNorm, residual.size, residual.dtype, norm.eps)
+            if run is not None:
+                residual, x = run([residual, update, norm.weight])
+                return residual, x
+        residual = _sum(stream)
+        return residual, norm(residual)
 
     def _best(self, peaks: mx.array, tokens: mx.array) -> mx.array:
         run = self._run(BestToken, peaks.size)
@@ -231,7 +227,7 @@ class FusedOperations:
     ) -> Product | None:
         """What `find` finds for the format and the shape of a matrix, together with its weights."""
         # No other class: a subclass or a wrapper may compute something else.
-        if type(linear) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+        if type(linear) not in (nn.QuantizedLinear, nn.QuantizedEmbedding, ProductEmbedding):
             return None
         spec = QuantSpec(linear.bits, linear.group_size, linear.mode)
         rows, columns = linear.weight.shape[0], linear.weight.shape[1] * 32 // linear.bits
@@ -278,9 +274,32 @@ class FusedOperations:
         return self._position[1]
 
 
-def _is_one_position(stream: Stream) -> bool:
-    return bool(stream.residual.size == stream.residual.shape[-1])
-
-
 def _sum(stream: Stream) -> mx.array:
     return stream.residual if stream.update is None else stream.residual + stream.update
+
+
+def _mix_apart(
+    attention: Attention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Cache | None,
+    mask: Mask,
+) -> mx.array:
+    """As in `Attention`: QK-norm, rotation, cache write and attention, where no kernel fits."""
+    offset = 0 if cache is None else cache.offset
+    queries = attention.rope(attention.q_norm(queries).transpose(0, 2, 1, 3), offset)
+    keys = attention.rope(attention.k_norm(keys).transpose(0, 2, 1, 3), offset)
+    values = values.transpose(0, 2, 1, 3)
+    if cache is None:
+        return _mix(attention, queries, keys, values, mask)
+    all_keys, all_values = cache.update_and_fetch(keys, values)
+    return _mix(attention, queries, all_keys, all_values, mask)
+
+
+def _mix(
+    attention: Attention, queries: mx.array, keys: Stored, values: Stored, mask: Mask
+) -> mx.array:
+    """The heads' outputs `[1, 1, heads * head_dim]`."""
+    output = attend(queries, keys, values, attention.scale, mask)
+    return output.transpose(0, 2, 1, 3).reshape(1, 1, -1)

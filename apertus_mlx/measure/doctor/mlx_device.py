@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.backend.metal.fused import FusedOperations
+from apertus_mlx.backend.metal.compiled_step import CompiledStep
+from apertus_mlx.backend.metal.fused import FusedStep
 from apertus_mlx.backend.metal.kernel import Factory, Kernel, build
 from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.checkpoint.inventory import Inventory
@@ -17,9 +18,7 @@ from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.measure.doctor.chain import Chain
 from apertus_mlx.measure.doctor.device import Agreement, Attempt
 from apertus_mlx.measure.doctor.measure import measure
-from apertus_mlx.model import plain
 from apertus_mlx.model.apertus import Model
-from apertus_mlx.model.operations import Operations
 
 PROMPT_TOKENS, GREEDY_TOKENS, TIMED_TOKENS = 32, 64, 64
 # Most positions that the model sees.
@@ -41,7 +40,7 @@ class MLXDevice:
         self._inventory, self._dtype, self._factory = inventory, dtype, factory
         self._chain: tuple[Kernel, Chain] | None = None
         self._model: Model | None = None
-        self._operations: dict[frozenset[str], Operations] = {}
+        self._steps: dict[frozenset[str], FusedStep] = {}
 
     def attempt(self, kernel: Kernel) -> Attempt:
         """See `Device.attempt`."""
@@ -112,17 +111,16 @@ class MLXDevice:
         self._free_chain()
         if self._model is None:
             self._model = load_inventory(self._inventory, self._dtype)
-        self._model.use(self._operations_with(kernels), compiled)
+        step = self._step_with(kernels) if kernels else None
+        self._model.use(CompiledStep(step) if step is not None and compiled else step)
         return self._model
 
-    def _operations_with(self, kernels: Mapping[str, Kernel]) -> Operations:
-        """The same ones for the same kernels: their first use takes time."""
-        if not kernels:
-            return plain
+    def _step_with(self, kernels: Mapping[str, Kernel]) -> FusedStep:
+        """The same one for the same kernels: its first use takes time."""
         keys = frozenset(kernel.key for kernel in kernels.values())
-        if keys not in self._operations:
-            self._operations[keys] = FusedOperations(kernels, self._factory)
-        return self._operations[keys]
+        if keys not in self._steps:
+            self._steps[keys] = FusedStep(kernels, self._factory)
+        return self._steps[keys]
 
     def _free_chain(self) -> None:
         self._chain = None

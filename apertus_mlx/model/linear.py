@@ -1,4 +1,4 @@
-"""Several projections of one input as a single one: one product instead of three."""
+"""Products that are not one plain matrix: several joined to one, and one with a factor."""
 
 from __future__ import annotations
 
@@ -29,3 +29,21 @@ def join(projections: Sequence[nn.Module]) -> nn.Module | None:
         joined[name] = mx.concatenate([projection[name] for projection in projections])
         mx.eval(joined[name])
     return joined
+
+
+class ScaledLinear(nn.Module):
+    """`factor * linear(x)`; `factor` in float32, of shape `[1]` or with one entry per output.
+
+    FP8 and NVFP4 checkpoints keep one scale per row or per matrix beside their codes, for which
+    MLX's format has no place. The codes are kept exactly, and the product is multiplied.
+    """
+
+    def __init__(self, linear: nn.Module, factor: mx.array) -> None:
+        nn.Module.__init__(self)
+        self.linear = linear
+        self.factor = factor
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Apply to `x` `[..., in]`; returns `[..., out]` in the type of `x`."""
+        product: mx.array = self.linear(x)
+        return (product * self.factor).astype(x.dtype)
