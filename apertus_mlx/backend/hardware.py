@@ -1,4 +1,4 @@
-"""What this machine has, and the one place that asks: GPU, Metal, chip, memory, libraries.
+"""What this machine has, and the one place that asks: GPU, chip, processors, memory.
 
 Everything is asked when it is needed. Importing this module imports no MLX: a command that needs
 none starts without it.
@@ -59,6 +59,39 @@ def chip_name() -> str | None:
 def has_library(name: str) -> bool:
     """Whether the Python package `name` is installed; it is not imported."""
     return find_spec(name) is not None
+
+
+def processors() -> int:
+    """Processors of the machine, hardware threads of one core counted apart."""
+    return os.cpu_count() or 1
+
+
+def usable_processors() -> list[int]:
+    """Numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(processors()))
+
+
+def physical_cores() -> int:
+    """Cores this process may run on; two hardware threads of one core count once on Linux."""
+    cores = set()
+    for cpu in usable_processors():
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(path.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, min(len(cores), _quota()))
+
+
+def _quota() -> int:
+    """Whole cores that a container's limit (cgroup v2) leaves; spinning beyond it stalls."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(limit) // int(period))
+    except (OSError, ValueError):
+        return processors()
 
 
 def working_set_bytes() -> int | None:

@@ -96,10 +96,12 @@ def check_surroundings(no_stdout: bool) -> None:
 
 
 def _require_addresses() -> None:
+    from apertus_mlx.backend.hardware import usable_processors
+
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return
-    threads = min(len(os.sched_getaffinity(0)), MAX_BLAS_THREADS)
+    threads = min(len(usable_processors()), MAX_BLAS_THREADS)
     stated = os.environ.get("OPENBLAS_NUM_THREADS", "")
     if stated.isdecimal():
         threads = max(1, min(threads, int(stated)))

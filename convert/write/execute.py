@@ -116,10 +116,9 @@ def _write(step: Step, shards: _Shards, stop: int, arrays: tuple[mx.array, ...])
 @functools.cache
 def _streams() -> tuple[mx.Stream, ...]:
     """A CPU stream is one thread; a GPU needs no more than its own."""
-    device = mx.default_device()
-    if not has_gpu():
-        return tuple(mx.new_stream(device) for _ in range(BLOCKS_IN_FLIGHT - 1))
-    return (mx.default_stream(device),)
+    if has_gpu():
+        return (mx.default_stream(mx.gpu),)
+    return tuple(mx.new_stream(mx.cpu) for _ in range(BLOCKS_IN_FLIGHT - 1))
 
 
 def _matrix_block(

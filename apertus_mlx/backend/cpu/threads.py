@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from apertus_mlx.backend import hardware
 from apertus_mlx.errors import UsageError
 
 THREADS_VARIABLE = "APERTUS_MLX_THREADS"
@@ -19,8 +19,8 @@ def thread_count() -> int:
     """
     stated = os.environ.get(THREADS_VARIABLE, "")
     if not stated:
-        return physical_cores()
-    most = os.cpu_count() or 1
+        return hardware.physical_cores()
+    most = hardware.processors()
     if not (stated.isascii() and stated.isdecimal() and len(stated) < 10):
         raise UsageError(f"{THREADS_VARIABLE}={stated[:40]!r}: expected a number from 1 to {most}")
     if not 1 <= int(stated) <= most:
@@ -28,26 +28,3 @@ def thread_count() -> int:
             f"{THREADS_VARIABLE}={stated}: expected 1 to {most}, the processors of this machine"
         )
     return int(stated)
-
-
-def physical_cores() -> int:
-    """Cores this process may run on; two hardware threads of one core count once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, os.cpu_count() or 1)
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(path.read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, min(len(cores), _quota()))
-
-
-def _quota() -> int:
-    """Whole cores that a container's limit (cgroup v2) leaves; spinning beyond it stalls."""
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, int(limit) // int(period))
-    except (OSError, ValueError):
-        return os.cpu_count() or 1

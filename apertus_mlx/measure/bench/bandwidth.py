@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.backend.hardware import has_gpu
+from apertus_mlx.backend.hardware import has_gpu, processors
 from apertus_mlx.memory.devices import CHIPS, GB
 
 # More than any cache holds; moved so many times, of which the fastest counts.
@@ -52,7 +51,7 @@ def _on_gpu() -> float:
 
 def _on_cpu() -> float:
     """Of all cores reading at once."""
-    cores = os.cpu_count() or 1
+    cores = processors()
     parts = np.array_split(np.ones(MOVED_BYTES // 4, np.float32), cores)
     with ThreadPoolExecutor(cores) as pool:
         return _best(lambda: list(pool.map(np.max, parts)))
