@@ -30,20 +30,21 @@ def pack(codes: Codes, bits: int) -> Packed:
 
 def unpack(packed: Packed, bits: int, columns: int) -> Codes:
     """The first `columns` codes of densely packed rows `[rows, words]`."""
-    rows, width = packed.shape
-    blocks = -(-width // bits)
-    padded = np.zeros((rows, blocks * bits), np.uint32)
-    padded[:, :width] = packed
-    grouped = padded.reshape(rows, blocks, bits)
-    codes = np.empty((rows, blocks, 32), np.uint8)
-    mask = np.uint32((1 << bits) - 1)
-    for lane in range(32):
-        word, shift = divmod(lane * bits, 32)
-        value = grouped[:, :, word] >> np.uint32(shift)
-        if shift + bits > 32:
-            value = value | grouped[:, :, word + 1] << np.uint32(32 - shift)
-        codes[:, :, lane] = value & mask
-    return codes.reshape(rows, blocks * 32)[:, :columns]
+    rows = len(packed)
+    stream = np.ascontiguousarray(packed).view(np.uint8)
+    blocks = -(-stream.shape[1] // bits)
+    if stream.shape[1] % bits:
+        stream = np.pad(stream, ((0, 0), (0, blocks * bits - stream.shape[1])))
+    # Eight codes take `bits` bytes.
+    grouped = stream.reshape(rows, blocks, bits)
+    codes = np.empty((rows, blocks, 8), np.uint8)
+    for lane in range(8):
+        byte, shift = divmod(lane * bits, 8)
+        value = grouped[:, :, byte] >> shift
+        if shift + bits > 8:
+            value = value | grouped[:, :, byte + 1] << (8 - shift)
+        codes[:, :, lane] = value & ((1 << bits) - 1)
+    return codes.reshape(rows, blocks * 8)[:, :columns]
 
 
 def dense_width(columns: int, bits: int) -> int:

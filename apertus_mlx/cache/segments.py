@@ -54,14 +54,6 @@ class Segments:
     parts: tuple[mx.array | Codes, ...]
     rotated: bool = False
 
-    def dense(self, dtype: mx.Dtype) -> mx.array:
-        """All parts as one array, rotated back: for tests and for models that know only arrays."""
-        arrays = [
-            part.dequantize(dtype) if isinstance(part, Codes) else part for part in self.parts
-        ]
-        joined = arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=2)
-        return rotate(joined) if self.rotated else joined
-
 
 def rotate(x: mx.array) -> mx.array:
     """Multiply by the normalized Hadamard matrix along head_dim, which is its own inverse."""

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.backend.cpu.runtime import Array
-from apertus_mlx.backend.cpu.weights import Dense, Floats, Weight, activations_for, pack, unpack
+from apertus_mlx.backend.cpu.weights import Dense, Floats, Weight, activations_for, pack
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, XIELU_DEFAULTS, Inventory
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.quant.packing import unpack
 from apertus_mlx.system.model_files import open_file
 
 # How activations are rounded in products with quantized weights.
@@ -114,7 +115,8 @@ class Tensors:
                     spec.group_size, spec.bits, mode=spec.mode,
                 )  # fmt: skip
                 return np.asarray(wide.astype(mx.float32))
-            codes = unpack(words.view(np.uint8), spec.bits).astype(np.float32)
+            columns = words.shape[1] * 32 // spec.bits
+            codes = unpack(words, spec.bits, columns).astype(np.float32)
             grouped = codes.reshape(len(ids), -1, spec.group_size)
             grouped *= _widened(scales(ids))[..., None]
             grouped += _widened(biases(ids))[..., None]

@@ -18,6 +18,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from apertus_mlx.quant.packing import unpack
+
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
@@ -89,9 +91,9 @@ def pack(
     """Repack MLX's affine `words` `[rows, columns * bits / 32]`; 4 bits are taken as they are."""
     rows, groups = scales.shape
     parts = parts_of(bits, activations)
-    stream = words.view(np.uint8)
-    packed = [stream] if parts == (Part(0, bits, bits),) else _repack(stream, bits, parts)
     columns = groups * group_size
+    whole = parts == (Part(0, bits, bits),)
+    packed = [words.view(np.uint8)] if whole else _repack(words, bits, columns, parts)
     if activations == "int8":
         zeros = _whole_zeros(scales, biases, parts[0])
         if zeros is not None:
@@ -197,31 +199,16 @@ def parts_of(bits: int, activations: Activations) -> tuple[Part, ...]:
     )
 
 
-def _repack(stream: Bytes, bits: int, parts: Sequence[Part]) -> list[Bytes]:
-    """The little-endian bit stream of each row, one stream for each part of its codes."""
-    rows, row_bytes = stream.shape
-    columns = row_bytes * 8 // bits
+def _repack(words: Words, bits: int, columns: int, parts: Sequence[Part]) -> list[Bytes]:
+    """The codes of each row, packed anew for each part of them."""
+    rows = len(words)
     planes = [np.empty((rows, columns * part.stored_bits // 8), np.uint8) for part in parts]
     step = max(1, BLOCK_CODES // columns)
     for start in range(0, rows, step):
-        codes = unpack(stream[start : start + step], bits)
+        codes = unpack(words[start : start + step], bits, columns)
         for plane, part in zip(planes, parts, strict=True):
             stored = ((codes >> part.shift) & (2**part.bits - 1)) + np.uint8(part.raised)
             if part.stored_bits == 4:
                 stored = stored[:, ::2] | (stored[:, 1::2] << 4)
             plane[start : start + step] = stored
     return planes
-
-
-def unpack(stream: Bytes, bits: int) -> Bytes:
-    """The codes of each row of a bit stream, one per byte. Eight codes take `bits` bytes."""
-    rows, row_bytes = stream.shape
-    eights = stream.reshape(rows, row_bytes // bits, bits)
-    codes = np.empty((rows, row_bytes // bits, 8), np.uint8)
-    for index in range(8):
-        byte, shift = divmod(index * bits, 8)
-        code = eights[..., byte] >> shift
-        if shift + bits > 8:
-            code = code | (eights[..., byte + 1] << (8 - shift))
-        codes[..., index] = code & (2**bits - 1)
-    return codes.reshape(rows, -1)
