@@ -61,7 +61,7 @@ class FullCache:
         return recent | (keys < self.config.sinks) & (keys <= queries)
 
     def trim(self, n: int) -> int:
-        """See `Cache.trim`; a ring that has dropped positions cannot go back."""
+        """Forget the last `n` positions; a ring that has dropped positions forgets none."""
         n = min(self.offset, n)
         if not self.rows.can_shrink(self.offset - n):
             return 0

@@ -84,7 +84,7 @@ class QuantizedCache:
         return mx.concatenate([codes_seen, kept & (recent <= queries)], axis=1)
 
     def trim(self, n: int) -> int:
-        """See `Cache.trim`; 32 positions can go back, more unless that needs rows now quantized."""
+        """Forget the last `n` positions: 32 at least, more unless that needs rows now quantized."""
         n = min(self.offset, n)
         target = self.offset - n
         if not self._can_return_to(target):

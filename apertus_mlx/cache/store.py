@@ -127,7 +127,7 @@ class Ring(Store):
         return min(capacity_for(rows), self.size)
 
     def append(self, new: Sequence[mx.array], keep_evicted: bool = False) -> list[mx.array]:
-        """See `Store.append`; rows come back in the order of their places in the ring."""
+        """As `Store` does; rows come back in the order of their places in the ring."""
         count = new[0].shape[2]
         if self.length + count <= self.size:
             return super().append(new)

@@ -32,7 +32,7 @@ class CPUStore(Store):
         return 0 if self.buffer is None else self.buffer.shape[2]
 
     def capacity(self, rows: int) -> int:
-        """See `Store.capacity`; in smaller steps, as `SingleStep` reads unused rows, too."""
+        """In smaller steps than `Store`'s, as `SingleStep` reads unused rows, too."""
         step = max(MIN_STEP, 1 << max(0, rows.bit_length() - 6))
         return -(-rows // step) * step
 
@@ -51,7 +51,7 @@ class CPUStore(Store):
         new: Sequence[mx.array],
         keep_evicted: bool = False,  # noqa: ARG002 - nothing is pushed out here
     ) -> list[mx.array]:
-        """See `Store.append`."""
+        """Write rows behind the others; returns a copy of all."""
         (rows,) = new
         batch, heads, count, width = rows.shape
         buffer = self.reserve_more(batch, heads, count, width)
@@ -66,7 +66,7 @@ class CPUStore(Store):
         return [mx.array(self.buffer[:, :, : self.length])]
 
     def restore(self, rows: Sequence[mx.array], length: int) -> None:
-        """See `Store.restore`."""
+        """As `Store` does, in a new buffer."""
         self.buffer = None
         super().restore(rows, length)
 

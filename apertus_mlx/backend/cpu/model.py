@@ -84,7 +84,7 @@ class CPUModel:
 
     @property
     def arithmetic(self) -> str:
-        """See `LanguageModel.arithmetic`."""
+        """In words, what its numbers depend on beside the checkpoint, by more than rounding."""
         if not self._rounded_bits:
             return "--compute cpu in float32"
         bits = " and ".join(map(str, self._rounded_bits))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from apertus_mlx.backend.metal import reference
-from apertus_mlx.backend.metal.kernel import Exact, KernelText, Launch
+from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
 from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, header, name, type_key
 
 _SOURCE = """
@@ -22,7 +22,7 @@ _SOURCE = """
 
 
 @dataclass(frozen=True, slots=True)
-class AddRMSNorm:
+class AddRMSNorm(Kernel):
     """`residual + update`, bit for bit, and its RMSNorm, of any number of positions.
 
     Inputs: residual and update `[..., columns]`, weight `[columns]`. Outputs: sum and norm, shaped
@@ -39,12 +39,10 @@ class AddRMSNorm:
 
     @property
     def place(self) -> str:
-        """See `Kernel.place`."""
         return f"add_rms_norm{self.eps!r}-{self.columns}-{type_key(self.dtype)}"
 
     @property
     def key(self) -> str:
-        """See `Kernel.key`."""
         return self.place
 
     @property
@@ -53,7 +51,6 @@ class AddRMSNorm:
         return min(1024, -(-self.columns // 128) * 32)
 
     def text(self) -> KernelText:
-        """See `Kernel.text`."""
         return KernelText(
             name=name(self.key),
             input_names=("residual", "update", "weight"),
@@ -71,7 +68,6 @@ class AddRMSNorm:
         )
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:
-        """See `Kernel.launch`."""
         residual = inputs[0]
         return Launch(
             grid=(self.threads, residual.size // self.columns, 1),
@@ -81,7 +77,6 @@ class AddRMSNorm:
         )
 
     def trial(self, seed: int) -> list[mx.array]:
-        """See `Kernel.trial`."""
         keys = mx.random.split(mx.random.key(seed), 3)
         weight = 1 + 0.1 * mx.random.normal((self.columns,), key=keys[2])
         return [
@@ -91,18 +86,16 @@ class AddRMSNorm:
         ]
 
     def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
-        """See `Kernel.plain`."""
         residual, update, weight = inputs
         total = residual + update
         return [total, mx.fast.rms_norm(total, weight, self.eps)]
 
     def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
-        """See `Kernel.exact`."""
         residual, update, weight = inputs
         total = reference.float64(residual) + reference.float64(update)
         return [total, reference.rms_norm(total, weight, self.eps)]
 
     @property
     def tolerance(self) -> float:
-        """See `Kernel.tolerance`; the norm is rounded three times."""
+        """The norm is rounded three times."""
         return 2 * UNIT_ROUNDOFF[self.dtype] + 1e-6

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from apertus_mlx.backend.metal.kernel import Exact, KernelText, Launch
+from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
 from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.backend.metal.quantized_matvec import QuantizedMatvec
 from apertus_mlx.backend.metal.text import header, name, type_key
@@ -30,7 +30,7 @@ _SOURCE = """
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionInput:
+class AttentionInput(Kernel):
     """`QKNormRope` of `QuantizedMatvec` with a norm before it, of one position.
 
     Inputs: x `[1, 1, columns]`; words, scales and biases of the joined projections of queries, keys
@@ -76,18 +76,15 @@ class AttentionInput:
 
     @property
     def place(self) -> str:
-        """See `Kernel.place`."""
         heads = f"{self.heads}+2x{self.kv_heads}x{self.head_dim}"
         form = f"{self.columns}-{self.bits}bit-g{self.group_size}"
         return f"attention_input{self.eps!r}-{heads}-{form}-{type_key(self.dtype)}"
 
     @property
     def key(self) -> str:
-        """See `Kernel.key`."""
         return f"{self.place}-rows{self.rows_each}"
 
     def text(self) -> KernelText:
-        """See `Kernel.text`."""
         inputs = ("x", "words", "scales", "biases", "norm")
         return KernelText(
             name=name(self.key),
@@ -113,7 +110,6 @@ class AttentionInput:
         )
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:
-        """See `Kernel.launch`."""
         rotation = self.rotation.launch(inputs)
         return Launch(
             grid=(32, self.simdgroups * (self.heads + 2 * self.kv_heads), 1),
@@ -123,18 +119,14 @@ class AttentionInput:
         )
 
     def trial(self, seed: int) -> list[mx.array]:
-        """See `Kernel.trial`."""
         return [*self.product.trial(seed), *self.rotation.trial(seed)[1:]]
 
     def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
-        """See `Kernel.plain`."""
         return self.rotation.plain([*self.product.plain(inputs[:5]), *inputs[5:]])
 
     def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
-        """See `Kernel.exact`."""
         return self.rotation.exact_heads(self.product.exact(inputs[:5])[0], inputs[5:])
 
     @property
     def tolerance(self) -> float:
-        """See `Kernel.tolerance`."""
         return self.product.tolerance + self.rotation.tolerance

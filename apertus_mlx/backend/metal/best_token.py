@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.metal import reference
-from apertus_mlx.backend.metal.kernel import Exact, KernelText, Launch
+from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
 from apertus_mlx.backend.metal.text import header, name
 
 _SOURCE = """
@@ -22,7 +22,7 @@ _SOURCE = """
 
 
 @dataclass(frozen=True, slots=True)
-class BestToken:
+class BestToken(Kernel):
     """`mx.argmax` of logits, from the peaks of their tiles.
 
     Inputs: peaks float32 `[count]` and their tokens uint32 `[count]`, ascending. Output: the
@@ -39,12 +39,10 @@ class BestToken:
 
     @property
     def place(self) -> str:
-        """See `Kernel.place`."""
         return f"best_token-{self.count}"
 
     @property
     def key(self) -> str:
-        """See `Kernel.key`."""
         return self.place
 
     @property
@@ -53,7 +51,6 @@ class BestToken:
         return min(1024, -(-self.count // 32) * 32)
 
     def text(self) -> KernelText:
-        """See `Kernel.text`."""
         return KernelText(
             name=name(self.key),
             input_names=("peaks", "peak_tokens"),
@@ -63,12 +60,10 @@ class BestToken:
         )
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
-        """See `Kernel.launch`."""
         threads = (self.threads, 1, 1)
         return Launch(threads, threads, ((1,),), (mx.uint32,))
 
     def trial(self, seed: int) -> list[mx.array]:
-        """See `Kernel.trial`."""
         values, places = mx.random.split(mx.random.key(seed))
         steps = mx.random.randint(0, 8, (self.count,), key=places)
         tokens = 8 * mx.arange(self.count) + steps
@@ -76,12 +71,10 @@ class BestToken:
         return [peaks, tokens.astype(mx.uint32)]
 
     def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
-        """See `Kernel.plain`."""
         peaks, tokens = inputs
         return [tokens[mx.argmax(peaks, keepdims=True)]]
 
     def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
-        """See `Kernel.exact`."""
         peaks, tokens = (reference.float64(values) for values in inputs)
         return [tokens[[int(np.argmax(peaks))]]]
 

@@ -86,11 +86,11 @@ class _Buffer:
         self.offset = position
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """See `Cache.update_and_fetch`."""
+        """Write one position; returns the whole buffer."""
         return self.append(mx.concatenate([keys, values], axis=1))
 
     def append(self, rows: mx.array) -> tuple[mx.array, mx.array]:
-        """See `FullCache.append`; returns the whole buffer."""
+        """Write one position, keys before values; returns the whole buffer."""
         # With an index in an array this is one kernel; with a slice it would be two.
         self.rows[:, :, self.offset] = rows
         keys, values = mx.split(self.rows, 2, axis=1)

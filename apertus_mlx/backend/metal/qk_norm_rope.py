@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.metal import reference
-from apertus_mlx.backend.metal.kernel import Exact, KernelText, Launch
+from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
 from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, header, name, type_key
 
 TRIAL_POSITION = 4095
@@ -27,7 +27,7 @@ _SOURCE = """
 
 
 @dataclass(frozen=True, slots=True)
-class QKNormRope:
+class QKNormRope(Kernel):
     """Normalized and rotated queries and keys, and values, of one position.
 
     Inputs: qkv with `(heads + 2 kv_heads) head_dim` elements; weights of the query and the key
@@ -54,17 +54,14 @@ class QKNormRope:
 
     @property
     def place(self) -> str:
-        """See `Kernel.place`."""
         heads = f"{self.heads}+{self.kv_heads}x{self.head_dim}"
         return f"qk_norm_rope{self.eps!r}-{heads}-{type_key(self.dtype)}"
 
     @property
     def key(self) -> str:
-        """See `Kernel.key`."""
         return self.place
 
     def text(self) -> KernelText:
-        """See `Kernel.text`."""
         return KernelText(
             name=name(self.key),
             input_names=("qkv", "q_norm", "k_norm", "wavelengths", "position"),
@@ -83,7 +80,6 @@ class QKNormRope:
         )
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
-        """See `Kernel.launch`."""
         return Launch(
             grid=(32, self.heads + 2 * self.kv_heads, 1),
             threadgroup=(32, 1, 1),
@@ -95,7 +91,6 @@ class QKNormRope:
         )
 
     def trial(self, seed: int) -> list[mx.array]:
-        """See `Kernel.trial`."""
         keys = mx.random.split(mx.random.key(seed), 3)
         count = (self.heads + 2 * self.kv_heads) * self.head_dim
         waves = [TRIAL_THETA ** (2 * i / self.head_dim) for i in range(self.head_dim // 2)]
@@ -108,7 +103,6 @@ class QKNormRope:
         ]
 
     def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
-        """See `Kernel.plain`."""
         qkv, q_norm, k_norm, wavelengths, position = inputs
         heads = qkv.reshape(1, -1, 1, self.head_dim)
         queries, keys, values = mx.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
@@ -127,7 +121,6 @@ class QKNormRope:
         return [turned[0], mx.concatenate([turned[1], values], axis=1)]
 
     def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
-        """See `Kernel.exact`."""
         return self.exact_heads(reference.float64(inputs[0]), inputs[1:])
 
     def exact_heads(self, qkv: Exact, others: Sequence[mx.array]) -> list[Exact]:
@@ -151,7 +144,7 @@ class QKNormRope:
 
     @property
     def tolerance(self) -> float:
-        """See `Kernel.tolerance`; three roundings of 16-bit types.
+        """Three roundings of 16-bit types.
 
         In float32 it is the plain form that needs as much: `mx.fast.rope` rounds its angles.
         """

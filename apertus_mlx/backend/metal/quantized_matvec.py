@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.metal import reference
-from apertus_mlx.backend.metal.kernel import Exact, KernelText, Launch
+from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
 from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, Constant, header, name, type_key
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -59,7 +59,7 @@ _STORE: dict[Epilogue, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedMatvec:
+class QuantizedMatvec(Kernel):
     """`epilogue(W prologue(x))` for an affine `W` `[rows, columns]`, of one position.
 
     Inputs: x `[1, 1, columns]`; words, scales and biases of W; with `rms_norm` its weight
@@ -89,7 +89,6 @@ class QuantizedMatvec:
 
     @property
     def place(self) -> str:
-        """See `Kernel.place`."""
         prologue = f"rms_norm{self.eps!r}-" if self.prologue == "rms_norm" else ""
         epilogue = "" if self.epilogue == "none" else f"-{self.epilogue}"
         shape = f"{self.rows}x{self.columns}-{self.bits}bit-g{self.group_size}"
@@ -97,7 +96,6 @@ class QuantizedMatvec:
 
     @property
     def key(self) -> str:
-        """See `Kernel.key`."""
         return f"{self.place}-tile{self.tile[0]}x{self.tile[1]}"
 
     @property
@@ -106,7 +104,6 @@ class QuantizedMatvec:
         return -(-self.rows // (self.tile[0] * self.tile[1]))
 
     def text(self) -> KernelText:
-        """See `Kernel.text`."""
         inputs = ["x", "words", "scales", "biases"]
         inputs += ["norm"] if self.prologue == "rms_norm" else []
         inputs += {"xielu": ["slopes"], "residual": ["residual"]}.get(self.epilogue, [])
@@ -133,7 +130,6 @@ class QuantizedMatvec:
         )
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
-        """See `Kernel.launch`."""
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, self.rows),)
         dtypes: tuple[mx.Dtype, ...] = (self.dtype,)
         if self.epilogue == "peaks":
@@ -143,7 +139,6 @@ class QuantizedMatvec:
         return Launch((32, simdgroups * self.tiles, 1), (32, simdgroups, 1), shapes, dtypes)
 
     def trial(self, seed: int) -> list[mx.array]:
-        """See `Kernel.trial`."""
         keys = mx.random.split(mx.random.key(seed), 4)
         inputs = [mx.random.normal((1, 1, self.columns), self.dtype, key=keys[0])]
         inputs += reference.random_weights(
@@ -159,7 +154,6 @@ class QuantizedMatvec:
         return inputs
 
     def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
-        """See `Kernel.plain`."""
         from apertus_mlx.model.apertus import xielu
 
         x, words, scales, biases, *extra = inputs
@@ -181,7 +175,6 @@ class QuantizedMatvec:
         return [y, flat.max(axis=1), first + mx.argmax(flat, axis=1)]
 
     def exact(self, inputs: Sequence[mx.array]) -> list[Exact]:
-        """See `Kernel.exact`."""
         x, words, scales, biases, *extra = inputs
         vector = reference.float64(x).reshape(-1)
         if self.prologue == "rms_norm":
@@ -202,7 +195,6 @@ class QuantizedMatvec:
 
     @property
     def tolerance(self) -> float:
-        """See `Kernel.tolerance`."""
         return UNIT_ROUNDOFF[self.dtype] + 4e-6
 
 

@@ -19,7 +19,7 @@ from apertus_mlx.generation.model_folder import open_folder
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.measure.bench.sides import Loaded, Ready, Settings, serve
-from apertus_mlx.measure.bench.stopwatch import Stopwatch
+from apertus_mlx.measure.bench.stopwatch import Engine, Stopwatch
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.language_model import LanguageModel
 
@@ -27,7 +27,7 @@ from apertus_mlx.model.language_model import LanguageModel
 ENDLESS = 2**31
 
 
-class Ours:
+class Ours(Engine):
     """`Engine` of this package."""
 
     def __init__(self, model: LanguageModel, form: CacheConfig, prefill_step: int) -> None:
@@ -36,22 +36,18 @@ class Ours:
         self._prefill_step = prefill_step
 
     def make_cache(self) -> list[Cache]:
-        """See `Engine`."""
         return self._model.make_cache(self._form)
 
     def read(self, prompt: list[int], cache: list[Cache]) -> None:
-        """See `Engine`."""
         prefill(self._model, prompt, cache, self._prefill_step)
 
     def tokens(self, prompt: list[int], cache: list[Cache]) -> Generator[int, None, None]:
-        """See `Engine`."""
         greedy = SamplingParams(temperature=0, seed=0)
         sampler = Sampler(greedy, prompt, self._model.config.output_vocab_size)
         logits = prefill(self._model, prompt, cache, self._prefill_step)
         yield from decode(self._model, logits, cache, sampler, ENDLESS)
 
     def rewind(self, cache: list[Cache], positions: int) -> bool:
-        """See `Engine`."""
         return rewind(cache, positions)
 
 

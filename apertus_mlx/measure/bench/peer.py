@@ -13,7 +13,7 @@ import mlx.core as mx
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.measure.bench.sides import Loaded, Ready, Settings, serve
-from apertus_mlx.measure.bench.stopwatch import Stopwatch
+from apertus_mlx.measure.bench.stopwatch import Engine, Stopwatch
 from apertus_mlx.measure.bench.workload import Task
 from apertus_mlx.system.foreign_errors import explain
 
@@ -21,27 +21,25 @@ from apertus_mlx.system.foreign_errors import explain
 ENDLESS = 2**31
 
 
-class MlxLm:
+class MlxLm(Engine):
     """`Engine` of mlx-lm, with its own defaults."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def make_cache(self) -> list[Any]:
-        """See `Engine`."""
         from mlx_lm.models.cache import make_prompt_cache
 
         cache: list[Any] = make_prompt_cache(self._model)
         return cache
 
     def read(self, prompt: list[int], cache: list[Any]) -> None:
-        """See `Engine`; the one token that is drawn, too, is forgotten again."""
+        """Write `prompt` to the cache; the one token that is drawn, too, is forgotten again."""
         next(self.tokens(prompt, cache))
         mx.eval([layer.state for layer in cache])
         self.rewind(cache, cache[0].offset - len(prompt))
 
     def tokens(self, prompt: list[int], cache: list[Any]) -> Generator[int, None, None]:
-        """See `Engine`."""
         from mlx_lm.generate import generate_step
 
         steps = generate_step(mx.array(prompt), self._model, max_tokens=ENDLESS, prompt_cache=cache)
@@ -49,7 +47,6 @@ class MlxLm:
             yield int(token)
 
     def rewind(self, cache: list[Any], positions: int) -> bool:
-        """See `Engine`."""
         from mlx_lm.models.cache import trim_prompt_cache
 
         return bool(trim_prompt_cache(cache, positions) == positions)

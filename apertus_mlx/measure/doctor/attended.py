@@ -15,7 +15,7 @@ from typing import Any
 
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.errors import RejectedError, ResourceError
-from apertus_mlx.measure.doctor.device import Agreement, Attempt, UnfitError
+from apertus_mlx.measure.doctor.device import Agreement, Attempt, Device, UnfitError
 from apertus_mlx.system.foreign_errors import out_of_memory
 
 # Most that one answer may take: about a kernel, and about the whole model, which is loaded first.
@@ -34,7 +34,7 @@ def child_command(folder: Path, dtype: str) -> list[str]:
     ]
 
 
-class AttendedDevice:
+class AttendedDevice(Device):
     """A `Device` that outlives kernels that crash or hang.
 
     Args:
@@ -61,20 +61,16 @@ class AttendedDevice:
             self._child.end()
 
     def attempt(self, kernel: Kernel) -> Attempt:
-        """See `Device.attempt`."""
         return Attempt(**self._ask("attempt", [kernel], self._kernel_limit_s))
 
     def seconds(self, kernel: Kernel, fused: bool) -> float:
-        """See `Device.seconds`."""
         return float(self._ask("fused" if fused else "plain", [kernel], self._kernel_limit_s))
 
     def agreement(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> Agreement:
-        """See `Device.agreement`."""
         call = "compiled agreement" if compiled else "agreement"
         return Agreement(**self._ask(call, kernels.values(), self._model_limit_s))
 
     def step_seconds(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> float:
-        """See `Device.step_seconds`."""
         call = "compiled step" if compiled else "step"
         return float(self._ask(call, kernels.values(), self._model_limit_s))
 

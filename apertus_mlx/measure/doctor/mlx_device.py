@@ -16,7 +16,7 @@ from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.measure.doctor.chain import Chain
-from apertus_mlx.measure.doctor.device import Agreement, Attempt
+from apertus_mlx.measure.doctor.device import Agreement, Attempt, Device
 from apertus_mlx.measure.doctor.measure import measure
 from apertus_mlx.model.apertus import Model
 
@@ -27,8 +27,8 @@ CONTEXT = PROMPT_TOKENS + max(GREEDY_TOKENS, TIMED_TOKENS) + 1
 LOGIT_BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-class MLXDevice:
-    """See `Device`.
+class MLXDevice(Device):
+    """MLX in this process.
 
     Args:
         inventory: the model, which is loaded once it is needed.
@@ -43,18 +43,16 @@ class MLXDevice:
         self._steps: dict[frozenset[str], FusedStep] = {}
 
     def attempt(self, kernel: Kernel) -> Attempt:
-        """See `Device.attempt`."""
         return measure(kernel, build(kernel, self._factory))
 
     def seconds(self, kernel: Kernel, fused: bool) -> float:
-        """See `Device.seconds`."""
         if self._chain is None or self._chain[0] != kernel:
             self._free_chain()
             self._chain = kernel, Chain(kernel, build(kernel, self._factory))
         return self._chain[1].seconds(fused)
 
     def agreement(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> Agreement:
-        """See `Device.agreement`; the prompt is random, and read without kernels."""
+        """Over a random prompt, which is read without kernels."""
         tokens, expected, _ = self._follow(self._model_with({}), None)
         _, found, choices = self._follow(self._model_with(kernels, compiled), tokens)
         same = sum(a == b for a, b in zip(choices, tokens[1:], strict=True))
@@ -66,7 +64,6 @@ class MLXDevice:
         return Agreement(len(choices), same, worst, float(divergence), LOGIT_BOUNDS[self._dtype])
 
     def step_seconds(self, kernels: Mapping[str, Kernel], compiled: bool = False) -> float:
-        """See `Device.step_seconds`."""
         model = self._model_with(kernels, compiled)
         cache = model.make_cache()
         logits = prefill(model, self._prompt(), cache)
