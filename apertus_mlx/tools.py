@@ -28,6 +28,7 @@ from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
+    from apertus_mlx.checkpoint.inventory import Inventory
     from apertus_mlx.convert.check.verify import Verification
     from apertus_mlx.convert.distill.run import Observer, Outcome
     from apertus_mlx.convert.distill.training import Validation
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from apertus_mlx.convert.job import Job
     from apertus_mlx.convert.plan.plan import Plan
     from apertus_mlx.convert.plan.policy import Request, Rule
-    from apertus_mlx.memory import Device, Subject
+    from apertus_mlx.memory import Device
 
 EMBEDDED_NAME = "apertus-demo"
 _Name = str | Path
@@ -263,12 +264,12 @@ def plan(
     expect_range(1, 2**20, prefill_step=prefill_step)
     form = read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
     target = _read_device(device)
-    subject = _subject(model, revision, offline, progress)
+    inventory = _inventory(model, revision, offline, progress)
     if target is not None:  # every device by name is Apple's; only this machine may lack a GPU
-        return make_report(subject, target, context, form, prefill_step, True, None)
+        return make_report(inventory, target, context, form, prefill_step, True, None)
     precision = "auto" if uses_cpu("auto", None) else None
     here = Device("this machine", available_bytes())
-    return make_report(subject, here, context, form, prefill_step, has_gpu(), precision)
+    return make_report(inventory, here, context, form, prefill_step, has_gpu(), precision)
 
 
 @own_errors()
@@ -460,21 +461,17 @@ def _locate(
     return locate(str(model), revision=revision, offline=offline, progress=progress)
 
 
-def _subject(
+def _inventory(
     model: str | Path | None, revision: str | None, offline: bool, progress: OnProgress | None
-) -> Subject:
+) -> Inventory:
+    from apertus_mlx.checkpoint.inventory import take_inventory
     from apertus_mlx.hub import fetch_headers
-    from apertus_mlx.memory import local_subject, remote_subject
 
     if isinstance(model, str) and not offline and _is_on_hub(model):
         _log.info(f"{model}: reading config and headers")
-        remote = fetch_headers(model, revision or "main")
-        headers = {
-            file: (header.header_json, header.file_size) for file, header in remote.headers.items()
-        }
-        return remote_subject(model, remote.files, headers)
+        return fetch_headers(model, revision or "main").inventory()
     folder = _locate(model, revision, offline, progress)
-    return local_subject(folder, None if model is None else str(model))
+    return take_inventory(folder, None if model is None else str(model))
 
 
 def _labels(models: Sequence[str | Path]) -> list[str]:

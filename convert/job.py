@@ -13,7 +13,7 @@ from typing import Any
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import CONFIG_FILE, read_config
 from apertus_mlx.checkpoint.slopes import check_slopes
-from apertus_mlx.checkpoint.tensors import INDEX_FILE, Checkpoint, open_checkpoint
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
 from apertus_mlx.convert.calibration import allocation, calibrate, calibrated, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Allocation, allocate_bits
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
@@ -144,7 +144,7 @@ def prepare(
     check_copied_files(directory, config)
     template_note = check_template(directory, config)
     files = file_states(directory, watched)
-    if source.tied_pair is not None and not _head_is_tied(checkpoint, source.tied_pair):
+    if not all(checkpoint.same_bytes(head, embedding) for head, embedding in source.tied):
         if not request.allow_untied_head:
             raise RejectedError(
                 f"{directory}: lm_head.weight differs from the embedding, but tie_word_embeddings "
@@ -327,11 +327,6 @@ def _space(plan: Plan, calibration: Calibration) -> tuple[int, int]:
 
 def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([STATE_VERSION, *parts]).encode()).hexdigest()
-
-
-def _head_is_tied(checkpoint: Checkpoint, pair: tuple[Any, Any]) -> bool:
-    with Reader(checkpoint.directory) as reader:
-        return reader.same_bytes(*pair)
 
 
 def _write_other_files(

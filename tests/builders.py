@@ -11,7 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.checkpoint.config import ModelConfig, parse_config
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.inventory import Inventory, StoredMatrix
+from apertus_mlx.checkpoint.tensors import Checkpoint
+from apertus_mlx.quant.spec import QuantSpec
 
 CONTROL_NAMES = {
     0: "<unk>", 1: "<s>", 2: "</s>", 3: "<pad>", 32: "<think>", 33: "</think>",
@@ -98,6 +102,25 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.nda
         else:
             weights[name] = np.full(shape, 0.5 if name.endswith("beta") else -1e-6)
     return {name: np.asarray(weight, np.float32) for name, weight in weights.items()}
+
+
+def planned_inventory(
+    name: str,
+    config: ModelConfig,
+    spec: QuantSpec | None,
+    dtype: str = "BF16",
+    tokenizer_bytes: int | None = None,
+) -> Inventory:
+    """A model that nobody has written, as the memory planner sees one: all matrices in `spec`."""
+    matrices = {
+        matrix.path: StoredMatrix(
+            matrix.path, matrix.rows, matrix.columns, spec,
+            (TensorInfo(matrix.weight, dtype, (matrix.rows, matrix.columns), "", 0, 0),),
+        )
+        for matrix in layout.matrices(config)
+    }  # fmt: skip
+    checkpoint = Checkpoint(name, (), {}, None)
+    return Inventory(config, checkpoint, matrices, {}, {}, tokenizer_bytes=tokenizer_bytes)
 
 
 def write_checkpoint(

@@ -13,14 +13,12 @@ from mlx.utils import tree_unflatten
 
 from apertus_mlx.backend import command_buffers, hardware
 from apertus_mlx.checkpoint.inventory import (
-    FLOAT_DTYPES,
     OUTPUT_DIVISOR,
     OUTPUT_SCALE,
-    XIELU_DEFAULTS,
     Inventory,
-    expected_tensors,
     take_inventory,
 )
+from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.checkpoint.tensors import Checkpoint
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import Model
@@ -104,12 +102,7 @@ def compute_dtype(inventory: Inventory) -> mx.Dtype:
     """The type to compute in, unless the user says another; see `load_model`."""
     if not hardware.has_gpu():
         return mx.float32
-    stored = {
-        tensor.dtype
-        for key, tensor in inventory.checkpoint.tensors.items()
-        if key not in inventory.dropped and tensor.dtype in FLOAT_DTYPES and len(tensor.shape) == 2
-    }
-    return mx.bfloat16 if stored <= {"BF16"} else mx.float32
+    return mx.bfloat16 if inventory.float_dtypes <= {"BF16"} else mx.float32
 
 
 @contextmanager
@@ -128,8 +121,7 @@ def _read_arrays(
     inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, mx.array]]:
     """Every parameter in the type that it is computed with, one evaluated at a time."""
-    wanted = {key: shape for key, (_, shape) in expected_tensors(inventory.config, inventory.specs)}
-    wanted.update({tensor.name: tensor.shape for tensor in inventory.factors.values()})
+    wanted = inventory.shapes
     checkpoint = inventory.checkpoint
     done = 0
     for file in checkpoint.files:

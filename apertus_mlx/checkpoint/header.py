@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.system.model_files import LFS_POINTER, checked, open_file
+from apertus_mlx.system.model_files import LFS_POINTER, checked, open_file, refuse_pointer
 from apertus_mlx.system.rust_panics import PanicError, guarded
 from apertus_mlx.system.strict_json import parse_object
 
@@ -53,10 +53,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         with open_file(path) as file:
             file_size = os.fstat(file.fileno()).st_size
             start = file.read(len(LFS_POINTER))
-            if start == LFS_POINTER:
-                raise RejectedError(
-                    f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`"
-                )
+            refuse_pointer(start, str(path))
             length = header_length(start[:8], file_size, str(path))
             file.seek(8)
             raw = file.read(length)

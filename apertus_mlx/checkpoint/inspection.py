@@ -8,7 +8,8 @@ from typing import Any
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.generation_config import read_generation_config
-from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES, Inventory, take_inventory
+from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
+from apertus_mlx.checkpoint.matching import FLOAT_DTYPES
 from apertus_mlx.text.tokenizer import Role, Tokenizer
 
 
@@ -25,11 +26,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     )
     generation = read_generation_config(directory, config.vocab_size)
     parameters = layout.parameter_count(config)
-    weight_bytes = sum(
-        tensor.size_bytes
-        for key, tensor in inventory.checkpoint.tensors.items()
-        if key not in inventory.dropped
-    )
+    weight_bytes = inventory.stored_bytes
     kv_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return {
         "directory": str(directory),
@@ -67,17 +64,17 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
 def _formats(inventory: Inventory) -> dict[str, str]:
     """How the matrices are stored, each form with where it is used."""
     forms: dict[str, list[str]] = {}
-    for matrix in layout.matrices(inventory.config):
-        spec = inventory.specs.get(matrix.path)
-        tensor = inventory.checkpoint.tensors[matrix.weight]
-        forms.setdefault(str(spec or tensor.dtype), []).append(matrix.path.rsplit(".", 1)[-1])
+    for path, matrix in inventory.matrices.items():
+        form = str(matrix.spec or matrix.tensors[0].dtype)
+        forms.setdefault(form, []).append(path.rsplit(".", 1)[-1])
     result = {
         form: ", ".join(f"{count} {name}" for name, count in sorted(Counter(paths).items()))
         for form, paths in forms.items()
     }
     scales = {
         tensor.dtype
-        for key, tensor in inventory.checkpoint.tensors.items()
-        if key.endswith(".scales") and tensor.dtype in FLOAT_DTYPES
+        for matrix in inventory.matrices.values()
+        for tensor in matrix.tensors[1:2]
+        if tensor.dtype in FLOAT_DTYPES
     }
     return {**result, **({"scales": ", ".join(sorted(scales))} if scales else {})}

@@ -1,58 +1,143 @@
-"""Matches a checkpoint's tensors with its config: names, shapes and types, from headers alone."""
+"""What a checkpoint holds: each part of the model with its tensors, from config and headers alone.
+
+The inventory of a folder and that of a repository on the Hub (`hub.fetch_headers`) are one type.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig, read_config
 from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.matching import FLOAT_DTYPES, Unmatched
 from apertus_mlx.checkpoint.slopes import check_slopes
 from apertus_mlx.checkpoint.tensors import Checkpoint, open_checkpoint
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.spec import QuantSpec
-from apertus_mlx.system.model_files import open_file
 
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-# What stands in for xIELU constants that some exporters leave out.
-XIELU_DEFAULTS = {"beta": 0.5, "eps": -1e-6}
 # Factors of a whole matrix or of each row, where the codes' own format has no place for them: the
 # product is multiplied by the one and divided by the other.
 OUTPUT_SCALE, OUTPUT_DIVISOR = "output_scale", "output_divisor"
-# Buffers that Hugging Face models may carry and that are derived from the config.
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
-MAX_NAMES_SHOWN = 10
-COMPARE_BLOCK_BYTES = 2**22
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix(layout.Matrix):
+    """A weight matrix with its format and the tensors that hold it.
+
+    Attributes:
+        spec: its quantized format; None where it is stored as floats.
+        tensors: the weight; for a quantized matrix also scales and, in affine formats, biases.
+        factor: what the product is multiplied by or divided by, where something is stored.
+    """
+
+    spec: QuantSpec | None
+    tensors: tuple[TensorInfo, ...]
+    factor: TensorInfo | None = None
+
+    def weight_bytes(self, float_bytes: int) -> int:
+        """Bytes in memory where each float, and each scale and bias, takes `float_bytes`."""
+        if self.spec is None:
+            return self.rows * self.columns * float_bytes
+        codes = 4 * self.spec.packed_columns(self.columns)
+        scale_bytes = 2 * float_bytes if self.spec.has_biases else 1
+        return self.rows * (codes + self.spec.groups(self.columns) * scale_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """A checkpoint whose tensors match its config: what the loader will read."""
+    """A checkpoint whose tensors match its config.
+
+    Attributes:
+        matrices: each weight matrix by its module path, in the model's order.
+        vectors: norms and xIELU parameters by name; None for a constant that is not stored.
+        dropped: tensors that are in the files but not in the model, and why.
+        tied: pairs of tensors, head and embedding, that must hold the same bytes.
+        tokenizer_bytes: size of the tokenizer's file; None where only headers were read.
+    """
 
     config: ModelConfig
     checkpoint: Checkpoint
-    # Module path -> format, for the quantized ones.
-    specs: dict[str, QuantSpec]
-    # Tensors that are in the files but not in the model, and why.
-    dropped: dict[str, str]
-    # Module path -> the factor of its product, for the few that have one.
-    factors: dict[str, TensorInfo]
+    matrices: Mapping[str, StoredMatrix]
+    vectors: Mapping[str, TensorInfo | None]
+    dropped: Mapping[str, str]
+    tied: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    tokenizer_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What error messages call the checkpoint."""
+        return self.checkpoint.name
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """Module path -> format, for the quantized matrices."""
+        return {path: m.spec for path, m in self.matrices.items() if m.spec is not None}
+
+    @property
+    def factors(self) -> dict[str, TensorInfo]:
+        """Module path -> the factor of its product, for the few that have one."""
+        return {path: m.factor for path, m in self.matrices.items() if m.factor is not None}
+
+    @property
+    def float_dtypes(self) -> set[str]:
+        """The safetensors types of all floats in matrices, scales and biases included."""
+        tensors = [tensor for matrix in self.matrices.values() for tensor in matrix.tensors]
+        return {tensor.dtype for tensor in tensors if tensor.dtype in FLOAT_DTYPES}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors that belong to the model."""
+        dropped = sum(self.checkpoint.tensors[key].size_bytes for key in self.dropped)
+        return self.checkpoint.size_bytes - dropped
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape in the model, for everything that is loaded."""
+        found = {t.name: t.shape for m in self.matrices.values() for t in m.tensors}
+        found.update(layout.vectors(self.config))
+        found.update((tensor.name, tensor.shape) for tensor in self.factors.values())
+        return found
 
 
-def take_inventory(directory: Path) -> Inventory:
-    """Match the tensors of `directory` with its config, from headers and xIELU's constants alone.
+def take_inventory(directory: Path, name: str | None = None) -> Inventory:
+    """The inventory of a folder, from headers, xIELU's constants and a tied head alone.
+
+    `name` is what error messages call it, if not by its path.
 
     Raises:
+        NotFoundError: there is no such folder.
         RejectedError: a tensor is missing, unexpected, or of another shape or type than the config
             says; the weights are in a format that has to be converted first; or a constant of xIELU
             is such that float32 cannot compute with it.
     """
     config = read_config(directory)
     checkpoint = open_checkpoint(directory)
-    name = str(directory)
+    if name is not None:
+        checkpoint = replace(checkpoint, name=name)
+    inventory = match_inventory(config, checkpoint)
+    for head, embedding in inventory.tied:
+        if not checkpoint.same_bytes(head, embedding):
+            raise RejectedError(
+                f"{checkpoint.name}: {head.name} differs from the embedding, "
+                "but tie_word_embeddings is true"
+            )
+    check_slopes(checkpoint)
+    tokenizer = directory / TOKENIZER_FILE
+    size_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    return replace(inventory, tokenizer_bytes=size_bytes)
+
+
+def match_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
+    """Match the tensors of `checkpoint` with `config`; opens no file.
+
+    Raises:
+        RejectedError: see `take_inventory`.
+    """
+    name = checkpoint.name
     if config.foreign_quantization is not None:
         raise RejectedError(
             f"{name}: weights are quantized by {config.foreign_quantization[0]!r}; "
@@ -62,145 +147,58 @@ def take_inventory(directory: Path) -> Inventory:
         raise RejectedError(
             f"{name}: Apertus 1.5 is multimodal; extract its text part: apertus-mlx convert"
         )
-    specs = _read_specs(config, checkpoint, name)
-    factors = _read_factors(config, specs, checkpoint, name)
-    expected = dict(expected_tensors(config, specs))
-    expected.update({f.name: (FLOAT_DTYPES, f.shape) for f in factors.values()})
-    dropped = _unused_tensors(config, checkpoint, expected, name)
-    optional = {key for key in expected if key.rsplit(".", 1)[-1] in XIELU_DEFAULTS}
-    missing = sorted(expected.keys() - checkpoint.tensors.keys() - optional)
-    if missing:
-        raise RejectedError(f"{name}: missing {_listed(missing)}")
-    for key, (dtypes, shape) in expected.items():
-        tensor = checkpoint.tensors.get(key)
-        if tensor is None:
-            continue
-        same = tensor.shape == shape or (len(shape) < 2 and {tensor.shape, shape} == {(), (1,)})
-        if not same:
-            raise RejectedError(
-                f"{name}: {key}: shape {list(tensor.shape)}, the config says {list(shape)}"
-            )
-        if tensor.dtype not in dtypes:
-            raise RejectedError(
-                f"{name}: {key}: type {tensor.dtype}, expected {' or '.join(dtypes)}"
-            )
-    check_slopes(checkpoint)
-    return Inventory(config, checkpoint, specs, dropped, factors)
-
-
-def _read_specs(config: ModelConfig, checkpoint: Checkpoint, name: str) -> dict[str, QuantSpec]:
-    """The format of each quantized matrix: those that have scales, as the config says."""
-    specs = {}
-    for matrix in layout.matrices(config):
-        has_scales = f"{matrix.path}.scales" in checkpoint.tensors
-        spec = config.quantization.spec_for(matrix.path) if config.quantization else None
-        if not has_scales:
-            tensor = checkpoint.tensors.get(matrix.weight)
-            if spec is not None and tensor is not None and tensor.dtype == "U32":
-                raise RejectedError(f"{name}: {matrix.path}.scales: missing")
-            continue
-        if spec is None:
-            raise RejectedError(
-                f"{name}: {matrix.path} is quantized, but the config's quantization does not say so"
-            )
-        if not spec.fits(matrix.columns):
-            raise RejectedError(
-                f"{name}: {matrix.path}: {matrix.columns} columns do not divide into {spec}"
-            )
-        specs[matrix.path] = spec
-    if config.quantization is not None and not specs:
+    left = Unmatched(checkpoint.tensors, name)
+    tied = left.take_tied_head(config)
+    found = left.matrices(config, lambda matrix: match_matrix(matrix, config, left))
+    if config.quantization is not None and not any(matrix.spec for matrix in found.values()):
         raise RejectedError(f"{name}: the config says quantized, but no tensor is")
-    return specs
+    matrices = {matrix.path: stored for matrix, stored in found.items()}
+    vectors = left.vectors(config)
+    left.refuse_rest()
+    return Inventory(config, checkpoint, matrices, vectors, left.dropped, tied)
 
 
-def _read_factors(
-    config: ModelConfig, specs: dict[str, QuantSpec], checkpoint: Checkpoint, name: str
-) -> dict[str, TensorInfo]:
-    factors = {}
-    for matrix in layout.matrices(config):
-        if matrix.path not in specs or matrix.path == layout.EMBEDDING:
-            continue
-        for suffix in (OUTPUT_SCALE, OUTPUT_DIVISOR):
-            tensor = checkpoint.tensors.get(f"{matrix.path}.{suffix}")
-            if tensor is None:
-                continue
-            if matrix.path in factors:
-                raise RejectedError(f"{name}: {matrix.path} has both a scale and a divisor")
-            if tensor.shape not in ((1,), (matrix.rows,)):
-                raise RejectedError(
-                    f"{name}: {tensor.name}: shape {list(tensor.shape)}, expected [1] or "
-                    f"[{matrix.rows}]"
-                )
-            factors[matrix.path] = tensor
-    return factors
+def match_matrix(matrix: layout.Matrix, config: ModelConfig, left: Unmatched) -> StoredMatrix:
+    """Take the tensors of a matrix: in MLX's formats where scales are stored, else as floats.
 
-
-def expected_tensors(
-    config: ModelConfig, specs: dict[str, QuantSpec]
-) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
-    """Each tensor's name with the types and the shape that it may have."""
-    for matrix in layout.matrices(config):
-        spec = specs.get(matrix.path)
-        if spec is None:
-            yield matrix.weight, (FLOAT_DTYPES, (matrix.rows, matrix.columns))
-            continue
-        groups = (matrix.rows, spec.groups(matrix.columns))
-        yield matrix.weight, (("U32",), (matrix.rows, spec.packed_columns(matrix.columns)))
-        yield f"{matrix.path}.scales", (FLOAT_DTYPES if spec.has_biases else ("U8",), groups)
-        if spec.has_biases:
-            yield f"{matrix.path}.biases", (FLOAT_DTYPES, groups)
-    for key, shape in layout.vectors(config):
-        yield key, (FLOAT_DTYPES, shape)
-
-
-def _unused_tensors(
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    expected: dict[str, Any],
-    name: str,
-) -> dict[str, str]:
-    dropped = {}
-    unexpected = []
-    for key in sorted(checkpoint.tensors.keys() - expected.keys()):
-        if key.endswith(IGNORED_SUFFIX):
-            dropped[key] = "derived from the config"
-        elif config.tie_word_embeddings and key.startswith(f"{layout.HEAD}."):
-            _require_equal_head(checkpoint, key, name)
-            dropped[key] = "equal to the tied embedding"
-        else:
-            unexpected.append(key)
-    if unexpected:
-        raise RejectedError(f"{name}: unexpected {_listed(unexpected)}")
-    return dropped
-
-
-def _require_equal_head(checkpoint: Checkpoint, key: str, name: str) -> None:
-    """Some exporters store the tied head as well; it must be the embedding, byte for byte."""
-    head = checkpoint.tensors[key]
-    tied = checkpoint.tensors.get(key.replace(layout.HEAD, layout.EMBEDDING, 1))
-    if tied is None or (tied.dtype, tied.shape) != (head.dtype, head.shape):
-        raise RejectedError(f"{name}: {key}: stored beside tied embeddings of another form")
-    if not _same_bytes(checkpoint, head.name, tied.name):
+    Raises:
+        RejectedError: a tensor is missing or of another shape or type than the config says.
+    """
+    path, rows, columns = matrix.path, matrix.rows, matrix.columns
+    spec = config.quantization.spec_for(path) if config.quantization else None
+    if f"{path}.scales" not in left:
+        if spec is not None and left.peek(matrix.weight).dtype == "U32":
+            raise RejectedError(f"{left.name}: {path}.scales: missing")
+        weight = left.need(matrix.weight, FLOAT_DTYPES, (rows, columns))
+        return StoredMatrix(path, rows, columns, None, (weight,))
+    if spec is None:
         raise RejectedError(
-            f"{name}: {key} differs from the embedding, but tie_word_embeddings is true"
+            f"{left.name}: {path} is quantized, but the config's quantization does not say so"
         )
+    if not spec.fits(columns):
+        raise RejectedError(f"{left.name}: {path}: {columns} columns do not divide into {spec}")
+    groups = (rows, spec.groups(columns))
+    weight = left.need(matrix.weight, ("U32",), (rows, spec.packed_columns(columns)))
+    scales = left.need(f"{path}.scales", FLOAT_DTYPES if spec.has_biases else ("U8",), groups)
+    tensors: tuple[TensorInfo, ...] = (weight, scales)
+    if spec.has_biases:
+        tensors += (left.need(f"{path}.biases", FLOAT_DTYPES, groups),)
+    factor = None if path == layout.EMBEDDING else _factor(matrix, left)
+    return StoredMatrix(path, rows, columns, spec, tensors, factor)
 
 
-def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
-    with open_file(checkpoint.path(a)) as file_a, open_file(checkpoint.path(b)) as file_b:
-        file_a.seek(a.offset)
-        file_b.seek(b.offset)
-        left = a.size_bytes
-        while left > 0:
-            size = min(COMPARE_BLOCK_BYTES, left)
-            if file_a.read(size) != file_b.read(size):
-                return False
-            left -= size
-    return True
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(name[:80] for name in names[:MAX_NAMES_SHOWN])
-    more = len(names) - MAX_NAMES_SHOWN
-    return f"{len(names)} tensors: {shown}" + (f" and {more} more" if more > 0 else "")
+def _factor(matrix: layout.Matrix, left: Unmatched) -> TensorInfo | None:
+    found = [left.take(f"{matrix.path}.{kind}") for kind in (OUTPUT_SCALE, OUTPUT_DIVISOR)]
+    factors = [tensor for tensor in found if tensor is not None]
+    if not factors:
+        return None
+    if len(factors) > 1:
+        raise RejectedError(f"{left.name}: {matrix.path} has both a scale and a divisor")
+    factor = factors[0]
+    if factor.shape not in ((1,), (matrix.rows,)):
+        raise RejectedError(
+            f"{left.name}: {factor.name}: shape {list(factor.shape)}, expected [1] or "
+            f"[{matrix.rows}]"
+        )
+    left.check(factor.name, factor, FLOAT_DTYPES, factor.shape)
+    return factor

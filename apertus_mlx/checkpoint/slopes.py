@@ -37,7 +37,7 @@ def check_slopes(checkpoint: Checkpoint) -> None:
         value = _value(checkpoint, tensor)
         if value is not None and not abs(value) <= most:
             raise RejectedError(
-                f"{checkpoint.directory}: {name}: {value:g} is beyond what a trained model has "
+                f"{checkpoint.name}: {name}: {value:g} is beyond what a trained model has "
                 f"(at most {most:g}); the checkpoint is damaged"
             )
 

@@ -1,4 +1,4 @@
-"""A model folder as an inventory of its tensors: headers only, no arrays yet.
+"""The tensors of a model folder by name, from the headers of its files; no arrays yet.
 
 Nothing outside the folder is opened, apart from the blobs that a Hugging Face cache links to.
 """
@@ -12,33 +12,66 @@ from typing import Any
 
 from apertus_mlx.checkpoint.header import TensorInfo, read_header
 from apertus_mlx.errors import NotFoundError, RejectedError
-from apertus_mlx.system.model_files import exists
+from apertus_mlx.system.model_files import exists, is_plain_name, open_file
 from apertus_mlx.system.strict_json import read_object
 
+COMPARE_BLOCK_BYTES = 2**22
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.gguf", "*.npz", "*.npy", "*.h5", "*.msgpack")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a folder by name, and the weight files that hold them."""
+    """The tensors of a checkpoint by name, in a folder or on the Hub.
 
-    directory: Path
+    Attributes:
+        name: what error messages call it.
+        files: the weight files that hold the tensors.
+        folder: where these files lie; None where only their headers are known.
+    """
+
+    name: str
     files: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
+    folder: Path | None
+
+    @property
+    def directory(self) -> Path:
+        """The folder, of a checkpoint that has one."""
+        assert self.folder is not None, f"{self.name}: only the headers are known"
+        return self.folder
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all weight files; in each, the last tensor ends where the file ends."""
+        ends = dict.fromkeys(self.files, 0)
+        for tensor in self.tensors.values():
+            ends[tensor.file] = max(ends[tensor.file], tensor.offset + tensor.size_bytes)
+        return sum(ends.values())
+
     def path(self, tensor: TensorInfo) -> Path:
         """The file in which `tensor` lies."""
         return self.directory / tensor.file
 
+    def same_bytes(self, first: TensorInfo, second: TensorInfo) -> bool:
+        """Whether two tensors of one shape and type hold the same bytes."""
+        with open_file(self.path(first)) as file_a, open_file(self.path(second)) as file_b:
+            file_a.seek(first.offset)
+            file_b.seek(second.offset)
+            for start in range(0, first.size_bytes, COMPARE_BLOCK_BYTES):
+                size = min(COMPARE_BLOCK_BYTES, first.size_bytes - start)
+                if file_a.read(size) != file_b.read(size):
+                    return False
+        return True
+
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Take the inventory of the safetensors files in `directory`.
+    """Read the headers of the safetensors files in `directory`.
 
     With an index, exactly the files that it names are read, and it must agree with their headers;
     without one, all `model*.safetensors` (else the only `*.safetensors`), which must not share a
@@ -60,7 +93,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         files = _weight_files(directory)
     headers = {file: read_header(directory / file) for file in files}
     tensors = merge_headers(headers, weight_map, str(directory))
-    return Checkpoint(directory, tuple(files), tensors)
+    return Checkpoint(str(directory), tuple(files), tensors, directory)
 
 
 def merge_headers(
@@ -68,7 +101,7 @@ def merge_headers(
     weight_map: Mapping[str, str] | None,
     name: str,
 ) -> dict[str, TensorInfo]:
-    """The tensors of several files as one inventory; checks them against the index if given."""
+    """The tensors of several files by name; they must agree with the index if there is one."""
     tensors: dict[str, TensorInfo] = {}
     for infos in headers.values():
         for tensor in infos:
@@ -99,23 +132,13 @@ def read_weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise RejectedError(f"{name}: weight_map: expected an object of tensor names")
     for key, file in weight_map.items():
-        if not isinstance(file, str) or not _is_plain_name(file):
+        plain = isinstance(file, str) and file.endswith(".safetensors") and is_plain_name(file)
+        if not plain:
             raise RejectedError(
                 f"{name}: weight_map: {str(key)[:80]!r} points to {str(file)[:80]!r}; only plain "
                 "*.safetensors names inside the folder are allowed"
             )
     return weight_map
-
-
-def _is_plain_name(file: str) -> bool:
-    forbidden = {"/", "\\", ":", "\0"}
-    return (
-        file.endswith(".safetensors")
-        and not forbidden & set(file)
-        and not file.startswith(".")
-        and file.isprintable()
-        and len(file.encode()) <= 255
-    )
 
 
 def _weight_files(directory: Path) -> list[str]:

@@ -12,7 +12,6 @@ from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.memory import Fit, fit, footprint
 from apertus_mlx.memory.fit import PREFILL_STEPS
 from apertus_mlx.memory.footprint import choose_backend
-from apertus_mlx.memory.subject import inventory_subject
 from apertus_mlx.system.sizes import format_bytes
 
 
@@ -34,15 +33,14 @@ def plan_memory(inventory: Inventory, options: RunOptions, context: int) -> Fit:
     config, form = inventory.config, options.form
     if form is not None:
         form.require_fit(config.head_dim)
-    subject = inventory_subject(inventory, str(inventory.checkpoint.directory))
     cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
-    backend = choose_backend(subject, has_gpu(), options.dtype, cpu)
+    backend = choose_backend(inventory, has_gpu(), options.dtype, cpu)
     context = min(context, config.max_position_embeddings)
     limit = memory_limit(options)
     if not options.force:
-        return fit(subject, limit, context, backend, form, options.prefill_step)
+        return fit(inventory, limit, context, backend, form, options.prefill_step)
     form, step = form or FULL_PRECISION, options.prefill_step or PREFILL_STEPS[0]
-    return Fit(form, step, footprint(subject, form, context, step, backend), limit, backend)
+    return Fit(form, step, footprint(inventory, form, context, step, backend), limit, backend)
 
 
 def describe_plan(plan: Fit, options: RunOptions, context: int) -> str | None:

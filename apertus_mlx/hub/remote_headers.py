@@ -1,6 +1,6 @@
 """What a Hub checkpoint says about itself, by range requests: JSON files and safetensors headers.
 
-Fetches kilobytes where the checkpoint has gigabytes; parses no header, the checkpoint reader does.
+Fetches kilobytes where the checkpoint has gigabytes.
 Imports nothing heavy: `huggingface_hub` is imported inside the functions.
 """
 
@@ -11,9 +11,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, parse_config
+from apertus_mlx.checkpoint.header import parse_header
+from apertus_mlx.checkpoint.inventory import Inventory, match_inventory
+from apertus_mlx.checkpoint.tensors import INDEX_FILE, Checkpoint, merge_headers, read_weight_map
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.hub.errors import UnreachableError, explained
 from apertus_mlx.hub.listing import Listing, RemoteFile, is_weights, list_files
+from apertus_mlx.system.strict_json import parse_object
 
 MAX_HEADER_BYTES = 16 * 2**20
 _JSON_NAMES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -41,6 +46,48 @@ class RemoteCheckpoint:
     commit: str
     files: dict[str, bytes]
     headers: dict[str, RawHeader]
+
+    def config(self) -> ModelConfig:
+        """What `config.json` says.
+
+        Raises:
+            RejectedError: there is none, or it is damaged or unsupported.
+        """
+        name = f"{self.repo_id}: {CONFIG_FILE}"
+        if CONFIG_FILE not in self.files:
+            raise RejectedError(f"{self.repo_id}: no {CONFIG_FILE}; not a model repository")
+        return parse_config(parse_object(self.files[CONFIG_FILE], name), name)
+
+    def checkpoint(self) -> Checkpoint:
+        """The tensors by name, as `open_checkpoint` finds them in a folder.
+
+        Raises:
+            RejectedError: a header or the index is damaged, or the two disagree.
+        """
+        name, headers, weight_map = self.repo_id, self.headers, None
+        if INDEX_FILE in self.files:
+            where = f"{name}: {INDEX_FILE}"
+            weight_map = read_weight_map(parse_object(self.files[INDEX_FILE], where), where)
+            missing = sorted(set(weight_map.values()) - headers.keys())
+            if missing:
+                raise RejectedError(f"{name}: {missing[0]} is named in {INDEX_FILE} but missing")
+            headers = {file: headers[file] for file in sorted(set(weight_map.values()))}
+        parsed = {
+            file: parse_header(raw.header_json, raw.file_size, file, f"{name}: {file}")
+            for file, raw in headers.items()
+        }
+        return Checkpoint(name, tuple(parsed), merge_headers(parsed, weight_map, name), None)
+
+    def inventory(self) -> Inventory:
+        """The inventory, as `take_inventory` makes it of a folder.
+
+        A stored head that the config ties is taken to equal the embedding, and xIELU's constants
+        to be sound: only the weights can show either.
+
+        Raises:
+            RejectedError: see `config`, `checkpoint` and `match_inventory`.
+        """
+        return match_inventory(self.config(), self.checkpoint())
 
 
 def fetch_headers(repo_id: str, commit: str) -> RemoteCheckpoint:

@@ -3,7 +3,6 @@
 from apertus_mlx.memory.devices import DEVICE_EXAMPLES, Device, parse_device, parse_size
 from apertus_mlx.memory.fit import Fit, fit, largest_context
 from apertus_mlx.memory.footprint import Backend, Footprint, footprint
-from apertus_mlx.memory.subject import Subject, local_subject, remote_subject
 
 __all__ = [
     "DEVICE_EXAMPLES",
@@ -11,12 +10,9 @@ __all__ = [
     "Device",
     "Fit",
     "Footprint",
-    "Subject",
     "fit",
     "footprint",
     "largest_context",
-    "local_subject",
     "parse_device",
     "parse_size",
-    "remote_subject",
 ]

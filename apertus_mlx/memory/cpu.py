@@ -13,61 +13,61 @@ the command stands. Nobody has measured it on macOS.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from apertus_mlx.backend.cpu.weights import activations_for, parts_of
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.quant.spec import QuantSpec
+from apertus_mlx.checkpoint.inventory import Inventory, StoredMatrix
 
 # Python, MLX, onnxruntime and the command line; and a layer's graphs.
 LIBRARIES_BYTES, LAYER_BYTES = 114_000_000, 250_000
 # A tokenizer, for each entry of the vocabulary and each byte of its file. Measured: 99 MB for
 # 131,072 entries in 3.9 MB, 190 MB for as many and 269,443 merges in 17.1 MB.
 ENTRY_BYTES, FILE_COPIES = 560, 7
+# Of the released models, where nobody asked for the file.
+RELEASED_TOKENIZER_BYTES = 17_078_480
 # While a matrix is read that becomes float32, in bytes a weight: from floats, from a float mode.
 FLOATS_LOADING_BYTES, MODE_LOADING_BYTES = 8, 16
 
 
-def fixed_bytes(config: ModelConfig, tokenizer_bytes: int) -> int:
+def fixed_bytes(inventory: Inventory) -> int:
     """Bytes of what is neither weights nor grows with a prompt."""
-    tokenizer = ENTRY_BYTES * config.vocab_size + FILE_COPIES * tokenizer_bytes
+    config, file_bytes = inventory.config, inventory.tokenizer_bytes
+    if file_bytes is None:
+        file_bytes = RELEASED_TOKENIZER_BYTES
+    tokenizer = ENTRY_BYTES * config.vocab_size + FILE_COPIES * file_bytes
     return LIBRARIES_BYTES + LAYER_BYTES * config.num_hidden_layers + tokenizer
 
 
-def weights_bytes(config: ModelConfig, specs: Mapping[str, QuantSpec], precision: str) -> int:
+def weights_bytes(inventory: Inventory, precision: str) -> int:
     """Bytes of all weights as onnxruntime keeps them."""
-    return sum(held for held, _ in _stages(config, specs, precision).values())
+    return sum(held for held, _ in _stages(inventory, precision).values())
 
 
-def loading_bytes(config: ModelConfig, specs: Mapping[str, QuantSpec], precision: str) -> int:
+def loading_bytes(inventory: Inventory, precision: str) -> int:
     """Bytes beyond those of the weights at the worst moment of loading; may be negative."""
     held, worst = 0, 0
-    for own, passing in _stages(config, specs, precision).values():
+    for own, passing in _stages(inventory, precision).values():
         held += own
         worst = max(worst, held + passing)
     return worst - held
 
 
-def _stages(
-    config: ModelConfig, specs: Mapping[str, QuantSpec], precision: str
-) -> dict[str, tuple[int, int]]:
-    """Of the head and of each layer the bytes that stay, and those that pass beside them."""
+def _stages(inventory: Inventory, precision: str) -> dict[str, tuple[int, int]]:
+    """For the head and each layer: the bytes that stay, and those that loading adds for a time."""
     stages = {layout.HEAD: (0, 0)}
-    for matrix in layout.matrices(config):
+    for path, matrix in inventory.matrices.items():
         stage = layout.HEAD
-        if matrix.path not in (layout.EMBEDDING, layout.HEAD):
-            stage = matrix.path.rsplit(".", 2)[0]
-        elif matrix.path == layout.EMBEDDING and not config.tie_word_embeddings:
+        if path not in (layout.EMBEDDING, layout.HEAD):
+            stage = path.rsplit(".", 2)[0]
+        elif path == layout.EMBEDDING and not inventory.config.tie_word_embeddings:
             continue
-        found = _matrix_bytes(matrix, specs.get(matrix.path), precision)
+        found = _matrix_bytes(matrix, precision)
         before = stages.get(stage, (0, 0))
         stages[stage] = (before[0] + found[0], before[1] + found[1])
     return stages
 
 
-def _matrix_bytes(matrix: layout.Matrix, spec: QuantSpec | None, precision: str) -> tuple[int, int]:
-    weights = matrix.rows * matrix.columns
+def _matrix_bytes(matrix: StoredMatrix, precision: str) -> tuple[int, int]:
+    weights, spec = matrix.rows * matrix.columns, matrix.spec
     if spec is None or not spec.has_biases:
         return 4 * weights, (FLOATS_LOADING_BYTES if spec is None else MODE_LOADING_BYTES) * weights
     activations = activations_for(spec.bits, precision)

@@ -6,20 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig
-from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.footprint import Backend, Footprint, footprint
-from apertus_mlx.memory.subject import Subject
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.sizes import format_bytes
 
 PREFILL_STEPS = (512, 256, 128, 64, 32)
 # Steps down to this cost little speed; smaller ones are tried after the caches' precision.
 COMFORTABLE_STEP = 128
-# In the order of what they cost in quality (README, "KV caches"); 2 bits only on request.
+# From the best quality to the least; 2 bits only on request.
 FORMS = tuple(CacheConfig(bits, bits) for bits in (FULL_BITS, 8, 6, 4, 3))
-LEAST_BITS = FORMS[-1]
 LEAST_BOUND = 512
 # MLX keeps freed buffers for the next operation; more than this brings nothing.
 MAX_BUFFER_CACHE_BYTES = 512 * 10**6
@@ -51,7 +49,7 @@ class Fit:
 
 
 def fit(
-    subject: Subject,
+    inventory: Inventory,
     limit_bytes: int,
     context: int,
     backend: Backend,
@@ -67,21 +65,21 @@ def fit(
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
     """
-    for candidate, step in _settings(subject.config, context, form, prefill_step, bounds):
-        needed = footprint(subject, candidate, context, step, backend)
+    for candidate, step in _settings(inventory.config, context, form, prefill_step, bounds):
+        needed = footprint(inventory, candidate, context, step, backend)
         if needed.total_bytes <= limit_bytes:
             return Fit(candidate, step, needed, limit_bytes, backend)
-    raise ResourceError(_refusal(subject, limit_bytes, context, backend, form, prefill_step))
+    raise ResourceError(_refusal(inventory, limit_bytes, context, backend, form, prefill_step))
 
 
 def largest_context(
-    subject: Subject, limit_bytes: int, form: CacheConfig, prefill_step: int, backend: Backend
+    inventory: Inventory, limit_bytes: int, form: CacheConfig, prefill_step: int, backend: Backend
 ) -> int:
     """The longest context, up to the model's, that stays under `limit_bytes`; 0 if none does."""
-    low, high = 0, subject.config.max_position_embeddings
+    low, high = 0, inventory.config.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
-        needed = footprint(subject, form, middle, prefill_step, backend)
+        needed = footprint(inventory, form, middle, prefill_step, backend)
         if needed.total_bytes <= limit_bytes:
             low = middle
         else:
@@ -126,40 +124,40 @@ def possible_forms(config: ModelConfig) -> list[CacheConfig]:
 
 
 def _refusal(
-    subject: Subject,
+    inventory: Inventory,
     limit_bytes: int,
     context: int,
     backend: Backend,
     form: CacheConfig | None,
     prefill_step: int | None,
 ) -> str:
-    wanted = form or possible_forms(subject.config)[-1]
+    wanted = form or possible_forms(inventory.config)[-1]
     step = prefill_step or PREFILL_STEPS[-1]
-    needed = footprint(subject, wanted, context, step, backend)
+    needed = footprint(inventory, wanted, context, step, backend)
     process = ""
     if needed.process_bytes:
         process = f"libraries and tokenizer {_needed(needed.process_bytes)}, "
     message = (
-        f"{subject.name}: {context} tokens of context need {_needed(needed.total_bytes)} "
+        f"{inventory.name}: {context} tokens of context need {_needed(needed.total_bytes)} "
         f"({process}weights {_needed(needed.weights_bytes)}, cache "
         f"{_needed(needed.kv_bytes)} at {wanted}, working memory "
         f"{_needed(needed.prefill_bytes)} at --prefill-step {step}), "
         f"the limit is {_needed(limit_bytes)}; "
     )
-    smallest = possible_forms(subject.config)[-1]
-    fits = largest_context(subject, limit_bytes, smallest, PREFILL_STEPS[-1], backend)
+    smallest = possible_forms(inventory.config)[-1]
+    fits = largest_context(inventory, limit_bytes, smallest, PREFILL_STEPS[-1], backend)
     if fits >= LEAST_BOUND:
         bits = "" if smallest.key_bits == FULL_BITS else f"--kv-bits {smallest.key_bits} "
-        bound = _largest_bound(subject, limit_bytes, context, smallest, backend)
+        bound = _largest_bound(inventory, limit_bytes, context, smallest, backend)
         ring = f"with --max-kv {bound}, or " if bound else ""
         return message + (
             f"what would fit: {bits}--prefill-step {PREFILL_STEPS[-1]} {ring}"
             f"with at most {fits} tokens in all; --force tries anyway"
         )
     short = min(context, LEAST_BOUND)
-    least_bytes = _least_bytes(subject, short, backend, form, prefill_step)
+    least_bytes = _least_bytes(inventory, short, backend, form, prefill_step)
     for width in (4, 3, 2):
-        other = _at_width(subject, width)
+        other = _at_width(inventory, width)
         other_bytes = _least_bytes(other, short, backend, form, prefill_step)
         # A width that this path keeps as it keeps the present one would help nobody.
         if other_bytes < least_bytes and other_bytes <= limit_bytes:
@@ -171,14 +169,14 @@ def _refusal(
 
 
 def _largest_bound(
-    subject: Subject, limit_bytes: int, context: int, form: CacheConfig, backend: Backend
+    inventory: Inventory, limit_bytes: int, context: int, form: CacheConfig, backend: Backend
 ) -> int:
     """The longest ring that stays under the limit, in steps of 32 positions; 0 if none does."""
     low, high = 0, context // STEP
     while low < high:
         middle = (low + high + 1) // 2
         bounded = replace(form, bound=max(middle * STEP, form.least_bound))
-        needed = footprint(subject, bounded, context, PREFILL_STEPS[-1], backend)
+        needed = footprint(inventory, bounded, context, PREFILL_STEPS[-1], backend)
         if needed.total_bytes <= limit_bytes:
             low = middle
         else:
@@ -187,7 +185,7 @@ def _largest_bound(
 
 
 def _least_bytes(
-    subject: Subject,
+    inventory: Inventory,
     context: int,
     backend: Backend,
     form: CacheConfig | None,
@@ -195,16 +193,19 @@ def _least_bytes(
 ) -> int:
     """What the most frugal of all settings takes."""
     return min(
-        footprint(subject, candidate, context, step, backend).total_bytes
-        for candidate, step in _settings(subject.config, context, form, prefill_step, False)
+        footprint(inventory, candidate, context, step, backend).total_bytes
+        for candidate, step in _settings(inventory.config, context, form, prefill_step, False)
     )
 
 
-def _at_width(subject: Subject, bits: int) -> Subject:
-    """The model with all matrices in `bits`, where their columns divide into groups."""
+def _at_width(inventory: Inventory, bits: int) -> Inventory:
+    """The model as it would be with all matrices in `bits` whose columns divide into groups."""
     spec = QuantSpec(bits, 64)
-    fitting = [m.path for m in layout.matrices(subject.config) if spec.fits(m.columns)]
-    return replace(subject, specs=dict.fromkeys(fitting, spec))
+    matrices = {
+        path: replace(matrix, spec=spec if spec.fits(matrix.columns) else None)
+        for path, matrix in inventory.matrices.items()
+    }
+    return replace(inventory, matrices=matrices)
 
 
 def _needed(size_bytes: int) -> str:

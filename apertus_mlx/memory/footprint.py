@@ -1,9 +1,10 @@
 """What a run takes at its peak, part by part: weights, cache, prompt processing, logits.
 
-Weights and cache are exact: sizes follow from config and headers, and growth of a cache is a rule.
-What MLX holds while it works on a chunk is a formula; its factors are counted from the operations
-in flight, and checked against MLX's measured peak (`tests/memory/test_memory_peak.py`). With L
-tokens a chunk, D the hidden size, I the MLP's, S positions seen and e bytes a number:
+The bytes of weights and cache are exact: they follow from config, headers and the rule by which a
+cache grows. What MLX holds while it works on a chunk of the prompt is a formula. Its factors are
+counted from the operations in flight; `tests/memory/test_memory_peak.py` checks them against MLX's
+measured peak. With L tokens a chunk, D the hidden size, I the MLP's, S positions that attention
+reads and e bytes a number:
 
     MLP          m * L * I * e       (xIELU's intermediate values; one fused kernel on a GPU)
     residual     r * L * D * e
@@ -11,25 +12,27 @@ tokens a chunk, D the hidden size, I the MLP's, S positions seen and e bytes a n
     quantization q * L * kv_heads * head_dim * 2 * e
     copies       layers * rows * kv_heads * head_dim * 2 * e
 
-The copies are rows in full precision, a chunk's and those before it, of which a ring or codes are
-made; those of all layers live until the chunk is done. A quantized cache computes scores in blocks
-of at most 8 MiB. When a cache grows, one layer of it is there twice.
+A bounded or quantized cache copies the chunk's keys and values, and recent ones before them, in
+full precision; the copies of all layers live until the chunk is done. A quantized cache computes
+scores in blocks of at most 8 MiB. While the cache of a layer grows, its old and new arrays exist
+both.
 
-On the CPU path the whole process counts, with what `cpu` says of weights, libraries and loading;
-there it is an upper bound.
+On the CPU path the footprint is an upper bound for the whole process: `cpu` adds libraries, the
+tokenizer and loading.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from apertus_mlx.cache.attention import MAX_SCORES_BYTES
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
 from apertus_mlx.cache.store import capacity_for
 from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.memory import cpu
-from apertus_mlx.memory.subject import Subject
+from apertus_mlx.memory.weights import weights_bytes
 
 SCALE_BYTES = 2
 
@@ -80,20 +83,12 @@ class Footprint:
         return self.process_bytes + self.weights_bytes + max(self.loading_bytes, running)
 
     def report(self) -> dict[str, Any]:
-        """All parts by name."""
-        return {
-            "weights_bytes": self.weights_bytes,
-            "kv_bytes": self.kv_bytes,
-            "prefill_bytes": self.prefill_bytes,
-            "logits_bytes": self.logits_bytes,
-            "process_bytes": self.process_bytes,
-            "loading_bytes": self.loading_bytes,
-            "total_bytes": self.total_bytes,
-        }
+        """All parts by name, and their peak."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
 
 
 def choose_backend(
-    subject: Subject, on_gpu: bool, dtype: str | None = None, cpu: str | None = None
+    inventory: Inventory, on_gpu: bool, dtype: str | None = None, cpu: str | None = None
 ) -> Backend:
     """How this checkpoint is computed: as the loader decides, unless `dtype` is asked for.
 
@@ -103,29 +98,27 @@ def choose_backend(
         return replace(CPU_PATH, cpu=cpu)
     if not on_gpu:
         return MLX_CPU
-    wide = dtype == "float32" if dtype else not subject.stored_16_bit
+    wide = dtype == "float32" if dtype else not inventory.float_dtypes <= {"BF16"}
     return GPU_32_BIT if wide else GPU_16_BIT
 
 
 def footprint(
-    subject: Subject, form: CacheConfig, context: int, prefill_step: int, backend: Backend
+    inventory: Inventory, form: CacheConfig, context: int, prefill_step: int, backend: Backend
 ) -> Footprint:
     """The peak of a run that ends with `context` positions, nearly all of them prompt."""
-    config = subject.config
-    kv, prefill, logits = (
-        kv_bytes(config, form, context, backend.compute_bytes),
-        prefill_bytes(config, form, context, prefill_step, backend),
-        logits_bytes(config, form, context, backend),
-    )
+    config = inventory.config
+    kv = kv_bytes(config, form, context, backend.compute_bytes)
+    prefill = prefill_bytes(config, form, context, prefill_step, backend)
+    logits = logits_bytes(config, form, context, backend)
     if backend.cpu is None:
-        return Footprint(subject.weights_bytes(backend.compute_bytes), kv, prefill, logits)
+        return Footprint(weights_bytes(inventory, backend.compute_bytes), kv, prefill, logits)
     return Footprint(
-        cpu.weights_bytes(config, subject.specs, backend.cpu),
+        cpu.weights_bytes(inventory, backend.cpu),
         kv,
         prefill,
         logits,
-        cpu.fixed_bytes(config, subject.tokenizer_bytes),
-        cpu.loading_bytes(config, subject.specs, backend.cpu),
+        cpu.fixed_bytes(inventory),
+        cpu.loading_bytes(inventory, backend.cpu),
     )
 
 

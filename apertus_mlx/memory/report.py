@@ -6,6 +6,7 @@ from typing import Any
 
 from apertus_mlx.cache.config import CacheConfig
 from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.devices import Device
 from apertus_mlx.memory.fit import PREFILL_STEPS, fit, largest_context, possible_forms
@@ -16,14 +17,13 @@ from apertus_mlx.memory.footprint import (
     kv_bytes_per_position,
 )
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
-from apertus_mlx.memory.subject import Subject
 from apertus_mlx.system.sizes import format_bytes
 
 DEFAULT_CONTEXT = 4096
 
 
 def make_report(
-    subject: Subject,
+    inventory: Inventory,
     device: Device,
     context: int | None,
     form: CacheConfig | None,
@@ -36,19 +36,21 @@ def make_report(
     Raises:
         UsageError: a context beyond the model's, or heads that cannot be cached as asked.
     """
-    longest = subject.config.max_position_embeddings
+    longest = inventory.config.max_position_embeddings
     if context is not None and context > longest:
         raise UsageError(f"--context {context}: the model's context is {longest} tokens")
     context = min(DEFAULT_CONTEXT, longest) if context is None else context
     if form is not None:
-        form.require_fit(subject.config.head_dim)
-    backend = choose_backend(subject, on_gpu, cpu=cpu)
-    forms = [form] if form is not None else possible_forms(subject.config)
+        form.require_fit(inventory.config.head_dim)
+    backend = choose_backend(inventory, on_gpu, cpu=cpu)
+    forms = [form] if form is not None else possible_forms(inventory.config)
     step = prefill_step or PREFILL_STEPS[0]
-    rows = [_row(subject, device, context, one, step, backend) for one in forms]
+    rows = [_row(inventory, device, context, one, step, backend) for one in forms]
     try:
-        best = fit(subject, device.memory_bytes, context, backend, form, prefill_step, bounds=True)
-        best_row = _row(subject, device, context, best.form, best.prefill_step, backend)
+        best = fit(
+            inventory, device.memory_bytes, context, backend, form, prefill_step, bounds=True
+        )
+        best_row = _row(inventory, device, context, best.form, best.prefill_step, backend)
         advice = (
             f"best that fits: {_options(best.form)}--prefill-step {best.prefill_step} "
             f"(cache in {best.form}, "
@@ -57,9 +59,9 @@ def make_report(
     except ResourceError as error:
         best_row, advice = None, f"does not fit: {error}"
     return {
-        "model": subject.name,
-        "parameters": layout.parameter_count(subject.config),
-        "file_bytes": subject.file_bytes,
+        "model": inventory.name,
+        "parameters": layout.parameter_count(inventory.config),
+        "file_bytes": inventory.checkpoint.file_bytes,
         "device": device.name,
         "limit_bytes": device.memory_bytes,
         "bandwidth_bytes_per_s": device.bandwidth,
@@ -73,24 +75,24 @@ def make_report(
 
 
 def _row(
-    subject: Subject,
+    inventory: Inventory,
     device: Device,
     context: int,
     form: CacheConfig,
     step: int,
     backend: Backend,
 ) -> dict[str, Any]:
-    needed = footprint(subject, form, context, step, backend)
+    needed = footprint(inventory, form, context, step, backend)
     speed = None
     if device.bandwidth is not None:
-        speed = decode_tokens_per_s(subject, form, context, backend, device.bandwidth)
+        speed = decode_tokens_per_s(inventory, form, context, backend, device.bandwidth)
     return {
         "form": str(form),
         "prefill_step": step,
-        "kv_bytes_per_token": kv_bytes_per_position(subject.config, form, backend.compute_bytes),
+        "kv_bytes_per_token": kv_bytes_per_position(inventory.config, form, backend.compute_bytes),
         **needed.report(),
         "fits": needed.total_bytes <= device.memory_bytes,
-        "largest_context": largest_context(subject, device.memory_bytes, form, step, backend),
+        "largest_context": largest_context(inventory, device.memory_bytes, form, step, backend),
         "decode_tokens_per_s": speed,
     }
 

@@ -83,6 +83,22 @@ def read_own_file(path: Path, most_bytes: int = MAX_TEXT_BYTES) -> bytes:
         return _read(path, file, most_bytes)
 
 
+def refuse_pointer(start: bytes, name: str) -> None:
+    """Refuse the pointer that Git LFS leaves in place of a file; `start` is how the file begins."""
+    if start.startswith(LFS_POINTER):
+        raise RejectedError(f"{name}: is a Git LFS pointer, not the file; run `git lfs pull`")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a checkpoint gives stays inside its folder on every system."""
+    return (
+        name.isprintable()
+        and not {"/", "\\", ":", "\0"} & set(name)
+        and not name.startswith(".")
+        and 0 < len(name.encode()) <= 255
+    )
+
+
 def check_folder(directory: Path) -> None:
     """Refuse a folder with anything that `open_file` would refuse, before others read in it."""
     for path in sorted(directory.rglob("*")):
@@ -149,8 +165,7 @@ def _read(path: Path, file: BinaryIO, most_bytes: int) -> bytes:
         raise _unreadable(path, error) from None
     if len(data) > most_bytes:
         raise RejectedError(f"{path}: is too large; at most {most_bytes} bytes are read")
-    if data.startswith(LFS_POINTER):
-        raise RejectedError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull`")
+    refuse_pointer(data, str(path))
     return data
 
 

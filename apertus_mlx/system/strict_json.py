@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.system.model_files import LFS_POINTER, MAX_TEXT_BYTES, read_file
+from apertus_mlx.system.model_files import MAX_TEXT_BYTES, read_file, refuse_pointer
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -22,8 +22,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
     """Return the JSON object in `data`; `name` is what error messages call it."""
-    if data.startswith(LFS_POINTER):
-        raise RejectedError(f"{name}: is a Git LFS pointer, not the file; run `git lfs pull`")
+    refuse_pointer(data, name)
     if not data.strip():
         raise RejectedError(f"{name}: is empty")
     try:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.checkpoint.inventory import XIELU_DEFAULTS
+from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.convert.sources.reading import Reader, block_rows
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.convert.write.keep import NOTHING, Keep
@@ -60,7 +60,7 @@ class SourceWeights:
     def matrix(self, path: str) -> Array:
         """The weight of a module, dequantized if need be; RejectedError where not finite."""
         found = self.source.matrices[path]
-        shape = next(m for m in layout.matrices(self.config) if m.path == path)
+        shape = next(m for m in self.source.layout if m.path == path)
         weight = np.empty((shape.rows, shape.columns), np.float32)
         size = block_rows(4 * shape.columns)
         for start in range(0, shape.rows, size):

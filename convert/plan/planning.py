@@ -50,10 +50,10 @@ def make_plan(
     """
     _check_request(source, request)
     dtype = request.dtype or _output_dtype(source, request)
-    wanted = resolve(request, (matrix.path for matrix in layout.matrices(source.config)))
+    wanted = resolve(request, source.matrices)
     steps = [
         _matrix_step(matrix, source.matrices[matrix.path], wanted[matrix.path], request, dtype)
-        for matrix in layout.matrices(source.config)
+        for matrix in source.layout
     ]
     if any(wanted.values()) and not any(step.spec for step in steps):
         raise RejectedError(
@@ -247,7 +247,7 @@ def _in_model_order(steps: list[Step]) -> list[Step]:
 
 
 def _notes(source: Source, steps: tuple[Step, ...]) -> tuple[str, ...]:
-    notes = list(source.notes)
+    notes = []
     filled = sum(1 for step in steps if step.transform == "fill")
     if filled:
         notes.append(f"{filled} xIELU constants are absent: beta 0.5 and eps -1e-6 are written")

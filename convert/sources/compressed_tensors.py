@@ -16,15 +16,15 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES
-from apertus_mlx.convert.sources.hugging_face import open_tensors
+from apertus_mlx.checkpoint.layout import Matrix
+from apertus_mlx.checkpoint.matching import FLOAT_DTYPES, Unmatched
+from apertus_mlx.convert.sources.hugging_face import open_tensors, plain_matrix
 from apertus_mlx.convert.sources.integer_codes import IntegerMatrix, signed_to_unsigned
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.scaled_floats import Float8Matrix, NvFloat4Matrix
-from apertus_mlx.convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
+from apertus_mlx.convert.sources.source import MatrixSource, Source, match_source
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import aligned_width, dense_width, unpack, unpack_aligned
 
@@ -129,16 +129,10 @@ def source(
     target = replace(config, family="apertus", foreign_quantization=None)
     for key in [key for key in tensors if key.endswith(ACTIVATION_SUFFIXES)]:
         left.drop(key, "for quantized activations, which MLX does not use here")
-    tied_pair = left.take_tied_head() if config.tie_word_embeddings else None
-    matrices = {
-        matrix.path: _matrix(matrix, left, groups, name) for matrix in layout.matrices(target)
-    }
-    vectors = left.vectors(target)
-    left.refuse_left()
-    if not any(matrix.is_quantized for matrix in matrices.values()):
-        raise RejectedError(f"{name}: the config says compressed-tensors, but no tensor is")
     kind = f"compressed-tensors {block.get('format')}"
-    return Source(kind, name, target, matrices, vectors, left.dropped, (), tied_pair)
+    return match_source(
+        kind, target, left, lambda matrix: _matrix(matrix, left, groups), "compressed-tensors"
+    )
 
 
 def _groups(block: Mapping[str, Any], name: str) -> list[Group]:
@@ -177,25 +171,24 @@ def _groups(block: Mapping[str, Any], name: str) -> list[Group]:
     return groups
 
 
-def _matrix(matrix: layout.Matrix, left: Tensors, groups: list[Group], name: str) -> MatrixSource:
+def _matrix(matrix: Matrix, left: Unmatched, groups: list[Group]) -> MatrixSource:
     if f"{matrix.path}.weight_packed" in left:
         packed = left.peek(f"{matrix.path}.weight_packed")
         if packed.dtype == "U8":
             return _nvfp4(matrix, left)
-        return _packed(matrix, packed, left, groups, name)
+        return _packed(matrix, packed, left, groups)
     weight = left.peek(matrix.weight)
     if weight.dtype == "F8_E4M3":
         return _float8(matrix, left)
     if weight.dtype == "I8":
-        return _packed(matrix, weight, left, groups, name)
-    left.need(matrix.weight, FLOAT_DTYPES, (matrix.rows, matrix.columns))
-    return PlainMatrix(weight)
+        return _packed(matrix, weight, left, groups)
+    return plain_matrix(matrix, left)
 
 
 def _packed(
-    matrix: layout.Matrix, weight: TensorInfo, left: Tensors, groups: list[Group], name: str
+    matrix: Matrix, weight: TensorInfo, left: Unmatched, groups: list[Group]
 ) -> IntegerMatrix:
-    path, rows, columns = matrix.path, matrix.rows, matrix.columns
+    name, path, rows, columns = left.name, matrix.path, matrix.rows, matrix.columns
     scale = left.peek(f"{path}.weight_scale")
     if scale.dtype not in FLOAT_DTYPES:
         raise RejectedError(f"{name}: {path}.weight_scale: type {scale.dtype}")
@@ -252,7 +245,7 @@ def _scale_fits(scale: TensorInfo, rows: int, groups: int) -> bool:
     return scale.shape in ((rows, 1), (rows,), (1,), (), (1, 1))
 
 
-def _float8(matrix: layout.Matrix, left: Tensors) -> Float8Matrix:
+def _float8(matrix: Matrix, left: Unmatched) -> Float8Matrix:
     path, rows, columns = matrix.path, matrix.rows, matrix.columns
     weight = left.need(matrix.weight, ("F8_E4M3",), (rows, columns))
     scale = left.peek(f"{path}.weight_scale")
@@ -266,7 +259,7 @@ def _float8(matrix: layout.Matrix, left: Tensors) -> Float8Matrix:
     return Float8Matrix(path, rows, columns, weight, scale)
 
 
-def _nvfp4(matrix: layout.Matrix, left: Tensors) -> NvFloat4Matrix:
+def _nvfp4(matrix: Matrix, left: Unmatched) -> NvFloat4Matrix:
     path, rows, columns = matrix.path, matrix.rows, matrix.columns
     if columns % 16:
         raise RejectedError(

@@ -16,14 +16,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES
-from apertus_mlx.convert.sources.hugging_face import open_tensors
+from apertus_mlx.checkpoint.layout import Matrix
+from apertus_mlx.checkpoint.matching import FLOAT_DTYPES, Unmatched
+from apertus_mlx.convert.sources.hugging_face import open_tensors, plain_matrix
 from apertus_mlx.convert.sources.integer_codes import IntegerMatrix
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.sources.source import MatrixSource, PlainMatrix, Source, Tensors
+from apertus_mlx.convert.sources.source import MatrixSource, Source, match_source
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import dense_width, unpack
 
@@ -138,18 +138,13 @@ def source(
     symmetric = method == "gptq" and block.get("sym") is True
     left = open_tensors(config, tensors, name)
     target = replace(config, family="apertus", foreign_quantization=None)
-    tied_pair = left.take_tied_head() if config.tie_word_embeddings else None
-    for matrix in layout.matrices(target):
-        _drop_zero_bias(matrix, left)
-    matrices = {
-        matrix.path: _matrix(matrix, left, method, bits, size, offset, symmetric)
-        for matrix in layout.matrices(target)
-    }
-    vectors = left.vectors(target)
-    left.refuse_left()
-    if not any(matrix.is_quantized for matrix in matrices.values()):
-        raise RejectedError(f"{name}: the config says {method}, but no tensor is")
-    return Source(method.upper(), name, target, matrices, vectors, left.dropped, (), tied_pair)
+    return match_source(
+        method.upper(),
+        target,
+        left,
+        lambda matrix: _matrix(matrix, left, method, bits, size, offset, symmetric),
+        method,
+    )
 
 
 def _zero_offset(method: str, block: Mapping[str, Any], where: str) -> int:
@@ -166,16 +161,9 @@ def _zero_offset(method: str, block: Mapping[str, Any], where: str) -> int:
     return 1 if form == "gptq" else 0
 
 
-def _drop_zero_bias(matrix: layout.Matrix, left: Tensors) -> None:
-    if f"{matrix.path}.qweight" in left and f"{matrix.path}.bias" in left:
-        raise RejectedError(
-            f"{left.name}: {matrix.path}.bias: Apertus has no biases; remove it only if it is zero"
-        )
-
-
 def _matrix(
-    matrix: layout.Matrix,
-    left: Tensors,
+    matrix: Matrix,
+    left: Unmatched,
     method: str,
     bits: int,
     group_size: int,
@@ -184,7 +172,9 @@ def _matrix(
 ) -> MatrixSource:
     path, rows, columns = matrix.path, matrix.rows, matrix.columns
     if f"{path}.qweight" not in left:
-        return PlainMatrix(left.need(matrix.weight, FLOAT_DTYPES, (rows, columns)))
+        return plain_matrix(matrix, left)
+    if f"{path}.bias" in left:
+        raise RejectedError(f"{left.name}: {path}.bias: Apertus has no biases")
     size = columns if group_size == -1 else group_size
     if columns % size or rows * bits % 32 or columns * bits % 32:
         raise RejectedError(

@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.checkpoint.inventory import FLOAT_DTYPES
+from apertus_mlx.checkpoint.inventory import match_matrix
+from apertus_mlx.checkpoint.layout import Matrix
+from apertus_mlx.checkpoint.matching import Unmatched
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import (
     Codes,
@@ -20,7 +21,7 @@ from apertus_mlx.convert.sources.source import (
     PlainMatrix,
     Source,
     Stored,
-    Tensors,
+    match_source,
 )
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.float_formats import E4M3_NAN, E8M0_NAN
@@ -112,42 +113,19 @@ def _refuse(tensor: TensorInfo, broken: npt.NDArray[np.bool_]) -> None:
 
 def source(config: ModelConfig, tensors: Mapping[str, TensorInfo], name: str) -> Source:
     """Recognise an MLX folder, quantized wherever scales are stored and the config says how."""
-    left = Tensors(tensors, name)
-    tied_pair = None
-    if config.tie_word_embeddings and f"{layout.HEAD}.weight" in left:
-        tied_pair = left.take_tied_head()
-        for part in ("scales", "biases"):
-            left.drop(f"{layout.HEAD}.{part}", "equal to the tied embedding")
-    matrices: dict[str, MatrixSource] = {}
-    for matrix in layout.matrices(config):
-        if f"{matrix.path}.scales" in left:
-            matrices[matrix.path] = _quantized(matrix, config, left, name)
-        else:
-            matrices[matrix.path] = PlainMatrix(
-                left.need(matrix.weight, FLOAT_DTYPES, (matrix.rows, matrix.columns))
-            )
-    if not any(matrix.is_quantized for matrix in matrices.values()):
-        raise RejectedError(f"{name}: the config says quantized, but no tensor is")
-    vectors = left.vectors(config)
-    left.refuse_left()
-    return Source("MLX", name, config, matrices, vectors, left.dropped, (), tied_pair)
+    left = Unmatched(tensors, name)
+    return match_source(
+        "MLX", config, left, lambda matrix: _matrix(matrix, config, left), "quantized"
+    )
 
 
-def _quantized(matrix: layout.Matrix, config: ModelConfig, left: Tensors, name: str) -> MlxMatrix:
-    spec = config.quantization.spec_for(matrix.path) if config.quantization else None
-    if spec is None:
-        raise RejectedError(
-            f"{name}: {matrix.path} is quantized, but the config's quantization does not say so"
-        )
-    if not spec.fits(matrix.columns):
-        raise RejectedError(
-            f"{name}: {matrix.path}: {matrix.columns} columns do not divide into {spec}"
-        )
-    groups = (matrix.rows, spec.groups(matrix.columns))
-    weight = left.need(matrix.weight, ("U32",), (matrix.rows, spec.packed_columns(matrix.columns)))
-    if not spec.has_biases:
-        scales = left.need(f"{matrix.path}.scales", ("U8",), groups)
-        return MlxMatrix(spec, weight, scales, None)
-    scales = left.need(f"{matrix.path}.scales", FLOAT_DTYPES, groups)
-    biases = left.need(f"{matrix.path}.biases", (scales.dtype,), groups)
-    return MlxMatrix(spec, weight, scales, biases)
+def _matrix(matrix: Matrix, config: ModelConfig, left: Unmatched) -> MatrixSource:
+    stored = match_matrix(matrix, config, left)
+    if stored.spec is None:
+        return PlainMatrix(stored.tensors[0])
+    if stored.factor is not None:
+        raise RejectedError(f"{left.name}: unexpected tensor {stored.factor.name}")
+    weight, scales, *biases = stored.tensors
+    for tensor in biases:
+        left.check(tensor.name, tensor, (scales.dtype,), tensor.shape)
+    return MlxMatrix(stored.spec, weight, scales, biases[0] if biases else None)

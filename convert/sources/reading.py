@@ -114,19 +114,6 @@ class Reader:
         wanted = _NUMPY_TYPES[tensor.dtype][1]
         return array if array.dtype == wanted else array.view(wanted)
 
-    def same_bytes(self, first: TensorInfo, second: TensorInfo) -> bool:
-        """Whether two tensors of one shape and type hold the same bytes."""
-        for start in range(0, first.size_bytes, BLOCK_BYTES):
-            size = min(BLOCK_BYTES, first.size_bytes - start)
-            blocks = []
-            for tensor in (first, second):
-                block = bytearray(size)
-                self._read_into(tensor, memoryview(block), tensor.offset + start)
-                blocks.append(block)
-            if blocks[0] != blocks[1]:
-                return False
-        return True
-
     def _read_into(self, tensor: TensorInfo, view: memoryview, offset: int) -> None:
         descriptor = self._descriptor(tensor.file)
         done = 0

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
-from apertus_mlx.checkpoint.inventory import XIELU_DEFAULTS
+from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.convert.calibration.calibrated import read_codes
 from apertus_mlx.convert.evaluation.layerwise import Array, Weights
 from apertus_mlx.convert.plan.grids import grid_codes

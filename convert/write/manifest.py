@@ -17,7 +17,7 @@ from typing import Any
 from apertus_mlx import __version__
 from apertus_mlx.checkpoint.config_keys import KeyReader
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.system.model_files import exists, open_file
+from apertus_mlx.system.model_files import exists, is_plain_name, open_file
 from apertus_mlx.system.strict_json import read_object
 
 MANIFEST = "apertus_mlx_manifest.json"
@@ -86,7 +86,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
     files = {}
     for name, entry in (keys.mapping("files") or {}).items():
-        if not _is_plain_name(name) or not isinstance(entry, dict):
+        if not is_plain_name(name) or not isinstance(entry, dict):
             raise RejectedError(f"{path}: files: {name[:80]!r} is not a plain file name with facts")
         record = KeyReader(entry, f"{path}: files: {name}")
         digest = record.text("sha256")
@@ -106,15 +106,6 @@ def sha256(path: Path) -> str:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _is_plain_name(name: str) -> bool:
-    return (
-        0 < len(name) <= 255
-        and not {"/", "\\", ":", "\0"} & set(name)
-        and not name.startswith(".")
-        and name.isprintable()
-    )
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 from apertus_mlx.backend import hardware
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.checkpoint.config import parse_config
-from apertus_mlx.checkpoint.inventory import take_inventory
+from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.checkpoint.layout import matrices
 from apertus_mlx.cli.app import app
 from apertus_mlx.demo import model_dir
@@ -23,11 +23,11 @@ from apertus_mlx.generation.memory_plan import plan_memory
 from apertus_mlx.generation.model_folder import open_folder
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Generation
-from apertus_mlx.memory import Subject, fit, footprint
+from apertus_mlx.memory import fit, footprint
 from apertus_mlx.memory.cpu import weights_bytes
 from apertus_mlx.memory.footprint import CPU_PATH, GPU_16_BIT, choose_backend
 from apertus_mlx.quant.spec import QuantSpec
-from tests.builders import config_4x
+from tests.builders import config_4x, planned_inventory
 
 MEASURED = json.loads((Path(__file__).parents[1] / "data" / "cpu_memory.json").read_text())
 FORMS = {
@@ -37,7 +37,7 @@ FORMS = {
 }  # fmt: skip
 
 
-def half_billion(bits: int | None) -> Subject:
+def half_billion(bits: int | None) -> Inventory:
     """The 0.5B with the tokenizer of `benchmarks.make_checkpoint`."""
     config = parse_config(
         config_4x(
@@ -46,18 +46,18 @@ def half_billion(bits: int | None) -> Subject:
             vocab_size=131_072, max_position_embeddings=4096,
         )
     )  # fmt: skip
-    specs = {m.path: QuantSpec(bits, 64) for m in matrices(config)} if bits else {}
-    return Subject("0.5B", config, specs, 0, frozenset({"BF16"}), 3_888_468)
+    spec = QuantSpec(bits, 64) if bits else None
+    return planned_inventory("0.5B", config, spec, tokenizer_bytes=3_888_468)
 
 
 def test_no_measured_run_took_more_than_is_planned() -> None:
     """Resident peaks of fresh processes, recorded by `benchmarks.cpu_memory`."""
     ratios = []
     for run in MEASURED["runs"]:
-        subject = half_billion(run["bits"])
-        backend = choose_backend(subject, on_gpu=False, cpu=run["precision"])
+        inventory = half_billion(run["bits"])
+        backend = choose_backend(inventory, on_gpu=False, cpu=run["precision"])
         context = run["prompt_tokens"] + MEASURED["new_tokens"]
-        planned = footprint(subject, FORMS[run["form"]], context, run["step"], backend)
+        planned = footprint(inventory, FORMS[run["form"]], context, run["step"], backend)
         ratios.append(planned.total_bytes / run["held_bytes"])
     assert len(ratios) >= 20
     assert min(ratios) >= 1 and max(ratios) < 1.25
@@ -82,11 +82,9 @@ def test_weights_by_hand() -> None:
         (2, "auto", 2, 3), (3, "auto", 4, 3), (4, "auto", 4, 3), (5, "auto", 8, 3),
         (6, "auto", 8, 3), (2, "float32", 4, 2), (8, "float32", 8, 3), (8, "int8", 8, 3),
     ):  # fmt: skip
-        subject = half_billion(bits)
-        found = weights_bytes(subject.config, subject.specs, precision)
+        found = weights_bytes(half_billion(bits), precision)
         assert found == weights * stored_bits // 8 + 4 * numbers * weights // 64
-    plain = half_billion(None)
-    assert weights_bytes(plain.config, plain.specs, "auto") == 4 * weights
+    assert weights_bytes(half_billion(None), "auto") == 4 * weights
 
 
 def test_advice_is_what_helps_on_this_path() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from apertus_mlx.cache import CacheConfig
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.checkpoint.header import DTYPE_BITS
-from apertus_mlx.checkpoint.inventory import Inventory, expected_tensors, take_inventory
+from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.cli import bench as bench_command
 from apertus_mlx.cli import main
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError
@@ -29,7 +30,6 @@ from apertus_mlx.measure.bench.sides import Ready, Settings, Side
 from apertus_mlx.measure.bench.stopwatch import Stopwatch
 from apertus_mlx.measure.bench.turns import Figure, ratios, time_task, total_tokens
 from apertus_mlx.measure.bench.workload import Task, Workload, make_workload, random_prompt
-from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, write_checkpoint, write_json
 
 SIZES = {
@@ -52,16 +52,17 @@ def inventory_of(size: str, folder: Path) -> Inventory:
     """A checkpoint with headers and no weights: its file has a hole where they would be."""
     values = {**SIZES[size], "quantization": FORM}
     config = parse_config(SIZES[size], size)
-    specs = {matrix.path: QuantSpec(4, 64) for matrix in layout.matrices(config)}
+    tensors = {key: ("BF16", shape) for key, shape in layout.vectors(config)}
+    for matrix in layout.matrices(config):
+        tensors[matrix.weight] = ("U32", (matrix.rows, matrix.columns * 4 // 32))
+        for part in ("scales", "biases"):
+            tensors[f"{matrix.path}.{part}"] = ("BF16", (matrix.rows, matrix.columns // 64))
     header: dict[str, Any] = {}
     end = 0
-    for key, (dtypes, shape) in expected_tensors(config, specs):
-        count = 1
-        for length in shape:
-            count *= length
-        begin, end = end, end + count * DTYPE_BITS[dtypes[0]] // 8
+    for key, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * DTYPE_BITS[dtype] // 8
         offsets = {"data_offsets": [begin, end]}
-        header[key] = {"dtype": dtypes[0], "shape": list(shape), **offsets}
+        header[key] = {"dtype": dtype, "shape": list(shape), **offsets}
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -17,18 +17,17 @@ from apertus_mlx.backend.memory_limits import mlx_limits
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig, make_layer_cache
 from apertus_mlx.cache.config import FULL_BITS
 from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.checkpoint.layout import matrices, vectors
 from apertus_mlx.cli.app import app
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError, UsageError
+from apertus_mlx.hub import RawHeader, RemoteCheckpoint
 from apertus_mlx.memory import (
-    Subject,
     fit,
     footprint,
     largest_context,
-    local_subject,
     parse_device,
     parse_size,
-    remote_subject,
 )
 from apertus_mlx.memory.footprint import (
     GPU_16_BIT,
@@ -37,8 +36,9 @@ from apertus_mlx.memory.footprint import (
     kv_bytes_per_position,
 )
 from apertus_mlx.memory.speed import decode_tokens_per_s
+from apertus_mlx.memory.weights import weights_bytes
 from apertus_mlx.quant.spec import QuantSpec
-from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.builders import config_4x, planned_inventory, random_weights, write_checkpoint
 from tests.hub_server import point_client_at, serving
 
 # hidden, MLP, layers, heads, key heads, tied
@@ -49,7 +49,7 @@ GEOMETRIES = {
 }
 
 
-def subject(size: str, bits: int | None = None) -> Subject:
+def planned(size: str, bits: int | None = None) -> Inventory:
     hidden, inner, layers, heads, kv_heads, tied = GEOMETRIES[size]
     values = config_4x(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
@@ -58,10 +58,7 @@ def subject(size: str, bits: int | None = None) -> Subject:
     )  # fmt: skip
     config = parse_config(values)
     spec = QuantSpec(bits, 64) if bits else None
-    specs = {matrix.path: spec for matrix in matrices(config)} if spec else {}
-    columns = sum(matrix.rows * matrix.columns for matrix in matrices(config))
-    stored = columns * (spec.bits_per_weight(2) if spec else 16) / 8
-    return Subject(size, config, specs, int(stored), frozenset({"BF16"}))
+    return planned_inventory(size, config, spec)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +68,7 @@ def subject(size: str, bits: int | None = None) -> Subject:
 def test_weights_are_those_of_the_released_sizes(
     size: str, bits: int | None, published_gb: float
 ) -> None:
-    assert subject(size, bits).weights_bytes(2) / 1e9 == pytest.approx(published_gb, rel=0.005)
+    assert weights_bytes(planned(size, bits), 2) / 1e9 == pytest.approx(published_gb, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +76,7 @@ def test_weights_are_those_of_the_released_sizes(
 )
 @pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 def test_kv_bytes_of_a_token(size: str, published: int, bits: int) -> None:
-    config = subject(size).config
+    config = planned(size).config
     form = CacheConfig(bits, bits)
     # Theory: one scale and one bias of 16 bits for each head's keys and values.
     theory = published / 16 * (bits if bits == FULL_BITS else bits + 32 / config.head_dim)
@@ -135,7 +132,7 @@ def test_devices() -> None:
 
 
 def test_more_context_less_precision_then_refusal() -> None:
-    model = subject("8B", 4)
+    model = planned("8B", 4)
     generous = fit(model, 30 * 10**9, 8192, GPU_16_BIT)
     assert (generous.form, generous.prefill_step) == (FULL_PRECISION, 512)
     bits = []
@@ -158,7 +155,7 @@ def test_more_context_less_precision_then_refusal() -> None:
 
 
 def test_the_numbers_of_a_refusal_fit() -> None:
-    model, limit = subject("8B", 4), 4_900_000_000
+    model, limit = planned("8B", 4), 4_900_000_000
     with pytest.raises(ResourceError) as refused:
         fit(model, limit, 65_536, GPU_16_BIT)
     words = str(refused.value).split()
@@ -170,7 +167,7 @@ def test_the_numbers_of_a_refusal_fit() -> None:
 
 
 def test_what_is_asked_for_is_kept() -> None:
-    model = subject("0.5B", 4)
+    model = planned("0.5B", 4)
     asked = CacheConfig(2, 4, bound=2048)
     chosen = fit(model, 10**9, 4096, MLX_CPU, asked, 64)
     assert (chosen.form, chosen.prefill_step) == (asked, 64)
@@ -179,7 +176,7 @@ def test_what_is_asked_for_is_kept() -> None:
 
 
 def test_largest_context_is_the_edge() -> None:
-    model = subject("8B", 4)
+    model = planned("8B", 4)
     longest = largest_context(model, 8 * 10**9, FULL_PRECISION, 256, GPU_16_BIT)
     assert 0 < longest < 65_536
     for context, within in ((longest, True), (longest + 1, False)):
@@ -191,8 +188,8 @@ def test_speed_estimates_are_near_published_measurements() -> None:
     """Qwen-class figures of devices: 4-bit 8B on an M4 Max near 100, 1.5B on a phone near 75."""
     m4_max, phone = parse_device("m4-max-64gb"), parse_device("iphone-17-pro")
     assert m4_max.bandwidth and phone.bandwidth
-    fast = decode_tokens_per_s(subject("8B", 4), FULL_PRECISION, 512, GPU_16_BIT, m4_max.bandwidth)
-    slow = decode_tokens_per_s(subject("1.5B", 4), FULL_PRECISION, 512, GPU_16_BIT, phone.bandwidth)
+    fast = decode_tokens_per_s(planned("8B", 4), FULL_PRECISION, 512, GPU_16_BIT, m4_max.bandwidth)
+    slow = decode_tokens_per_s(planned("1.5B", 4), FULL_PRECISION, 512, GPU_16_BIT, phone.bandwidth)
     assert fast == pytest.approx(100, rel=0.25)
     assert slow == pytest.approx(82, rel=0.25)
 
@@ -208,28 +205,29 @@ def test_a_remote_checkpoint_is_planned_as_the_local_one(tmp_path: Path) -> None
     for path in folder.glob("*.safetensors"):
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
-        headers[path.name] = (content[8 : 8 + length], len(content))
+        headers[path.name] = RawHeader(content[8 : 8 + length], len(content))
     files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
-    remote = remote_subject("org/name", files, headers)
-    local = local_subject(folder)
+    remote = RemoteCheckpoint("org/name", "main", files, headers).inventory()
+    local = take_inventory(folder)
     size = (folder / "tokenizer.json").stat().st_size
     assert local.tokenizer_bytes == size
-    same = replace(remote, name=local.name, tokenizer_bytes=size)
-    assert same == replace(local, specs=dict(local.specs))
-    assert local.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert replace(remote, checkpoint=local.checkpoint, tokenizer_bytes=size) == local
+    assert remote.checkpoint == replace(local.checkpoint, name="org/name", folder=None)
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert local.checkpoint.file_bytes == stored
     with pytest.raises(RejectedError, match=r"config\.json"):
-        remote_subject("org/name", {}, headers)
+        RemoteCheckpoint("org/name", "main", {}, headers).inventory()
     del headers["model-00002-of-00002.safetensors"]
     with pytest.raises(RejectedError):
-        remote_subject("org/name", files, headers)
+        RemoteCheckpoint("org/name", "main", files, headers).inventory()
 
 
 def test_weights_without_vectors_are_not_forgotten(tmp_path: Path) -> None:
-    local = local_subject(write_model(tmp_path / "model"))
+    local = take_inventory(write_model(tmp_path / "model"))
     numbers = sum(matrix.rows * matrix.columns for matrix in matrices(local.config))
     for _, shape in vectors(local.config):
         numbers += shape[0] if shape else 1
-    assert local.weights_bytes(4) == 4 * numbers
+    assert weights_bytes(local, 4) == 4 * numbers
 
 
 def run(*arguments: str) -> Any:
@@ -245,7 +243,7 @@ def test_plan_command(tmp_path: Path) -> None:
     answer = run("plan", str(folder), "--device", "6GB", "--context", "300", "--json")
     report = json.loads(answer.stdout)
     assert report["context"] == 300
-    assert report["file_bytes"] == local_subject(folder).file_bytes
+    assert report["file_bytes"] == take_inventory(folder).checkpoint.file_bytes
     assert report["best"]["form"] == "full precision"
     assert {row["form"] for row in report["forms"]} >= {"full precision", "8 bits", "3 bits"}
     assert "does not fit" in run("plan", str(folder), "--device", "100kB").output
@@ -308,7 +306,7 @@ def test_force_runs_what_the_plan_refuses(tmp_path: Path) -> None:
 
 def test_a_tight_limit_is_kept_and_told(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", head_dim=64)
-    local = local_subject(folder)
+    local = take_inventory(folder)
     full = footprint(local, FULL_PRECISION, 400, 512, MLX_CPU).total_bytes
     result = run("generate", "a" * 300, "--raw", "--model", str(folder), "-n", "99",
                  "--compute", "mlx", "--memory-limit", f"{int(full * 0.9)}B", "--json")  # fmt: skip
@@ -363,8 +361,8 @@ def test_a_hub_id_is_planned_without_its_weights(
         close_session()
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    assert report["file_bytes"] == local_subject(folder).file_bytes
-    assert report["forms"][0]["weights_bytes"] == local_subject(folder).weights_bytes(4)
+    assert report["file_bytes"] == take_inventory(folder).checkpoint.file_bytes
+    assert report["forms"][0]["weights_bytes"] == weights_bytes(take_inventory(folder), 4)
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 

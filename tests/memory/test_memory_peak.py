@@ -12,13 +12,14 @@ import pytest
 
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
-from apertus_mlx.memory import Subject, footprint
+from apertus_mlx.memory import footprint
 from apertus_mlx.memory.footprint import MLX_CPU, kv_bytes
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
-from tests.builders import config_4x
+from tests.builders import config_4x, planned_inventory
 
 # hidden, MLP, layers, heads, key heads, head_dim, vocabulary, bits of the weights
 WIDE = (256, 1024, 2, 4, 2, 64, 24_576, 16)
@@ -29,10 +30,10 @@ SMALL = (256, 512, 2, 4, 2, 64, 65_536, 8)
 
 @dataclass(frozen=True)
 class Built:
-    """A random model and its plan's subject."""
+    """A random model and its inventory."""
 
     model: Model
-    subject: Subject
+    inventory: Inventory
 
 
 @remembered
@@ -45,18 +46,14 @@ def build(shape: tuple[int, ...]) -> Built:
     )  # fmt: skip
     config = parse_config(values)
     model = Model(config)
-    specs = {}
+    spec = None
     if bits < 16:
         nn.quantize(model, group_size=64, bits=bits)
-        specs = {
-            path: QuantSpec(bits, 64)
-            for path, module in model.named_modules()
-            if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-        }
+        spec = QuantSpec(bits, 64)
     mx.eval(model.parameters())
     for layer in model.layers:
         layer.mlp.act_fn.fuse(compiled=False)
-    return Built(model, Subject("test", config, specs, 0, frozenset({"F32"})))
+    return Built(model, planned_inventory("test", config, spec, "F32"))
 
 
 def measured_peak(model: Model, form: CacheConfig, context: int, step: int) -> int:
@@ -98,7 +95,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(
     shape: tuple[int, ...], form: CacheConfig, context: int, step: int
 ) -> None:
     built = build(shape)
-    planned = footprint(built.subject, form, context, step, MLX_CPU).total_bytes
+    planned = footprint(built.inventory, form, context, step, MLX_CPU).total_bytes
     measured = measured_peak(built.model, form, context, step)
     print(f"{planned / 1e6:.1f} MB planned, {measured / 1e6:.1f} MB measured")
     assert abs(planned - measured) <= 0.10 * measured
@@ -109,7 +106,7 @@ def test_planned_weights_are_those_in_memory() -> None:
         built = build(shape)
         held = sum(array.nbytes for _, array in nn.utils.tree_flatten(built.model.parameters()))
         # xIELU's constants: alphas in arrays of one, beta and eps as scalars.
-        assert built.subject.weights_bytes(4) == held
+        assert built.inventory.weights_bytes(4) == held
 
 
 @pytest.mark.parametrize("form", [CacheConfig(bound=256), CacheConfig(4, 4, bound=256)])

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from apertus_mlx.backend.cpu.runtime import Array
 from apertus_mlx.backend.cpu.weights import Dense, Floats, Weight, activations_for, pack
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, XIELU_DEFAULTS, Inventory
+from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, Inventory
+from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import unpack
 from apertus_mlx.system.model_files import open_file
