@@ -20,7 +20,6 @@ from apertus_mlx.convert.calibration import gradients, held_out_comparison
 from apertus_mlx.convert.calibration.calibrated import WINDOW_TOKENS, Calibration
 from apertus_mlx.convert.calibration.held_out_comparison import (
     HeldOutComparison,
-    scale_type_of,
     spread,
 )
 from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
@@ -35,7 +34,6 @@ from apertus_mlx.convert.transforms.smoothing import Rounding, rounding_of
 from apertus_mlx.convert.transforms.weights import unscaled_weights
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.allocate import Choice, allocate
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
 
@@ -269,7 +267,6 @@ def _measure(
     report: Progress,
 ) -> Divergences:
     base = next(iter(plans.values()))
-    scale_type: ScaleType = scale_type_of(base)
     depth = base.source.config.num_hidden_layers
     specs = {path: tuple(unit.sizes_bytes) for unit in units for path in unit.paths}
     roundings: dict[str, dict[QuantSpec, Rounding]] = {path: {} for path in specs}
@@ -277,19 +274,17 @@ def _measure(
     for spec, plan in plans.items():
         for step in plan.steps:
             if spec in specs.get(step.path, ()):
-                roundings[step.path][spec] = _rounding(step, scale_type)
+                roundings[step.path][spec] = _rounding(step)
                 if step.method == "gptq":
                     with_gptq.add(step.path)
     return predict_divergences(
         unscaled_weights(base, reader), roundings, spread(calibration.sample.windows, WINDOWS),
-        folder, with_gptq, scale_type, lambda done: report(done, 2 * depth),
+        folder, with_gptq, base.dtype, lambda done: report(done, 2 * depth),
     )  # fmt: skip
 
 
-def _rounding(step: Step, scale_type: ScaleType) -> Rounding:
-    if step.transform == "grid":
-        return _kept
-    return rounding_of(step, scale_type)
+def _rounding(step: Step) -> Rounding:
+    return _kept if step.transform == "grid" else rounding_of(step)
 
 
 def _kept(weight: Array, _squares: Any) -> Array:

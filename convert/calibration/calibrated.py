@@ -34,7 +34,6 @@ from apertus_mlx.convert.transforms.smoothing import rounding_of, smoothing_scal
 from apertus_mlx.convert.transforms.weights import SCALES, transformed_weights, unscaled_weights
 from apertus_mlx.convert.write.array_file import is_whole, map_array, save_array
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.system.whole_file import whole_file
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
@@ -95,9 +94,6 @@ def make_codes(
     """
     steps = {step.path: step for step in plan.steps if step.method == "gptq"}
     specs = {path: step.spec for path, step in steps.items() if step.spec is not None}
-    scale_type: ScaleType = "BF16" if plan.dtype == "BF16" else "F32"
-    if plan.dtype == "F16":
-        scale_type = "F16"
     states = [is_whole(_code_file(folder, path, part)) for path in steps for part in PARTS]
     if (folder / DONE).exists() and all(states):
         return
@@ -113,8 +109,8 @@ def make_codes(
             keep = Keep(folder / SMOOTHING)
             scales = smoothing_scales(
                 unscaled_weights(plan, reader),
-                {step.path: rounding_of(step, scale_type) for step in plan.steps if step.spec},
-                windows, scale_type, lambda n: progress(n, total), keep,
+                {step.path: rounding_of(step) for step in plan.steps if step.spec},
+                windows, plan.dtype, lambda n: progress(n, total), keep,
             )  # fmt: skip
             with whole_file(folder / SCALES) as beside:
                 save_file(scales, beside)
@@ -122,7 +118,7 @@ def make_codes(
         if specs:
             weights = transformed_weights(plan, reader, folder)
             for path, codes in quantize_model(
-                weights, specs, windows, scale_type, lambda n: progress(before + n, total),
+                weights, specs, windows, plan.dtype, lambda n: progress(before + n, total),
                 folder=folder,
             ):  # fmt: skip
                 arrays = (codes.packed, codes.scales, codes.biases)

@@ -36,7 +36,6 @@ from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.transforms.smoothing import rounding_of
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.metrics import log_softmax
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
@@ -74,7 +73,7 @@ class Planned:
             scales, biases = (array.astype(mx.float32) for array in others)
             return np.array(mx.dequantize(codes, scales, biases, spec.group_size, spec.bits))
         weight = self.weights.matrix(path)
-        rounding = rounding_of(step, scale_type_of(self.plan))
+        rounding = rounding_of(step)
         for start in range(0, len(weight), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             weight[part] = rounding(weight[part], np.ones(weight.shape[1]))
@@ -147,13 +146,6 @@ def spread(windows: Tokens, count: int) -> Tokens:
     """At most `count` of some windows, evenly spaced."""
     chosen = np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)
     return np.asarray(windows[chosen])
-
-
-def scale_type_of(plan: Plan) -> ScaleType:
-    """What scales and biases will be stored in."""
-    if plan.dtype == "BF16":
-        return "BF16"
-    return "F16" if plan.dtype == "F16" else "F32"
 
 
 def held_out_windows(directory: Path, config: ModelConfig, calibration: Calibration) -> Tokens:

@@ -17,11 +17,12 @@ from apertus_mlx.convert.plan.policy import Method, Request
 from apertus_mlx.convert.sources.reading import BLOCK_BYTES, block_rows
 from apertus_mlx.convert.sources.source import Factor, MatrixSource, Source
 from apertus_mlx.convert.transforms import names as transforms
+from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.grid import Kind
 from apertus_mlx.quant.spec import QuantSpec
 
 DTYPE_BYTES = {"U32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
-CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+CONFIG_DTYPES: dict[str, ScaleType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPE_NAMES = {value: key for key, value in CONFIG_DTYPES.items()}
 # Interpreter and libraries; what checking a tokenizer takes per byte of its file; how many times a
 # block is in memory at most. Measured on Linux with the benchmark in tests/benchmarks.
@@ -34,7 +35,16 @@ TYPICAL_TOKENIZER_BYTES = 16_000_000
 # Most tokens that calibration looks at.
 CALIBRATION_TOKENS = 128 * 512
 
-Transform = Literal["copy", "cast", "quantize", "requantize", "keep", "dequantize", "fill", "grid"]
+Transform = Literal[
+    "copy",  # values in their own type
+    "cast",  # values rounded to the output's float type
+    "quantize",  # values become codes
+    "grid",  # values lie on a quantization grid: exactly their codes are found
+    "keep",  # codes stay, as the source has them
+    "dequantize",  # codes become values
+    "requantize",  # codes become values, and these become other codes
+    "fill",  # a constant that the source leaves out gets its default
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,7 @@ class Step:
     path: str
     transform: Transform
     outputs: tuple[OutputTensor, ...]
-    dtype: str
+    dtype: ScaleType
     spec: QuantSpec | None = None
     matrix: MatrixSource | None = None
     vector: TensorInfo | None = None
@@ -157,11 +167,15 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a conversion will do."""
+    """Everything that a conversion will do.
+
+    Attributes:
+        dtype: the type of everything that is not codes; new scales and biases are rounded to it.
+    """
 
     source: Source
     request: Request
-    dtype: str
+    dtype: ScaleType
     steps: tuple[Step, ...]
     files: tuple[OutputFile, ...]
     notes: tuple[str, ...]

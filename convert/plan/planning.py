@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES, place
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.grid import Kind
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -102,19 +104,18 @@ def _check_request(source: Source, request: Request) -> None:
         raise UsageError("--smooth: scales fit a format; give the bits to quantize to with --bits")
 
 
-def _output_dtype(source: Source, request: Request) -> str:
-    """The type of what is not codes, if the user gives none.
+def _output_dtype(source: Source, request: Request) -> ScaleType:
+    """The type of everything that is not codes, if the user gives none.
 
     16-bit weights keep their type. Others follow the config where that is 16-bit; if not, they
     become bfloat16 when quantized (float32 scales would make MLX compute everything in float32).
     """
-    counts: dict[str, int] = {}
-    for matrix in source.matrices.values():
-        counts[matrix.dtype] = counts.get(matrix.dtype, 0) + 1
-    stored = max(counts, key=lambda name: counts[name]) if counts else "BF16"
+    counts = Counter(matrix.dtype for matrix in source.matrices.values())
+    stored = counts.most_common(1)[0][0]
     configured = CONFIG_DTYPES.get(source.config.dtype or "")
-    if stored in ("BF16", "F16"):
-        return stored
+    for found in ("BF16", "F16"):
+        if stored == found:
+            return found
     if configured in ("BF16", "F16"):
         return configured
     return "BF16" if request.quantizes or source.is_quantized else "F32"
@@ -125,7 +126,7 @@ def _matrix_step(
     source: MatrixSource,
     wanted: QuantSpec | None,
     request: Request,
-    dtype: str,
+    dtype: ScaleType,
 ) -> Step:
     reason = None
     if wanted is not None and not wanted.fits(matrix.columns):
@@ -157,7 +158,7 @@ def _quantize_step(
     matrix: layout.Matrix,
     source: MatrixSource,
     spec: QuantSpec,
-    dtype: str,
+    dtype: ScaleType,
     transform: Transform,
     method: Method,
 ) -> Step:
@@ -192,7 +193,9 @@ def _transformed_step(step: Step, option: str) -> Step:
     return replace(step, transform=transform, loss=loss, changes_basis=True)
 
 
-def _keep_step(matrix: layout.Matrix, source: MatrixSource, dtype: str, request: Request) -> Step:
+def _keep_step(
+    matrix: layout.Matrix, source: MatrixSource, dtype: ScaleType, request: Request
+) -> Step:
     stored = source.stored
     assert stored is not None
     scale_dtype, loss = stored.scale_dtype, stored.loss
@@ -218,7 +221,9 @@ def _packed_outputs(
     return weight, scales, OutputTensor(f"{matrix.path}.biases", scale_dtype, groups)
 
 
-def _vector_step(key: str, shape: tuple[int, ...], tensor: TensorInfo | None, dtype: str) -> Step:
+def _vector_step(
+    key: str, shape: tuple[int, ...], tensor: TensorInfo | None, dtype: ScaleType
+) -> Step:
     outputs = (OutputTensor(key, dtype, shape),)
     if tensor is None:
         return Step(key, "fill", outputs, dtype)

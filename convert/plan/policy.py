@@ -18,6 +18,7 @@ from typing import Any, Literal
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.errors import UsageError
 from apertus_mlx.memory.devices import parse_size
+from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, QuantSpec
 from apertus_mlx.system.model_files import read_own_file
 from apertus_mlx.system.strict_json import parse_object
@@ -86,7 +87,7 @@ class Request:
     dequantize: bool = False
     requantize: bool = False
     # safetensors type of everything that is not codes; None lets the source decide.
-    dtype: str | None = None
+    dtype: ScaleType | None = None
     allow_untied_head: bool = False
     allow_nonfinite: bool = False
 

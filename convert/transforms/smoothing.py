@@ -87,14 +87,14 @@ def smoothing_scales(
     return found
 
 
-def rounding_of(step: Step, scale_type: ScaleType) -> Rounding:
+def rounding_of(step: Step) -> Rounding:
     """What `step` will do to rows of its matrix, or nearly: GPTQ starts from a weighted search."""
     spec = step.spec
     assert spec is not None
 
     def rounded(weight: Array, squares: Float) -> Array:
         moments = squares.astype(np.float32) if step.method == "gptq" else None
-        return dequantize(search.fit(weight, spec, moments, scale_type))
+        return dequantize(search.fit(weight, spec, moments, step.dtype))
 
     def rounded_by_mlx(weight: Array, _squares: Float) -> Array:
         values = mx.array(weight).astype(MLX_TYPES[step.dtype])

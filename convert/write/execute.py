@@ -29,7 +29,6 @@ from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant import search
-from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.spec import QuantSpec
 
 CHECK_BLOCK_BYTES = 4 * 2**20
@@ -161,10 +160,7 @@ def _matrix_block(
 
 def _searched(values: mx.array, spec: QuantSpec, step: Step) -> tuple[mx.array, ...]:
     """Codes with the best scales for these rows, in the types of the step's tensors."""
-    scale_type: ScaleType = "BF16" if step.dtype == "BF16" else "F32"
-    if step.dtype == "F16":
-        scale_type = "F16"
-    found = search.fit(np.array(values.astype(mx.float32)), spec, scale_type=scale_type)
+    found = search.fit(np.array(values.astype(mx.float32)), spec, scale_type=step.dtype)
     target = MLX_TYPES[step.dtype]
     scales, biases = (mx.array(array).astype(target) for array in (found.scales, found.biases))
     return mx.array(found.packed), scales, biases

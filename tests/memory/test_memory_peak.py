@@ -17,6 +17,7 @@ from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.memory import footprint
 from apertus_mlx.memory.footprint import MLX_CPU, kv_bytes
+from apertus_mlx.memory.weights import weights_bytes
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, planned_inventory
@@ -106,7 +107,7 @@ def test_planned_weights_are_those_in_memory() -> None:
         built = build(shape)
         held = sum(array.nbytes for _, array in nn.utils.tree_flatten(built.model.parameters()))
         # xIELU's constants: alphas in arrays of one, beta and eps as scalars.
-        assert built.inventory.weights_bytes(4) == held
+        assert weights_bytes(built.inventory, 4) == held
 
 
 @pytest.mark.parametrize("form", [CacheConfig(bound=256), CacheConfig(4, 4, bound=256)])
