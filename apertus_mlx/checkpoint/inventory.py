@@ -42,9 +42,7 @@ class StoredMatrix(layout.Matrix):
         """Bytes in memory where each float, and each scale and bias, takes `float_bytes`."""
         if self.spec is None:
             return self.rows * self.columns * float_bytes
-        codes = 4 * self.spec.packed_columns(self.columns)
-        scale_bytes = 2 * float_bytes if self.spec.has_biases else 1
-        return self.rows * (codes + self.spec.groups(self.columns) * scale_bytes)
+        return self.spec.weight_bytes(self.rows, self.columns, float_bytes)
 
 
 @dataclass(frozen=True, slots=True)

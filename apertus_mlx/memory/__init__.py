@@ -1,11 +1,10 @@
 """Memory: what a model costs to run, what fits a device, and MLX's limits."""
 
-from apertus_mlx.memory.devices import DEVICE_EXAMPLES, Device, parse_device, parse_size
+from apertus_mlx.memory.devices import Device, parse_device, parse_size
 from apertus_mlx.memory.fit import Fit, fit, largest_context
 from apertus_mlx.memory.footprint import Backend, Footprint, footprint
 
 __all__ = [
-    "DEVICE_EXAMPLES",
     "Backend",
     "Device",
     "Fit",

@@ -50,7 +50,6 @@ CHIPS: dict[str, float] = {
     "m4-max": 546.0,
     "m5": 153.0,
 }
-DEVICE_EXAMPLES = "iphone-15-pro, iphone-17-pro, m1-8gb, m4-pro-24gb or a size as 6GB"
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 

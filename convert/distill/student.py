@@ -177,7 +177,7 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     if not has_gpu():
         attend_by_numpy(model)
     modules: dict[str, Any] = {}
-    for matrix in layout.matrices(config):
+    for matrix in weights.source.layout:
         found = weights.source.matrices[matrix.path]
         if found.is_quantized:
             modules[matrix.path] = _quantized(matrix, found, weights)

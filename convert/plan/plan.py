@@ -24,12 +24,12 @@ from apertus_mlx.quant.spec import QuantSpec
 DTYPE_BYTES = {"U32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 CONFIG_DTYPES: dict[str, ScaleType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPE_NAMES = {value: key for key, value in CONFIG_DTYPES.items()}
-# Interpreter and libraries; what checking a tokenizer takes per byte of its file; how many times a
-# block is in memory at most. Measured on Linux with the benchmark in tests/benchmarks.
+# Interpreter and libraries; bytes that checking a tokenizer takes per byte of its file; copies of a
+# block in memory. Measured on Linux.
 BASE_MEMORY_BYTES = 48_000_000
 TOKENIZER_COPIES = 33
 BLOCK_COPIES = 4
-# The tokenizer of the 8B, where the size of the source's is not known.
+# Of the 8B; for a source on the Hub.
 TYPICAL_TOKENIZER_BYTES = 16_000_000
 
 # Most tokens that calibration looks at.
@@ -85,7 +85,7 @@ class Step:
     loss: str | None = None
     # How new codes are found.
     method: Method = "rtn"
-    # Whether its values are those of the model in another basis (`basis`) and not the source's.
+    # Whether rotation or smoothing changes its values (`transforms`).
     changes_basis: bool = False
 
     @property
@@ -210,11 +210,6 @@ class Plan:
     def calibrates(self) -> bool:
         """Whether it needs texts."""
         return self.request.smooth or any(step.method == "gptq" for step in self.steps)
-
-    @property
-    def has_factors(self) -> bool:
-        """Whether some modules need a factor that only this package reads."""
-        return any(step.factor is not None for step in self.steps)
 
     @property
     def peak_memory_bytes(self) -> int:

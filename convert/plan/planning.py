@@ -68,7 +68,7 @@ def make_plan(
     ]
     for key, shape in layout.vectors(source.config):
         steps.append(_vector_step(key, shape, source.vectors[key], dtype))
-    changed = transforms.changed(request, source.config)
+    changed = transforms.changed(request, source)
     steps = [
         _transformed_step(step, changed[step.path]) if step.path in changed else step
         for step in steps

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.sources.source import Codes, Stored
+from apertus_mlx.convert.sources.source import Codes, MatrixSource, Stored
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import pack
 from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, QuantSpec
@@ -45,7 +45,7 @@ class CodeReader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class IntegerMatrix:
+class IntegerMatrix(MatrixSource):
     """A matrix of integer codes, however its format packs them."""
 
     name: str
@@ -118,10 +118,6 @@ class IntegerMatrix:
             )
         copies = self.group_size // stored.spec.group_size
         return Codes(weight, mx.repeat(scales, copies, axis=1), mx.repeat(biases, copies, axis=1))
-
-    def read_factor(self, *_: object, **__: object) -> mx.array:
-        """There is none."""
-        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
 
 def signed_to_unsigned(values: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from apertus_mlx.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
-class MlxMatrix:
+class MlxMatrix(MatrixSource):
     """A matrix in one of MLX's quantized formats."""
 
     spec: QuantSpec
@@ -53,9 +53,6 @@ class MlxMatrix:
     def stored(self) -> Stored:
         """Its own format."""
         return Stored(self.spec, self.scales.dtype)
-
-    def check(self, reader: Reader) -> None:
-        """Nothing to check."""
 
     def read(
         self,
@@ -97,10 +94,6 @@ class MlxMatrix:
             _refuse(self.scales, scales == E8M0_NAN)
         if self.spec.mode == "mxfp8":
             _refuse(self.weight, np.array(codes.weight).view(np.uint8) & 0x7F == E4M3_NAN)
-
-    def read_factor(self, *_: object, **__: object) -> mx.array:
-        """There is none."""
-        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
 
 def _refuse(tensor: TensorInfo, broken: npt.NDArray[np.bool_]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, OUTPUT_SCALE
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.sources.source import Codes, Factor, Stored
+from apertus_mlx.convert.sources.source import Codes, Factor, MatrixSource, Stored
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.float_formats import (
     E4M3_NAN,
@@ -27,7 +27,7 @@ from apertus_mlx.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Float8Matrix:
+class Float8Matrix(MatrixSource):
     """E4M3 values times one scale per row or per matrix: `code * scale`."""
 
     name: str
@@ -58,9 +58,6 @@ class Float8Matrix:
     @property
     def _scale_shape(self) -> tuple[int, ...]:
         return (self.rows,) if self.rows in self.scale.shape and self.rows > 1 else (1,)
-
-    def check(self, reader: Reader) -> None:
-        """Nothing to check."""
 
     def read(
         self,
@@ -97,7 +94,7 @@ class Float8Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class NvFloat4Matrix:
+class NvFloat4Matrix(MatrixSource):
     """E2M1 codes with an E4M3 scale per 16 and one divisor: `code * scale / divisor`."""
 
     name: str

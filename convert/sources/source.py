@@ -55,7 +55,7 @@ class Codes:
 
 
 class MatrixSource(Protocol):
-    """How one weight matrix is stored."""
+    """How one weight matrix is stored; every format has a class of this kind."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -73,21 +73,24 @@ class MatrixSource(Protocol):
     def is_quantized(self) -> bool:
         """Whether it holds codes instead of values."""
 
-    def check(self, reader: Reader) -> None:
+    def check(self, _reader: Reader, /) -> None:
         """Refuse what only small tensors can show, before anything is written."""
+        return
 
     def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
         """Rows as floats `[stop - start, columns]`."""
 
-    def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
-        """Rows in the format `stored`."""
+    def read_codes(self, _reader: Reader, _start: int, _stop: int, /) -> Codes:
+        """Rows from start to stop in the format `stored`."""
+        raise AssertionError(f"{self} has no codes; the plan must not ask")
 
-    def read_factor(self, reader: Reader) -> mx.array:
+    def read_factor(self, _reader: Reader, /) -> mx.array:
         """The factor that `stored.factor` describes."""
+        raise AssertionError(f"{self} has no factor; the plan must not ask")
 
 
 @dataclass(frozen=True, slots=True)
-class PlainMatrix:
+class PlainMatrix(MatrixSource):
     """A matrix stored as bfloat16, float16 or float32 values."""
 
     tensor: TensorInfo
@@ -104,20 +107,9 @@ class PlainMatrix:
         """Type of the values."""
         return self.tensor.dtype
 
-    def check(self, reader: Reader) -> None:
-        """Nothing to check."""
-
     def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
         """Rows as they are stored."""
         return reader.floats(self.tensor, start, stop, allow_nonfinite)
-
-    def read_codes(self, *_: object, **__: object) -> Codes:
-        """There are none."""
-        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
-
-    def read_factor(self, *_: object, **__: object) -> mx.array:
-        """There is none."""
-        raise AssertionError(f"{self} has nothing of the kind; the plan must not ask")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.sources.source import Source
 
 # Of the random signs in rotations.
 SEED = 0
@@ -53,9 +53,9 @@ def value_owners(config: ModelConfig) -> npt.NDArray[np.intp]:
     return np.repeat(rows, config.num_attention_heads // config.num_key_value_heads, 0).reshape(-1)
 
 
-def changed(request: Request, config: ModelConfig) -> dict[str, str]:
-    """Matrices (paths) and vectors (names) that are not the source's, with the option behind it."""
-    paths = [matrix.path for matrix in layout.matrices(config)]
+def changed(request: Request, source: Source) -> dict[str, str]:
+    """Paths of matrices and names of vectors that change -> the option that changes them."""
+    paths, config = list(source.matrices), source.config
     found: dict[str, str] = {}
     if request.smooth:
         readers = tuple(reader for readers in SMOOTHED.values() for reader in readers)
