@@ -20,7 +20,6 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.system.arguments import (
     expect,
     expect_list,
-    expect_one_of,
     expect_paths,
     expect_range,
 )
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from apertus_mlx.convert.evaluation.evaluate import Evaluation
     from apertus_mlx.convert.job import Job
     from apertus_mlx.convert.plan.plan import Plan
-    from apertus_mlx.convert.plan.policy import Request, Rule
+    from apertus_mlx.convert.plan.policy import Request
     from apertus_mlx.memory import Device
 
 EMBEDDED_NAME = "apertus-demo"
@@ -168,6 +167,8 @@ def convert_model(
         NotFoundError: there is no such source, or it cannot be reached.
         ResourceError: too little disk, or the device cannot hold the output.
     """
+    from apertus_mlx.convert.plan.options import read_request
+
     expect(_Name | None, source=source, out=out, recipe=recipe)
     expect(int | None, bits=bits, group_size=group_size, embed_bits=embed_bits, head_bits=head_bits)
     expect(float | int | str | None, target_bpw=target_bpw)
@@ -183,11 +184,12 @@ def convert_model(
         raise TypeError("set: expected a list of texts, not str")
     rules = [str(rule) for rule in expect_list(str, set=set)]
     texts = expect_paths(calibration=calibration)
-    request = _request(
-        bits, group_size, mode, embed_bits, head_bits, rules,
-        Path(recipe) if recipe is not None else None, target_bpw, target_size,
-        method=method, smooth=smooth, rotate=rotate, dequantize=dequantize, requantize=requantize,
-        dtype=dtype, allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite,
+    request = read_request(
+        bits=bits, group_size=group_size, mode=mode, embed_bits=embed_bits, head_bits=head_bits,
+        rules=rules, recipe=Path(recipe) if recipe is not None else None, target_bpw=target_bpw,
+        target_size=target_size, method=method, smooth=smooth, rotate=rotate,
+        dequantize=dequantize, requantize=requantize, dtype=dtype,
+        allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     if texts and method != "gptq" and not smooth and request.target is None:
         raise UsageError("--calibration: only --method gptq, --smooth and targets use it")
@@ -530,73 +532,6 @@ def _observer(progress: OnProgress | None) -> Observer:
 
 
 # --- conversion
-
-
-def _request(
-    bits: int | None,
-    group_size: int | None,
-    mode: str | None,
-    embed_bits: int | None,
-    head_bits: int | None,
-    rules: Sequence[str],
-    recipe: Path | None,
-    target_bpw: float | str | None,
-    target_size: int | str | None,
-    *,
-    method: str,
-    dtype: str | None,
-    **switches: bool,
-) -> Request:
-    from apertus_mlx.checkpoint import layout
-    from apertus_mlx.convert.plan.plan import CONFIG_DTYPES
-    from apertus_mlx.convert.plan.policy import (
-        METHODS,
-        Request,
-        make_spec,
-        module_rule,
-        parse_rule,
-        parse_target,
-        read_recipe,
-    )
-    from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES
-
-    expect_one_of(AFFINE_BITS, bits=bits, embed_bits=embed_bits, head_bits=head_bits)
-    expect_one_of(AFFINE_GROUP_SIZES, group_size=group_size)
-    expect_one_of(tuple(CONFIG_DTYPES), dtype=dtype)
-    expect_one_of(METHODS, method=method)
-    if isinstance(target_bpw, int | float):
-        target_bpw = f"{target_bpw:.6f}"
-    if isinstance(target_size, int):
-        target_size = str(target_size)
-    target = parse_target(target_bpw, target_size, group_size)
-    if target is not None and (bits is not None or mode is not None or recipe is not None):
-        raise UsageError(f"{target}: chooses formats itself; leave out --bits, --mode and --recipe")
-    default = None
-    found: list[Rule] = []
-    if recipe is not None:
-        if bits is not None or mode is not None or group_size is not None:
-            raise UsageError("--recipe: says bits, group size and mode itself; leave them out")
-        default, recipe_rules = read_recipe(recipe)
-        found += recipe_rules
-    elif bits is not None or mode is not None:
-        default = make_spec(bits, group_size, mode, "--bits" if mode is None else "--mode")
-    elif group_size is not None and not (embed_bits or head_bits or rules or target):
-        raise UsageError("--group-size: give --bits as well")
-    for option, number, path in (
-        ("--embed-bits", embed_bits, layout.EMBEDDING),
-        ("--head-bits", head_bits, layout.HEAD),
-    ):
-        if number is not None:
-            found.append(module_rule(path, number, group_size, option))
-    found += [parse_rule(rule, group_size) for rule in rules]
-    return Request(
-        default,
-        tuple(found),
-        target,
-        method=next(each for each in METHODS if each == method),
-        dtype=CONFIG_DTYPES[dtype] if dtype else None,
-        **switches,
-    )
 
 
 def _prepare(

@@ -302,7 +302,7 @@ class Readers:
         return [*seeds, v1_1.read_bytes()], read
 
     def recipe(self) -> tuple[list[bytes], Execute]:
-        from apertus_mlx.convert.plan.policy import read_recipe
+        from apertus_mlx.convert.plan.options import read_recipe
 
         modules = {"*.mlp.*": {"bits": 8, "mode": "affine"}, "lm_head": False}
         seed = {"bits": 4, "group_size": 64, "modules": modules}

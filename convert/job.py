@@ -54,7 +54,7 @@ from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.system.strict_json import read_object
 
 CARD = "README.md"
-# Of what an interrupted run goes on from; an interrupted run of another version starts again.
+# Of the files from which an interrupted run resumes; a run of another version starts again.
 STATE_VERSION = 1
 # Folders beside the output while it is built.
 ALLOCATION, CHOICE, CALIBRATION, EVALUATION = "allocation", "choice", "calibration", "receipt"
@@ -138,19 +138,18 @@ def prepare(
     """
     config = read_config(directory)
     checkpoint = open_checkpoint(directory)
-    watched = [*checkpoint.files, CONFIG_FILE, TOKENIZER]
-    source = recognise(config, checkpoint.tensors, str(directory))
+    source = recognise(config, checkpoint.tensors, checkpoint.name)
     check_slopes(checkpoint)
     check_copied_files(directory, config)
     template_note = check_template(directory, config)
-    files = file_states(directory, watched)
+    files = file_states(directory, [*checkpoint.files, CONFIG_FILE, TOKENIZER])
     if not all(checkpoint.same_bytes(head, embedding) for head, embedding in source.tied):
         if not request.allow_untied_head:
             raise RejectedError(
                 f"{directory}: lm_head.weight differs from the embedding, but tie_word_embeddings "
                 "is true; --allow-untied-head converts it as a model with its own head"
             )
-        source = recognise(config, checkpoint.tensors, str(directory), untied_head=True)
+        source = recognise(config, checkpoint.tensors, checkpoint.name, untied_head=True)
     with Reader(directory) as reader:
         for matrix in source.matrices.values():
             matrix.check(reader)

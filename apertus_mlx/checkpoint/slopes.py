@@ -1,9 +1,9 @@
-"""The constants of xIELU as a checkpoint stores them: such that float32 can compute with them.
+"""Refuses constants of xIELU with which float32 cannot compute.
 
-xIELU squares its input and multiplies the square by a slope; the RMS norm behind it squares that
-again. Float32 holds squares of numbers up to 1.8e19. Inputs of trained models stay below 1e4, so
-slopes up to 1e6, where trained ones reach 170, leave a factor of 1e5 for the matrix between the
-two. Beyond it all logits come out equal, in silence.
+xIELU squares its input and multiplies the square by a slope; the next RMS norm squares that again.
+Float32 holds squares of numbers up to 1.8e19. Inputs of trained models stay below 1e4 and their
+slopes below 170. A slope of 1e6 still leaves a factor of 1e5 for the matrix between xIELU and the
+norm; with much larger ones all logits come out equal, without any error.
 """
 
 from __future__ import annotations

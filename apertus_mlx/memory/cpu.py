@@ -1,14 +1,14 @@
-"""What the CPU path holds: an upper bound, since there the process is limited.
+"""Bytes that the process holds on the CPU path beside cache and prompt: an upper bound.
 
-Beside libraries and tokenizer these are weights in a form of its own
-(`apertus_mlx.backend.cpu.weights`): codes of 2, 4 or 8 bits or in planes of 4, and for each group
-the scale of each plane, an offset and, where activations are int8, the sum of its codes, four
-bytes each. What is not affine is float32; rows of an untied embedding stay in the file. While a
-matrix is read, its codes are there twice more; those of a stage (the head comes first, then each
-layer) are freed together.
+These are libraries, tokenizer and weights. `apertus_mlx.backend.cpu.weights` stores affine matrices
+as codes of 2, 4 or 8 bits or in planes of 4. Each group has four bytes for the scale of each plane,
+for an offset and, where activations are int8, for the sum of its codes. Other matrices are float32;
+rows of an untied embedding stay in the file. While a matrix is read, two more copies of its codes
+exist. Loading goes by stages, first the head, then each layer; the copies of a stage are freed
+together.
 
-Measured on Linux (glibc, onnxruntime 1.32, two cores) with `benchmarks/cpu_memory.py`, where
-the command stands. Nobody has measured it on macOS.
+Measured on Linux (glibc, onnxruntime 1.32, two cores) with `benchmarks/cpu_memory.py`, which shows
+the command. Not measured on macOS.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from apertus_mlx.backend.cpu.weights import activations_for, parts_of
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import Inventory, StoredMatrix
 
-# Python, MLX, onnxruntime and the command line; and a layer's graphs.
+# Python, MLX, onnxruntime and the command line; the graphs of a layer.
 LIBRARIES_BYTES, LAYER_BYTES = 114_000_000, 250_000
-# A tokenizer, for each entry of the vocabulary and each byte of its file. Measured: 99 MB for
+# The tokenizer takes bytes per vocabulary entry and per byte of its file. Measured: 99 MB for
 # 131,072 entries in 3.9 MB, 190 MB for as many and 269,443 merges in 17.1 MB.
 ENTRY_BYTES, FILE_COPIES = 560, 7
-# Of the released models, where nobody asked for the file.
+# Of the released models; used where only headers were read.
 RELEASED_TOKENIZER_BYTES = 17_078_480
-# While a matrix is read that becomes float32, in bytes a weight: from floats, from a float mode.
+# Bytes a weight while a matrix is read that becomes float32: from floats, from a float mode.
 FLOATS_LOADING_BYTES, MODE_LOADING_BYTES = 8, 16
 
 
 def fixed_bytes(inventory: Inventory) -> int:
-    """Bytes of what is neither weights nor grows with a prompt."""
+    """Bytes of libraries, graphs and tokenizer."""
     config, file_bytes = inventory.config, inventory.tokenizer_bytes
     if file_bytes is None:
         file_bytes = RELEASED_TOKENIZER_BYTES
@@ -43,7 +43,7 @@ def weights_bytes(inventory: Inventory, precision: str) -> int:
 
 
 def loading_bytes(inventory: Inventory, precision: str) -> int:
-    """Bytes beyond those of the weights at the worst moment of loading; may be negative."""
+    """Bytes above those of all weights at the worst moment of loading; may be negative."""
     held, worst = 0, 0
     for own, passing in _stages(inventory, precision).values():
         held += own

@@ -1,6 +1,6 @@
 """Apple devices: memory that one process may use, and memory bandwidth.
 
-Apple publishes no table of the former. What people measured (devices' RAM -> what an app got, with
+Apple publishes no table of the memory. People measured (RAM of the device -> what an app got, with
 the increased-memory-limit entitlement): 4 GB -> 2.4 (allenai/OLMoE.swift#38), 6 GB -> 4.2
 (pocketpal-ai#651), 8 GB -> 6 (introlab/rtabmap#1446, mlx-swift-lm#343); 12 GB phones are killed
 well below 12 (boardsesh#5524). The plan keeps below all of them. Macs: Metal recommends a working

@@ -1,4 +1,4 @@
-"""Settings that fit a memory limit: form of the cache and tokens a prefill step."""
+"""Chooses the form of the cache and the tokens per prefill step that fit a memory limit."""
 
 from __future__ import annotations
 

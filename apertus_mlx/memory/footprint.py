@@ -39,7 +39,7 @@ SCALE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """How MLX computes: bytes of a number, and the factors of the formula above."""
+    """How a run computes: bytes of a number, and the factors of the formula above."""
 
     compute_bytes: int
     mlp: float

@@ -1,4 +1,4 @@
-"""Bytes of a model's weights where MLX computes; what the CPU path holds, `host` says."""
+"""Bytes of a model's weights where MLX computes; `cpu` has those of the CPU path."""
 
 from __future__ import annotations
 

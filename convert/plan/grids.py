@@ -1,8 +1,8 @@
 """Weights that already lie on a quantization grid: found per matrix, their codes kept.
 
-The released small models are trained with quantization in the loop; quantizing them again with a
-grid of its own would move about every sixth group at 4 bits. A matrix counts only if every group of
-it lies on a grid of the format asked for, which random weights never do: two rows decide.
+The released small models are trained with quantization in the loop. MLX would quantize them with
+another grid, which moves about every sixth group at 4 bits. A matrix counts only if each of its
+groups lies on a grid of the format asked for. Random weights never do; two rows show that.
 """
 
 from __future__ import annotations

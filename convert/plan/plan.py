@@ -1,6 +1,6 @@
-"""What a plan is: every output tensor with its sources, transform, format, bytes and place.
+"""A plan: every output tensor with its sources, transform, format, bytes and place.
 
-`planning` makes it, `execute` follows it and decides nothing.
+`planning` makes a plan; `execute` follows it and decides nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A source and a request become a plan. Pure: reads no array, writes no file."""
+"""Makes a plan from a source and a request; reads no array and writes no file."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def make_plan(
         source: what there is.
         request: what is wanted.
         max_shard_bytes: size at which a new file is begun.
-        grids: matrices that lie on a grid of the format asked for, by kind, where the
-            weights have been looked at (`grids.find_grids`).
+        grids: matrices whose values lie on a grid of their format, by kind (`grids.find_grids`).
         tokenizer_bytes: size of `tokenizer.json`, for the memory estimate.
 
     Raises:

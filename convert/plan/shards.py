@@ -1,4 +1,4 @@
-"""Where each output tensor lies: shards of bounded size, their headers, offsets. Pure."""
+"""Gives each output tensor its place: shards of bounded size, their headers, offsets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Reads tensors of a checkpoint by rows, so that memory depends on the block and not the tensor.
+"""Reads tensors of a checkpoint by blocks of rows, so that memory depends on the block alone.
 
-Plain positioned reads: what is mapped or loaded lazily counts as resident while it is in use.
+It reads at positions and maps nothing: mapped pages count as resident while they are in use.
 """
 
 from __future__ import annotations

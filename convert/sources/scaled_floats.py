@@ -1,7 +1,7 @@
 """Matrices of 8- and 4-bit floats with a factor for which MLX's formats have no place.
 
-The codes are kept as they are; the factor is stored beside them, `output_scale` to multiply the
-matrix product with or `output_divisor` to divide it by, because only so nothing is rounded.
+The codes are kept as they are, and nothing is rounded: the factor is stored beside them.
+`output_scale` multiplies the matrix product, `output_divisor` divides it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What every source format offers: for each target tensor, where it lies and how to read it.
+"""What every source format says: for each tensor of the output, where it lies and how to read it.
 
-Values of these types are made from headers alone; arrays appear only when a `Reader` is passed.
+These values are made from headers alone; only methods that take a `Reader` read arrays.
 """
 
 from __future__ import annotations

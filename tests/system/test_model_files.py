@@ -17,7 +17,7 @@ from apertus_mlx.checkpoint.config import read_config
 from apertus_mlx.checkpoint.generation_config import read_generation_config
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.convert.evaluation.texts import read_texts
-from apertus_mlx.convert.plan.policy import read_recipe
+from apertus_mlx.convert.plan.options import read_recipe
 from apertus_mlx.convert.write.copied_files import copied_files, copy_files
 from apertus_mlx.convert.write.golden import GOLDEN, differing
 from apertus_mlx.convert.write.manifest import MANIFEST, read_manifest
