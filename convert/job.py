@@ -359,7 +359,7 @@ def _write_other_files(
         "parameters": plan.parameters,
         "weight_bytes": plan.weight_bytes,
         "dtype": plan.dtype,
-        "quantization": quantization_block(plan.source.config, plan.specs) if plan.specs else None,
+        "quantization": quantization_block(plan),
         "method": plan.request.method if plan.request.quantizes else None,
         "transforms": transforms.record(plan.request, plan.source.config),
         "allocation": job.allocation.record if job.allocation else None,

@@ -7,10 +7,10 @@ copy that mlx-lm writes, and transformers refuses it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import INERT_KEYS, ModelConfig, Rope
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan
 from apertus_mlx.quant.spec import QuantSpec
@@ -57,20 +57,23 @@ def output_config(plan: Plan, original: Mapping[str, Any]) -> dict[str, Any]:
     if config.output_vocab_size != config.vocab_size:
         values["output_vocab_size"] = config.output_vocab_size
     values |= _token_ids(config, inner)
-    specs = plan.specs
-    if specs:
-        values["quantization"] = quantization_block(config, specs)
+    block = quantization_block(plan)
+    if block is not None:
+        values["quantization"] = block
     return dict(sorted(values.items()))
 
 
-def quantization_block(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
-    """The `quantization` block: the commonest format on top, an entry for each other module."""
-    counts: dict[QuantSpec, int] = {}
-    for spec in specs.values():
-        counts[spec] = counts.get(spec, 0) + 1
-    default = max(counts, key=lambda spec: counts[spec])
+def quantization_block(plan: Plan) -> dict[str, Any] | None:
+    """The `quantization` block: the commonest format on top, an entry for each other module.
+
+    None where nothing is quantized.
+    """
+    specs = plan.specs
+    if not specs:
+        return None
+    default = Counter(specs.values()).most_common(1)[0][0]
     block = _spec_entry(default)
-    for matrix in layout.matrices(config):
+    for matrix in plan.source.layout:
         found = specs.get(matrix.path)
         if found is None:
             block[matrix.path] = False
