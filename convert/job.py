@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import CONFIG_FILE, read_config
 from apertus_mlx.checkpoint.slopes import check_slopes
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
-from apertus_mlx.convert.calibration import allocation, calibrate, calibrated, held_out_comparison
-from apertus_mlx.convert.calibration.allocation import Allocation, allocate_bits
+from apertus_mlx.convert.calibration import calibrated
+from apertus_mlx.convert.calibration.allocation import Allocation
+from apertus_mlx.convert.calibration.before_plan import (
+    allocate_once,
+    measuring,
+    space_for_plan,
+    space_for_target,
+)
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
 from apertus_mlx.convert.evaluation import evaluate
 from apertus_mlx.convert.evaluation.little_text import choose, is_little, without_judging
@@ -26,7 +30,6 @@ from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
-from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.convert.write.card import license_of, make_card
 from apertus_mlx.convert.write.copied_files import (
@@ -37,20 +40,17 @@ from apertus_mlx.convert.write.copied_files import (
 )
 from apertus_mlx.convert.write.execute import execute
 from apertus_mlx.convert.write.golden import check_template, write_golden
-from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256
 from apertus_mlx.convert.write.output_config import output_config, quantization_block
 from apertus_mlx.convert.write.workspace import (
-    MEASURED,
     Workspace,
     check_space,
     check_target,
     clear_published,
     is_published,
     open_workspace,
-    partial_path,
 )
-from apertus_mlx.errors import ApertusError, RejectedError, UsageError
+from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.system.strict_json import read_object
 
 CARD = "README.md"
@@ -160,9 +160,9 @@ def prepare(
         if request.target is not None:
             calibration = prepare_calibration(directory, config, calibration_texts)
             identity.append(calibration.digest())
-            needed = _space_for_target(source, request, calibration)
-            with _measuring(directory, target, _digest(identity), resume, ALLOCATION, needed) as to:
-                chosen = _allocate(source, request, directory, calibration, to, report)
+            needed = space_for_target(source, request, calibration)
+            with measuring(directory, target, _digest(identity), resume, ALLOCATION, needed) as to:
+                chosen = allocate_once(source, request, directory, calibration, to, report)
             request = chosen.request
         plan = make_plan(source, request, max_shard_bytes, tokenizer_bytes=size)
         grids = find_grids(plan, reader)
@@ -185,10 +185,10 @@ def prepare(
             if not is_little(calibration):
                 choice = without_judging(plan, make, calibration)
             else:
-                needed = _space(plan, calibration)
+                needed = space_for_plan(plan, calibration)
                 begun = resume or is_begun
                 is_begun = True
-                with _measuring(directory, target, _digest(identity), begun, CHOICE, needed) as to:
+                with measuring(directory, target, _digest(identity), begun, CHOICE, needed) as to:
                     choice = choose(plan, make, reader, directory, calibration, report, to)
         if choice is not None:
             plan = choice.plan
@@ -247,81 +247,6 @@ def convert(
                 raise RejectedError(f"{job.directory}: changed while it was converted; start again")
         workspace.publish()
     return target
-
-
-@contextmanager
-def _measuring(
-    directory: Path,
-    target: Path | None,
-    fingerprint: str,
-    resume: bool,
-    name: str,
-    needed: tuple[int, int],
-) -> Iterator[Path]:
-    """The folder, where `target` will lie, of what has to be measured before there is a plan."""
-    if target is None:
-        raise UsageError(f"{directory}: something has to be measured for it beside the output")
-    if resume and is_published(target, fingerprint):
-        yield partial_path(target) / MEASURED / name
-        return
-    check_target(target, directory)
-    check_space(target, *needed)
-    with (
-        open_workspace(target, fingerprint, resume) as workspace,
-        workspace.measuring(name) as folder,
-    ):
-        yield folder
-
-
-def _allocate(
-    source: Source,
-    request: Request,
-    directory: Path,
-    calibration: Calibration,
-    folder: Path,
-    progress: Callable[[int, int], None],
-) -> Allocation:
-    """Choose formats for a size, or read from `folder` how that was done before."""
-    keep = Keep(folder / "allocation.npz")
-    found = Allocation.load(keep, request)
-    if found is None:
-        found = allocate_bits(source, request, directory, calibration, folder, progress)
-        found.save(keep)
-    # What it took is no longer needed.
-    for entry in folder.iterdir():
-        if entry.is_file() and entry.name != "allocation.npz":
-            entry.unlink()
-    return found
-
-
-def _space_for_target(
-    source: Source, request: Request, calibration: Calibration
-) -> tuple[int, int]:
-    """Room for the output of a request for a size, and for what lies beside it until it is done."""
-    wanted = request.target
-    assert wanted is not None
-    config, tokens = source.config, calibration.sample.windows.size
-    parameters = layout.parameter_count(config)
-    # A target beyond what the model can take is refused for that, a little later.
-    output_bytes = min(wanted.total_bytes(parameters), 2 * parameters)
-    # Scales are calibrated in 32 bits, which makes codes up to a quarter larger.
-    codes_bytes = output_bytes * 5 // 4 if request.method == "gptq" else 0
-    kept = max(
-        allocation.kept_bytes(config, tokens, codes_bytes),
-        evaluate.kept_bytes(config, calibration.judged)
-        + (codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0),
-    )
-    return output_bytes, kept
-
-
-def _space(plan: Plan, calibration: Calibration) -> tuple[int, int]:
-    """The same for a plan that is there."""
-    config, tokens = plan.source.config, calibration.sample.windows.size
-    measured = max(
-        evaluate.kept_bytes(config, calibration.judged),
-        held_out_comparison.kept_bytes(config, plan.weight_bytes * 5 // 4),
-    )
-    return plan.weight_bytes, measured + calibrated.kept_bytes(plan, tokens)
 
 
 def _digest(parts: Sequence[str]) -> str:
