@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import CONFIG_FILE, read_config
 from apertus_mlx.checkpoint.slopes import check_slopes
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
@@ -144,12 +145,14 @@ def prepare(
     template_note = check_template(directory, config)
     files = file_states(directory, [*checkpoint.files, CONFIG_FILE, TOKENIZER])
     if not all(checkpoint.same_bytes(head, embedding) for head, embedding in source.tied):
-        if not request.allow_untied_head:
+        if request.allow_untied_head:
+            source = recognise(config, checkpoint.tensors, checkpoint.name, untied_head=True)
+        if source.tied:
             raise RejectedError(
-                f"{directory}: lm_head.weight differs from the embedding, but tie_word_embeddings "
-                "is true; --allow-untied-head converts it as a model with its own head"
+                f"{directory}: {layout.HEAD} differs from the embedding, but tie_word_embeddings "
+                "is true; --allow-untied-head converts unquantized weights as a model with its own "
+                "head"
             )
-        source = recognise(config, checkpoint.tensors, checkpoint.name, untied_head=True)
     with Reader(directory) as reader:
         for matrix in source.matrices.values():
             matrix.check(reader)

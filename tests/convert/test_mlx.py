@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from apertus_mlx.checkpoint.config import read_config
+from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request, Rule
 from apertus_mlx.errors import RejectedError
@@ -110,6 +111,26 @@ def test_a_config_that_contradicts_the_tensors(
     build.write_json(tmp_path / "q" / "config.json", values | change)
     with pytest.raises(RejectedError, match=message):
         prepare(tmp_path / "q", Request(), "x")
+
+
+def test_a_tied_head_that_is_stored_equals_the_embedding_in_all_parts(tmp_path: Path) -> None:
+    source = build.write_checkpoint(tmp_path / "in", build.config(tie_word_embeddings=True))
+    folder = convert(prepare(source, Request(QuantSpec(4, 64)), "x"), tmp_path / "q")
+    (folder / "model.safetensors.index.json").unlink()
+    tensors = build.read_folder(folder)
+    for part in ("weight", "scales", "biases"):
+        tensors[f"lm_head.{part}"] = tensors[f"model.embed_tokens.{part}"]
+    build.write_safetensors(folder / "model.safetensors", tensors)
+    assert not any(s.path == "lm_head" for s in prepare(folder, Request(), "x").plan.steps)
+    assert len(take_inventory(folder).dropped) == 3
+    scales = tensors["lm_head.scales"]
+    tensors["lm_head.scales"] = build.Raw(scales.dtype, scales.shape, scales.data[::-1])
+    build.write_safetensors(folder / "model.safetensors", tensors)
+    for request in (Request(), Request(allow_untied_head=True)):
+        with pytest.raises(RejectedError, match="lm_head differs from the embedding"):
+            prepare(folder, request, "x")
+    with pytest.raises(RejectedError, match=r"lm_head\.scales differs from the embedding"):
+        take_inventory(folder)
 
 
 def test_a_config_that_says_quantized_without_scales(tmp_path: Path) -> None:
