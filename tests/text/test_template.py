@@ -390,6 +390,11 @@ HOSTILE = {
     "hash": doubling("{% set ns.s = (ns.s, ns.s) %}", "{{ {ns.s: 1} }}", start="(1,)"),
     "key": doubling("{% set ns.s = (ns.s, ns.s) %}", "{{ {}[ns.s] }}", start="(1,)"),
     "divisible": "{{ '%999999999d' is divisibleby 3 }}",
+    "search from the end": "{{ ('a' * 999999).rfind('ab' ~ 'a' * 499999) }}",
+    "attributes": "{% set ns = namespace(a=0) %}{% for i in range(9999) %}"
+    + "{% set x = ns.a %}" * 1500
+    + "{% endfor %}",
+    "join range": "{% for i in range(9999) %}{% set x = range(99999)|join %}{% endfor %}",
     # memory
     "times": "{{ 'a' * 10**9 }}",
     "list times": "{{ ([0] * 10**9)|length }}",
@@ -417,6 +422,8 @@ HOSTILE = {
     "bytes": "{{ (5).to_bytes(10**9, 'big') }}",
     "range": "{{ range(10**9)|list }}",
     "strftime": "{{ strftime_now('%999999999d') }}",
+    "characters": doubling("{% set ns.s = [ns.s, ('é' * 9999)|list] %}"),
+    "representation": "{% set s = '\x00' * 999999 ~ '\U0001f600' %}{{ [s, s, s, s] }}",
     "batch": "{{ [1]|batch(10**9, 'x')|list }}",
     # escapes from the sandbox
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",

@@ -14,7 +14,7 @@ import pytest
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.template import ChatTemplate
-from apertus_mlx.text.template.text import TEXT_METHODS
+from apertus_mlx.text.template.operations import TEXT_METHODS
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import load_tokenizer, write_tokenizer
 

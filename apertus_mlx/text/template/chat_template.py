@@ -18,9 +18,9 @@ import jinja2
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.system.model_files import exists, read_file
 from apertus_mlx.system.strict_json import read_object
-from apertus_mlx.text.template.budget import Budget
+from apertus_mlx.text.template.budget import budget
 from apertus_mlx.text.template.marks import CLOSE, ESCAPE, MARK, OPEN, RESERVED, mark
-from apertus_mlx.text.template.sandbox import SandboxEnvironment, compile_template, render_template
+from apertus_mlx.text.template.sandbox import compile_template
 from apertus_mlx.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 2**18
@@ -85,7 +85,7 @@ class ChatTemplate:
         if RESERVED.search(source):
             raise RejectedError(f"{name}: contains the noncharacters U+FDD0 to U+FDD2")
         try:
-            self._template = compile_template(SandboxEnvironment(), source, self._mark)
+            self._template = compile_template(source, self._mark)
         except Exception as error:
             raise self._rejected(error) from None
 
@@ -199,9 +199,10 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "enable_thinking": enable_thinking,
         }
-        budget = Budget.for_input(data.values, data.text_bytes)
+        context = self._template.new_context(variables)
         try:
-            text = render_template(self._template, variables, budget)
+            with budget(data.values, data.text_bytes):
+                text = "".join(self._template.root_render_func(context))
         except Exception as error:
             raise self._rejected(error) from None
         return self._split(text, data)

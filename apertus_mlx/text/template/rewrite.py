@@ -1,7 +1,7 @@
-"""Rewrites a parsed chat template so that the sandbox can charge for everything in it.
+"""Rewrites a parsed chat template so that nothing in it is free.
 
-Jinja runs loops, comparisons, slices, literals and `~` itself. Here each becomes a call of one of
-`SandboxEnvironment`'s guards. Kinds of statements that no chat template needs are refused.
+Jinja runs loops, comparisons, slices, literals and `~` itself. Here each gets a guard: a filter of
+the sandbox whose name no template can write. Statements that no chat template needs are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jinja2.visitor import NodeTransformer
 from apertus_mlx.text.template.budget import LimitError
 
 MAX_NODES = 8_000
+UNITS_PER_NODE = 4
 _ALLOWED_NODES = (
     nodes.Expr,
     nodes.Operand,
@@ -57,12 +58,12 @@ def rewrite_template(tree: nodes.Template, constant: Callable[[str], str]) -> no
             raise SecurityError(
                 f"line {node.lineno}: {type(node).__name__} is not available to chat templates"
             )
-    rewritten: nodes.Template = _Charge(constant).visit(tree)
+    rewritten: nodes.Template = _Guard(constant).visit(tree)
     return rewritten
 
 
-class _Charge(NodeTransformer):
-    """Rewrites a template so that the operations Jinja would run itself are charged too."""
+class _Guard(NodeTransformer):
+    """Puts a guard, a filter, around the operations that Jinja runs itself."""
 
     def __init__(self, constant: Callable[[str], str]):
         self._constant = constant
@@ -81,20 +82,23 @@ class _Charge(NodeTransformer):
         return self.generic_visit(node)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
+        units = _pass_units(node)
         self.generic_visit(node)
-        unpacks = nodes.Const(isinstance(node.target, nodes.Tuple), lineno=node.lineno)
-        node.iter = _guard("guard_iterate", [node.iter, unpacks], node.lineno)
-        tick = _guard("guard_pass", [], node.lineno)
-        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
-        if node.test is not None:
-            node.test = nodes.And(tick, node.test, lineno=node.lineno)
+        node.iter = _guard("iterate", node.iter, isinstance(node.target, nodes.Tuple), units)
         return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        tick = _guard("spend", nodes.Const(_pass_units(node), lineno=node.lineno))
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
+        return node
+
+    visit_CallBlock = visit_Macro
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
         self.generic_visit(node)
         if isinstance(node.target, nodes.Tuple):
-            no = nodes.Const(False, lineno=node.lineno)
-            node.node = _guard("guard_iterate", [node.node, no], node.lineno)
+            node.node = _guard("iterate", node.node)
         return node
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
@@ -106,48 +110,47 @@ class _Charge(NodeTransformer):
         if isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES:
             self._searched.update(id(argument) for argument in node.args[:1])
         self.generic_visit(node)
-        for name in ("dyn_args", "dyn_kwargs"):
-            if (values := getattr(node, name)) is not None:
-                setattr(node, name, _guard("guard_spread", [values], node.lineno))
+        if node.dyn_args is not None:
+            node.dyn_args = _guard("iterate", node.dyn_args)
+        if node.dyn_kwargs is not None:
+            node.dyn_kwargs = _guard("made", node.dyn_kwargs)
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self._searched.add(id(node.expr))
         self._searched.update(id(operand.expr) for operand in node.ops)
         self.generic_visit(node)
-        parts = [node.expr]
+        node.expr = _guard("compared", node.expr)
         for operand in node.ops:
-            parts += [nodes.Const(operand.op, lineno=node.lineno), operand.expr]
-        return _guard("guard_compare", parts, node.lineno)
+            operand.expr = _guard("compared", operand.expr, operand.op in ("in", "notin"))
+        return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _guard("guard_concat", node.nodes, node.lineno)
+        return _guard("concat", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
             return node
-        ends = [node.arg.start, node.arg.stop, node.arg.step]
-        none = nodes.Const(None, lineno=node.lineno)
-        return _guard("guard_slice", [node.node, *(end or none for end in ends)], node.lineno)
+        node.node = _guard("sliced", node.node)
+        return _guard("made", node)
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         self.generic_visit(node)
-        node.key = _guard("guard_key", [node.key], node.lineno)
+        node.key = _guard("key", node.key)
         return node
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:
+    def visit_List(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        return _guard("guard_literal", [node], node.lineno)
+        return node if getattr(node, "ctx", "load") != "load" else _guard("made", node)
 
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        return _guard("guard_literal", [node], node.lineno)
+    visit_Dict = visit_Tuple = visit_List
 
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return node if node.ctx != "load" else _guard("guard_literal", [node], node.lineno)
+
+def _pass_units(node: nodes.Node) -> int:
+    """Return what one pass through a loop or a macro costs besides what guards charge."""
+    return UNITS_PER_NODE * sum(1 for _ in node.find_all(nodes.Node))
 
 
 def _without_safe(printed: nodes.Expr) -> nodes.Expr:
@@ -171,6 +174,6 @@ def _unpacks_oddly(node: nodes.Node) -> bool:
     return any(isinstance(target, nodes.Tuple) for target in targets)
 
 
-def _guard(name: str, arguments: list[Any], line: int) -> nodes.Call:
-    function = nodes.EnvironmentAttribute(name, lineno=line)
-    return nodes.Call(function, arguments, [], None, None, lineno=line)
+def _guard(name: str, value: Any, *args: object) -> nodes.Filter:
+    constants: list[nodes.Expr] = [nodes.Const(arg, lineno=value.lineno) for arg in args]
+    return nodes.Filter(value, f"~{name}", constants, [], None, None, lineno=value.lineno)
