@@ -97,7 +97,7 @@ def _line(progress: Progress, elapsed_s: float, initial: float, columns: int | N
         progress.stage,
         unit=_UNITS[progress.unit],
         unit_scale=progress.unit != "layers",
-        ascii="utf" not in (sys.stderr.encoding or "").lower(),
+        ascii="utf" not in (getattr(sys.stderr, "encoding", None) or "").lower(),
         bar_format=form,
         postfix=progress.detail,
         initial=initial,
