@@ -17,6 +17,7 @@ from apertus_mlx.cli.doctor import doctor
 from apertus_mlx.cli.eval import evaluate
 from apertus_mlx.cli.generate import generate
 from apertus_mlx.cli.inspect import inspect
+from apertus_mlx.cli.models import models
 from apertus_mlx.cli.output import print_data
 from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
@@ -54,7 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, inspect, plan, convert, distill, verify, bench, doctor):
+for command in (generate, chat, models, inspect, plan, convert, distill, verify, bench, doctor):
     app.command(cls=_Command)(command)
 app.command("eval", cls=_Command)(evaluate)
 

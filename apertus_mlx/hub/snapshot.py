@@ -151,7 +151,7 @@ def _from_cache(folder: Path, repo_id: str, revision: str) -> Snapshot:
     snapshot = folder / "snapshots" / commit
     if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
         lack = "is not in the cache"
-    elif not _is_complete(snapshot):
+    elif not is_complete(snapshot):
         lack = "is only partly in the cache"
     else:
         return Snapshot(snapshot, repo_id, commit)
@@ -161,7 +161,8 @@ def _from_cache(folder: Path, repo_id: str, revision: str) -> Snapshot:
     )
 
 
-def _is_complete(snapshot: Path) -> bool:
+def is_complete(snapshot: Path) -> bool:
+    """Whether a snapshot in the cache has its config and all of its weights."""
     # Weights are fetched last, so complete weights mean a complete download of ours.
     if not (snapshot / "config.json").exists():
         return False

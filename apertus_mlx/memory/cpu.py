@@ -16,14 +16,13 @@ from __future__ import annotations
 from apertus_mlx.backend.cpu.weights import activations_for, parts_of
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import Inventory, StoredMatrix
+from apertus_mlx.hub.apertus_models import RELEASED_TOKENIZER_BYTES
 
 # Python, MLX, onnxruntime and the command line; the graphs of a layer.
 LIBRARIES_BYTES, LAYER_BYTES = 114_000_000, 250_000
 # The tokenizer takes bytes per vocabulary entry and per byte of its file. Measured: 99 MB for
 # 131,072 entries in 3.9 MB, 190 MB for as many and 269,443 merges in 17.1 MB.
 ENTRY_BYTES, FILE_COPIES = 560, 7
-# Of the released models; used where only headers were read.
-RELEASED_TOKENIZER_BYTES = 17_078_480
 # Bytes a weight while a matrix is read that becomes float32: from floats, from a float mode.
 FLOATS_LOADING_BYTES, MODE_LOADING_BYTES = 8, 16
 
