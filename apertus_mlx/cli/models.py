@@ -12,7 +12,7 @@ import typer
 from apertus_mlx.cli.options import JsonOption, OfflineOption
 from apertus_mlx.cli.output import Table, note, print_report
 from apertus_mlx.cli.progress import show_progress
-from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _on_disk(place: _Place, name: str, directory: Path, disk_bytes: int, release
     memory_bytes = fits = problem = None
     try:
         memory_bytes, fits = place.memory(take_inventory(directory, name))
-    except RejectedError as error:
+    except ApertusError as error:
         problem = str(error)
     where = str(directory)
     return _Listed(name, released, where, disk_bytes, 0, False, memory_bytes, fits, problem)

@@ -70,6 +70,7 @@ BENCH = ("--prompt-tokens", "3", "--depths", "0", "--new-tokens", "2", "--rounds
 ASKED: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "generate": ("model", ("-m", ".", "-n", "2", "hello")),
     "chat": ("model", ("-m", ".", "--max-tokens", "2")),
+    "models": ("out", ()),
     "inspect": ("model", (".",)),
     "plan": ("model", (".",)),
     "convert": ("model", (".", "../out/converted", "--bits", "4")),

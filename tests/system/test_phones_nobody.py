@@ -118,6 +118,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Watched:
         ("distill", model, "q2", "learned", *text, "--tokens", "256", "--window", "32"),
         ("bench", model, *SHORT),
         ("doctor", model, "--tune"),
+        ("models",),
     ]  # fmt: skip
     return watch(folder, commands, {})
 
@@ -133,6 +134,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[Watched, Watched, int
         ("inspect", REPO),
         ("convert", REPO, "q4", "--bits", "4", "--group-size", "32"),
         ("eval", "q4", "--reference", REPO, "--tokens", "64"),
+        ("models", "--download", REPO),
     ]
     with serving() as server:
         server.repository(REPO).commit_folder(model)
