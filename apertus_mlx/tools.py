@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from apertus_mlx.convert.plan.plan import Plan
     from apertus_mlx.convert.plan.policy import Request
     from apertus_mlx.memory import Device
+    from apertus_mlx.memory.report import MemoryPlan
 
 EMBEDDED_NAME = "apertus-demo"
 _Name = str | Path
@@ -223,8 +224,8 @@ def plan(
     revision: str | None = None,
     offline: bool = False,
     progress: OnProgress | None = None,
-) -> dict[str, Any]:
-    """Return what `model` takes in memory, and whether it fits a device: what `plan --json` prints.
+) -> MemoryPlan:
+    """Plan what `model` takes in memory, and whether and how it fits a device.
 
     A Hub id is planned from its headers; no weights are downloaded.
 
@@ -252,7 +253,7 @@ def plan(
     from apertus_mlx.backend.hardware import available_bytes, has_gpu
     from apertus_mlx.cache.config import read_cache_form
     from apertus_mlx.memory import Device
-    from apertus_mlx.memory.report import make_report
+    from apertus_mlx.memory.report import plan_for_device
 
     expect(_Name | None, model=model)
     expect(str | None, device=device, revision=revision)
@@ -268,10 +269,10 @@ def plan(
     target = _read_device(device)
     inventory = _inventory(model, revision, offline, progress)
     if target is not None:  # every device by name is Apple's; only this machine may lack a GPU
-        return make_report(inventory, target, context, form, prefill_step, True, None)
+        return plan_for_device(inventory, target, context, form, prefill_step, True, None)
     precision = "auto" if uses_cpu("auto", None) else None
     here = Device("this machine", available_bytes())
-    return make_report(inventory, here, context, form, prefill_step, has_gpu(), precision)
+    return plan_for_device(inventory, here, context, form, prefill_step, has_gpu(), precision)
 
 
 @own_errors()

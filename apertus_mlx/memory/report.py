@@ -1,7 +1,8 @@
-"""The planner's report as plain values: each form of cache on a device, and the best that fits."""
+"""What a model takes on a device with each form of cache, and the best that fits."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from apertus_mlx.cache.config import CacheConfig
@@ -22,7 +23,63 @@ from apertus_mlx.system.sizes import format_bytes
 DEFAULT_CONTEXT = 4096
 
 
-def make_report(
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A run with one form of cache: bytes of each part where it is largest, and the peak.
+
+    Attributes:
+        form: bits and bounds of the cache, in words.
+        largest_context: tokens with which it still fits; 0 if none do.
+        decode_tokens_per_s: estimated; None where the memory's bandwidth is unknown.
+    """
+
+    form: str
+    prefill_step: int
+    kv_bytes_per_token: float
+    weights_bytes: int
+    kv_bytes: int
+    prefill_bytes: int
+    logits_bytes: int
+    process_bytes: int
+    loading_bytes: int
+    total_bytes: int
+    fits: bool
+    largest_context: int
+    decode_tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """A model on a device.
+
+    Attributes:
+        limit_bytes: what the device gives one process.
+        context: tokens of prompt and answer.
+        compute_bytes: bytes of a number that is computed with.
+        forms: a run with each form of cache, or with the one that was asked for.
+        best: the best run that fits; None if none does.
+        advice: its options, or why nothing fits and what would.
+    """
+
+    model: str
+    parameters: int
+    file_bytes: int
+    device: str
+    limit_bytes: int
+    bandwidth_bytes_per_s: float | None
+    context: int
+    compute_bytes: int
+    forms: list[PlannedRun]
+    best: PlannedRun | None
+    advice: str
+    speed_formula: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What `plan --json` prints."""
+        return asdict(self)
+
+
+def plan_for_device(
     inventory: Inventory,
     device: Device,
     context: int | None,
@@ -30,8 +87,8 @@ def make_report(
     prefill_step: int | None,
     on_gpu: bool,
     cpu: str | None = None,
-) -> dict[str, Any]:
-    """Everything `plan` shows.
+) -> MemoryPlan:
+    """Plan for every form of cache, or for `form`.
 
     Raises:
         UsageError: a context beyond the model's, or heads that cannot be cached as asked.
@@ -58,20 +115,20 @@ def make_report(
         )
     except ResourceError as error:
         best_row, advice = None, f"does not fit: {error}"
-    return {
-        "model": inventory.name,
-        "parameters": layout.parameter_count(inventory.config),
-        "file_bytes": inventory.checkpoint.file_bytes,
-        "device": device.name,
-        "limit_bytes": device.memory_bytes,
-        "bandwidth_bytes_per_s": device.bandwidth,
-        "context": context,
-        "compute_bytes": backend.compute_bytes,
-        "forms": rows,
-        "best": best_row,
-        "advice": advice,
-        "speed_formula": FORMULA,
-    }
+    return MemoryPlan(
+        inventory.name,
+        layout.parameter_count(inventory.config),
+        inventory.checkpoint.file_bytes,
+        device.name,
+        device.memory_bytes,
+        device.bandwidth,
+        context,
+        backend.compute_bytes,
+        rows,
+        best_row,
+        advice,
+        FORMULA,
+    )
 
 
 def _row(
@@ -81,20 +138,20 @@ def _row(
     form: CacheConfig,
     step: int,
     backend: Backend,
-) -> dict[str, Any]:
+) -> PlannedRun:
     needed = footprint(inventory, form, context, step, backend)
     speed = None
     if device.bandwidth is not None:
         speed = decode_tokens_per_s(inventory, form, context, backend, device.bandwidth)
-    return {
-        "form": str(form),
-        "prefill_step": step,
-        "kv_bytes_per_token": kv_bytes_per_position(inventory.config, form, backend.compute_bytes),
+    return PlannedRun(
+        str(form),
+        step,
+        kv_bytes_per_position(inventory.config, form, backend.compute_bytes),
         **needed.report(),
-        "fits": needed.total_bytes <= device.memory_bytes,
-        "largest_context": largest_context(inventory, device.memory_bytes, form, step, backend),
-        "decode_tokens_per_s": speed,
-    }
+        fits=needed.total_bytes <= device.memory_bytes,
+        largest_context=largest_context(inventory, device.memory_bytes, form, step, backend),
+        decode_tokens_per_s=speed,
+    )
 
 
 def _options(form: CacheConfig) -> str:

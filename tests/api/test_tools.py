@@ -185,7 +185,7 @@ def test_a_source_on_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.M
         assert downloads[-1].done == downloads[-1].total and downloads[-1].total
         assert (done.source, done.commit) == ("swiss-ai/Tiny", commit)
         server.requests.clear()
-        assert plan("swiss-ai/Tiny")["file_bytes"] == plan(source)["file_bytes"]
+        assert plan("swiss-ai/Tiny").file_bytes == plan(source).file_bytes
         assert not [
             each
             for each in server.requests
@@ -208,19 +208,19 @@ def test_a_plan_of_memory_is_that_of_the_command(
     options = {"device": "m1-8gb", "context": 300, "max_kv": 128, "prefill_step": 64}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     found = plan(source, **options)
-    assert found == command(capsys, "plan", source, *words)
-    (row,) = found["forms"]
+    assert found.as_json() == command(capsys, "plan", source, *words)
+    (run,) = found.forms
     weights = mx.load(str(source / "model.safetensors"))
     assert isinstance(weights, dict)
     # xIELU's constants are given as numbers.
     stored = sum(array.nbytes for array in weights.values())
-    assert row["weights_bytes"] == pytest.approx(stored, rel=1e-3)
-    assert not plan(source, device="1MB")["forms"][0]["fits"]
+    assert run.weights_bytes == pytest.approx(stored, rel=1e-3)
+    assert not plan(source, device="1MB").forms[0].fits
 
 
 @pytest.mark.usefixtures("silent")
 def test_the_embedded_model_is_planned_where_none_is_given() -> None:
-    assert plan()["parameters"] > 1e6
+    assert plan().parameters > 1e6
 
 
 # --- verifying

@@ -124,8 +124,8 @@ def test_download_and_removal(server: HubServer, run: Callable[..., Any], tmp_pa
     for name, released in ((TINY, True), (OTHER, False)):
         each = found[name]
         assert (each["released"], each["download_bytes"], each["disk_bytes"]) == (released, 0, size)
-        best = plan(Path(each["directory"]), device="64GB", context=512)["best"]
-        assert each["memory_bytes"] == best["total_bytes"] and each["fits"]
+        best = plan(Path(each["directory"]), device="64GB", context=512).best
+        assert each["memory_bytes"] == best.total_bytes and each["fits"]
     with pytest.raises(UsageError, match="nothing is removed; --yes"):
         run("--remove", TINY)
     assert directory.is_dir()
