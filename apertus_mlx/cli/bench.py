@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apertus_mlx.cli import options
-from apertus_mlx.cli.output import note, print_data, print_json, print_table
+from apertus_mlx.cli.output import Table, note, print_report
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from apertus_mlx.cache import CacheConfig
     from apertus_mlx.checkpoint.inventory import Inventory
     from apertus_mlx.measure.bench.report import Report, SideReport
@@ -135,10 +137,7 @@ def bench(
         wired_bytes=fit.wired_bytes,
     )
     report = _measure(inventory, model or "embedded", workload, fit.form, side_settings, sides)
-    if json:
-        print_json(asdict(report))
-    else:
-        _print_report(report)
+    print_report(json, lambda: asdict(report), lambda: _words(report))
     if plot is not None:
         _draw(report, plot)
 
@@ -214,30 +213,29 @@ def _draw(report: Report, path: Path) -> None:
     save_plot(path, [series(side) for side in report.sides], "depth", "tokens/s", title)
 
 
-def _print_report(report: Report) -> None:
+def _words(report: Report) -> Iterator[str | Table]:
     machine, model, bandwidth = report.machine, report.model, report.bandwidth_bytes_per_s
-    print_data(
+    yield (
         f"{model.name}: {model.parameters / 1e6:.0f} M parameters, {model.bits_per_weight:.2f} "
         f"bits per weight; a token reads {format_bytes(model.weights_read_bytes)} of weights"
     )
-    print_data(f"{machine.identity}; {machine.memory_bytes / 2**30:.0f} GiB; {report.date}")
+    yield f"{machine.identity}; {machine.memory_bytes / 2**30:.0f} GiB; {report.date}"
     stated = f"{format_bytes(bandwidth.published)}/s published, " if bandwidth.published else ""
-    print_data(f"bandwidth: {stated}{format_bytes(bandwidth.measured)}/s measured")
+    yield f"bandwidth: {stated}{format_bytes(bandwidth.measured)}/s measured"
     for side in report.sides:
         ready = side.ready
         kernels = f", kernels {' + '.join(ready.kernels)}" if ready.kernels else ""
-        print_data(
+        yield (
             f"{side.name} {ready.version}: {ready.backend}{kernels}, {ready.dtype}, cache in "
             f"{ready.cache}; loads in {ready.load_s:.2f} s, ready {side.start_s:.2f} s after its "
             f"start; peak memory {format_bytes(side.peak_memory_bytes)}"
         )
-    for line in report.notes:
-        print_data(line)
-    print_data("")
-    _print_table(report)
+    yield from report.notes
+    yield ""
+    yield _table(report)
 
 
-def _print_table(report: Report) -> None:
+def _table(report: Report) -> Table:
     """A row for each task, columns for each side."""
     header = ["tokens/s"]
     for side in report.sides:
@@ -253,4 +251,4 @@ def _print_table(report: Report) -> None:
         row += [str(report.ratios[index].ratio)] if report.ratios else []
         rows.append(row)
     header += [f"x {side.name}" for side in report.sides[1:]]
-    print_table(header, rows)
+    return Table(header, rows)

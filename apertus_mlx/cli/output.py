@@ -61,12 +61,6 @@ def print_report(
             print_data(line)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a `Table` to stdout."""
-    for line in Table(header, rows).lines():
-        print_data(line)
-
-
 def print_pieces(pieces: Iterable[Piece]) -> None:
     """Write an answer and a newline to stdout as it comes, the deliberation before it to stderr.
 

@@ -18,6 +18,7 @@ def test_examples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("mlx_lm")
+    monkeypatch.chdir(tmp_path)
     text = PAGE.read_text(encoding="utf-8")
     # A Hub that knows the released model by name, and gives the demonstration model for it.
     with serving() as hub:
