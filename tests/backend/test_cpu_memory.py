@@ -23,7 +23,7 @@ from apertus_mlx.generation.memory_plan import plan_memory
 from apertus_mlx.generation.model_folder import open_folder
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Generation
-from apertus_mlx.memory import fit, footprint
+from apertus_mlx.memory import fit, footprint, parse_size
 from apertus_mlx.memory.cpu import weights_bytes
 from apertus_mlx.memory.footprint import CPU_PATH, GPU_16_BIT, choose_backend
 from apertus_mlx.quant.spec import QuantSpec
@@ -87,23 +87,26 @@ def test_weights_by_hand() -> None:
     assert weights_bytes(half_billion(None), "auto") == 4 * weights
 
 
+def size_after(word: str, refused: pytest.ExceptionInfo[ResourceError]) -> int:
+    """The size that a message names behind `word`, in bytes."""
+    number, unit = str(refused.value).split(word)[1].split()[:2]
+    return parse_size(f"{number} {unit}", "")
+
+
 def test_advice_is_what_helps_on_this_path() -> None:
     """At 3 bits it holds what it holds at 4, so only 2 bits help there."""
     for bits in (4, 3):
         with pytest.raises(ResourceError, match=r"at 2 bits .* convert --bits 2 ") as refused:
             fit(half_billion(bits), 450_000_000, 1009, CPU_PATH)
         assert "libraries and tokenizer 219.7 MB, weights" in str(refused.value)
-        words = str(refused.value).split()
-        limit = float(words[words.index("on),") - 2])
-        fit(half_billion(2), int(limit * 1e9), 512, CPU_PATH)
+        fit(half_billion(2), size_after("from ", refused), 512, CPU_PATH)
     with pytest.raises(ResourceError) as refused:
         fit(half_billion(2), 200_000_000, 1009, CPU_PATH)
     assert "convert" not in str(refused.value)
-    words = str(refused.value).split()
-    limit = float(words[words.index("from") + 1])
-    fit(half_billion(2), int(limit * 1e9), 512, CPU_PATH)
+    limit = size_after("from ", refused)
+    fit(half_billion(2), limit, 512, CPU_PATH)
     with pytest.raises(ResourceError):
-        fit(half_billion(2), int(limit * 1e9) - 10**7, 512, CPU_PATH)
+        fit(half_billion(2), limit - 10**6, 512, CPU_PATH)
     # Where MLX computes, 3 bits are smaller than 4.
     with pytest.raises(ResourceError, match="convert --bits 3 "):
         fit(half_billion(4), 225_000_000, 1009, GPU_16_BIT)
