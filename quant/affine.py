@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from apertus_mlx.quant.arrays import Codes, Float32, Float64, Packed
 from apertus_mlx.quant.grid import SIGNIFICANT_BITS
-from apertus_mlx.quant.packing import Codes, Packed, pack
+from apertus_mlx.quant.packing import pack
 from apertus_mlx.quant.spec import QuantSpec
 
-Array = npt.NDArray[np.float32]
 ScaleType = Literal["BF16", "F16", "F32"]
 LARGEST_F16 = 65504.0
 # Below this a float32 scale would lose bits, and its reciprocal would overflow.
@@ -28,8 +28,8 @@ class AffineCodes:
     """A quantized matrix: codes `[rows, columns]`, scales and biases `[rows, groups]`."""
 
     codes: Codes
-    scales: Array
-    biases: Array
+    scales: Float32
+    biases: Float32
     spec: QuantSpec
 
     @property
@@ -38,7 +38,7 @@ class AffineCodes:
         return pack(self.codes, self.spec.bits)
 
 
-def fit(weight: Array, spec: QuantSpec, scale_type: ScaleType = "F32") -> AffineCodes:
+def fit(weight: Float32, spec: QuantSpec, scale_type: ScaleType = "F32") -> AffineCodes:
     """Round `weight` `[rows, columns]` to the nearest of evenly spaced values.
 
     Zero is one of them, and no value is off by more than half a step. With float32 scales both hold
@@ -60,14 +60,14 @@ def fit(weight: Array, spec: QuantSpec, scale_type: ScaleType = "F32") -> Affine
     return from_groups(np.clip(codes, 0, top), scales, biases, spec)
 
 
-def dequantize(quantized: AffineCodes) -> Array:
+def dequantize(quantized: AffineCodes) -> Float32:
     """The weights `[rows, columns]` that the codes stand for, as MLX computes them in float32."""
     codes = as_groups(quantized.codes.astype(np.float32), quantized.spec)
     values = codes * quantized.scales[..., None] + quantized.biases[..., None]
     return values.reshape(quantized.codes.shape)
 
 
-def as_groups(values: Array, spec: QuantSpec) -> Array:
+def as_groups(values: Float32, spec: QuantSpec) -> Float32:
     """A view `[rows, groups, group_size]` of a matrix.
 
     Raises:
@@ -93,7 +93,7 @@ def from_groups(
     )
 
 
-def round_scales(values: Array, scale_type: ScaleType) -> Array:
+def round_scales(values: Float32, scale_type: ScaleType) -> Float32:
     """Round float32 numbers to the type that scales and biases are stored in, ties to even."""
     if scale_type == "BF16":
         bits = values.astype(np.float32).view(np.uint32)
@@ -105,13 +105,13 @@ def round_scales(values: Array, scale_type: ScaleType) -> Array:
     return values.astype(np.float32)
 
 
-def usable_scales(scales: Array, scale_type: ScaleType) -> Array:
+def usable_scales(scales: Float32, scale_type: ScaleType) -> Float32:
     """Scales with those replaced that are too small to divide by; they belong to flat groups."""
     smallest = np.float32(SMALLEST_SCALES[scale_type])
     return np.where(np.abs(scales) < smallest, smallest, scales).astype(np.float32)
 
 
-def _shorten(scales: npt.NDArray[np.float64], scale_type: ScaleType, bits: int) -> Array:
+def _shorten(scales: Float64, scale_type: ScaleType, bits: int) -> Float32:
     """Round scales to the stored type, and in float32 to few enough bits for exact products."""
     if scale_type != "F32":
         return round_scales(scales.astype(np.float32), scale_type)

@@ -10,15 +10,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.quant.affine import (
-    AffineCodes,
-    Array,
-    ScaleType,
-    dequantize,
-    round_scales,
-    usable_scales,
-)
-from apertus_mlx.quant.gptq import BLOCK_COLUMNS, Float, better_rows
+from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize, round_scales, usable_scales
+from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.gptq import BLOCK_COLUMNS, better_rows
 
 ROUNDS = 4
 # A round that gains a smaller share than this is the last.
@@ -31,9 +25,9 @@ BLOCK_NUMBERS = 1 << 22
 
 
 def improve(
-    weight: Array,
+    weight: Float32,
     start: AffineCodes,
-    moments: Float,
+    moments: Float64,
     scale_type: ScaleType = "BF16",
     rounds: int = ROUNDS,
 ) -> AffineCodes:
@@ -57,7 +51,7 @@ def improve(
     return best
 
 
-def descend(weight: Array, start: AffineCodes, moments: Float) -> AffineCodes:
+def descend(weight: Float32, start: AffineCodes, moments: Float64) -> AffineCodes:
     """One pass over all columns; each code becomes the best for all others as they are."""
     curvature = moments.astype(np.float32)
     group_size = start.spec.group_size
@@ -83,7 +77,7 @@ def descend(weight: Array, start: AffineCodes, moments: Float) -> AffineCodes:
 
 
 def refit_scales(
-    weight: Array, start: AffineCodes, moments: Float, scale_type: ScaleType
+    weight: Float32, start: AffineCodes, moments: Float64, scale_type: ScaleType
 ) -> AffineCodes:
     """Scales and biases of least error for the codes of `start`, rounded as they are stored.
 
@@ -113,8 +107,8 @@ def refit_scales(
 
 
 def _normal_equations(
-    codes: npt.NDArray[np.uint8], off: Array, moments: Float, groups: int
-) -> tuple[Float, Float]:
+    codes: npt.NDArray[np.uint8], off: Float32, moments: Float64, groups: int
+) -> tuple[Float64, Float64]:
     """The system `[rows, 2 groups, 2 groups]` for steps of scales, then of biases."""
     rows, columns = codes.shape
     size = columns // groups
@@ -133,7 +127,7 @@ def _normal_equations(
     return normal, right.astype(np.float64)
 
 
-def _solve(normal: Float, right: Float) -> Float:
+def _solve(normal: Float64, right: Float64) -> Float64:
     index = np.arange(normal.shape[1])
     diagonal = normal[:, index, index]
     damped = normal.copy()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from apertus_mlx.quant.arrays import Float32, Float64
+
 E4M3_NAN = 0x7F
 E8M0_ONE = 127
 E8M0_NAN = 0xFF
 
 
-def e4m3_values() -> npt.NDArray[np.float32]:
+def e4m3_values() -> Float32:
     """The value of each of the 256 bytes."""
     bits = np.arange(256)
     exponent, mantissa = bits >> 3 & 15, bits & 7
@@ -25,15 +27,15 @@ def e4m3_values() -> npt.NDArray[np.float32]:
     return np.where(bits >> 7, -values, values).astype(np.float32)
 
 
-def e2m1_values() -> npt.NDArray[np.float32]:
+def e2m1_values() -> Float32:
     """The value of each of the 16 codes; bit 3 is the sign."""
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     return np.concatenate([positive, -positive])
 
 
-def e8m0_values() -> npt.NDArray[np.float64]:
+def e8m0_values() -> Float64:
     """The value of each of the 256 bytes: a power of two; byte 255 is NaN."""
-    values: npt.NDArray[np.float64] = np.ldexp(1.0, np.arange(256) - E8M0_ONE)
+    values: Float64 = np.ldexp(1.0, np.arange(256) - E8M0_ONE)
     values[255] = np.nan
     return values
 

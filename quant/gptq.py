@@ -14,19 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.quant import search
-from apertus_mlx.quant.affine import AffineCodes, Array, ScaleType, dequantize
+from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize
+from apertus_mlx.quant.arrays import Float32, Float64
 from apertus_mlx.quant.spec import QuantSpec
 
-Float = npt.NDArray[np.float64]
 BLOCK_COLUMNS = 128
 # Share of the mean diagonal that is added to it; ten times more until the matrix factors.
 DAMPING = 0.01
 
 
 def fit(
-    weight: Array,
+    weight: Float32,
     spec: QuantSpec,
-    second_moments: Array | Float,
+    second_moments: Float32 | Float64,
     scale_type: ScaleType = "BF16",
     *,
     damping: float = DAMPING,
@@ -47,7 +47,7 @@ def fit(
     return better_rows(weight, moments, trial, start)[0]
 
 
-def damped(second_moments: Array | Float, damping: float = DAMPING) -> Float:
+def damped(second_moments: Float32 | Float64, damping: float = DAMPING) -> Float64:
     """A positive definite neighbour of `second_moments`, scaled to a mean diagonal of one.
 
     Columns that never see an input get the mean diagonal, so their weights are simply rounded.
@@ -82,7 +82,7 @@ def damped(second_moments: Array | Float, damping: float = DAMPING) -> Float:
 
 
 def round_in_order(
-    weight: Array, grid: AffineCodes, moments: Float, block_columns: int
+    weight: Float32, grid: AffineCodes, moments: Float64, block_columns: int
 ) -> npt.NDArray[np.uint8]:
     """Codes on the scales and biases of `grid`, columns of the largest diagonal first.
 
@@ -116,7 +116,7 @@ def round_in_order(
     return np.ascontiguousarray(result.T)
 
 
-def row_errors(weight: Array, quantized: AffineCodes, moments: Float) -> Float:
+def row_errors(weight: Float32, quantized: AffineCodes, moments: Float64) -> Float64:
     """What the objective comes to for each row `[rows]`."""
     off = dequantize(quantized) - weight
     pulled = off @ moments.astype(np.float32)
@@ -124,8 +124,8 @@ def row_errors(weight: Array, quantized: AffineCodes, moments: Float) -> Float:
 
 
 def better_rows(
-    weight: Array, moments: Float, first: AffineCodes, second: AffineCodes
-) -> tuple[AffineCodes, Float]:
+    weight: Float32, moments: Float64, first: AffineCodes, second: AffineCodes
+) -> tuple[AffineCodes, Float64]:
     """Row by row whichever has the smaller error, and that error; the first where equal."""
     errors = [row_errors(weight, quantized, moments) for quantized in (first, second)]
     choice = (errors[0] <= errors[1])[:, None]

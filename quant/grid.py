@@ -24,7 +24,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-Float = npt.NDArray[np.float64]
+from apertus_mlx.quant.arrays import Float64
+
 Rows = npt.NDArray[np.intp]
 # `mlx`: made by MLX's affine quantization, dequantized in 16 bits. `exact`: multiples of a scale,
 # in the type of the weights; `exact32`: the same with scale and bias in float32.
@@ -44,12 +45,12 @@ class Grid:
     """Codes `[n, group]`, scales and biases `[n]` of n groups, and which groups lie on a grid."""
 
     codes: npt.NDArray[np.uint8]
-    scales: Float
-    biases: Float
+    scales: Float64
+    biases: Float64
     found: npt.NDArray[np.bool_]
 
 
-def recover(values: Float, bits: int, dtype: str, kind: Kind) -> Grid:
+def recover(values: Float64, bits: int, dtype: str, kind: Kind) -> Grid:
     """The grid of each group of `values` `[n, group]`.
 
     Args:
@@ -81,11 +82,11 @@ def recover(values: Float, bits: int, dtype: str, kind: Kind) -> Grid:
     return grid
 
 
-def round_to(numbers: Float, significant: int) -> Float:
+def round_to(numbers: Float64, significant: int) -> Float64:
     """Round to `significant` bits, ties to even, and no finer than the type of that length is."""
     _, exponent = np.frexp(numbers)
     unit = _last_place(exponent, significant)
-    rounded: Float = np.ldexp(np.rint(np.ldexp(numbers, -unit)), unit)
+    rounded: Float64 = np.ldexp(np.rint(np.ldexp(numbers, -unit)), unit)
     return rounded
 
 
@@ -94,7 +95,7 @@ def _last_place(exponent: npt.NDArray[np.int32], significant: int) -> npt.NDArra
     return np.maximum(exponent - significant, SMALLEST_EXPONENTS.get(significant, -149))
 
 
-def _constant(values: Float, grid: Grid) -> None:
+def _constant(values: Float64, grid: Grid) -> None:
     """Groups of one value: code 0, the value as bias."""
     same = np.flatnonzero((values == values[:, :1]).all(1))
     grid.scales[same] = np.where(values[same, 0] == 0, 1.0, np.abs(values[same, 0]))
@@ -103,7 +104,7 @@ def _constant(values: Float, grid: Grid) -> None:
 
 
 def _through_zero(
-    values: Float, bits: int, significant: int, lengths: tuple[int, ...], grid: Grid
+    values: Float64, bits: int, significant: int, lengths: tuple[int, ...], grid: Grid
 ) -> None:
     """Groups of `scale * k` with k in a range of `2 ** bits` integers around zero."""
     sizes = np.abs(values)
@@ -117,9 +118,9 @@ def _through_zero(
 
 
 def _fit_scale(
-    values: Float,
+    values: Float64,
     rows: Rows,
-    count: Float,
+    count: Float64,
     bits: int,
     significant: int,
     lengths: tuple[int, ...],
@@ -153,7 +154,9 @@ def _fit_scale(
             _accept(grid, rows, fitting, codes, scale, bias)
 
 
-def _from_edge(values: Float, bits: int, significant: int, largest_first: bool, grid: Grid) -> None:
+def _from_edge(
+    values: Float64, bits: int, significant: int, largest_first: bool, grid: Grid
+) -> None:
     """Groups as MLX dequantizes its affine format in the type that they are stored in."""
     left = np.flatnonzero(~grid.found)
     if not left.size:
@@ -190,9 +193,9 @@ def _accept(
     grid: Grid,
     rows: Rows,
     fitting: npt.NDArray[np.bool_],
-    codes: Float,
-    scale: Float,
-    bias: Float,
+    codes: Float64,
+    scale: Float64,
+    bias: Float64,
 ) -> None:
     taken = rows[fitting]
     grid.codes[taken] = codes[fitting].astype(np.uint8)

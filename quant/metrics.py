@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
-Float = npt.NDArray[np.float64]
+from apertus_mlx.quant.arrays import Float32, Float64
+
 # A token is confident where the reference gives its likeliest next token at least this much.
 CONFIDENT = 0.9
 
@@ -20,11 +20,11 @@ class TokenErrors:
     The losses are those of the token that follows in the text, in nats; NaN where none follows.
     """
 
-    divergence: Float
+    divergence: Float64
     agrees: npt.NDArray[np.bool_]
-    confidence: Float
-    reference_loss: Float
-    loss: Float
+    confidence: Float64
+    reference_loss: Float64
+    loss: Float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Divergence:
     perplexity_difference: float | None
 
 
-def compare(reference: Array, model: Array, following: npt.NDArray[np.int64]) -> TokenErrors:
+def compare(reference: Float32, model: Float32, following: npt.NDArray[np.int64]) -> TokenErrors:
     """Compare logits `[tokens, vocabulary]` of a reference and a model for the same text.
 
     Args:
@@ -69,7 +69,7 @@ def compare(reference: Array, model: Array, following: npt.NDArray[np.int64]) ->
     )
 
 
-def log_softmax(logits: Array) -> Float:
+def log_softmax(logits: Float32) -> Float64:
     """Log-probabilities in float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(-1, keepdims=True)

@@ -8,10 +8,8 @@ elements and leaves the rest of its bits empty; the two are the same for 2, 4 an
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Codes = npt.NDArray[np.uint8]
-Packed = npt.NDArray[np.uint32]
+from apertus_mlx.quant.arrays import Codes, Packed
 
 
 def pack(codes: Codes, bits: int) -> Packed:

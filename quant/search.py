@@ -12,7 +12,6 @@ import numpy as np
 
 from apertus_mlx.quant.affine import (
     AffineCodes,
-    Array,
     ScaleType,
     as_groups,
     from_groups,
@@ -22,6 +21,7 @@ from apertus_mlx.quant.affine import (
 from apertus_mlx.quant.affine import (
     fit as fit_nearest,
 )
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.spec import QuantSpec
 
 # Groups at a time: their working set stays in a core's cache.
@@ -33,9 +33,9 @@ REFITS = 4
 
 
 def fit(
-    weight: Array,
+    weight: Float32,
     spec: QuantSpec,
-    moments: Array | None = None,
+    moments: Float32 | None = None,
     scale_type: ScaleType = "BF16",
 ) -> AffineCodes:
     """Quantize `weight` `[rows, columns]` with the least weighted squared error that is found.
@@ -67,7 +67,7 @@ def fit(
     return from_groups(codes, scales, biases, spec)
 
 
-def column_importance(moments: Array | None, spec: QuantSpec, groups: int) -> Array:
+def column_importance(moments: Float32 | None, spec: QuantSpec, groups: int) -> Float32:
     """Weights `[groups, group_size]` of mean one per group, never quite zero."""
     if moments is None:
         return np.ones((groups, spec.group_size), np.float32)
@@ -78,11 +78,11 @@ def column_importance(moments: Array | None, spec: QuantSpec, groups: int) -> Ar
     return np.asarray(grouped / grouped.mean(-1, keepdims=True), np.float32)
 
 
-_Form = tuple[Array, Array, Array]
+_Form = tuple[Float32, Float32, Float32]
 
 
 def _search(
-    values: Array, importance: Array, bits: int, scale_type: ScaleType, start: _Form
+    values: Float32, importance: Float32, bits: int, scale_type: ScaleType, start: _Form
 ) -> _Form:
     top = (1 << bits) - 1
     lower, upper = values.min(-1), values.max(-1)
@@ -99,14 +99,16 @@ def _search(
     return best
 
 
-def _assigned(values: Array, scales: Array, biases: Array, top: int) -> _Form:
+def _assigned(values: Float32, scales: Float32, biases: Float32, top: int) -> _Form:
     codes = np.asarray((values - biases[..., None]) * (1 / scales)[..., None], np.float32)
     np.rint(codes, out=codes)
     np.clip(codes, 0, top, out=codes)
     return scales, biases, codes
 
 
-def _error(values: Array, importance: Array, scales: Array, biases: Array, codes: Array) -> Array:
+def _error(
+    values: Float32, importance: Float32, scales: Float32, biases: Float32, codes: Float32
+) -> Float32:
     off = codes * scales[..., None]
     off += biases[..., None]
     off -= values
@@ -114,8 +116,8 @@ def _error(values: Array, importance: Array, scales: Array, biases: Array, codes
 
 
 def _better(
-    values: Array, importance: Array, trial: _Form, best: _Form, least: Array
-) -> tuple[_Form, Array]:
+    values: Float32, importance: Float32, trial: _Form, best: _Form, least: Float32
+) -> tuple[_Form, Float32]:
     error = _error(values, importance, *trial)
     wins = error < least
     scales, biases, codes = (
@@ -125,7 +127,9 @@ def _better(
     return (scales, biases, codes), np.minimum(error, least)
 
 
-def _refit(values: Array, importance: Array, form: _Form, top: int, scale_type: ScaleType) -> _Form:
+def _refit(
+    values: Float32, importance: Float32, form: _Form, top: int, scale_type: ScaleType
+) -> _Form:
     """Least squares for the codes as they are, rounded scale first and bias for it, then codes."""
     scales, _, codes = form
     total = importance.sum(-1)

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.quant.affine import Array
+from apertus_mlx.quant.arrays import Float32, Float64
 
-Float = npt.NDArray[np.float64]
 # Numbers that are held in float64 at once.
 BLOCK_NUMBERS = 1 << 22
 # Exponents that are tried of a column's input and, as divisor, of its weights.
@@ -38,16 +37,16 @@ FLOOR = 1e-4
 class Rotation:
     """The orthogonal matrix `diag(signs) (left x right)`, a Kronecker product of small ones."""
 
-    signs: Float
-    left: Float
-    right: Float
+    signs: Float64
+    left: Float64
+    right: Float64
 
     @property
     def size(self) -> int:
         """Rows and columns."""
         return len(self.signs)
 
-    def columns(self, weight: Array) -> Array:
+    def columns(self, weight: Float32) -> Float32:
         """`W Q` for `W` `[rows, size]`: the weight for inputs that are rotated."""
         result = np.empty(weight.shape, np.float32)
         step = max(1, BLOCK_NUMBERS // self.size)
@@ -58,7 +57,7 @@ class Rotation:
             result[start : start + step] = turned.reshape(block.shape)
         return result
 
-    def rows(self, weight: Array) -> Array:
+    def rows(self, weight: Float32) -> Float32:
         """`Q^T W` for `W` `[size, columns]`: the weight whose outputs are rotated."""
         result = np.empty(weight.shape, np.float32)
         step = max(1, BLOCK_NUMBERS // self.size)
@@ -87,7 +86,7 @@ def make_rotation(size: int, seed: int) -> Rotation:
     )
 
 
-def _hadamard(power: int) -> Float:
+def _hadamard(power: int) -> Float64:
     """The orthogonal Hadamard matrix of size `2 ** power`."""
     matrix = np.ones((1, 1))
     for _ in range(power):
@@ -95,7 +94,7 @@ def _hadamard(power: int) -> Float:
     return matrix
 
 
-def balance(giver: Array, reader: Array, owners: npt.NDArray[np.intp]) -> Array:
+def balance(giver: Float32, reader: Float32, owners: npt.NDArray[np.intp]) -> Float32:
     """Scales that make each row of one matrix as long as the columns that read it in another.
 
     A rotation mixes rows, so the rounding of long ones would drown short ones. Dividing the rows of
@@ -113,11 +112,11 @@ def balance(giver: Array, reader: Array, owners: npt.NDArray[np.intp]) -> Array:
 
 
 def choose_scales(
-    weights: Sequence[Array],
-    moments: Array | Float,
-    quantize: Sequence[Callable[[Array, Float], Array]],
+    weights: Sequence[Float32],
+    moments: Float32 | Float64,
+    quantize: Sequence[Callable[[Float32, Float64], Float32]],
     owners: npt.NDArray[np.intp] | None = None,
-) -> Float:
+) -> Float64:
     """Positive scales for the columns of matrices with one input, of geometric mean one.
 
     They are `input ** a / weight ** b` of root mean squares, with the exponents for which outputs
@@ -158,11 +157,11 @@ def choose_scales(
     return best
 
 
-def _root_mean_squares(squares: Float, owners: npt.NDArray[np.intp]) -> Float:
+def _root_mean_squares(squares: Float64, owners: npt.NDArray[np.intp]) -> Float64:
     means = np.bincount(owners, squares) / np.bincount(owners)
     return np.asarray(np.sqrt(means + max(FLOOR * means.mean(), 1e-30)))
 
 
-def _output_energies(weight: Float, moments: Float) -> Float:
+def _output_energies(weight: Float64, moments: Float64) -> Float64:
     """Mean square of each output `[rows]`."""
     return np.asarray(np.einsum("rc,rc->r", weight @ moments, weight))

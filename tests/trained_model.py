@@ -22,10 +22,10 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from apertus_mlx.convert.distill.numpy_products import attend_by_numpy, product
 from mlx.utils import tree_flatten
 
 from apertus_mlx.checkpoint.config import parse_config
-from apertus_mlx.convert.distill.numpy_products import attend_by_numpy, product
 from apertus_mlx.demo import model_dir
 from apertus_mlx.model.apertus import Model
 from recipes.demo.corpus import documents

@@ -23,7 +23,7 @@ from apertus_mlx.convert.calibration.held_out_comparison import (
     spread,
 )
 from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
-from apertus_mlx.convert.evaluation.layerwise import Array, SourceWeights
+from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.plan.grids import find_grids
 from apertus_mlx.convert.plan.plan import Plan, Step
 from apertus_mlx.convert.plan.planning import make_plan
@@ -35,6 +35,7 @@ from apertus_mlx.convert.transforms.weights import unscaled_weights
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.allocate import Choice, allocate
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
 
 # Groups that are tried where the user names none: the larger ones often buy a bit elsewhere.
@@ -287,7 +288,7 @@ def _rounding(step: Step) -> Rounding:
     return _kept if step.transform == "grid" else rounding_of(step)
 
 
-def _kept(weight: Array, _squares: Any) -> Array:
+def _kept(weight: Float32, _squares: Any) -> Float32:
     return weight
 
 

@@ -17,9 +17,7 @@ import numpy as np
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.evaluation.layerwise import (
-    Array,
     Layer,
-    Tokens,
     Weights,
     batches,
     embed,
@@ -27,9 +25,11 @@ from apertus_mlx.convert.evaluation.layerwise import (
     head_path,
     hidden_states,
 )
+from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant import descent, gptq
 from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize
+from apertus_mlx.quant.arrays import Float32, Float64
 from apertus_mlx.quant.spec import QuantSpec
 
 # How much of the difference between the two streams a matrix is asked to make up for. All of it
@@ -51,9 +51,9 @@ STREAM_NAMES = ("original", "quantized", "uncertainty")
 class Moments:
     """Sums over tokens of what the inputs of one stage have in common."""
 
-    second: Array
+    second: Float32
     # Of the original's input minus the quantized model's, times the latter.
-    cross: Array
+    cross: Float32
 
     @classmethod
     def empty(cls, columns: int) -> Moments:
@@ -148,7 +148,7 @@ def _begin(
     report: Callable[[int], None],
     row_share: float,
     ahead: Keep,
-) -> Generator[tuple[str, AffineCodes], None, tuple[Array, Array, Array]]:
+) -> Generator[tuple[str, AffineCodes], None, tuple[Float32, Float32, Float32]]:
     """Codes of the embedding, if it has a format; returns both streams and the uncertainty."""
     config = weights.config
     embedding = weights.matrix(layout.EMBEDDING)
@@ -174,7 +174,7 @@ def passes(weights: Weights) -> int:
 
 
 def fit(
-    weight: Array,
+    weight: Float32,
     spec: QuantSpec,
     moments: Moments,
     scale_type: ScaleType,
@@ -184,7 +184,7 @@ def fit(
     second = gptq.damped(moments.second)
     mean = max(float(np.diag(moments.second).mean()), 1e-30)
 
-    def corrected(rows: Array) -> Array:
+    def corrected(rows: Float32) -> Float32:
         """Least squares of the original's outputs on the quantized model's inputs."""
         missing = (rows @ moments.cross).astype(np.float64) / mean
         return rows + correction * np.linalg.solve(second, missing.T).T.astype(np.float32)
@@ -193,11 +193,11 @@ def fit(
 
 
 def _in_blocks(
-    weight: Array,
+    weight: Float32,
     spec: QuantSpec,
-    second: gptq.Float,
+    second: Float64,
     scale_type: ScaleType,
-    corrected: Callable[[Array], Array] | None = None,
+    corrected: Callable[[Float32], Float32] | None = None,
 ) -> AffineCodes:
     """Codes of rows, which are independent, some at a time."""
     size = max(1, BLOCK_WEIGHTS // weight.shape[1])
@@ -217,7 +217,7 @@ def _in_blocks(
     )
 
 
-def _uncertainty(hidden: Array, head: Array) -> Array:
+def _uncertainty(hidden: Float32, head: Float32) -> Float32:
     """For each token how much an error of its logits can change the prediction, of mean one.
 
     The divergence grows with the variance of the error under the prediction, which is small where
@@ -236,7 +236,7 @@ def _uncertainty(hidden: Array, head: Array) -> Array:
     return np.asarray(spread / spread.mean(), np.float32).reshape(hidden.shape[:-1])
 
 
-def _reader_moments(weights: Weights, head: Array) -> gptq.Float:
+def _reader_moments(weights: Weights, head: Float32) -> Float64:
     """What an error of an embedding row is multiplied with: the first layer and the head read it.
 
     Half of it is the head's doing, through the residual stream and the final norm, a quarter each
@@ -244,7 +244,7 @@ def _reader_moments(weights: Weights, head: Array) -> gptq.Float:
     """
     first = layout.layer(0)
     attention = [f"{first}.self_attn.{name}_proj" for name in "qkv"]
-    readers: tuple[tuple[float, str, Iterable[Array]], ...] = (
+    readers: tuple[tuple[float, str, Iterable[Float32]], ...] = (
         (0.5, f"{layout.FINAL_NORM}.weight", (head,)),
         (0.25, f"{first}.attention_layernorm.weight", map(weights.matrix, attention)),
         (0.25, f"{first}.feedforward_layernorm.weight",
@@ -262,8 +262,8 @@ def _quantize_layer(
     before: Layer,
     after: Layer,
     specs: Mapping[str, QuantSpec],
-    original: Array,
-    quantized: Array,
+    original: Float32,
+    quantized: Float32,
     scale_type: ScaleType,
     correction: float,
 ) -> Iterator[tuple[str, AffineCodes]]:

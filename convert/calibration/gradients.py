@@ -17,21 +17,16 @@ import numpy as np
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.evaluation.layerwise import (
-    Array,
-    Projection,
-    Tokens,
-    Weights,
-    batches,
-    embed,
-    head_path,
-)
+from apertus_mlx.convert.evaluation.layerwise import Layer, Weights, batches, embed, head_path
+from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.array_file import is_whole, map_array, save_array
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.model.apertus import XIELU, RotaryEmbedding
+from apertus_mlx.quant.arrays import Float32
 
 # Logits that are held at once.
 BLOCK_LOGITS = 1 << 24
+# Tokens that go back through a layer at once. MLX holds what it computes for them meanwhile.
+BACKWARD_TOKENS = 512
 # How far the pass back is.
 BACKWARD = "backward.npz"
 
@@ -40,8 +35,8 @@ BACKWARD = "backward.npz"
 class Trace:
     """Inputs `[tokens, columns]` of some matrices, and the gradient at each one's output."""
 
-    inputs: Array
-    gradients: Mapping[str, Array]
+    inputs: Float32
+    gradients: Mapping[str, Float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,101 +44,33 @@ class Ends:
     """What a model has before its first and after its last layer, for all tokens."""
 
     # Gradient at the embedding's output, and hidden states as the head is given them.
-    embedding_gradient: Array
-    hidden: Array
+    embedding_gradient: Float32
+    hidden: Float32
     # Logarithm of the sum of exponentials of each token's logits `[tokens]`.
-    log_total: Array
+    log_total: Float32
 
 
-class GradientLayer:
-    """A decoder layer that can be run backwards."""
+def backward(layer: Layer, residual: mx.array, gradient: mx.array) -> tuple[mx.array, list[Trace]]:
+    """The gradient before `layer` from that after it, both `[B, L, D]`, and a trace of each stage.
 
-    def __init__(self, weights: Weights, index: int) -> None:
-        self.path = layout.layer(index)
-        config = weights.config
-        self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
-        self._rope = RotaryEmbedding(config.head_dim, config.rope)
-        self._weights = {
-            f"{part}.{name}_proj": weights.matrix(f"{self.path}.{part}.{name}_proj")
-            for part, names in (("self_attn", ("q", "k", "v", "o")), ("mlp", ("up", "down")))
-            for name in names
-        }
-        self._norms = {
-            name: mx.array(weights.vector(f"{self.path}.{name}.weight"))
-            for name in (
-                "attention_layernorm", "feedforward_layernorm",
-                "self_attn.q_norm", "self_attn.k_norm",
-            )
-        }  # fmt: skip
-        self._activate = XIELU()
-        for name in (*layout.ALPHAS, *layout.CONSTANTS):
-            value = mx.array(weights.vector(f"{self.path}.mlp.act_fn.{name}"))
-            setattr(self._activate, name, value)
-
-    def __call__(self, residual: mx.array) -> mx.array:
-        """The residual stream `[B, L, D]` after this layer."""
-        *_, middle, _, inner = self._forward(residual)
-        return middle + self._product("mlp.down_proj", self._activate(inner))
-
-    def back(self, residual: mx.array, gradient: mx.array) -> tuple[mx.array, list[Trace]]:
-        """The gradient before the layer from that behind it, and what its matrices saw."""
-        attention_input, projected, mixed, middle, up_input, inner = self._forward(residual)
-        active, back = _differentiable(self._activate, inner)
-        traces = [self._trace(active, {"mlp.down_proj": gradient})]
-        at_inner = back(self._transposed("mlp.down_proj", gradient))
-        traces.append(self._trace(up_input, {"mlp.up_proj": at_inner}))
-        _, back = _differentiable(self._norm("feedforward_layernorm"), middle)
-        gradient = gradient + back(self._transposed("mlp.up_proj", at_inner))
-        traces.append(self._trace(mixed, {"self_attn.o_proj": gradient}))
-        at_mixed = self._transposed("self_attn.o_proj", gradient)
-        parts = dict(
-            zip(projected, mx.vjp(self._mix, list(projected.values()), [at_mixed])[1], strict=True)
-        )
-        traces.append(self._trace(attention_input, parts))
-        _, back = _differentiable(self._norm("attention_layernorm"), residual)
-        at_input = sum((self._transposed(*part) for part in parts.items()), mx.array(0.0))
-        return gradient + back(at_input), traces
-
-    def _forward(
-        self, residual: mx.array
-    ) -> tuple[mx.array, dict[str, mx.array], mx.array, mx.array, mx.array, mx.array]:
-        attention_input = self._norm("attention_layernorm")(residual)
-        projected = {
-            name: self._product(name, attention_input)
-            for name in (f"self_attn.{part}_proj" for part in "qkv")
-        }
-        mixed = self._mix(*projected.values())
-        middle = residual + self._product("self_attn.o_proj", mixed)
-        up_input = self._norm("feedforward_layernorm")(middle)
-        inner = self._product("mlp.up_proj", up_input)
-        return attention_input, projected, mixed, middle, up_input, inner
-
-    def _mix(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Attention between its projections, each `[B, L, heads * head_dim]`."""
-        batch, length, _ = queries.shape
-        queries, keys, values = (
-            x.reshape(batch, length, -1, self._head_dim) for x in (queries, keys, values)
-        )
-        queries, keys = (
-            self._rope(self._norm(f"self_attn.{name}_norm")(x).transpose(0, 2, 1, 3), 0)
-            for name, x in (("q", queries), ("k", keys))
-        )
-        mixed = mx.fast.scaled_dot_product_attention(
-            queries, keys, values.transpose(0, 2, 1, 3), scale=self._head_dim**-0.5, mask="causal"
-        )
-        return mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-
-    def _norm(self, name: str) -> Callable[[mx.array], mx.array]:
-        return lambda x: mx.fast.rms_norm(x, self._norms[name], self._eps)
-
-    def _product(self, name: str, x: mx.array) -> mx.array:
-        return Projection(self._weights[name])(x)
-
-    def _transposed(self, name: str, gradient: mx.array) -> mx.array:
-        return Projection(self._weights[name].T)(gradient)
-
-    def _trace(self, inputs: mx.array, gradients: Mapping[str, mx.array]) -> Trace:
-        return Trace(_rows(inputs), {f"{self.path}.{k}": _rows(v) for k, v in gradients.items()})
+    Args:
+        layer: a decoder layer.
+        residual: the residual stream before it.
+        gradient: at the residual stream after it.
+    """
+    seen: dict[str, list[tuple[mx.array, mx.array]]] = {name: [] for name in layer.projections}
+    for name, projection in layer.projections.items():
+        projection.trace = seen[name]
+    _, (earlier,) = mx.vjp(layer, [residual], [gradient])
+    rows = {}
+    for name, projection in layer.projections.items():
+        projection.trace = None
+        # MLX holds the list, so it must not hold MLX's arrays.
+        rows[name] = [_rows(array) for array in seen[name].pop()]
+    return earlier, [
+        Trace(rows[stage[0]][0], {f"{layer.path}.{name}": rows[name][1] for name in stage})
+        for stage in layer.STAGES
+    ]
 
 
 def trace_layers(
@@ -168,14 +95,14 @@ def trace_layers(
     config = weights.config
     depth = config.num_hidden_layers
     parts = list(batches(*windows.shape))
-    backward = Keep(folder / BACKWARD)
+    reached_back = Keep(folder / BACKWARD)
     streams = [folder / f"stream-{index:04d}.npy" for index in range(depth + 1)]
     whole = next((n for n, path in enumerate(streams) if not is_whole(path)), depth + 1)
     reached = max(0, whole - 1)
     if whole == 0:
         save_array(streams[0], embed(weights.matrix(layout.EMBEDDING), windows))
     for index in range(reached, depth):
-        layer = GradientLayer(weights, index)
+        layer = Layer(weights, index)
         before = map_array(streams[index])
         after = np.empty(before.shape, np.float32)
         for part in parts:
@@ -183,32 +110,34 @@ def trace_layers(
         save_array(streams[index + 1], after)
         progress(index + 1)
     scale = mx.array(weights.vector(f"{layout.FINAL_NORM}.weight"))
-    hidden, back = _differentiable(
-        lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps),
-        mx.array(map_array(streams[depth])),
-    )
+    last = mx.array(map_array(streams[depth]))
+    hidden = mx.fast.rms_norm(last, scale, config.rms_norm_eps)
     states = _rows(hidden)
-    kept = backward.load()
+    kept = reached_back.load()
     if kept is None:
         at_hidden, log_total = _loss_gradient(states, weights.matrix(head_path(config)), seed)
-        gradient = np.array(back(mx.array(at_hidden).reshape(hidden.shape)))
+        _, (at_last,) = mx.vjp(
+            lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps),
+            [last], [mx.array(at_hidden).reshape(hidden.shape)],
+        )  # fmt: skip
+        gradient = np.array(at_last)
         left = depth
-        backward.save({"left": left}, {"gradient": gradient, "log_total": log_total})
-        del at_hidden
+        reached_back.save({"left": left}, {"gradient": gradient, "log_total": log_total})
+        del at_hidden, at_last
     else:
         left = int(kept[0]["left"])
         gradient, log_total = (kept[1][name] for name in ("gradient", "log_total"))
-    del hidden, back
+    del hidden, last
     for index in reversed(range(left)):
-        layer = GradientLayer(weights, index)
+        layer = Layer(weights, index)
         before = map_array(streams[index])
         found = []
-        for part in parts:
-            earlier, traces = layer.back(mx.array(before[part]), mx.array(gradient[part]))
+        for part in batches(len(windows), windows.shape[1], BACKWARD_TOKENS):
+            earlier, traces = backward(layer, mx.array(before[part]), mx.array(gradient[part]))
             gradient[part] = np.array(earlier)
             found.append(traces)
         use([_joined(same) for same in zip(*found, strict=True)])
-        backward.reach({"left": index}, {"gradient": gradient, "log_total": log_total})
+        reached_back.reach({"left": index}, {"gradient": gradient, "log_total": log_total})
         progress(2 * depth - index)
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)
 
@@ -218,7 +147,7 @@ def kept_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * tokens * (config.hidden_size * (config.num_hidden_layers + 3) + 2)
 
 
-def _loss_gradient(hidden: Array, head: Array, seed: int) -> tuple[Array, Array]:
+def _loss_gradient(hidden: Float32, head: Float32, seed: int) -> tuple[Float32, Float32]:
     """Gradient at the hidden states for tokens drawn from the prediction; see also `Ends`."""
     draw = np.random.default_rng(seed)
     gradient, log_total = np.empty_like(hidden), np.empty(len(hidden), np.float32)
@@ -239,14 +168,7 @@ def _loss_gradient(hidden: Array, head: Array, seed: int) -> tuple[Array, Array]
     return gradient, log_total
 
 
-def _differentiable(
-    function: Callable[[mx.array], mx.array], x: mx.array
-) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
-    """A function's value, and what takes gradients at its value to gradients at `x`."""
-    return function(x), lambda gradient: mx.vjp(function, [x], [gradient])[1][0]
-
-
-def _rows(x: mx.array) -> Array:
+def _rows(x: mx.array) -> Float32:
     return np.array(x).reshape(-1, x.shape[-1])
 
 

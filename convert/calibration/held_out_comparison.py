@@ -24,18 +24,17 @@ from apertus_mlx.convert.calibration.calibrated import (
 )
 from apertus_mlx.convert.calibration.gradients import BLOCK_LOGITS
 from apertus_mlx.convert.evaluation.layerwise import (
-    Array,
     SourceWeights,
-    Tokens,
     Weights,
     head_path,
     hidden_states,
 )
-from apertus_mlx.convert.evaluation.texts import sample_windows
+from apertus_mlx.convert.evaluation.texts import Tokens, sample_windows
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.transforms.smoothing import rounding_of
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.metrics import log_softmax
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
@@ -62,7 +61,7 @@ class Planned:
         """The model's config."""
         return self.weights.config
 
-    def matrix(self, path: str) -> Array:
+    def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`, after a round trip through its format."""
         step = next(step for step in self.plan.steps if step.path == path)
         spec = step.spec
@@ -79,7 +78,7 @@ class Planned:
             weight[part] = rounding(weight[part], np.ones(weight.shape[1]))
         return weight
 
-    def vector(self, name: str) -> Array:
+    def vector(self, name: str) -> Float32:
         """A norm's weight or a parameter of an activation."""
         return self.weights.vector(name)
 
@@ -158,7 +157,9 @@ def held_out_windows(directory: Path, config: ModelConfig, calibration: Calibrat
     return sample_windows(judged, tokenizer, template, WINDOW_TOKENS, WINDOWS, SEED).windows
 
 
-def _divergence(expected: Array, expected_head: Array, found: Array, found_head: Array) -> float:
+def _divergence(
+    expected: Float32, expected_head: Float32, found: Float32, found_head: Float32
+) -> float:
     rows = [hidden.reshape(-1, hidden.shape[-1]) for hidden in (expected, found)]
     size = max(1, BLOCK_LOGITS // len(expected_head))
     total = 0.0

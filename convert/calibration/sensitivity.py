@@ -21,11 +21,13 @@ from apertus_mlx.convert.calibration.gradients import (
     Trace,
     trace_layers,
 )
-from apertus_mlx.convert.evaluation.layerwise import Array, Tokens, Weights, head_path
+from apertus_mlx.convert.evaluation.layerwise import Weights, head_path
+from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.transforms.smoothing import Rounding
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant import gptq
 from apertus_mlx.quant.affine import ScaleType, dequantize
+from apertus_mlx.quant.arrays import Float32, Float64
 from apertus_mlx.quant.spec import QuantSpec
 
 SEED = 1
@@ -110,7 +112,7 @@ def predict_divergences(
     return divergences
 
 
-def _divergence(error: Array, inputs: Array, gradient: Array) -> float:
+def _divergence(error: Float32, inputs: Float32, gradient: Float32) -> float:
     """Of an error `[rows, columns]` of a matrix."""
     return _half_square(np.einsum("tr,tr->t", inputs @ error.T, gradient))
 
@@ -120,8 +122,8 @@ def _half_square(slopes: npt.NDArray[np.floating]) -> float:
 
 
 def _try_gptq(
-    weight: Array, formats: Roundings, moments: gptq.Float, scale_type: ScaleType
-) -> tuple[npt.NDArray[np.intp], Array, Array]:
+    weight: Float32, formats: Roundings, moments: Float64, scale_type: ScaleType
+) -> tuple[npt.NDArray[np.intp], Float32, Float32]:
     """Some rows of a matrix, and their errors by GPTQ and by rounding, at about 3 bits."""
     rows = np.linspace(0, len(weight) - 1, min(TRIAL_ROWS, len(weight))).astype(np.intp)
     spec = min(formats, key=lambda spec: abs(spec.bits - TRIAL_BITS))
@@ -135,7 +137,7 @@ def _ratio(fitted: float, plain: float) -> float:
     return min(1.0, fitted / plain) if plain > 0 else 1.0
 
 
-def _end_curvature(ends: Ends, is_embedding: bool, is_head: bool) -> gptq.Float:
+def _end_curvature(ends: Ends, is_embedding: bool, is_head: bool) -> Float64:
     """What the error of a row is multiplied with, where it is looked up and where it is read."""
     curvature = np.zeros((ends.hidden.shape[1],) * 2)
     if is_embedding:
@@ -146,7 +148,7 @@ def _end_curvature(ends: Ends, is_embedding: bool, is_head: bool) -> gptq.Float:
 
 
 def _end_divergence(
-    weight: Array, rounding: Rounding, ends: Ends, ids: Tokens, is_embedding: bool, is_head: bool
+    weight: Float32, rounding: Rounding, ends: Ends, ids: Tokens, is_embedding: bool, is_head: bool
 ) -> float:
     """The same for the embedding, the head, or both in one; rows are looked at in blocks."""
     slopes, mean, square = (np.zeros(len(ids)) for _ in range(3))

@@ -16,10 +16,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.distill.numpy_products import attend_by_numpy, product
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
+from apertus_mlx.convert.evaluation.products import product
 from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.errors import UsageError
@@ -174,8 +173,6 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     check_student(weights.source)
     config = weights.config
     model = Model(config)
-    if not has_gpu():
-        attend_by_numpy(model)
     modules: dict[str, Any] = {}
     for matrix in weights.source.layout:
         found = weights.source.matrices[matrix.path]

@@ -15,13 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.evaluation.layerwise import (
-    Projection,
-    SourceWeights,
-    Tokens,
-    head_path,
-    hidden_states,
-)
+from apertus_mlx.convert.evaluation.layerwise import SourceWeights, head_path, hidden_states
+from apertus_mlx.convert.evaluation.products import Projection
+from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.array_file import load_arrays, save_arrays
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import ResourceError

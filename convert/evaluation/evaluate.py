@@ -20,19 +20,18 @@ import numpy as np
 
 from apertus_mlx.checkpoint.config import ModelConfig, read_config
 from apertus_mlx.convert.evaluation.layerwise import (
-    Array,
     SourceWeights,
-    Tokens,
     head_path,
     hidden_states,
     open_weights,
     to_bfloat16,
 )
-from apertus_mlx.convert.evaluation.texts import TextSet, language_windows
+from apertus_mlx.convert.evaluation.texts import TextSet, Tokens, language_windows
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.metrics import Divergence, TokenErrors, compare, join, summarise
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
@@ -191,9 +190,9 @@ class _Counter:
 
 def _errors(
     expected: SourceWeights,
-    expected_hidden: list[Array],
+    expected_hidden: list[Float32],
     found: SourceWeights,
-    found_hidden: list[Array],
+    found_hidden: list[Float32],
     windows: list[Tokens],
 ) -> list[TokenErrors]:
     """Compare the logits of two sets of hidden states, block by block."""

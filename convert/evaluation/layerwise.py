@@ -1,7 +1,4 @@
-"""Runs an Apertus model layer by layer in float32, holding the weights of one layer at a time.
-
-Products with weights are NumPy's where MLX has no GPU: its BLAS is many times as fast there.
-"""
+"""Runs an Apertus model layer by layer in float32, holding the weights of one layer at a time."""
 
 from __future__ import annotations
 
@@ -13,20 +10,19 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
-from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
+from apertus_mlx.convert.evaluation.products import Projection
+from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.sources.reading import Reader, block_rows
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.convert.write.keep import NOTHING, Keep
 from apertus_mlx.model.apertus import DecoderLayer
 from apertus_mlx.quant.affine import round_scales
+from apertus_mlx.quant.arrays import Float32
 
-Array = npt.NDArray[np.float32]
-Tokens = npt.NDArray[np.int64]
 # Tokens that go through a layer at once.
 BATCH_TOKENS = 4096
 
@@ -38,10 +34,10 @@ class Weights(Protocol):
     def config(self) -> ModelConfig:
         """The model's config."""
 
-    def matrix(self, path: str) -> Array:
+    def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`."""
 
-    def vector(self, name: str) -> Array:
+    def vector(self, name: str) -> Float32:
         """A norm's weight or a parameter of an activation."""
 
 
@@ -57,7 +53,7 @@ class SourceWeights:
         """The model's config."""
         return self.source.config
 
-    def matrix(self, path: str) -> Array:
+    def matrix(self, path: str) -> Float32:
         """The weight of a module, dequantized if need be; RejectedError where not finite."""
         found = self.source.matrices[path]
         shape = next(m for m in self.source.layout if m.path == path)
@@ -68,7 +64,7 @@ class SourceWeights:
             weight[start:stop] = np.array(_float32_rows(found, self.reader, start, stop))
         return weight
 
-    def vector(self, name: str) -> Array:
+    def vector(self, name: str) -> Float32:
         """A norm's weight or a parameter of an activation, or what stands in for it."""
         tensor = self.source.vectors[name]
         if tensor is None:
@@ -90,24 +86,7 @@ def _float32_rows(matrix: MatrixSource, reader: Reader, start: int, stop: int) -
     )  # fmt: skip
 
 
-class Projection:
-    """`x @ weight.T` for a float32 `weight` `[rows, columns]` that may be exchanged."""
-
-    def __init__(self, weight: Array, finish: Callable[[Array], Array] | None = None) -> None:
-        self.weight = weight
-        self._finish = finish
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Apply to `x` `[..., columns]`."""
-        if has_gpu() and self._finish is None:
-            return x @ mx.array(self.weight).T
-        result = np.array(x, copy=False).reshape(-1, x.shape[-1]) @ self.weight.T
-        if self._finish is not None:
-            result = self._finish(result)
-        return mx.array(result).reshape(*x.shape[:-1], -1)
-
-
-def to_bfloat16(values: Array) -> Array:
+def to_bfloat16(values: Float32) -> Float32:
     """Round to bfloat16; what a model computed in that type does after each product."""
     return round_scales(values, "BF16")
 
@@ -126,7 +105,7 @@ class Layer:
     )
 
     def __init__(
-        self, weights: Weights, index: int, finish: Callable[[Array], Array] | None = None
+        self, weights: Weights, index: int, finish: Callable[[Float32], Float32] | None = None
     ) -> None:
         self.path = layout.layer(index)
         self._module = module = DecoderLayer(weights.config)
@@ -176,25 +155,25 @@ class Layer:
         return residual + self.projections["mlp.down_proj"](inner)
 
 
-def embed(weight: Array, windows: Tokens) -> Array:
+def embed(weight: Float32, windows: Tokens) -> Float32:
     """The residual stream `[windows, length, hidden]` at the start."""
     return weight[windows]
 
 
-def batches(windows: int, length: int) -> Iterator[slice]:
-    """Windows that go through a layer at once."""
-    size = max(1, BATCH_TOKENS // length)
+def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
+    """Windows that go through a layer at once, `tokens` or one window."""
+    size = max(1, tokens // length)
     for start in range(0, windows, size):
         yield slice(start, min(start + size, windows))
 
 
-def run_layer(layer: Callable[[mx.array], mx.array], residual: Array) -> None:
+def run_layer(layer: Callable[[mx.array], mx.array], residual: Float32) -> None:
     """Replace `residual` `[windows, length, hidden]` by what follows, batch by batch."""
     for part in batches(*residual.shape[:2]):
         residual[part] = np.array(layer(mx.array(residual[part])))
 
 
-def final_norm(weights: Weights, residual: Array) -> None:
+def final_norm(weights: Weights, residual: Float32) -> None:
     """Replace `residual` by the hidden states that the head is given."""
     norm = nn.RMSNorm(weights.config.hidden_size, eps=weights.config.rms_norm_eps)
     norm.weight = mx.array(weights.vector(f"{layout.FINAL_NORM}.weight"))
@@ -204,10 +183,10 @@ def final_norm(weights: Weights, residual: Array) -> None:
 def hidden_states(
     weights: Weights,
     groups: Sequence[Tokens],
-    finish: Callable[[Array], Array] | None = None,
+    finish: Callable[[Float32], Float32] | None = None,
     progress: Callable[[int], None] | None = None,
     keep: Keep = NOTHING,
-) -> list[Array]:
+) -> list[Float32]:
     """Final hidden states of several sets of windows, each set of one length.
 
     Args:

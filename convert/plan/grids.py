@@ -16,6 +16,7 @@ import numpy.typing as npt
 from apertus_mlx.convert.plan.plan import Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.sources.source import Codes, MatrixSource
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.grid import KINDS, Kind, recover
 from apertus_mlx.quant.packing import pack, unpack
 from apertus_mlx.quant.spec import QuantSpec
@@ -95,7 +96,7 @@ def _lies_on_grid(
     return True
 
 
-def _flat(array: mx.array) -> npt.NDArray[np.float32]:
+def _flat(array: mx.array) -> Float32:
     return np.array(array.astype(mx.float32)).reshape(-1)
 
 

@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.evaluation.layerwise import Array, Layer, Tokens, Weights, batches, embed
+from apertus_mlx.convert.evaluation.layerwise import Layer, Weights, batches, embed
+from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.plan.plan import Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.transforms.names import (
@@ -27,10 +28,11 @@ from apertus_mlx.convert.transforms.names import (
 from apertus_mlx.convert.write.keep import NOTHING, Keep
 from apertus_mlx.quant import search
 from apertus_mlx.quant.affine import ScaleType, dequantize, round_scales
-from apertus_mlx.quant.transforms import Float, choose_scales
+from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.transforms import choose_scales
 
 _STREAM = "stream"
-Rounding = Callable[[Array, Float], Array]
+Rounding = Callable[[Float32, Float64], Float32]
 
 
 def smoothing_scales(
@@ -40,7 +42,7 @@ def smoothing_scales(
     scale_type: ScaleType = "BF16",
     progress: Callable[[int], None] | None = None,
     keep: Keep = NOTHING,
-) -> dict[str, Array]:
+) -> dict[str, Float32]:
     """Scales by the name of the norm or the path of the v that gives them up.
 
     Only where they gain. Those of norms are such that the norm's new weight is stored exactly.
@@ -55,7 +57,7 @@ def smoothing_scales(
         keep: where scales and stream are kept, at most once a minute; an interrupted run goes on
             there.
     """
-    found: dict[str, Array] = {}
+    found: dict[str, Float32] = {}
     owners = value_owners(weights.config)
     kept = keep.load()
     if kept is None:
@@ -92,11 +94,11 @@ def rounding_of(step: Step) -> Rounding:
     spec = step.spec
     assert spec is not None
 
-    def rounded(weight: Array, squares: Float) -> Array:
+    def rounded(weight: Float32, squares: Float64) -> Float32:
         moments = squares.astype(np.float32) if step.method == "gptq" else None
         return dequantize(search.fit(weight, spec, moments, step.dtype))
 
-    def rounded_by_mlx(weight: Array, _squares: Float) -> Array:
+    def rounded_by_mlx(weight: Float32, _squares: Float64) -> Float32:
         values = mx.array(weight).astype(MLX_TYPES[step.dtype])
         codes, scales, *others = mx.quantize(
             values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
@@ -112,9 +114,9 @@ def rounding_of(step: Step) -> Rounding:
     return rounded_by_mlx if step.method == "rtn" else rounded
 
 
-def _run(layer: Layer, residual: Array) -> dict[str, Array]:
+def _run(layer: Layer, residual: Float32) -> dict[str, Float32]:
     """Second moments of what norms and values give; `residual` ends up behind the layer."""
-    moments: dict[str, Array] = {}
+    moments: dict[str, Float32] = {}
 
     def count(name: str, values: mx.array) -> mx.array:
         rows = np.array(values, copy=False).reshape(-1, values.shape[-1])
@@ -131,7 +133,7 @@ def _run(layer: Layer, residual: Array) -> dict[str, Array]:
     return moments
 
 
-def _storable(norm: Array, scales: Array, scale_type: ScaleType) -> Array:
+def _storable(norm: Float32, scales: Float32, scale_type: ScaleType) -> Float32:
     """Scales near `scales` by which `norm` can be divided without rounding it."""
     divided = round_scales(norm / scales, scale_type)
     usable = (norm != 0) & (divided != 0) & np.isfinite(divided)

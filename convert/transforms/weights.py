@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.evaluation.layerwise import Array, SourceWeights, Weights
+from apertus_mlx.convert.evaluation.layerwise import SourceWeights, Weights
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.transforms.names import (
@@ -25,6 +25,7 @@ from apertus_mlx.convert.transforms.names import (
     norm_before,
     value_owners,
 )
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.transforms import balance, make_rotation
 
 # What `Scaled.scales` are saved as, in the folder of calibrated codes.
@@ -43,7 +44,7 @@ class Rotated:
         """The model's config."""
         return self.weights.config
 
-    def matrix(self, path: str) -> Array:
+    def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`."""
         weight = self.weights.matrix(path)
         if path.endswith((VALUES, OUTPUT)):
@@ -56,14 +57,14 @@ class Rotated:
         norm = norm_before(path)
         return stream.columns(weight if norm is None else weight * self.weights.vector(norm))
 
-    def vector(self, name: str) -> Array:
+    def vector(self, name: str) -> Float32:
         """A norm's weight or a parameter of an activation."""
         vector = self.weights.vector(name)
         if self.config.tie_word_embeddings or not gives_to_matrix(name):
             return vector
         return np.ones_like(vector)
 
-    def _in_heads(self, path: str, weight: Array) -> Array:
+    def _in_heads(self, path: str, weight: Float32) -> Float32:
         """A layer's v or o for values that are balanced, then rotated within each head."""
         layer = path.removesuffix(VALUES).removesuffix(OUTPUT)
         is_values = path.endswith(VALUES)
@@ -84,14 +85,14 @@ class Scaled:
     """With scales in the columns of matrices; they are known by the norm or the v before them."""
 
     weights: Weights
-    scales: Mapping[str, Array]
+    scales: Mapping[str, Float32]
 
     @property
     def config(self) -> ModelConfig:
         """The model's config."""
         return self.weights.config
 
-    def matrix(self, path: str) -> Array:
+    def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`."""
         weight = self.weights.matrix(path)
         norm = norm_before(path)
@@ -105,7 +106,7 @@ class Scaled:
                 weight = weight * self.scales[values][value_owners(self.config)]
         return weight
 
-    def vector(self, name: str) -> Array:
+    def vector(self, name: str) -> Float32:
         """A norm's weight or a parameter of an activation."""
         vector = self.weights.vector(name)
         return vector / self.scales[name] if name in self.scales else vector

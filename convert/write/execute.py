@@ -21,7 +21,7 @@ import numpy as np
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.convert.calibration.calibrated import read_codes
-from apertus_mlx.convert.evaluation.layerwise import Array, Weights
+from apertus_mlx.convert.evaluation.layerwise import Weights
 from apertus_mlx.convert.plan.grids import grid_codes
 from apertus_mlx.convert.plan.plan import OutputFile, OutputTensor, Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
@@ -29,6 +29,7 @@ from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant import search
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.spec import QuantSpec
 
 CHECK_BLOCK_BYTES = 4 * 2**20
@@ -127,7 +128,7 @@ def _matrix_block(
     stop: int,
     allow_nonfinite: bool,
     calibrated: Path | None,
-    whole: Array | None,
+    whole: Float32 | None,
 ) -> tuple[mx.array, ...]:
     if step.method == "gptq":
         assert calibrated is not None

@@ -22,11 +22,11 @@ from apertus_mlx.cli.app import app
 from apertus_mlx.convert.calibration import allocation, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Unit, allocate_bits, choose_formats
 from apertus_mlx.convert.calibration.calibrated import Calibration
-from apertus_mlx.convert.calibration.gradients import GradientLayer, trace_layers
+from apertus_mlx.convert.calibration.gradients import backward, trace_layers
 from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
 from apertus_mlx.convert.check.verify import verify
 from apertus_mlx.convert.evaluation.layerwise import (
-    Array,
+    Layer,
     SourceWeights,
     Weights,
     head_path,
@@ -45,6 +45,7 @@ from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.quant import search
 from apertus_mlx.quant.affine import dequantize
 from apertus_mlx.quant.allocate import Choice, allocate
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.metrics import compare, summarise
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
 from recipes.demo.corpus import documents
@@ -159,9 +160,9 @@ def test_gradients_are_those_of_mlx_lm(tmp_path: Path) -> None:
     inputs = [residual, *(module.weight for module in modules.values())]
     outputs, wanted = mx.vjp(run, inputs, [after])
     with Reader(folder) as reader:
-        layer = GradientLayer(open_weights(folder, reader), 1)
+        layer = Layer(open_weights(folder, reader), 1)
         assert np.allclose(layer(residual), outputs[0], atol=1e-4)
-        before, traces = layer.back(residual, after)
+        before, traces = backward(layer, residual, after)
     assert np.allclose(before, wanted[0], atol=1e-4)
     found = {path: g.T @ trace.inputs for trace in traces for path, g in trace.gradients.items()}
     for name, expected in zip(names, wanted[1:], strict=True):
@@ -173,16 +174,16 @@ class Rounded:
     """A model with other weights in some matrices."""
 
     weights: SourceWeights
-    matrices: dict[str, Array]
+    matrices: dict[str, Float32]
 
     @property
     def config(self) -> ModelConfig:
         return self.weights.config
 
-    def matrix(self, path: str) -> Array:
+    def matrix(self, path: str) -> Float32:
         return self.matrices[path] if path in self.matrices else self.weights.matrix(path)
 
-    def vector(self, name: str) -> Array:
+    def vector(self, name: str) -> Float32:
         return self.weights.vector(name)
 
 

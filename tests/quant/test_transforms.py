@@ -24,9 +24,10 @@ from apertus_mlx.convert.transforms.smoothing import smoothing_scales
 from apertus_mlx.convert.transforms.weights import Rotated, Scaled
 from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.errors import ApertusError, UsageError
-from apertus_mlx.quant.affine import Array, dequantize, fit
+from apertus_mlx.quant.affine import dequantize, fit
+from apertus_mlx.quant.arrays import Float32, Float64
 from apertus_mlx.quant.spec import QuantSpec
-from apertus_mlx.quant.transforms import Float, balance, choose_scales, make_rotation
+from apertus_mlx.quant.transforms import balance, choose_scales, make_rotation
 from tests.builders import config_4x, random_weights, write_checkpoint
 
 IDS = np.random.default_rng(3).integers(74, 300, (2, 24))
@@ -64,18 +65,18 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
-def our_logits(folder: Path) -> Float:
+def our_logits(folder: Path) -> Float64:
     return np.array(load_model(folder, "float32")(mx.array(IDS)), np.float64)
 
 
-def their_logits(folder: Path) -> Float:
+def their_logits(folder: Path) -> Float64:
     utils = pytest.importorskip("mlx_lm.utils")
     model, _ = utils.load_model(folder)
     model.set_dtype(mx.float32)
     return np.array(model(mx.array(IDS)), np.float64)
 
 
-def off(found: Float, expected: Float) -> float:
+def off(found: Float64, expected: Float64) -> float:
     """The largest difference as a share of the largest logit."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
@@ -152,7 +153,7 @@ def test_balance_makes_both_sides_alike() -> None:
     assert np.isfinite(balance(0 * giver, 0 * reader, owners)).all()
 
 
-def rounded(weight: Array, squares: Float) -> Array:
+def rounded(weight: Float32, squares: Float64) -> Float32:
     return dequantize(fit(weight, QuantSpec(3, 32)))
 
 
@@ -173,7 +174,7 @@ def test_scales_undo_what_stands_in_the_way() -> None:
 
 
 @pytest.mark.parametrize("moments", [np.eye(64), np.zeros((64, 64))])
-def test_scales_that_gain_nothing_are_one(moments: Float) -> None:
+def test_scales_that_gain_nothing_are_one(moments: Float64) -> None:
     weight = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
     assert (choose_scales([weight], moments, [rounded]) == 1).all()
 
