@@ -22,10 +22,11 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
-from apertus_mlx.convert.distill.numpy_products import attend_by_numpy, product
+from apertus_mlx.convert.distill.numpy_products import product
 from mlx.utils import tree_flatten
 
 from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.convert.evaluation.products import product
 from apertus_mlx.demo import model_dir
 from apertus_mlx.model.apertus import Model
 from recipes.demo.corpus import documents
@@ -113,7 +114,6 @@ def new_model() -> Model:
     """Random weights: normal, each matrix scaled to keep the size of what it is given."""
     config = parse_config(CONFIG)
     model = Model(config)
-    attend_by_numpy(model)
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for _, module in modules:
         for name, child in list(module.items()):
