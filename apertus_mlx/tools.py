@@ -549,7 +549,8 @@ def _prepare(
     """The job and its output folder; where a size is the target, it is measured for there."""
     from apertus_mlx.convert.job import prepare
     from apertus_mlx.convert.report import default_name
-    from apertus_mlx.convert.write.workspace import check_target, partial_path
+    from apertus_mlx.convert.write.target import check_target
+    from apertus_mlx.convert.write.workspace import partial_path
 
     if not plan and out is not None and not (resume and partial_path(out).is_dir()):
         check_target(out, None)

@@ -32,7 +32,7 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.transforms import names as transforms
-from apertus_mlx.convert.write.card import license_of, make_card
+from apertus_mlx.convert.write.card import CARD, license_of, make_card
 from apertus_mlx.convert.write.copied_files import (
     TOKENIZER,
     check_copied_files,
@@ -43,10 +43,9 @@ from apertus_mlx.convert.write.execute import execute
 from apertus_mlx.convert.write.golden import check_template, write_golden
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256
 from apertus_mlx.convert.write.output_config import output_config, quantization_block
+from apertus_mlx.convert.write.target import check_space, check_target
 from apertus_mlx.convert.write.workspace import (
     Workspace,
-    check_space,
-    check_target,
     clear_published,
     is_published,
     open_workspace,
@@ -54,7 +53,6 @@ from apertus_mlx.convert.write.workspace import (
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.system.strict_json import read_object
 
-CARD = "README.md"
 # Of the files from which an interrupted run resumes; a run of another version starts again.
 STATE_VERSION = 1
 # Folders beside the output while it is built.

@@ -7,9 +7,8 @@ Formats 1.0 (E2M1; E8M0, whose byte 127 is one).
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.arrays import Float32
 
 E4M3_NAN = 0x7F
 E8M0_ONE = 127
@@ -31,18 +30,3 @@ def e2m1_values() -> Float32:
     """The value of each of the 16 codes; bit 3 is the sign."""
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     return np.concatenate([positive, -positive])
-
-
-def e8m0_values() -> Float64:
-    """The value of each of the 256 bytes: a power of two; byte 255 is NaN."""
-    values: Float64 = np.ldexp(1.0, np.arange(256) - E8M0_ONE)
-    values[255] = np.nan
-    return values
-
-
-def unpack_nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Bytes `[rows, n]` as codes `[rows, 2 n]`, the low half first."""
-    codes = np.empty((*packed.shape, 2), np.uint8)
-    codes[..., 0] = packed & 15
-    codes[..., 1] = packed >> 4
-    return codes.reshape(packed.shape[0], -1)

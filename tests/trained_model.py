@@ -22,7 +22,6 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
-from apertus_mlx.convert.distill.numpy_products import product
 from mlx.utils import tree_flatten
 
 from apertus_mlx.checkpoint.config import parse_config

@@ -19,7 +19,6 @@ import numpy as np
 
 from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, read_config
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
-from apertus_mlx.convert.distill.card import make_card
 from apertus_mlx.convert.distill.resources import Resources
 from apertus_mlx.convert.distill.student import (
     Trained,
@@ -40,15 +39,14 @@ from apertus_mlx.convert.evaluation.texts import (
     read_texts,
     sample_windows,
 )
-from apertus_mlx.convert.job import CARD
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
+from apertus_mlx.convert.write.card import CARD, make_distilled_card
 from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
 from apertus_mlx.convert.write.golden import write_golden
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, read_manifest
+from apertus_mlx.convert.write.target import check_space, check_target
 from apertus_mlx.convert.write.workspace import (
     Workspace,
-    check_space,
-    check_target,
     clear_published,
     is_published,
     open_workspace,
@@ -324,7 +322,9 @@ def _describe(
     """Write the card and the manifest."""
     old = read_object(student / MANIFEST)
     write_golden(path, read_config(path))
-    (path / CARD).write_text(make_card(student, name, old, record, quality), encoding="utf-8")
+    (path / CARD).write_text(
+        make_distilled_card(student, name, old, record, quality), encoding="utf-8"
+    )
     figures = {key: old[key] for key in KEPT_KEYS if key in old}
     manifest = make_manifest(
         path, old["source"], {**figures, "distillation": record}, quality.as_json()

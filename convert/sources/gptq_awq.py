@@ -106,10 +106,9 @@ class TransposedInts:
     ) -> npt.NDArray[np.uint8]:
         first, last = start // 8, -(-stop // 8)
         packed = _columns(reader, tensor, first, last).view(np.uint32)
-        codes = np.empty((*packed.shape, 8), np.uint8)
-        for nibble, column in enumerate(AWQ_ORDER):
-            codes[:, :, column] = packed >> np.uint32(4 * nibble) & np.uint32(15)
-        return codes.reshape(packed.shape[0], -1)[:, start - 8 * first : stop - 8 * first]
+        codes = unpack(packed, 4, 8 * packed.shape[1]).reshape(*packed.shape, 8)
+        ordered = codes[:, :, np.argsort(AWQ_ORDER)].reshape(len(packed), -1)
+        return ordered[:, start - 8 * first : stop - 8 * first]
 
 
 def source(

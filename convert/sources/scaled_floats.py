@@ -21,8 +21,8 @@ from apertus_mlx.quant.float_formats import (
     E8M0_ONE,
     e2m1_values,
     e4m3_values,
-    unpack_nibbles,
 )
+from apertus_mlx.quant.packing import unpack
 from apertus_mlx.quant.spec import QuantSpec
 
 
@@ -133,8 +133,8 @@ class NvFloat4Matrix(MatrixSource):
         allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
     ) -> mx.array:
         """Rows in float32, from one float64 division."""
-        packed = reader.raw(self.packed, start, stop).view(np.uint8)
-        values = e2m1_values()[unpack_nibbles(packed)].astype(np.float64)
+        packed = reader.raw(self.packed, start, stop).view(np.uint32)
+        values = e2m1_values()[unpack(packed, 4, self.columns)].astype(np.float64)
         scales = e4m3_values()[np.array(self._scales(reader, start, stop))]
         divisor = self._divisor(reader)
         return mx.array((values * np.repeat(scales, 16, axis=1) / divisor).astype(np.float32))

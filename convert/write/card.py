@@ -1,9 +1,11 @@
-"""The output's README.md: what the folder is, from what and how it was made."""
+"""The output's README.md: what the folder is, from what and how it was made, what it lost."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from apertus_mlx.convert.evaluation.evaluate import FLOOR, Evaluation
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan
@@ -11,7 +13,8 @@ from apertus_mlx.system.model_files import exists, open_file
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENSE = re.compile(r"^license:[ \t]*([\w.\-]{1,60})[ \t]*$", re.MULTILINE)
-MAX_CARD_BYTES = 2**20
+CARD = "README.md"
+_MAX_BYTES = 2**20
 
 
 def make_card(
@@ -54,7 +57,7 @@ def make_card(
         chosen = zip(names, (plan.request.rotate, plan.request.smooth), strict=True)
         lines.insert(-1, f"| Change of basis | {', '.join(name for name, on in chosen if on)} |")
     if quality is not None:
-        lines += divergence_table(quality)
+        lines += _divergence_table(quality)
     if plan.notes:
         lines += ["", "Notes of the conversion:", "", *(f"- {note}" for note in plan.notes)]
     lines += [
@@ -66,7 +69,48 @@ def make_card(
     return "\n".join(lines)
 
 
-def divergence_table(quality: Evaluation) -> list[str]:
+def make_distilled_card(
+    student: Path,
+    name: str,
+    manifest: Mapping[str, Any],
+    record: Mapping[str, Any],
+    quality: Evaluation,
+) -> str:
+    """Markdown for `student` after its distillation, with the front matter of its own card.
+
+    Args:
+        student: the folder that learned.
+        name: of the new folder.
+        manifest: of the student.
+        record: of the distillation.
+        quality: the new model beside its teacher.
+    """
+    texts = record["texts"]
+    what = {"weights": "codes, scales, biases and norms", "scales": "scales, biases and norms"}
+    lines = [*_front_matter(student), f"# {name}", ""]
+    lines += [
+        f"Quantized Apertus weights in MLX form that learned from `{record['teacher']}`, in the "
+        f"format and at the size of `{record['student']}`.", "",
+        "| | |", "|---|---|",
+        f"| Bits per weight | {manifest['bits_per_weight']:.3f} |",
+        f"| Weights | {manifest['weight_bytes']:,} bytes |",
+        f"| Parameters | {manifest['parameters']:,} |",
+        f"| Method | {manifest['method']}, then distillation of {what[record['trained']]} |",
+        f"| Distilled on | {texts['windows'] * texts['window_tokens']:,} tokens ({texts['text']}), "
+        f"{record['tokens_seen']:,} with repetitions |",
+        f"| License | {license_of(student) or 'see the source'} |",
+    ]  # fmt: skip
+    lines += _divergence_table(quality)
+    lines += [
+        "",
+        "`apertus_mlx_manifest.json` holds the hash of each file and the whole record; "
+        "`apertus-mlx verify DIR` checks them.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _divergence_table(quality: Evaluation) -> list[str]:
     """Markdown lines: what the model lost against its source, for each language and over all."""
     lines = ["", f"Predictions beside those of the source, on texts ({quality.text_name}):", ""]
     lines += ["| | Tokens | KL mean | median | p90 | Noise floor | Top-1 |", "|---" * 7 + "|"]
@@ -81,12 +125,23 @@ def divergence_table(quality: Evaluation) -> list[str]:
 
 def license_of(directory: Path) -> str | None:
     """The licence that the source's README names in its front matter, if any."""
-    path = directory / "README.md"
+    path = directory / CARD
     if not exists(path):
         return None
     with open_file(path) as file:
-        text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+        text = file.read(_MAX_BYTES).decode("utf-8", "replace")
     if not text.startswith("---"):
         return None
     found = _LICENSE.search(text.split("\n---", 1)[0])
     return found[1] if found else None
+
+
+def _front_matter(student: Path) -> list[str]:
+    """The lines between and with the two rules at the top of the student's card, if it has any."""
+    if not exists(student / CARD):
+        return []
+    with open_file(student / CARD) as file:
+        lines = file.read(_MAX_BYTES).decode("utf-8", "replace").splitlines()
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return []
+    return [*lines[: lines.index("---", 1) + 1], ""]

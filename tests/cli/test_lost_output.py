@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from apertus_mlx.convert.write.workspace import check_target, open_workspace, partial_path
+from apertus_mlx.convert.write.target import check_target
+from apertus_mlx.convert.write.workspace import open_workspace, partial_path
 from apertus_mlx.errors import ResourceError
 
 

@@ -172,7 +172,7 @@ def test_mlx_lm_computes_with_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("float8")])
 def test_float8_codes_are_kept_exactly_with_a_factor_beside_them(name: str, tmp_path: Path) -> None:
     job = planned(name, tmp_path, Request())
-    assert job.plan.has_factors
+    assert any(step.factor is not None for step in job.plan.steps)
     convert(job, tmp_path / "out")
     found = build.read_folder(tmp_path / "out")
     for module in MODULES:

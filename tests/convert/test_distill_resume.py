@@ -54,7 +54,7 @@ def whole(work: Work, tmp_path_factory: pytest.TempPathFactory) -> dict[float, d
 
 @pytest.mark.parametrize(
     ("place", "error"),
-    [("make_card", RuntimeError("ours")), ("_write_model", OSError(28, "full")),
+    [("make_distilled_card", RuntimeError("ours")), ("_write_model", OSError(28, "full")),
      ("measure", MemoryError())],
 )  # fmt: skip
 def test_a_failure_after_the_training_keeps_it(

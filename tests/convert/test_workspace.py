@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from apertus_mlx.cli.resumable import resumable
+from apertus_mlx.convert.write.target import check_space
 from apertus_mlx.convert.write.workspace import (
     JOURNAL,
     OUTPUT,
-    check_space,
     clear_published,
     how_to_go_on,
     is_published,
