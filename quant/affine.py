@@ -106,7 +106,7 @@ def round_scales(values: Float32, scale_type: ScaleType) -> Float32:
 
 
 def usable_scales(scales: Float32, scale_type: ScaleType) -> Float32:
-    """Scales with those replaced that are too small to divide by; they belong to flat groups."""
+    """Scales of at least `SMALLEST_SCALES`: those of flat groups are too small to divide by."""
     smallest = np.float32(SMALLEST_SCALES[scale_type])
     return np.where(np.abs(scales) < smallest, smallest, scales).astype(np.float32)
 

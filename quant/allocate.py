@@ -1,4 +1,4 @@
-"""Chooses one of several forms for each part of a whole: least divergence within a number of bytes.
+"""Chooses one of several formats for each part: least divergence within a number of bytes.
 
 The multiple-choice knapsack problem, solved by dynamic programming over bytes. Where all sizes
 share a large divisor, as those of matrices do, the result is the best there is; else sizes are
@@ -31,7 +31,7 @@ def allocate(parts: Sequence[Sequence[Choice]], most_bytes: int, least_bytes: in
     Args:
         parts: the choices of each, at least one.
         most_bytes: what all may take together.
-        least_bytes: what they shall take at least; where that cannot be met, as much as can.
+        least_bytes: what all take at least, where the choices allow it.
 
     Raises:
         ValueError: not even the smallest choices fit, or a divergence is not finite.

@@ -81,7 +81,7 @@ def refit_scales(
 ) -> AffineCodes:
     """Scales and biases of least error for the codes of `start`, rounded as they are stored.
 
-    The scales are rounded first, and the biases solved for once more with those.
+    The scales are rounded first, then the biases are solved for again.
     """
     rows, columns = weight.shape
     groups = start.scales.shape[1]

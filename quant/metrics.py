@@ -29,13 +29,13 @@ class TokenErrors:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """What `TokenErrors` come to; divergences in nats, from the reference to the model."""
+    """A summary of `TokenErrors`; KL divergences in nats, from the reference to the model."""
 
     tokens: int
     kl_mean: float
     kl_median: float
     kl_p90: float
-    # Over the tokens of which the reference is sure; None where there are none.
+    # Over the confident tokens (`CONFIDENT`); None where there are none.
     kl_confident: float | None
     top1_agreement: float
     # None where no token is followed by another.

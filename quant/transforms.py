@@ -1,9 +1,9 @@
-"""Changes of basis: the same outputs from weights that are easier to round. NumPy only.
+"""Rotations and scales: the same outputs from weights that are easier to round. NumPy only.
 
 Rotations spread what stands out in a few columns over all of them. Scales move the size of a
 column's input into the column, so that rounding spares the weights that matter. Both are undone by
-a neighbouring matrix or norm: `(x Q) (W Q)^T = x W^T`, and `(x / s) (W s)^T = x W^T`. Inside, all
-is float64.
+a neighbouring matrix or norm: `(x Q) (W Q)^T = x W^T`, and `(x / s) (W s)^T = x W^T`. All is
+float64.
 
 Sources: "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (arXiv 2404.00456); "AWQ:
 Activation-aware Weight Quantization" (arXiv 2306.00978).
@@ -25,7 +25,7 @@ BLOCK_NUMBERS = 1 << 22
 # Exponents that are tried of a column's input and, as divisor, of its weights.
 INPUT_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WEIGHT_EXPONENTS = (0.0, 0.25, 0.5)
-# Scales that leave more of the error than this may as well do harm where nobody looked.
+# Scales that leave more of the error than this are not used: they may harm other inputs.
 WORTHWHILE = 0.9
 # Rows of each matrix that scales are judged by.
 JUDGED_ROWS = 512
@@ -123,7 +123,7 @@ def choose_scales(
     are off by the least share of their own size; all ones where nothing gains enough.
 
     Args:
-        weights: matrices `[rows, columns]`, those that are quantized.
+        weights: the quantized matrices `[rows, columns]`.
         moments: second moments of their input `[columns, columns]`.
         quantize: for each of them, what rounding makes of rows `[rows, columns]` whose inputs have
             mean squares `[columns]`.

@@ -1,7 +1,7 @@
 """Quantizes a model layer by layer, each on what the quantized layers before it really deliver.
 
 Two residual streams run side by side: of the original and of the model as quantized so far. A
-matrix is fitted to give, from the inputs of the second, what the original gave from those of the
+matrix is fitted so that its outputs on the second stream match the original's outputs on the
 first. Memory holds one layer, its second moments and the two streams.
 """
 
@@ -84,7 +84,7 @@ def quantize_model(
 ) -> Iterator[tuple[str, AffineCodes]]:
     """Codes of the matrices in `specs`, in the order embedding, layers, head.
 
-    An interrupted run goes on after a step of which all codes were taken: a layer of the first
+    An interrupted run goes on after the last step whose codes were all taken: a layer of the first
     pass, the embedding, a layer, the head. That is the last one if it took a minute, else one less
     than a minute earlier; codes of what came before it do not come again.
 
@@ -239,8 +239,8 @@ def _uncertainty(hidden: Float32, head: Float32) -> Float32:
 def _reader_moments(weights: Weights, head: Float32) -> Float64:
     """What an error of an embedding row is multiplied with: the first layer and the head read it.
 
-    Half of it is the head's doing, through the residual stream and the final norm, a quarter each
-    that of the first attention and the first feed-forward part, each of mean diagonal one.
+    The head counts for half, through the residual stream and the final norm. The first attention
+    and the first feed-forward part count for a quarter each. Each term has a mean diagonal of one.
     """
     first = layout.layer(0)
     attention = [f"{first}.self_attn.{name}_proj" for name in "qkv"]
@@ -267,7 +267,7 @@ def _quantize_layer(
     scale_type: ScaleType,
     correction: float,
 ) -> Iterator[tuple[str, AffineCodes]]:
-    """Quantize the stages of a layer in turn; both streams end up behind it."""
+    """Quantize the stages of a layer in turn, and move both streams through it."""
     streams = ((before, original), (after, quantized))
     parts = list(batches(*original.shape[:2]))
 

@@ -1,8 +1,8 @@
 """The calibrated part of a conversion: which text, the codes of each matrix, and the evaluation.
 
-Codes are made before anything is written, since layers depend on those before them while the output
-has an order of its own. Until the output is published they lie in a folder beside it, together with
-what an interrupted run goes on from: it repeats no layer but the one that it was at.
+All codes are made before the output is written, since its order is not that of the layers. Until
+the output is published they lie in a folder beside it, with the state of the calibration. An
+interrupted run repeats only the layer that it was in.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What each matrix of a model is given, and what the loss would gain from another output of it.
+"""The inputs of each matrix of a model, and the gradients of the loss at its outputs.
 
-One pass forward and one back in float32, a layer at a time. The loss is that of tokens drawn from
-the model's own prediction, so the mean square of what its gradient says about an error is the
-error's curvature: half of it is the divergence to expect (the Fisher information). Residual streams
-wait on disk, from where an interrupted run goes on; memory holds one layer with its activations.
+One forward and one backward pass in float32, a layer at a time. The loss is the cross-entropy of
+tokens drawn from the model's own prediction, so the mean square of its gradients is the Fisher
+information: half of it is the expected divergence. The residual streams lie on disk, and an
+interrupted run goes on from there. Memory holds one layer with its activations.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The loss of distillation: divergence from a teacher of whom only the likeliest tokens are known.
+"""The loss of distillation: KL divergence from the `k` likeliest tokens of a teacher.
 
-The teacher's distribution comes as the shares of its `k` likeliest tokens and one share for all
-others together. Its divergence from the student's, put into the same `k + 1` parts, never exceeds
-that of the whole distributions, and equals it where the student spreads the rest as the teacher.
+The teacher's distribution is given by the probabilities of its `k` likeliest tokens and their rest.
+The student's is put into the same `k + 1` parts. The divergence of the parts never exceeds the
+divergence of the whole distributions. It equals it where both spread the rest alike.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def loss(
     Args:
         logits: the student's, `[tokens, vocabulary]`, float32.
         likeliest: ids of the teacher's likeliest tokens, `[tokens, k]` with k < vocabulary.
-        shares: their probabilities and that of all others, `[tokens, k + 1]`.
+        shares: their probabilities and the rest, `[tokens, k + 1]`.
         following: the token that follows in the text, -1 where none does.
         text_share: how much the text itself counts beside the teacher.
     """
-    # One exponential for everything: of all that is computed here it takes the longest.
+    # One exponential for everything: it takes the longest.
     highest = mx.stop_gradient(logits.max(-1, keepdims=True))
     powers = mx.exp(logits - highest)
     total = mx.log(powers.sum(-1, keepdims=True))

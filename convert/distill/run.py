@@ -1,8 +1,8 @@
 """One distillation, from folders to a folder: check, ask the teacher, train, describe, publish.
 
-Whatever a run has reached lies beside the output while that is built, so that it can go on after an
-interruption or a failure: the teacher's answers, the last saved state and the best weights. Answers
-do not depend on how the student learns: a run that goes on with other options keeps them.
+The teacher's answers, the last saved state and the best weights lie beside the output until it is
+done, so that a run can go on after an interruption or a failure. The answers do not depend on how
+the student learns: a run that goes on with other options keeps them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ STATE_VERSION = 1
 # Least and most windows that decide which weights are best, and their share between.
 HELD_OUT_WINDOWS = (1, 32)
 HELD_OUT_SHARE = 1 / 20
-# What a manifest says about the student and that stays true.
+# Keys of the student's manifest that stay true.
 KEPT_KEYS = (
     "bits_per_weight", "parameters", "weight_bytes", "dtype", "quantization", "method",
     "calibration", "losses", "notes",

@@ -162,7 +162,7 @@ def check_student(source: Source) -> None:
 
 
 def make_student(weights: SourceWeights, trained: Trained) -> Model:
-    """The model of a quantized checkpoint, with the parameters that shall learn unfrozen.
+    """The model of a quantized checkpoint; only the parameters to train are unfrozen.
 
     Matrices that are not quantized, and the slopes of activations, stay as they are.
 
@@ -215,7 +215,7 @@ def learning_modules(model: Model) -> Iterator[tuple[str, Quantized | RoundedNor
 
 
 def stored_tensors(model: Model) -> Iterator[tuple[str, mx.array]]:
-    """Every tensor that may have learned, as the checkpoint stores it."""
+    """Every trained tensor, as the checkpoint stores it."""
     for path, module in learning_modules(model):
         if isinstance(module, RoundedNorm):
             yield f"{path}.weight", module.weight.astype(module.dtype)

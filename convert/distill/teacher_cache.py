@@ -36,7 +36,7 @@ class Batch:
     tokens: mx.array
     # The k likeliest next tokens of each, `[windows, length, k]`.
     likeliest: mx.array
-    # Their probabilities and that of all others, `[windows, length, k + 1]`, summing to one.
+    # Their probabilities and the rest, `[windows, length, k + 1]`; they sum to one.
     shares: mx.array
 
 
@@ -66,7 +66,7 @@ class TeacherCache:
         return sum(batch.size for batch in self._batches)
 
     def fill(self, teacher: SourceWeights, k: int, progress: Callable[[int], None]) -> None:
-        """Ask the teacher whatever is not there yet.
+        """Compute the answers that are missing.
 
         Args:
             teacher: any checkpoint of the same vocabulary.

@@ -64,7 +64,7 @@ class Validation:
 
 @dataclass(slots=True)
 class _State:
-    """Everything that the rest of a run depends on, besides arrays."""
+    """The state of a run, besides its arrays."""
 
     step: int
     tokens: int

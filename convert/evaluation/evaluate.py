@@ -4,8 +4,8 @@ Both are computed in float32 from the weights as stored, layer by layer, on the 
 noise floor is what the reference shows against itself when every product with a weight and the
 residual stream are rounded to bfloat16: differences below it mean nothing.
 
-Several models are judged one after the other against final hidden states of the reference, which
-goes through its layers once. Memory holds one layer at a time, two heads and two sets of states.
+Several models are compared one after the other with the final hidden states of the reference, which
+are computed once. Memory holds one layer at a time, two heads and two sets of states.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def measure_all(
             return open_weights(directory, stack.enter_context(Reader(directory)))
 
         expected = opened(reference)
-        # All of them before the first is measured: a mistake shall not cost an hour.
+        # Open all before measuring the first: a wrong name must not cost an hour.
         models = [opened(directory) for directory in directories]
         for directory, found in zip(directories, models, strict=True):
             if found.config.vocab_size != expected.config.vocab_size:
@@ -162,7 +162,7 @@ def kept_bytes(config: ModelConfig, texts: TextSet) -> int:
 
 
 def _divergences(errors: list[TokenErrors], labels: list[str]) -> dict[str | None, Divergence]:
-    """What the errors of each language come to, and under None those of all."""
+    """The divergence of each language, and of all languages under None."""
     found: dict[str | None, Divergence] = {
         label: summarise(join([e for e, own in zip(errors, labels, strict=True) if own == label]))
         for label in dict.fromkeys(labels)

@@ -1,1 +1,1 @@
-"""Changes of basis that leave the model's function as it is: rotation and smoothing."""
+"""Rotation and smoothing: other weights that compute the same."""

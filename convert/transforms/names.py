@@ -1,9 +1,9 @@
-"""Which weights a change of basis touches, and which stand in each other's way. Names alone.
+"""The names of the weights that rotation and smoothing change.
 
 `--rotate`: where the head is its own, the residual stream is rotated; the weights of norms move
-into the matrices behind them first, so that the norms commute with it. In every model the values
+into the matrices after them first, so that the norms commute with it. In every model the values
 of attention are rotated within each head. QK-norm forbids it for queries and keys. `--smooth`:
-scales move from the weights of norms to the columns of the matrices behind them, and from the rows
+scales move from the weights of norms to the columns of the matrices after them, and from the rows
 of v to the columns of o. xIELU is not homogeneous, so nothing can move from up to down.
 """
 

@@ -1,4 +1,4 @@
-"""Scales for `--smooth`: for each set of matrices with one input, those that rounding likes best.
+"""Scales for `--smooth`: for each set of matrices with one input, the ones with the least error.
 
 One pass over the layers of the original, judged on the second moments of what the matrices are
 given, by the way of rounding that will follow.
@@ -115,7 +115,7 @@ def rounding_of(step: Step) -> Rounding:
 
 
 def _run(layer: Layer, residual: Float32) -> dict[str, Float32]:
-    """Second moments of what norms and values give; `residual` ends up behind the layer."""
+    """Second moments of the outputs of norms and v; moves `residual` through the layer."""
     moments: dict[str, Float32] = {}
 
     def count(name: str, values: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
-"""A model's weights in another basis (see `basis`): the same model, in the same form.
+"""A model's weights after rotation and smoothing; the model computes the same.
 
-Whole matrices at a time, since a rotated row depends on all rows.
+Matrices are read whole, since a rotated row depends on all rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALES = "scales.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """With the residual stream, where the head is its own, and the values of heads rotated."""
+    """Weights whose attention values are rotated, and the residual stream if the head is untied."""
 
     weights: Weights
     seed: int = SEED
@@ -65,7 +65,7 @@ class Rotated:
         return np.ones_like(vector)
 
     def _in_heads(self, path: str, weight: Float32) -> Float32:
-        """A layer's v or o for values that are balanced, then rotated within each head."""
+        """A layer's v or o, balanced and then rotated within each head."""
         layer = path.removesuffix(VALUES).removesuffix(OUTPUT)
         is_values = path.endswith(VALUES)
         other = self.weights.matrix(layer + (OUTPUT if is_values else VALUES))
@@ -82,7 +82,7 @@ class Rotated:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """With scales in the columns of matrices; they are known by the norm or the v before them."""
+    """Weights with scaled columns; `scales` has the name of the norm or v before each matrix."""
 
     weights: Weights
     scales: Mapping[str, Float32]

@@ -1,1 +1,1 @@
-"""Writing the output: arrays, the files beside them, and whatever unfinished work needs."""
+"""Writing the output: weights, the files beside them, and the state of unfinished work."""

@@ -1,4 +1,4 @@
-"""The files beside the weights: which are copied, byte for byte, and whether they fit the model."""
+"""The files that are copied byte for byte from the source, and whether they fit the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from apertus_mlx.system.rust_panics import guarded
 from apertus_mlx.system.strict_json import read_object
 
 TOKENIZER = "tokenizer.json"
-# An allow-list: code, weights of other formats and whatever else lies there are never copied.
+# An allow-list: code, weights of other formats and anything else are never copied.
 COPIED = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -62,7 +62,7 @@ def check_copied_files(directory: Path, config: ModelConfig) -> None:
 
 
 def copy_files(directory: Path, target: Path) -> None:
-    """Copy the companion files into `target`."""
+    """Copy the files into `target`."""
     for path in copied_files(directory):
         copy_file(path, target / path.name, _most_bytes(path))
 

@@ -1,4 +1,4 @@
-"""What a long piece of work has reached, in a file: an interrupted one goes on from there."""
+"""The state of long work in a file, from which an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FACTS = "facts"
 
 
 class Keep:
-    """Arrays and plain facts in one file, of which a later saving replaces all.
+    """Arrays and plain facts in one file; each save replaces all of it.
 
     The file is there whole or not at all; one that is damaged counts as absent. Without a path
     nothing is kept.
@@ -37,7 +37,7 @@ class Keep:
         self._saved_s = clock()
 
     def reach(self, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Save what may as well be done again: not within `least_s` of the last saving."""
+        """Save, unless the last save was less than `least_s` ago."""
         if self._clock() - self._saved_s >= self.least_s:
             self.save(facts, arrays)
 

@@ -45,12 +45,12 @@ def check_target(target: Path, source: Path | None) -> None:
 
 
 def check_space(target: Path, output_bytes: int, kept_bytes: int) -> None:
-    """Refuse before the first byte what will not fit; what an interrupted run left counts.
+    """Refuse an output that does not fit on the disk; files of an interrupted run count as room.
 
     Args:
         target: the output folder.
         output_bytes: what it will take.
-        kept_bytes: what lies beside it meanwhile, for the rest of the work and for resuming.
+        kept_bytes: of the working files beside it, until it is done.
 
     Raises:
         ResourceError: the disk has less room than the plan needs.

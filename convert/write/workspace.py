@@ -92,7 +92,7 @@ class Workspace:
         folder.rename(done)
 
     def follow(self, plan: str) -> None:
-        """Take up what was done for the plan with this fingerprint; what was for another is void.
+        """Take up the steps of the plan with this fingerprint; steps of another plan are void.
 
         After that `done` and `is_complete` say how far it is, and `record` may be called.
         """
@@ -103,7 +103,7 @@ class Workspace:
             self.done = _steps(self._lines[self._lines.index(heading) + 1 :])
             complete = [_COMPLETE] if self.is_complete else []
         else:
-            # First no word of what is there, so that no kill leaves one of what is gone.
+            # The journal first, so that no kill leaves lines about files that are gone.
             self._rewrite(self._lines[:1])
             _remove(self.path)
             self.path.mkdir()
@@ -271,7 +271,7 @@ def _start(folder: Path, request: str, resume: bool) -> None:
                 )
             if lines[:1] == [request]:
                 return
-            # A journal of which nothing is left says nothing about the rest.
+            # An empty journal says nothing about the other files.
             if lines:
                 raise UsageError(
                     f"{folder}: was begun with other options or another source; remove it and "
@@ -319,7 +319,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a folder whose output has its name; the rest is there as long as the journal is."""
+    """Remove the folder of a published output, the journal first."""
     (folder / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
