@@ -15,14 +15,8 @@ from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.convert.write.workspace import (
-    MEASURED,
-    check_space,
-    check_target,
-    is_published,
-    open_workspace,
-    partial_path,
-)
+from apertus_mlx.convert.write.target import check_space, check_target
+from apertus_mlx.convert.write.workspace import MEASURED, is_published, open_workspace, partial_path
 from apertus_mlx.errors import UsageError
 
 
