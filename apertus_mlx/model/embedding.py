@@ -27,7 +27,7 @@ class ProductEmbedding(nn.QuantizedEmbedding):
     def __call__(self, x: mx.array) -> mx.array:
         """Rows `[..., D]` of the token ids `x`."""
         if x.size != 1:
-            rows: mx.array = super().__call__(x)  # type: ignore[no-untyped-call]
+            rows: mx.array = super().__call__(x)
             return rows
         parts = (self[name] for name in ("weight", "scales", "biases"))
         codes, scales, biases = (part.reshape(-1, 1, part.shape[1]) for part in parts)

@@ -39,7 +39,7 @@ class ScaledLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Module, factor: mx.array) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.linear = linear
         self.factor = factor
 
