@@ -110,7 +110,7 @@ def load(
     with ExitStack() as stack:
         stack.enter_context(mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes))
         # MLX's usual streams belong to one thread; this one may be used by any, one at a time.
-        stream = mx.new_thread_unsafe_stream(mx.default_device())
+        stream = mx.new_thread_unsafe_stream(mx.gpu if has_gpu() else mx.cpu)
         with mx.stream(stream):
             loaded = folder.load(
                 settings, lambda done, total: report(Progress("loading", done, total, "bytes"))
