@@ -81,3 +81,16 @@ def vocab_size(version: str = "v1") -> int:
 def load_tokenizer(directory: Path, version: str = "v1") -> Tokenizer:
     write_tokenizer(directory, version)
     return Tokenizer.load(directory, vocab_size=vocab_size(version), bos_token_id=1)
+
+
+def encode_with_control(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of trusted text, where a special token's text is its id."""
+    ids: list[int] = []
+    for piece in tokenizer.split_special(text):
+        ids += [piece] if isinstance(piece, int) else tokenizer.encode(piece)
+    return ids
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The text of every special token, with its id."""
+    return {tokenizer.id_to_token(i) or "": i for i in sorted(tokenizer.special_ids)}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import enum
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import tokenizers
 
@@ -54,11 +53,6 @@ class ControlTokens:
     def name(self, token_id: int) -> str:
         """Return the text of control token `token_id`, one of `ids`."""
         return self.names[token_id - Role.SYSTEM.value]
-
-    @property
-    def ids(self) -> range:
-        """All control ids, 61 to 72."""
-        return CONTROL_IDS
 
 
 CONTROL_IDS = range(Role.SYSTEM.value, Role.TOOLS.value + 2)
@@ -130,11 +124,6 @@ class Tokenizer:
         tokenizer.encode(PROBE)
         return tokenizer
 
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """The text of every special token, with its id."""
-        return MappingProxyType(self._special_by_text)
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text: no BOS, and no special id whatever the text contains.
 
@@ -153,16 +142,6 @@ class Tokenizer:
             ids += self._byte_tokens(match.group())
             position = match.end()
         return ids + self._encode_valid(text[position:] if position else text)
-
-    def encode_with_control(self, text: str) -> list[int]:
-        """Return the ids of trusted text, where a special token's text is its id; no BOS."""
-        ids: list[int] = []
-        for piece in self.split_special(text):
-            if isinstance(piece, int):
-                ids.append(piece)
-            else:
-                ids += self.encode(piece)
-        return ids
 
     def split_special(self, text: str) -> Iterator[str | int]:
         """Yield `text` in order as plain pieces and the ids of the special tokens written in it.

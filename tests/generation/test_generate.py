@@ -91,7 +91,7 @@ def test_deliberation_is_kept_apart(embedded: LoadedModel) -> None:
     question = [Message(role="user", content="What is the capital of France?")]
     prompt = embedded.folder.template.render(question, think=True)
     result = run(embedded, prompt, 60)
-    inner = embedded.folder.tokenizer.special_tokens["<|inner_prefix|>"]
+    inner = embedded.folder.tokenizer.token_to_id("<|inner_prefix|>")
     assert inner in result.token_ids
     assert result.thought
     assert "Paris" in result.text

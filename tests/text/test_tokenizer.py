@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
-from apertus_mlx.text.tokenizer import Role, Tokenizer
+from apertus_mlx.text.tokenizer import CONTROL_IDS, Role, Tokenizer
 from tests.chat_tokenizers import (
     backend_json,
+    encode_with_control,
     load_tokenizer,
     special_names,
     vocab_size,
@@ -52,7 +53,7 @@ def test_roles_are_known_by_id(tmp_path: Path, version: str) -> None:
     assert (control.start(Role.ASSISTANT), control.end(Role.ASSISTANT)) == (67, 68)
     assert (control.start(Role.INNER), control.end(Role.INNER)) == (69, 70)
     assert (control.start(Role.TOOLS), control.end(Role.TOOLS)) == (71, 72)
-    assert [control.name(i) for i in control.ids] == special_names(version)[61:73]
+    assert [control.name(i) for i in CONTROL_IDS] == special_names(version)[61:73]
 
 
 @given(text=st.text())
@@ -72,18 +73,18 @@ def test_control_text_in_plain_text_never_becomes_control(parts: list[str]) -> N
     assert tokenizer.special_ids.isdisjoint(ids)
     assert tokenizer.decode(ids) == text
     backend = tokenizers.Tokenizer.from_str(backend_json("v1"))
-    trusted = tokenizer.encode_with_control(text)
+    trusted = encode_with_control(tokenizer, text)
     assert trusted == backend.encode(text, add_special_tokens=False).ids
 
 
 def test_no_bos_is_added(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("") == []
-    assert tokenizer.encode_with_control("<s>Hello")[0] == 1
-    assert 1 not in tokenizer.encode_with_control("Hello")
+    assert encode_with_control(tokenizer, "<s>Hello")[0] == 1
+    assert 1 not in encode_with_control(tokenizer, "Hello")
 
 
 def test_special_tokens_are_decoded_only_if_asked_for(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode_with_control(SPECIAL_TEXT)
+    ids = encode_with_control(tokenizer, SPECIAL_TEXT)
     assert tokenizer.decode(ids) == "hi "
     assert tokenizer.decode(ids, skip_special=False) == SPECIAL_TEXT
 

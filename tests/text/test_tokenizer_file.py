@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.text.tokenizer import Tokenizer
-from tests.chat_tokenizers import backend_json, vocab_size
+from tests.chat_tokenizers import backend_json, special_tokens, vocab_size
 
 TEXT = "Hello world, the capital of Zürich\n\n  is disabled 1234 日本"
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Isolated", "invert": False}
@@ -174,7 +174,7 @@ def test_the_least_count_of_tokens_is_sharp_and_needs_no_encoding(
     assert tokenizer.least_tokens("<|developer_start|>") == 1
     monkeypatch.setattr(Tokenizer, "encode", None)
     monkeypatch.setattr(Tokenizer, "_encode_valid", None)
-    longest = max(len(text) for text in tokenizer.special_tokens)
+    longest = max(len(text) for text in special_tokens(tokenizer))
     assert tokenizer.least_tokens("x" * 10_000_000) == -(-10_000_000 // longest)
     assert tokenizer.least_tokens("\udcff" * longest) == 3
 

@@ -13,7 +13,7 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.stream import TextStream
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
-from tests.chat_tokenizers import backend_json, vocab_size
+from tests.chat_tokenizers import backend_json, encode_with_control, special_tokens, vocab_size
 
 LATEX = {14: "\\begin{", 15: "\\end{", 16: "\\text{", 17: "\\boxed{"}
 TEXT = "So $\\boxed{\\text{ok}}$ and \\begin{x}y\\end{x}<s>[INST] \\boxed{"
@@ -49,7 +49,7 @@ def test_encoding(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None:
     ids = tokenizer.encode(TEXT)
     assert ids == library.encode(TEXT, add_special_tokens=False).ids
     assert [i for i in ids if i < 74] == [17, 16, 14, 15, 17]
-    trusted = tokenizer.encode_with_control(TEXT)
+    trusted = encode_with_control(tokenizer, TEXT)
     library.encode_special_tokens = False
     assert trusted == library.encode(TEXT, add_special_tokens=False).ids
     library.encode_special_tokens = True
@@ -88,7 +88,7 @@ def test_names_and_ids_are_those_of_the_file(tokenizer: Tokenizer) -> None:
         assert tokenizer.token_to_id(name) == token_id
         assert tokenizer.token_bytes(token_id) == name.encode()
         assert token_id not in tokenizer.special_ids
-    assert not set(tokenizer.special_tokens) & set(LATEX.values())
+    assert not set(special_tokens(tokenizer)) & set(LATEX.values())
     assert 4 in tokenizer.special_ids
 
 

@@ -7,8 +7,7 @@ same template and messages end the same way on every machine.
 from __future__ import annotations
 
 import sys
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from contextlib import contextmanager
+from collections.abc import ItemsView, Iterable, KeysView, ValuesView
 from contextvars import ContextVar
 from types import NoneType
 from typing import TypeVar
@@ -19,7 +18,7 @@ from jinja2.runtime import Undefined
 from apertus_mlx.text.template.marks import look_past
 
 BASE_UNITS = 16 * 2**20
-UNITS_PER_VALUE = 4096
+UNITS_PER_TEXT = 4096
 UNITS_PER_BYTE = 32
 STEP = 128  # one pass, call, filter, test or operator
 MAX_DEPTH = 64
@@ -34,15 +33,10 @@ class LimitError(jinja2.TemplateError):
     """The template asked for more than it may have."""
 
 
-@contextmanager
-def budget(values: int, text_bytes: int) -> Iterator[None]:
-    """Set what a rendering of so many values with so much text may cost."""
-    units = BASE_UNITS + UNITS_PER_VALUE * values + UNITS_PER_BYTE * text_bytes
-    token = _LEFT.set([units])
-    try:
-        yield
-    finally:
-        _LEFT.reset(token)
+def start_rendering(texts: Iterable[str]) -> None:
+    """Give the rendering that starts in this thread what messages with these texts need."""
+    sizes = (UNITS_PER_TEXT + UNITS_PER_BYTE * sys.getsizeof(text) for text in texts)
+    _LEFT.set([BASE_UNITS + sum(sizes)])
 
 
 def spend(units: int = STEP) -> None:

@@ -18,8 +18,8 @@ import jinja2
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.system.model_files import exists, read_file
 from apertus_mlx.system.strict_json import read_object
-from apertus_mlx.text.template.budget import budget
-from apertus_mlx.text.template.marks import CLOSE, ESCAPE, MARK, OPEN, RESERVED, mark
+from apertus_mlx.text.template.budget import start_rendering
+from apertus_mlx.text.template.marks import ESCAPE, MARK, RESERVED, mark
 from apertus_mlx.text.template.sandbox import compile_template
 from apertus_mlx.text.tokenizer import Tokenizer
 
@@ -190,53 +190,47 @@ class ChatTemplate:
         enable_thinking: bool,
     ) -> list[str | int]:
         """Render; return plain texts and special ids in order."""
-        data = _Escaped()
+        texts: list[str] = []
         variables = {
             **self._texts,
-            "messages": data.escape(messages),
-            "tools": data.escape(tools) or None,
+            "messages": _escaped(messages, texts),
+            "tools": _escaped(tools, texts) or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             "enable_thinking": enable_thinking,
         }
         context = self._template.new_context(variables)
         try:
-            with budget(data.values, data.text_bytes):
-                text = "".join(self._template.root_render_func(context))
+            start_rendering(texts)
+            text = "".join(self._template.root_render_func(context))
         except Exception as error:
             raise self._rejected(error) from None
-        return self._split(text, data)
+        return self._split(text, texts)
 
-    def _split(self, text: str, data: _Escaped) -> list[str | int]:
-        pieces: list[str | int] = []
-        plain: list[str] = []
-        for index, part in enumerate(MARK.split(text)):
-            if index % 2 and int(part) in self._tokenizer.special_ids:
-                pieces += self._plain("".join(plain), data)
-                pieces.append(int(part))
-                plain = []
-            else:
-                plain.append(f"{OPEN}{part}{CLOSE}" if index % 2 else part)
-        return pieces + self._plain("".join(plain), data)
+    def _split(self, text: str, texts: list[str]) -> list[str | int]:
+        """Return the plain texts and special ids of what the template wrote.
 
-    def _plain(self, text: str, data: _Escaped) -> list[str | int]:
-        """Return the plain text, refusing a special token that no message holds in one piece.
-
-        Such a one was put together from parts, by a template that this class cannot follow, or by
-        messages that spell it across a seam. Neither may become a token, and the first would give a
-        prompt without its control tokens.
+        A special token in a plain text must stand in a message in one piece. Another one was put
+        together from parts: by a template that this class cannot follow, or by messages that spell
+        it across a seam. Neither may become a token, and the first would give a prompt without its
+        control tokens.
         """
-        if not text:
-            return []
-        for piece in self._tokenizer.split_special(text):
-            if isinstance(piece, int):
-                spelled = self._name(piece)
-                if not data.holds(spelled):
+        pieces: list[str | int] = []
+        for index, part in enumerate(MARK.split(text)):
+            if index % 2:
+                if int(part) not in self._tokenizer.special_ids:
+                    raise RejectedError(f"{self.name}: writes a mark that is no control token's")
+                pieces.append(int(part))
+                continue
+            for piece in self._tokenizer.split_special(part):
+                if isinstance(piece, int) and not any(self._name(piece) in own for own in texts):
                     raise RejectedError(
-                        f"{self.name}: the text of control token {piece} ({spelled!r}) is put "
-                        "together from parts, which is not supported"
+                        f"{self.name}: the text of control token {piece} ({self._name(piece)!r}) "
+                        "is put together from parts, which is not supported"
                     )
-        return [_ESCAPED.sub(lambda match: chr(0xFDD0 + int(match[1])), text)]
+            if part:
+                pieces.append(_ESCAPED.sub(lambda match: chr(0xFDD0 + int(match[1])), part))
+        return pieces
 
     def _mark(self, text: str) -> str:
         parts: list[str] = []
@@ -272,32 +266,18 @@ class ChatTemplate:
         return kind(f"{self.name}{line}: the chat template failed: {reason}")
 
 
-class _Escaped:
-    """A copy of a conversation as plain data that cannot write marks, and its size."""
-
-    def __init__(self) -> None:
-        self.values = 0
-        self.text_bytes = 0
-        self._texts: list[str] = []
-
-    def escape(self, value: object) -> Any:
-        """Return a copy of `value` in lists, dicts and scalars, reserved characters escaped."""
-        self.values += 1
-        if isinstance(value, str):
-            self.text_bytes += len(value) * (1 if value.isascii() else 4)
-            self._texts.append(value)
-            return RESERVED.sub(lambda match: f"{ESCAPE}{ord(match[0]) - 0xFDD0}", str(value))
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, Mapping):
-            return {self.escape(key): self.escape(item) for key, item in value.items()}
-        if isinstance(value, Sequence):
-            return [self.escape(item) for item in value]
-        raise TypeError(f"a message holds a {type(value).__name__}")
-
-    def holds(self, text: str) -> bool:
-        """Return whether a text of the conversation contains `text`."""
-        return any(text in own for own in self._texts)
+def _escaped(value: object, texts: list[str]) -> Any:
+    """Return a copy of `value` as plain data that cannot write marks; list its texts."""
+    if isinstance(value, str):
+        texts.append(value)
+        return RESERVED.sub(lambda match: f"{ESCAPE}{ord(match[0]) - 0xFDD0}", str(value))
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {_escaped(key, texts): _escaped(item, texts) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_escaped(item, texts) for item in value]
+    raise TypeError(f"a message holds a {type(value).__name__}")
 
 
 def _holds(pieces: Sequence[str | int], message: Message) -> bool:

@@ -17,24 +17,9 @@ from apertus_mlx.text.template.budget import LimitError
 
 MAX_NODES = 8_000
 UNITS_PER_NODE = 4
-_ALLOWED_NODES = (
-    nodes.Expr,
-    nodes.Operand,
-    nodes.Keyword,
-    nodes.Pair,
-    nodes.Template,
-    nodes.Output,
-    nodes.For,
-    nodes.If,
-    nodes.Macro,
-    nodes.CallBlock,
-    nodes.FilterBlock,
-    nodes.With,
-    nodes.Assign,
-    nodes.AssignBlock,
-    nodes.Scope,
-    nodes.Break,
-    nodes.Continue,
+_STATEMENTS = (
+    *(nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.CallBlock, nodes.Continue, nodes.For),
+    *(nodes.FilterBlock, nodes.If, nodes.Macro, nodes.Output, nodes.Scope, nodes.With),
 )
 # Texts that a template looks for in a message, rather than writes.
 _SEARCHES = frozenset(
@@ -54,7 +39,8 @@ def rewrite_template(tree: nodes.Template, constant: Callable[[str], str]) -> no
     for count, node in enumerate(tree.find_all(nodes.Node)):
         if count > MAX_NODES:
             raise LimitError(f"it has more than {MAX_NODES} parts")
-        if not isinstance(node, _ALLOWED_NODES) or _unpacks_oddly(node):
+        unknown = isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS)
+        if unknown or _unpacks_oddly(node):
             raise SecurityError(
                 f"line {node.lineno}: {type(node).__name__} is not available to chat templates"
             )
@@ -120,9 +106,10 @@ class _Guard(NodeTransformer):
         self._searched.add(id(node.expr))
         self._searched.update(id(operand.expr) for operand in node.ops)
         self.generic_visit(node)
-        node.expr = _guard("compared", node.expr)
+        node.expr = _guard("looked", node.expr, "a comparison")
         for operand in node.ops:
-            operand.expr = _guard("compared", operand.expr, operand.op in ("in", "notin"))
+            searched = operand.op in ("in", "notin")
+            operand.expr = _guard("looked", operand.expr, "a comparison", searched)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
@@ -138,7 +125,7 @@ class _Guard(NodeTransformer):
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         self.generic_visit(node)
-        node.key = _guard("key", node.key)
+        node.key = _guard("looked", node.key, "a key")
         return node
 
     def visit_List(self, node: Any) -> nodes.Node:
@@ -155,11 +142,9 @@ def _pass_units(node: nodes.Node) -> int:
 
 def _without_safe(printed: nodes.Expr) -> nodes.Expr:
     """Return what is printed without `safe`, which changes nothing where nothing is escaped."""
-    if isinstance(printed, nodes.Filter) and printed.name == "safe":
-        arguments = [*printed.args, *printed.kwargs, printed.dyn_args, printed.dyn_kwargs]
-        if printed.node is not None and not any(arguments):
-            return printed.node
-    return printed
+    plain = isinstance(printed, nodes.Filter) and printed.name == "safe"
+    inner: list[Any] = list(printed.iter_child_nodes())
+    return inner[0] if plain and len(inner) == 1 else printed
 
 
 def _unpacks_oddly(node: nodes.Node) -> bool:

@@ -14,9 +14,11 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
 
 from apertus_mlx.text.template.budget import LimitError, made, spend, weigh
-from apertus_mlx.text.template.functions import FILTERS, GLOBALS, TESTS
 from apertus_mlx.text.template.marks import look_past
 from apertus_mlx.text.template.operations import (
+    FILTERS,
+    GLOBALS,
+    TESTS,
     Formatter,
     as_text,
     call_method,
@@ -42,9 +44,9 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _compared(value: Any, is_searched: bool = False) -> Any:
+def _looked(value: Any, doing: str, is_searched: bool = False) -> Any:
     if not (is_searched and isinstance(value, dict)):
-        weigh(value, "a comparison")
+        weigh(value, doing)
     return value
 
 
@@ -53,20 +55,14 @@ def _sliced(value: Any) -> Any:
     return value
 
 
-def _key(value: Any) -> Any:
-    weigh(value, "a key")
-    return value
-
-
 # What `rewrite_template` puts around what Jinja runs itself.
 _GUARDS: dict[str, Callable[..., Any]] = {
     "~iterate": iterate,
     "~spend": spend,
     "~made": made,
-    "~compared": _compared,
+    "~looked": _looked,
     "~concat": lambda parts: join("", map(as_text, parts)),
     "~sliced": _sliced,
-    "~key": _key,
 }
 _GLOBAL_IDS = frozenset(map(id, GLOBALS.values()))
 
