@@ -371,9 +371,10 @@ def doubling(body: str, end: str = "", start: str = "[1]") -> str:
 
 
 DAG = "{% set ns.s = [ns.s, ns.s] %}{% set ns.t = [ns.t, ns.t] %}"
+LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
 HOSTILE = {
     # time
-    "nested loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "nested loops": LOOPS,
     "loop filter": "{% for i in range(9999) if i < 0 %}{% endfor %}" * 20,
     "fibonacci": "{% macro f(n) %}{{ f(n-1) }}{{ f(n-1) if n }}{% endmacro %}{{ f(60) }}",
     "endless macro": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
@@ -395,6 +396,12 @@ HOSTILE = {
     + "{% set x = ns.a %}" * 1500
     + "{% endfor %}",
     "join range": "{% for i in range(9999) %}{% set x = range(99999)|join %}{% endfor %}",
+    # what would raise the budget, if a price could be negative
+    "negative indent": "{{ 'a' | indent(-10 ** 15) }}" + LOOPS,
+    "negative json indent": "{{ 'a' | tojson(indent=-10 ** 15) }}" + LOOPS,
+    "guard by name": "{{ [-10 ** 15] | map('~spend') | list | length }}" + LOOPS,
+    "guard by name with numbers": "{{ ['a'] | map('~iterate', false, -10 ** 15) | map('list')"
+    " | list | length }}" + LOOPS,
     # memory
     "times": "{{ 'a' * 10**9 }}",
     "list times": "{{ ([0] * 10**9)|length }}",

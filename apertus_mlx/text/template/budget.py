@@ -40,9 +40,9 @@ def start_rendering(texts: Iterable[str]) -> None:
 
 
 def spend(units: int = STEP) -> None:
-    """Charge the rendering that runs."""
+    """Charge the rendering that runs; nothing a template computes can pay back."""
     left = _LEFT.get()
-    left[0] -= units
+    left[0] -= max(units, 0)
     if left[0] < 0:
         raise LimitError("it takes too much work or memory")
 
