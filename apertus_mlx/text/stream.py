@@ -12,9 +12,8 @@ from apertus_mlx.text.tokenizer import Tokenizer
 class TextStream:
     """Turns token ids into text, never showing a broken character or a part of a stop string.
 
-    The text of all `push` calls and `finish` together is the decoded text of all ids, cut before
-    the first stop string. Work per token depends on that token and on what is still held back, not
-    on the length of the text.
+    The texts that `push` and `finish` return make up the decoded text of all ids, cut before the
+    first stop string. The work per token does not grow with the length of the text.
 
     Attributes:
         stopped: A stop string was found; further tokens are ignored.

@@ -1,6 +1,6 @@
-"""The filters, tests, methods, globals and operators of chat templates: what known ones use.
+"""The filters, tests, methods, globals and operators that chat templates get.
 
-What can make much from little is charged before it is done, the rest after.
+An operation that can make much from little is charged before it runs; the others after.
 """
 
 from __future__ import annotations

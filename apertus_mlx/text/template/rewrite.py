@@ -1,4 +1,4 @@
-"""Rewrites a parsed chat template so that nothing in it is free.
+"""Rewrites a parsed chat template so that each of its operations has a price.
 
 Jinja runs loops, comparisons, slices, literals and `~` itself. Here each gets a guard: a filter of
 the sandbox whose name no template can write. Statements that no chat template needs are refused.
