@@ -64,11 +64,12 @@ def print_report(
 def print_pieces(pieces: Iterable[Piece]) -> None:
     """Write an answer and a newline to stdout as it comes, the deliberation before it to stderr.
 
-    An interrupt or an error that ends the answer leaves the newline, too. On a terminal with
-    controls escaped: a model's text must not give it orders. Into a pipe or file as it is.
+    An interrupt or an error leaves the newline behind what there was. On a terminal with controls
+    escaped: a model's text must not give it orders. Into a pipe or file as it is.
     """
     exact = not sys.stdout.isatty()
     thinking = False
+    missing = ""
     try:
         for piece in pieces:
             if thinking and not piece.is_thought:
@@ -76,11 +77,14 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
             thinking = piece.is_thought
             if thinking:
                 sink.note(piece.text, end="", keep=sink.LAYOUT)
-            elif exact:
+                continue
+            missing = "\n"
+            if exact:
                 sink.put_exactly(piece.text)
             else:
                 sink.put(piece.text, end="", keep=sink.LAYOUT)
+        missing = "\n"
     finally:
         if thinking:
             note("")
-        print_data("")
+        print_data("", end=missing)
