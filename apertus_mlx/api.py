@@ -442,7 +442,9 @@ class Apertus:
         if self._lock.acquire(blocking=False):
             try:
                 self._loaded = None
-                self._limits.close()
+                # A step ahead of the last token may still be under way on it.
+                with mx.stream(self._stream):
+                    self._limits.close()
             finally:
                 self._lock.release()
 
