@@ -145,6 +145,6 @@ def test_config_and_tensors_must_agree(tmp_path: Path) -> None:
     refused(tmp_path, weights, {"group_size": 64, "bits": 8}, f"{up}.weight: shape")
     refused(tmp_path, weights, {"group_size": 32, "bits": 4}, f"{up}.scales: shape")
     without_biases = {name: value for name, value in weights.items() if not name.endswith("biases")}
-    refused(tmp_path, without_biases, {"group_size": 64, "bits": 4}, f"missing.*{up}.biases")
+    refused(tmp_path, without_biases, {"group_size": 64, "bits": 4}, f"{up}.biases: missing")
     without_scales = {name: value for name, value in weights.items() if not name.endswith("scales")}
     refused(tmp_path, without_scales, {"group_size": 64, "bits": 4}, f"{up}.scales")

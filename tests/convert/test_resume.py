@@ -54,7 +54,7 @@ class Counted:
             (calibrate, "fit", lambda weight, *_: "fit head" if len(weight) == 352 else ""),
             (smoothing, "_run", lambda layer, *_: f"smooth {layer.path}"),
             (layerwise, "run_layer", lambda layer, *_: getattr(layer, "path", "")),
-            (gradients, "GradientLayer", lambda _, index: f"trace {index}"),
+            (gradients, "Layer", lambda _, index: f"trace {index}"),
             (gradients, "_loss_gradient", lambda *_: "loss"),
         ):  # fmt: skip
             monkeypatch.setattr(module, name, self._watched(getattr(module, name), path))
