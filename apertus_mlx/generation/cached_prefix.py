@@ -41,7 +41,8 @@ class CachedPrefix:
         self._tokens: list[int | mx.array] = []
         # False while ids or layers are being changed. An interrupt leaves it so.
         self._settled = True
-        self._run: Run | None = None
+        # Counts owners; a run that is not the latest may go no further.
+        self._owner = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -64,12 +65,11 @@ class CachedPrefix:
         if not prompt:
             raise ValueError("the prompt is empty")
         self.cut(shared_length(self.tokens, prompt[:-1]))
-        self._run = Run(self, prompt, len(self._tokens))
-        return self._run
+        return Run(self, prompt, len(self._tokens))
 
     def cut(self, length: int) -> None:
         """Hold only the first `length` tokens; none, where the form of the cache cannot go back."""
-        self._run = None
+        self._owner += 1
         self._settle()
         excess = len(self._tokens) - length
         if excess <= 0:
@@ -84,7 +84,7 @@ class CachedPrefix:
     def forget(self) -> None:
         """Hold nothing any more."""
         self._settled = False
-        self._run = None
+        self._owner += 1
         self._layers = self.model.make_cache(self.form)
         self._tokens = []
         self._settled = True
@@ -170,6 +170,7 @@ class Run:
     def __init__(self, prefix: CachedPrefix, prompt: Sequence[int], reused: int) -> None:
         self.reused = reused
         self._prefix = prefix
+        self._owner = prefix._owner
         self._left = prompt[reused:]
 
     def read(
@@ -194,11 +195,11 @@ class Run:
 
     def fail(self) -> None:
         """Forget everything: what was computed cannot be trusted."""
-        if self._prefix._run is self:
+        if self._prefix._owner == self._owner:
             self._prefix.forget()
 
     def _require_owner(self) -> None:
-        if self._prefix._run is not self:
+        if self._prefix._owner != self._owner:
             raise RuntimeError("this run is over: its cache was cut, or taken by another run")
 
 
