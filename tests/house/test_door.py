@@ -25,8 +25,6 @@ ALLOWED = {
     "apertus_mlx/cli/surroundings.py": {"open"},
     "apertus_mlx/cli/sink.py": {"open"},
     "apertus_mlx/system/rust_panics.py": {"open"},
-    # Channels to children.
-    "apertus_mlx/measure/bench/sides.py": {"fdopen"},
     # The package itself, and what its kernels leave behind.
     "apertus_mlx/backend/metal/text.py": {"read_text"},
     "apertus_mlx/measure/doctor/trace.py": {"read_bytes"},

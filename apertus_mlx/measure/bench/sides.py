@@ -1,22 +1,20 @@
-"""The sides of a comparison: a process each, which stays alive; one JSON line asks, one answers."""
+"""The sides of a comparison: a process each, which stays alive."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from apertus_mlx import errors
 from apertus_mlx.errors import ApertusError, ResourceError
 from apertus_mlx.measure.bench.workload import Task
+from apertus_mlx.measure.other_process import EndedError, OtherProcess, send
 from apertus_mlx.system.foreign_errors import explain
 
 
@@ -70,16 +68,8 @@ class Side:
     def __init__(self, name: str, command: Sequence[str], settings: Settings) -> None:
         self.name = name
         self.peak_memory_bytes = 0
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         started = time.perf_counter()
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+        self._process = OtherProcess(command, {"HF_HUB_OFFLINE": "1"})
         try:
             self.ready = Ready(**self._ask(asdict(settings)))
         except BaseException:
@@ -95,58 +85,41 @@ class Side:
 
     def close(self) -> None:
         """End the process, whatever it does."""
-        self._process.kill()
-        with suppress(OSError):
-            self._process.communicate()
-        self._stderr.close()
+        self._process.end()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        line = ""
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        if not line.endswith("\n"):
-            raise self._ended()
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer = self._process.ask(question)
+        except EndedError as error:
+            if error.killed:
+                raise ResourceError(
+                    f"the {self.name} side was killed: probably too little memory"
+                ) from None
+            raise ApertusError(f"the {self.name} side {error}") from None
         if "error" in answer:
             kind: type[ApertusError] = getattr(errors, answer["error"])
             raise kind(answer["message"])
         return answer
-
-    def _ended(self) -> ApertusError:
-        code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return ResourceError(f"the {self.name} side was killed: probably too little memory")
-        self._stderr.seek(0)
-        lines = self._stderr.read().split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
-        return ApertusError(f"the {self.name} side ended (code {code}): {last[:300]}")
 
 
 def serve(open_side: Callable[[Settings], AbstractContextManager[Loaded]]) -> None:
     """Be a side: read settings, load with `open_side`, then time tasks until nobody asks more."""
     from apertus_mlx.backend.hardware import peak_bytes
 
-    # Whatever a library prints must not get between the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def answer(value: dict[str, Any]) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
+    connection = Connection(int(sys.argv[-1]))
     try:
-        with open_side(Settings(**json.loads(sys.stdin.readline()))) as (ready, seconds):
-            answer(asdict(ready))
-            for line in sys.stdin:
-                taken = seconds(Task(**json.loads(line)))
-                answer({"seconds": taken, "peak_memory_bytes": peak_bytes(ready.on_gpu)})
+        with open_side(Settings(**json.loads(connection.recv_bytes()))) as (ready, seconds):
+            send(connection, asdict(ready))
+            while True:
+                taken = seconds(Task(**json.loads(connection.recv_bytes())))
+                peak = peak_bytes(ready.on_gpu)
+                send(connection, {"seconds": taken, "peak_memory_bytes": peak})
+    except EOFError:
+        return
     except Exception as error:
         known = explain(error)
         if known is None:
             raise
         # By the name in `errors` that it has or inherits.
         kind = next(base.__name__ for base in type(known).__mro__ if hasattr(errors, base.__name__))
-        answer({"error": kind, "message": str(known)})
+        send(connection, {"error": kind, "message": str(known)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,40 +12,42 @@ from typing import Any
 
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.measure.doctor.device import Device, UnfitError
+from apertus_mlx.measure.other_process import send
 
 MAX_REASON = 600
 
 
 def serve(connection: Connection, device: Device, kernels: Sequence[Kernel]) -> None:
-    """Answer questions about `kernels`, in JSON, until nobody asks any more."""
+    """Answer questions about `kernels` until nobody asks any more; the first asks for nothing."""
     by_key = {kernel.key: kernel for kernel in kernels}
-    connection.send_bytes(b"{}")
     while True:
         try:
             question = json.loads(connection.recv_bytes())
         except EOFError:
             return
+        reply: Mapping[str, Any] = {}
         try:
-            chosen = [by_key[key] for key in question["kernels"]]
-            reply = {"value": _answer(device, question["call"], chosen)}
+            if question:
+                chosen = [by_key[key] for key in question["kernels"]]
+                reply = {"value": _answer(device, question["call"], chosen, question["flags"])}
         except UnfitError as error:
             reply = {"unfit": str(error)}
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its reason
             text = " ".join(str(error).split())[:MAX_REASON]
             reply = {"unfit": f"{type(error).__name__}: {text}"}
-        connection.send_bytes(json.dumps(reply).encode())
+        send(connection, reply)
 
 
-def _answer(device: Device, call: str, kernels: Sequence[Kernel]) -> Any:
+def _answer(device: Device, call: str, kernels: Sequence[Kernel], flags: Sequence[bool]) -> Any:
+    """What the method `call` of `device` returns."""
     if call == "attempt":
         return asdict(device.attempt(kernels[0]))
-    if call in ("fused", "plain"):
-        return device.seconds(kernels[0], fused=call == "fused")
+    if call == "seconds":
+        return device.seconds(kernels[0], *flags)
     by_place = {kernel.place: kernel for kernel in kernels}
-    compiled = call.startswith("compiled ")
-    if call.endswith("agreement"):
-        return asdict(device.agreement(by_place, compiled))
-    return device.step_seconds(by_place, compiled)
+    if call == "agreement":
+        return asdict(device.agreement(by_place, *flags))
+    return device.step_seconds(by_place, *flags)
 
 
 def main(folder: str, dtype: str, descriptor: str) -> None:
