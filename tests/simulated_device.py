@@ -25,7 +25,7 @@ from apertus_mlx.measure.doctor.child import serve
 from apertus_mlx.measure.doctor.consult import consult, keys_of
 from apertus_mlx.measure.doctor.device import Agreement, Attempt, UnfitError
 from apertus_mlx.measure.doctor.measure import measure
-from apertus_mlx.measure.doctor.tune import ROUNDS
+from apertus_mlx.measure.doctor.race import ROUNDS
 
 MACHINE = Machine("Apple M4 Pro", "macOS 26.2 (25C56)", "0.32.4", "0.1.0")
 # Nothing simulated takes as long, however busy the machine; what hangs is ended by a shorter one.

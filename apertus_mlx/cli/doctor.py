@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory
     from apertus_mlx.measure.doctor.consult import KernelResult
     from apertus_mlx.measure.doctor.facts import Facts
-    from apertus_mlx.measure.doctor.report import Report
+    from apertus_mlx.measure.doctor.visit import Report
 
 
 def doctor(
@@ -55,8 +55,7 @@ def doctor(
     from apertus_mlx.backend.mlx import compute_dtype
     from apertus_mlx.checkpoint.inventory import take_inventory
     from apertus_mlx.cli.model_source import locate_model
-    from apertus_mlx.measure.doctor.report import as_json
-    from apertus_mlx.measure.doctor.visit import visit
+    from apertus_mlx.measure.doctor.visit import as_json, visit
 
     directory = locate_model(model, revision, offline)
     inventory = take_inventory(directory)

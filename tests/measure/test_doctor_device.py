@@ -16,7 +16,6 @@ from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.measure.doctor import mlx_device
-from apertus_mlx.measure.doctor.examine import first_of_each_place
 from apertus_mlx.measure.doctor.mlx_device import GREEDY_TOKENS, TIMED_TOKENS, MLXDevice
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint
@@ -36,7 +35,8 @@ def inventory(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
 
 @pytest.fixture(scope="module")
 def kernels(inventory: Inventory) -> Mapping[str, Kernel]:
-    return first_of_each_place(kernels_for(inventory.config, inventory.specs, mx.float32))
+    found = kernels_for(inventory.config, inventory.specs, mx.float32)
+    return {kernel.place: kernel for kernel in reversed(found)}
 
 
 def plain_forms(kernels: Mapping[str, Kernel]) -> Any:

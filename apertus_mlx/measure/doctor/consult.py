@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.backend.metal.verdict import Verdict
 from apertus_mlx.measure.doctor.device import Agreement, Attempt, Device
-from apertus_mlx.measure.doctor.examine import examine, examine_model, first_of_each_place
-from apertus_mlx.measure.doctor.tune import Race, ranked, tune, tune_compilation, tune_model
+from apertus_mlx.measure.doctor.examine import examine, examine_model
+from apertus_mlx.measure.doctor.race import MOST_OF_A_KERNEL, MOST_OF_A_MODEL, Race, race
 
 State = Literal["on", "spare", "right", "off", "unchecked"]
 
@@ -36,6 +37,8 @@ class Consultation:
 
     kernels: Sequence[Kernel]
     tuned: bool
+    # Whether kernels could be run at all.
+    examined: bool = True
     # Those that computed the right thing, each by itself.
     right: Sequence[Kernel] = ()
     attempts: dict[str, Attempt] = field(default_factory=dict)
@@ -78,6 +81,8 @@ class Consultation:
     def _state(self, kernel: Kernel) -> State:
         if kernel.key in self.reasons:
             return "off"
+        if not self.examined:
+            return "unchecked"
         if self.running.get(kernel.place) == kernel:
             return "on"
         spare = self.tuned and kernel in self.accepted.get(kernel.place, ())
@@ -98,59 +103,80 @@ def consult(
 ) -> Consultation:
     """Examine `kernels`, and time them if so wished.
 
+    One that fails in any way does not keep the others from their turn.
+
     Args:
         device: what runs them.
         kernels: all that one model has places for.
         with_times: whether to turn on what is faster.
         previous: an older verdict on the same kernels. Without new times its order stays, less
             what is wrong by now.
-        on_stage: is told what comes next.
+        on_stage: is told what comes next: should the whole machine hang, that was it.
     """
-    done = Consultation(kernels, with_times or (previous is not None and previous.tuned))
-    for finding in examine(device, kernels, on_stage):
-        key = finding.kernel.key
-        if finding.attempt is not None:
-            done.attempts[key] = finding.attempt
-        if finding.reason is not None:
-            done.reasons[key] = finding.reason
-    right = [kernel for kernel in kernels if kernel.key not in done.reasons]
-    done.right = right
+    known = previous if previous is not None and previous.tuned else None
+    done = Consultation(kernels, with_times or known is not None)
+    for number, kernel in enumerate(kernels, 1):
+        on_stage(f"running {number}/{len(kernels)} {kernel.key}")
+        attempt, reason = examine(device, kernel)
+        if attempt is not None:
+            done.attempts[kernel.key] = attempt
+        if reason is not None:
+            done.reasons[kernel.key] = reason
+            on_stage(f"off: {reason}")
+    done.right = right = [kernel for kernel in kernels if kernel.key not in done.reasons]
     if with_times:
-        done.races = tune(device, right, on_stage)
-        done.accepted = ranked(right, done.races)
-        done.reasons |= {key: _lost(race) for key, race in done.races.items() if not race.won}
-    elif previous is not None and previous.tuned:
-        done.accepted = _still_right(right, previous)
-        done.reasons = {**previous.rejected, **done.reasons}
-    else:
-        places = first_of_each_place(right)
-        done.accepted = {
-            place: tuple(kernel for kernel in right if kernel.place == place) for place in places
-        }
+        right = _faster(device, done, on_stage)
+    elif known is not None:
+        by_key = {kernel.key: kernel for kernel in right}
+        order = [key for keys in known.accepted.values() for key in keys]
+        right = [by_key[key] for key in order if key in by_key]
+        done.reasons = {**known.rejected, **done.reasons}
+    for kernel in right:
+        done.accepted[kernel.place] = (*done.accepted.get(kernel.place, ()), kernel)
     _examine_together(device, done, with_times, on_stage)
     return done
+
+
+def _faster(device: Device, done: Consultation, on_stage: Callable[[str], None]) -> list[Kernel]:
+    """Those that won their race against the plain form, the fastest first."""
+    for number, kernel in enumerate(done.right, 1):
+        on_stage(f"timing {number}/{len(done.right)} {kernel.key}")
+        done.races[kernel.key] = race(
+            partial(device.seconds, kernel, fused=True),
+            partial(device.seconds, kernel, fused=False),
+            MOST_OF_A_KERNEL,
+        )
+    done.reasons |= {key: _lost(race) for key, race in done.races.items() if not race.won}
+    winners = [kernel for kernel in done.right if done.races[kernel.key].won]
+    return sorted(winners, key=lambda kernel: done.races[kernel.key].ratio)
 
 
 def _examine_together(
     device: Device, done: Consultation, with_times: bool, on_stage: Callable[[str], None]
 ) -> None:
     """Put all that are accepted into the model; drop some while it is wrong then, or slower."""
-    while done.chosen:
-        on_stage(f"running the whole model with {len(done.chosen)} of the kernels")
-        done.agreement, done.disagreement = examine_model(device, done.chosen)
+    while chosen := done.chosen:
+        on_stage(f"running the whole model with {len(chosen)} of the kernels")
+        done.agreement, done.disagreement = examine_model(device, chosen)
         if done.disagreement is not None:
             _drop_culprits(device, done)
             continue
         if not with_times:
             return
         on_stage("timing the whole model")
-        done.model_race = tune_model(device, done.chosen)
+        step = partial(device.step_seconds, chosen)
+        done.model_race = race(step, lambda: device.step_seconds({}), MOST_OF_A_MODEL)
         if done.model_race.won:
             on_stage("checking and timing the compiled step")
-            done.compilation_race = tune_compilation(device, done.chosen)
+            _, wrong = examine_model(device, chosen, compiled=True)
+            done.compilation_race = (
+                race(partial(step, compiled=True), step, MOST_OF_A_KERNEL)
+                if wrong is None
+                else Race((), MOST_OF_A_KERNEL, wrong)
+            )
             return
         # Singly they won: perhaps all but the one that gains the least do together.
-        worst = max(done.chosen, key=lambda place: done.races[done.chosen[place].key].ratio)
+        worst = max(chosen, key=lambda place: done.races[chosen[place].key].ratio)
         why = done.model_race.reason or f"{done.model_race.ratios[-1]:.2f} of the plain time"
         done.drop(worst, f"with the others in the model: {why}")
 
@@ -165,15 +191,6 @@ def _drop_culprits(device: Device, done: Consultation) -> None:
         done.drop(place, f"in the model: {reason}")
     for place in () if culprits else tuple(done.accepted):
         done.drop(place, f"with the others in the model: {done.disagreement}")
-
-
-def _still_right(right: Sequence[Kernel], previous: Verdict) -> dict[str, tuple[Kernel, ...]]:
-    by_key = {kernel.key: kernel for kernel in right}
-    kept = {
-        place: tuple(by_key[key] for key in keys if key in by_key)
-        for place, keys in previous.accepted.items()
-    }
-    return {place: kernels for place, kernels in kept.items() if kernels}
 
 
 def _lost(race: Race) -> str:

@@ -1,10 +1,9 @@
-"""Decides which kernels are right: each by itself, and then all together in the whole model."""
+"""Decides what is right: a kernel by itself, and a model with kernels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.measure.doctor.device import Agreement, Attempt, Device, UnfitError
@@ -14,33 +13,13 @@ PLAIN_FACTOR = 16
 MAX_DIVERGENCE = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What was found out about one kernel; without a reason it is right."""
-
-    kernel: Kernel
-    attempt: Attempt | None
-    reason: str | None
-
-
-def examine(
-    device: Device, kernels: Sequence[Kernel], on_stage: Callable[[str], None] = lambda _: None
-) -> list[Finding]:
-    """Run each of `kernels`; one that fails in any way does not keep the others from their turn.
-
-    `on_stage` is told what comes next: should the whole machine hang, that was it.
-    """
-    findings = []
-    for number, kernel in enumerate(kernels, 1):
-        on_stage(f"running {number}/{len(kernels)} {kernel.key}")
-        try:
-            attempt = device.attempt(kernel)
-            findings.append(Finding(kernel, attempt, fault(kernel, attempt)))
-        except UnfitError as error:
-            findings.append(Finding(kernel, None, str(error)))
-        if findings[-1].reason is not None:
-            on_stage(f"off: {findings[-1].reason}")
-    return findings
+def examine(device: Device, kernel: Kernel) -> tuple[Attempt | None, str | None]:
+    """Run `kernel`; what came of it, and what is wrong."""
+    try:
+        attempt = device.attempt(kernel)
+    except UnfitError as error:
+        return None, str(error)
+    return attempt, fault(kernel, attempt)
 
 
 def fault(kernel: Kernel, attempt: Attempt) -> str | None:
@@ -55,11 +34,6 @@ def fault(kernel: Kernel, attempt: Attempt) -> str | None:
     if attempt.difference > PLAIN_FACTOR * kernel.tolerance:
         return f"differs from the plain form by {attempt.difference:.1e}"
     return None
-
-
-def first_of_each_place(kernels: Sequence[Kernel]) -> dict[str, Kernel]:
-    """Place -> the first of `kernels` that may stand there."""
-    return {kernel.place: kernel for kernel in reversed(kernels)}
 
 
 def examine_model(

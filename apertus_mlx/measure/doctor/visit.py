@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import Any
 
 from apertus_mlx.backend.metal.enabled import switched_off
 from apertus_mlx.backend.metal.kernel import Kernel
@@ -18,21 +21,48 @@ from apertus_mlx.backend.metal.verdict import (
 from apertus_mlx.backend.mlx import DTYPES
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.measure.doctor.attended import AttendedDevice, child_command
-from apertus_mlx.measure.doctor.consult import (
-    Consultation,
-    KernelResult,
-    State,
-    consult,
-    keys_of,
-)
-from apertus_mlx.measure.doctor.facts import (
-    PRODUCT_BOUND,
-    Facts,
-    gather_facts,
-    product_errors,
-)
-from apertus_mlx.measure.doctor.report import Report, conclude
+from apertus_mlx.measure.doctor.consult import Consultation, KernelResult, consult, keys_of
+from apertus_mlx.measure.doctor.device import Agreement
+from apertus_mlx.measure.doctor.facts import PRODUCT_BOUND, Facts, gather_facts, product_errors
 from apertus_mlx.measure.doctor.trace import trace
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that `apertus-mlx doctor --json` prints."""
+
+    machine: Facts
+    # What MLX computes, by name -> error; see `facts.product_errors`.
+    products: dict[str, float]
+    products_right: bool
+    model: str
+    dtype: str
+    kernels: tuple[KernelResult, ...]
+    # Whether kernels were run, and whether there are times.
+    examined: bool
+    tuned: bool
+    agreement: Agreement | None
+    disagreement: str | None
+    model_ratios: tuple[float, ...]
+    compilation_ratios: tuple[float, ...]
+    switched_off: bool
+    conclusion: str
+    # Where the verdict is stored; None if there is none.
+    stored: str | None
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """`report` as an object; JSON has no infinities, they become null."""
+    plain: dict[str, Any] = _finite(asdict(report))
+    return plain
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def visit(
@@ -59,39 +89,33 @@ def visit(
     """
     facts, products = gather_facts(), product_errors()
     kernels = kernels_for(inventory.config, inventory.specs, DTYPES[dtype])
-    done, stored = None, None
-    results: Sequence[KernelResult] = ()
+    done, stored = Consultation(kernels, tuned=False, examined=False), None
     if not kernels:
         conclusion = "this model has no place for a kernel"
     elif not facts.metal:
-        results = [_traced(kernel) for kernel in kernels]
+        traced = {kernel.key: trace(kernel) for kernel in kernels}
+        done.reasons = {key: reason for key, reason in traced.items() if reason is not None}
         conclusion = "no Metal: kernels stay off"
     else:
         done, stored = _examine(inventory, name, dtype, kernels, with_times, facts, on_stage)
-        results, conclusion = done.results(), conclude(done, again)
+        conclusion = conclude(done, again)
     return Report(
         machine=facts,
         products=products,
         products_right=all(error <= PRODUCT_BOUND for error in products.values()),
         model=name,
         dtype=dtype,
-        kernels=tuple(results),
-        examined=done is not None,
-        tuned=done is not None and done.tuned,
-        agreement=done.agreement if done else None,
-        disagreement=done.disagreement if done else None,
-        model_ratios=done.model_race.ratios if done and done.model_race else (),
-        compilation_ratios=done.compilation_race.ratios if done and done.compilation_race else (),
+        kernels=done.results(),
+        examined=done.examined,
+        tuned=done.tuned,
+        agreement=done.agreement,
+        disagreement=done.disagreement,
+        model_ratios=done.model_race.ratios if done.model_race else (),
+        compilation_ratios=done.compilation_race.ratios if done.compilation_race else (),
         switched_off=switched_off(),
         conclusion=conclusion,
         stored=stored,
     )
-
-
-def _traced(kernel: Kernel) -> KernelResult:
-    reason = trace(kernel)
-    state: State = "unchecked" if reason is None else "off"
-    return KernelResult(kernel.place, kernel.key, state, reason, kernel.tolerance)
 
 
 def _examine(
@@ -127,3 +151,29 @@ def _compiled_step(done: Consultation, previous: Verdict | None) -> bool | None:
     if done.compilation_race is not None:
         return done.compilation_race.won
     return previous.compiled_step if previous is not None and not done.races else None
+
+
+def conclude(done: Consultation, command: str) -> str:
+    """What is on, and what to do next; `command` is what started the examination."""
+    right = len(done.right)
+    if done.running:
+        gain = ""
+        if done.model_race is not None:
+            gain = f"; a token takes {done.model_race.ratio:.2f} of the time of plain MLX"
+        compilation = done.compilation_race
+        if compilation is not None and compilation.won:
+            gain += f", and with a compiled step {compilation.ratio:.2f} of that"
+        elif compilation is not None and compilation.reason is not None:
+            gain += f"; the step is not compiled: {compilation.reason}"
+        places = len({kernel.place for kernel in done.kernels})
+        return f"kernels are on in {len(done.running)} of {places} places{gain}"
+    if done.disagreement is not None:
+        return f"kernels stay off: {done.disagreement} when all are in the model"
+    if not right:
+        return "kernels stay off: none of them is right on this machine"
+    if done.tuned:
+        return "kernels stay off: plain MLX is as fast on this machine"
+    return (
+        f"kernels are off: {right} of {len(done.kernels)} are right, but none has been timed; "
+        f"turn on those that are faster: {command} --tune"
+    )
