@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, make_layer_cache
 from apertus_mlx.cache.attention import attend
-from apertus_mlx.cache.protocol import Mask
+from apertus_mlx.cache.protocol import Mask, Stored
 from apertus_mlx.checkpoint.config import ModelConfig, Rope
 from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.model.language_model import NextTokenLogits
@@ -87,7 +87,6 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, rope: Rope) -> None:
         super().__init__()
-        self.head_dim = head_dim
         self._wavelengths = mx.array(rotary_wavelengths(head_dim, rope), mx.float32)
 
     @property
@@ -97,15 +96,20 @@ class RotaryEmbedding(nn.Module):
 
     def __call__(self, x: mx.array, offset: Any) -> mx.array:
         """Rotate `x` `[B, heads, L, head_dim]`, whose first position is `offset`."""
-        return mx.fast.rope(
-            x,
-            self.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self._wavelengths,
-        )
+        return rotated(x, self._wavelengths, offset)
+
+
+def rotated(x: mx.array, wavelengths: mx.array, offset: Any) -> mx.array:
+    """Rotary embedding of `x` `[B, heads, L, head_dim]`, whose first position is `offset`."""
+    return mx.fast.rope(
+        x,
+        x.shape[-1],
+        traditional=False,
+        base=None,
+        scale=1.0,
+        offset=offset,
+        freqs=wavelengths,
+    )
 
 
 def rotary_wavelengths(head_dim: int, rope: Rope) -> list[float]:
@@ -147,19 +151,26 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
         """Attend from `x` `[B, L, D]` to all positions in `cache` and itself; the same shape."""
-        batch, length, _ = x.shape
-        queries, keys, values = self.project(x)
+        return self.o_proj(self.mix(*self.project(x), mask, cache))
+
+    def mix(
+        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: Cache | None
+    ) -> mx.array:
+        """The heads' outputs `[B, L, heads * head_dim]`, from what `project` returns."""
         offset = 0 if cache is None else cache.offset
         queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset)
         keys = self.rope(self.k_norm(keys).transpose(0, 2, 1, 3), offset)
         values = values.transpose(0, 2, 1, 3)
         if cache is None:
-            output = attend(queries, keys, values, self.scale, mask)
-        else:
-            # All of them so far: arrays, or parts of which some are quantized.
-            all_keys, all_values = cache.update_and_fetch(keys, values)
-            output = attend(queries, all_keys, all_values, self.scale, mask)
-        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+            return self.attend(queries, keys, values, mask)
+        # All of them so far: arrays, or parts of which some are quantized.
+        return self.attend(queries, *cache.update_and_fetch(keys, values), mask)
+
+    def attend(self, queries: mx.array, keys: Stored, values: Stored, mask: Mask) -> mx.array:
+        """The heads' outputs `[B, L, heads * head_dim]`, from rotated queries and keys."""
+        batch, _, length, _ = queries.shape
+        output = attend(queries, keys, values, self.scale, mask)
+        return output.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries `[B, L, heads, head_dim]`, keys and values `[B, L, kv_heads, head_dim]`."""

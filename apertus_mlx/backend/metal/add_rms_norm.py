@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from apertus_mlx.backend.metal import reference
 from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
-from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, header, name, type_key
+from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, specialised, type_key
 
 _SOURCE = """
   threadgroup float squares[32];
@@ -42,30 +42,14 @@ class AddRMSNorm(Kernel):
         return f"add_rms_norm{self.eps!r}-{self.columns}-{type_key(self.dtype)}"
 
     @property
-    def key(self) -> str:
-        return self.place
-
-    @property
     def threads(self) -> int:
         """Threads per row: whole simdgroups, four columns each until there are 1024."""
         return min(1024, -(-self.columns // 128) * 32)
 
     def text(self) -> KernelText:
-        return KernelText(
-            name=name(self.key),
-            input_names=("residual", "update", "weight"),
-            output_names=("sum", "normed"),
-            source=_SOURCE.strip("\n"),
-            header=header(
-                ("add_rms_norm",),
-                {
-                    "T": self.dtype,
-                    "COLUMNS": self.columns,
-                    "THREADS": self.threads,
-                    "EPS": float(self.eps),
-                },
-            ),
-        )
+        inputs, outputs = ("residual", "update", "weight"), ("sum", "normed")
+        files = ("add_rms_norm",)
+        return specialised(self, inputs, outputs, _SOURCE, files, "T COLUMNS THREADS EPS")
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:
         residual = inputs[0]

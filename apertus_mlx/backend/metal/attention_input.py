@@ -10,7 +10,7 @@ import mlx.core as mx
 from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
 from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.backend.metal.quantized_matvec import QuantizedMatvec
-from apertus_mlx.backend.metal.text import header, name, type_key
+from apertus_mlx.backend.metal.text import specialised, type_key
 
 # Rows that a simdgroup computes; a head has 16 simdgroups at most.
 ROWS_EACH = (8, 4, 16)
@@ -62,12 +62,15 @@ class AttentionInput(Kernel):
         return self.head_dim // self.rows_each
 
     @property
+    def rows(self) -> int:
+        """Rows of the joined projections."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
     def product(self) -> QuantizedMatvec:
         """The first half."""
-        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        return QuantizedMatvec(
-            self.bits, self.group_size, self.columns, rows, self.dtype, "rms_norm", eps=self.eps
-        )
+        form = (self.bits, self.group_size, self.columns, self.rows, self.dtype)
+        return QuantizedMatvec(*form, "rms_norm", eps=self.eps)
 
     @property
     def rotation(self) -> QKNormRope:
@@ -85,28 +88,14 @@ class AttentionInput(Kernel):
         return f"{self.place}-rows{self.rows_each}"
 
     def text(self) -> KernelText:
-        inputs = ("x", "words", "scales", "biases", "norm")
-        return KernelText(
-            name=name(self.key),
-            input_names=(*inputs, "q_norm", "k_norm", "wavelengths", "position"),
-            output_names=("queries", "rows"),
-            source=_SOURCE.strip("\n"),
-            header=header(
-                ("normed_vector", "quantized_matvec", "qk_norm_rope", "attention_input"),
-                {
-                    "T": self.dtype,
-                    "BITS": self.bits,
-                    "GROUP_SIZE": self.group_size,
-                    "COLUMNS": self.columns,
-                    "ROWS": self.product.rows,
-                    "SIMDGROUPS": self.simdgroups,
-                    "ROWS_EACH": self.rows_each,
-                    "HEADS": self.heads,
-                    "KV_HEADS": self.kv_heads,
-                    "HEAD_DIM": self.head_dim,
-                    "EPS": float(self.eps),
-                },
-            ),
+        weights = ("words", "scales", "biases", "norm", "q_norm", "k_norm")
+        return specialised(
+            self,
+            ("x", *weights, "wavelengths", "position"),
+            ("queries", "rows"),
+            _SOURCE,
+            ("normed_vector", "quantized_matvec", "qk_norm_rope", "attention_input"),
+            "T BITS GROUP_SIZE COLUMNS ROWS SIMDGROUPS ROWS_EACH HEADS KV_HEADS HEAD_DIM EPS",
         )
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:

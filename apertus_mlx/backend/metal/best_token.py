@@ -10,7 +10,7 @@ import numpy as np
 
 from apertus_mlx.backend.metal import reference
 from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
-from apertus_mlx.backend.metal.text import header, name
+from apertus_mlx.backend.metal.text import specialised
 
 _SOURCE = """
   threadgroup float bests[32];
@@ -42,22 +42,13 @@ class BestToken(Kernel):
         return f"best_token-{self.count}"
 
     @property
-    def key(self) -> str:
-        return self.place
-
-    @property
     def threads(self) -> int:
         """Threads of the one threadgroup: whole simdgroups."""
         return min(1024, -(-self.count // 32) * 32)
 
     def text(self) -> KernelText:
-        return KernelText(
-            name=name(self.key),
-            input_names=("peaks", "peak_tokens"),
-            output_names=("token",),
-            source=_SOURCE.strip("\n"),
-            header=header(("best_token",), {"COUNT": self.count, "THREADS": self.threads}),
-        )
+        inputs, outputs = ("peaks", "peak_tokens"), ("token",)
+        return specialised(self, inputs, outputs, _SOURCE, ("best_token",), "COUNT THREADS")
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
         threads = (self.threads, 1, 1)

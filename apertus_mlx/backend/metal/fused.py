@@ -15,8 +15,7 @@ from apertus_mlx.backend.metal.kernel import Factory, Kernel, Run, build
 from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.backend.metal.quantized_matvec import Epilogue, Prologue, QuantizedMatvec, unfit
 from apertus_mlx.cache import Cache
-from apertus_mlx.cache.attention import attend
-from apertus_mlx.cache.protocol import Mask, Stored
+from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.model.apertus import MLP, Attention, Model, make_mask
 from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.model.language_model import NextTokenLogits
@@ -82,17 +81,26 @@ class FusedStep:
     ) -> Stream:
         append = getattr(cache, "append", None)  # which caches from elsewhere have not
         whole = self._attention_input(attention)
+        made = None
         if whole is not None and append is not None and cache is not None:
             residual = _sum(stream)
-            queries, rows = whole(residual, norm.weight, *self._rotary(attention, cache))
-            keys, values = append(rows)
-            mixed = _mix(attention, queries, keys, values, mask)
+            made = whole(residual, norm.weight, *self._rotary(attention, cache))
         elif attention.is_joined:
             residual, qkv = self._normed_product(attention.qkv_proj, norm, stream)
-            mixed = self._mix_joined(attention, qkv, mask, cache)
+            rotate = self._rotation(attention)
+            if rotate is not None and append is not None and cache is not None:
+                made = rotate([qkv, *self._rotary(attention, cache)])
+            else:
+                projected = attention.split(qkv)
         else:
             residual, x = self._normed(norm, stream)
-            mixed = _mix_apart(attention, *attention.project(x), cache, mask)
+            projected = attention.project(x)
+        if made is None or append is None:
+            mixed = attention.mix(*projected, mask, cache)
+        else:
+            queries, rows = made
+            keys, values = append(rows)
+            mixed = attention.attend(queries, keys, values, mask)
         return self._add_product(attention.o_proj, mixed, residual)
 
     def _feed_forward(self, mlp: MLP, norm: nn.RMSNorm, stream: Stream) -> Stream:
@@ -122,19 +130,6 @@ class FusedStep:
         logits, peaks, tokens = found
         whole = logits.size % peaks.size == 0
         return NextTokenLogits(logits[0, 0], self._best(peaks, tokens), peaks if whole else None)
-
-    def _mix_joined(
-        self, attention: Attention, qkv: mx.array, mask: Mask, cache: Cache | None
-    ) -> mx.array:
-        """The heads' outputs `[1, 1, heads * head_dim]`, from what `qkv_proj` gives."""
-        rotate = self._rotation(attention)
-        # Caches from elsewhere have no `append`.
-        append = getattr(cache, "append", None)
-        if rotate is None or cache is None or append is None:
-            return _mix_apart(attention, *attention.split(qkv), cache, mask)
-        queries, rows = rotate([qkv, *self._rotary(attention, cache)])
-        keys, values = append(rows)
-        return _mix(attention, queries, keys, values, mask)
 
     def _normed_product(
         self, linear: nn.Module, norm: nn.RMSNorm, stream: Stream
@@ -276,30 +271,3 @@ class FusedStep:
 
 def _sum(stream: Stream) -> mx.array:
     return stream.residual if stream.update is None else stream.residual + stream.update
-
-
-def _mix_apart(
-    attention: Attention,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Cache | None,
-    mask: Mask,
-) -> mx.array:
-    """As in `Attention`: QK-norm, rotation, cache write and attention, where no kernel fits."""
-    offset = 0 if cache is None else cache.offset
-    queries = attention.rope(attention.q_norm(queries).transpose(0, 2, 1, 3), offset)
-    keys = attention.rope(attention.k_norm(keys).transpose(0, 2, 1, 3), offset)
-    values = values.transpose(0, 2, 1, 3)
-    if cache is None:
-        return _mix(attention, queries, keys, values, mask)
-    all_keys, all_values = cache.update_and_fetch(keys, values)
-    return _mix(attention, queries, all_keys, all_values, mask)
-
-
-def _mix(
-    attention: Attention, queries: mx.array, keys: Stored, values: Stored, mask: Mask
-) -> mx.array:
-    """The heads' outputs `[1, 1, heads * head_dim]`."""
-    output = attend(queries, keys, values, attention.scale, mask)
-    return output.transpose(0, 2, 1, 3).reshape(1, 1, -1)

@@ -7,7 +7,7 @@ another machine's stand-in for it, counted, timed or refused by the same code.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -17,6 +17,8 @@ import numpy.typing as npt
 Exact = npt.NDArray[np.float64]
 # Runs a compiled kernel on its inputs.
 Run = Callable[[Sequence[mx.array]], list[mx.array]]
+# `mx.fast.metal_kernel`, or what stands in for it: makes a function that launches a kernel.
+Factory = Callable[..., Callable[..., list[mx.array]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class Kernel(Protocol):
 
     @property
     def key(self) -> str:
-        """`place` and the tuning knobs; no two kernels of different text share it."""
+        """`place` and the tuning knobs, if any; no two kernels of different text share it."""
+        return self.place
 
     def text(self) -> KernelText:
         """The Metal source."""
@@ -73,20 +76,6 @@ class Kernel(Protocol):
         """Most that the error may be, relative to the norm of the exact outputs."""
 
 
-class Factory(Protocol):
-    """`mx.fast.metal_kernel`, or what stands in for it."""
-
-    def __call__(
-        self,
-        name: str,
-        input_names: Sequence[str],
-        output_names: Sequence[str],
-        source: str,
-        header: str = "",
-    ) -> Callable[..., list[mx.array]]:
-        """A function that launches the kernel."""
-
-
 def build(kernel: Kernel, factory: Factory | None = None) -> Run:
     """Prepare `kernel`; Metal compiles it when it is first evaluated.
 
@@ -94,9 +83,8 @@ def build(kernel: Kernel, factory: Factory | None = None) -> Run:
         kernel: the specialisation.
         factory: by default MLX's own.
     """
-    text = kernel.text()
     make: Any = factory or mx.fast.metal_kernel
-    made = make(text.name, text.input_names, text.output_names, text.source, text.header)
+    made = make(*astuple(kernel.text()))
 
     def run(inputs: Sequence[mx.array]) -> list[mx.array]:
         launch = kernel.launch(inputs)

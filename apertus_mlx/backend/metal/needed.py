@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from apertus_mlx.backend.metal.add_rms_norm import AddRMSNorm
-from apertus_mlx.backend.metal.attention_input import MAX_SIMDGROUPS, ROWS_EACH, AttentionInput
+from apertus_mlx.backend.metal.attention_input import ROWS_EACH, AttentionInput
 from apertus_mlx.backend.metal.best_token import BestToken
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
@@ -23,6 +24,7 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.quant.spec import QuantSpec
 
+_Kind = TypeVar("_Kind", bound=Kernel)
 # How each matrix of a layer is used: after a norm or not, and what follows it. Where the norm is
 # a kernel of its own, the activation still goes with the matrix.
 _FORMS: dict[str, tuple[tuple[Prologue, Epilogue], ...]] = {
@@ -49,32 +51,33 @@ def kernels_for(
     matvecs = tuple(dict.fromkeys(_matvecs(config, specs, dtype)))
     joined = [matvec for matvec in matvecs if (matvec.prologue, matvec.epilogue) == _QKV_FORM]
     inputs = [kernel for matvec in joined for kernel in _attention_inputs(config, matvec)]
-    usual: list[Kernel] = [*inputs, *_around_matvecs(config, dtype), *matvecs]
+    eps, heads = config.rms_norm_eps, (config.num_attention_heads, config.num_key_value_heads)
+    around = [
+        *_fitting(QKNormRope, *heads, config.head_dim, dtype, eps),
+        *_fitting(AddRMSNorm, config.hidden_size, dtype, eps),
+    ]
+    usual: list[Kernel] = [*inputs, *around, *matvecs]
     tuned = [replace(matvec, tile=tile) for tile in TILES[1:] for matvec in matvecs]
     peaks = [matvec for matvec in (*matvecs, *tuned) if matvec.epilogue == "peaks"]
-    best = [BestToken(matvec.tiles) for matvec in peaks if matvec.tiles >= 8]
+    best = [kernel for matvec in peaks for kernel in _fitting(BestToken, matvec.tiles)]
     return tuple(dict.fromkeys([*usual, *best[:1], *tuned, *best[1:]]))
 
 
 def _attention_inputs(config: ModelConfig, product: QuantizedMatvec) -> Iterator[AttentionInput]:
     for rows_each in ROWS_EACH:
-        if config.head_dim < 16 or config.head_dim % rows_each:
-            continue
-        if config.head_dim <= MAX_SIMDGROUPS * rows_each:
-            yield AttentionInput(
-                product.bits, product.group_size, product.columns, config.num_attention_heads,
-                config.num_key_value_heads, config.head_dim, product.dtype, product.eps, rows_each,
-            )  # fmt: skip
+        yield from _fitting(
+            AttentionInput,
+            product.bits, product.group_size, product.columns, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim, product.dtype, product.eps, rows_each,
+        )  # fmt: skip
 
 
-def _around_matvecs(config: ModelConfig, dtype: mx.Dtype) -> Iterator[Kernel]:
-    eps = config.rms_norm_eps
-    if config.head_dim >= 16:
-        yield QKNormRope(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, eps
-        )
-    if config.hidden_size >= 8:
-        yield AddRMSNorm(config.hidden_size, dtype, eps)
+def _fitting(kind: Callable[..., _Kind], *arguments: Any) -> list[_Kind]:
+    """The kernel of these sizes, if there is one."""
+    try:
+        return [kind(*arguments)]
+    except ValueError:
+        return []
 
 
 def _matvecs(
@@ -84,17 +87,9 @@ def _matvecs(
         spec = specs.get(matrix.path)
         if spec is None or unfit(spec, matrix.rows, matrix.columns) is not None:
             continue
+        form = (spec.bits, spec.group_size, matrix.columns, matrix.rows, dtype)
         for prologue, epilogue in forms:
-            yield QuantizedMatvec(
-                bits=spec.bits,
-                group_size=spec.group_size,
-                columns=matrix.columns,
-                rows=matrix.rows,
-                dtype=dtype,
-                prologue=prologue,
-                epilogue=epilogue,
-                eps=config.rms_norm_eps,
-            )
+            yield QuantizedMatvec(*form, prologue, epilogue, config.rms_norm_eps)
 
 
 def _places(

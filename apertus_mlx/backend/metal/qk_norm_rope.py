@@ -10,20 +10,21 @@ import numpy as np
 
 from apertus_mlx.backend.metal import reference
 from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
-from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, header, name, type_key
+from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, specialised, type_key
+from apertus_mlx.model.apertus import rotated
 
 TRIAL_POSITION = 4095
 TRIAL_THETA = 500_000.0
 
 _SOURCE = """
   const int head = int(threadgroup_position_in_grid.y);
-  device T* output = head < apertus::HEADS
+  device apertus::T* output = head < apertus::HEADS
       ? queries + head * apertus::HEAD_DIM
       : rows + (head - apertus::HEADS) * apertus::HEAD_DIM;
   apertus::qk_norm_rope(
       qkv + head * apertus::HEAD_DIM, q_norm, k_norm, wavelengths, position[0], head,
       thread_index_in_simdgroup, output);
-""".replace("device T*", "device apertus::T*")
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +58,11 @@ class QKNormRope(Kernel):
         heads = f"{self.heads}+{self.kv_heads}x{self.head_dim}"
         return f"qk_norm_rope{self.eps!r}-{heads}-{type_key(self.dtype)}"
 
-    @property
-    def key(self) -> str:
-        return self.place
-
     def text(self) -> KernelText:
-        return KernelText(
-            name=name(self.key),
-            input_names=("qkv", "q_norm", "k_norm", "wavelengths", "position"),
-            output_names=("queries", "rows"),
-            source=_SOURCE.strip("\n"),
-            header=header(
-                ("qk_norm_rope",),
-                {
-                    "T": self.dtype,
-                    "HEADS": self.heads,
-                    "KV_HEADS": self.kv_heads,
-                    "HEAD_DIM": self.head_dim,
-                    "EPS": float(self.eps),
-                },
-            ),
-        )
+        inputs = ("qkv", "q_norm", "k_norm", "wavelengths", "position")
+        constants = "T HEADS KV_HEADS HEAD_DIM EPS"
+        outputs = ("queries", "rows")
+        return specialised(self, inputs, outputs, _SOURCE, ("qk_norm_rope",), constants)
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
         return Launch(
@@ -107,15 +92,7 @@ class QKNormRope(Kernel):
         heads = qkv.reshape(1, -1, 1, self.head_dim)
         queries, keys, values = mx.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
         turned = [
-            mx.fast.rope(
-                mx.fast.rms_norm(x, weight, self.eps),
-                self.head_dim,
-                traditional=False,
-                base=None,
-                scale=1.0,
-                offset=position[0],
-                freqs=wavelengths,
-            )
+            rotated(mx.fast.rms_norm(x, weight, self.eps), wavelengths, position[0])
             for x, weight in ((queries, q_norm), (keys, k_norm))
         ]
         return [turned[0], mx.concatenate([turned[1], values], axis=1)]
@@ -130,15 +107,15 @@ class QKNormRope(Kernel):
         angles = reference.float64(position) / reference.float64(wavelengths)
         cosines, sines = np.cos(angles), np.sin(angles)
 
-        def rotated(x: Exact, weight: mx.array) -> Exact:
+        def turned(x: Exact, weight: mx.array) -> Exact:
             low, high = np.split(reference.rms_norm(x, weight, self.eps), 2, axis=-1)
             parts = [low * cosines - high * sines, low * sines + high * cosines]
             return np.concatenate(parts, axis=-1)
 
         last_query, last_key = self.heads, self.heads + self.kv_heads
-        keys = rotated(heads[:, last_query:last_key], k_norm)
+        keys = turned(heads[:, last_query:last_key], k_norm)
         return [
-            rotated(heads[:, :last_query], q_norm),
+            turned(heads[:, :last_query], q_norm),
             np.concatenate([keys, heads[:, last_key:]], axis=1),
         ]
 

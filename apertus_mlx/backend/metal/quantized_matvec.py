@@ -11,7 +11,8 @@ import numpy as np
 
 from apertus_mlx.backend.metal import reference
 from apertus_mlx.backend.metal.kernel import Exact, Kernel, KernelText, Launch
-from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, Constant, header, name, type_key
+from apertus_mlx.backend.metal.text import UNIT_ROUNDOFF, specialised, type_key
+from apertus_mlx.model.apertus import xielu
 from apertus_mlx.quant.spec import QuantSpec
 
 Prologue = Literal["none", "rms_norm"]
@@ -96,38 +97,42 @@ class QuantizedMatvec(Kernel):
 
     @property
     def key(self) -> str:
-        return f"{self.place}-tile{self.tile[0]}x{self.tile[1]}"
+        return f"{self.place}-tile{self.simdgroups}x{self.rows_each}"
+
+    @property
+    def simdgroups(self) -> int:
+        """Simdgroups of a threadgroup."""
+        return self.tile[0]
+
+    @property
+    def rows_each(self) -> int:
+        """Rows that a simdgroup computes."""
+        return self.tile[1]
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a threadgroup computes."""
+        return self.tile[0] * self.tile[1]
 
     @property
     def tiles(self) -> int:
-        """Threadgroups, each of which computes `tile[0] * tile[1]` rows."""
-        return -(-self.rows // (self.tile[0] * self.tile[1]))
+        """Threadgroups."""
+        return -(-self.rows // self.tile_rows)
 
     def text(self) -> KernelText:
+        normed, peaks = self.prologue == "rms_norm", self.epilogue == "peaks"
         inputs = ["x", "words", "scales", "biases"]
-        inputs += ["norm"] if self.prologue == "rms_norm" else []
+        inputs += ["norm"] if normed else []
         inputs += {"xielu": ["slopes"], "residual": ["residual"]}.get(self.epilogue, [])
-        peaks = ("peaks", "peak_tokens") if self.epilogue == "peaks" else ()
-        leave = "" if self.epilogue == "peaks" else _LEAVE
+        outputs = ["y", "peaks", "peak_tokens"] if peaks else ["y"]
+        leave = "" if peaks else _LEAVE
         body = (_SETUP, leave, _VECTOR[self.prologue], _MULTIPLY, _STORE[self.epilogue])
-        constants: dict[str, Constant] = {
-            "T": self.dtype,
-            "BITS": self.bits,
-            "GROUP_SIZE": self.group_size,
-            "COLUMNS": self.columns,
-            "ROWS": self.rows,
-            "SIMDGROUPS": self.tile[0],
-            "ROWS_EACH": self.tile[1],
-        }
-        if self.prologue == "rms_norm":
-            constants["EPS"] = float(self.eps)
-        return KernelText(
-            name=name(self.key),
-            input_names=tuple(inputs),
-            output_names=("y", *peaks),
-            source="\n".join(part.strip("\n") for part in body if part),
-            header=header(_files(self.prologue, self.epilogue), constants),
-        )
+        source = "\n".join(part.strip("\n") for part in body if part)
+        vector = "normed_vector" if normed else "plain_vector"
+        store = "store" if self.epilogue == "none" else f"store_{self.epilogue}"
+        constants = "T BITS GROUP_SIZE COLUMNS ROWS SIMDGROUPS ROWS_EACH" + " EPS" * normed
+        files = (vector, "quantized_matvec", store)
+        return specialised(self, inputs, outputs, source, files, constants)
 
     def launch(self, inputs: Sequence[mx.array]) -> Launch:  # noqa: ARG002 - all have one shape
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, self.rows),)
@@ -135,8 +140,8 @@ class QuantizedMatvec(Kernel):
         if self.epilogue == "peaks":
             shapes += ((self.tiles,), (self.tiles,))
             dtypes += (mx.float32, mx.uint32)
-        simdgroups = self.tile[0]
-        return Launch((32, simdgroups * self.tiles, 1), (32, simdgroups, 1), shapes, dtypes)
+        grid = (32, self.simdgroups * self.tiles, 1)
+        return Launch(grid, (32, self.simdgroups, 1), shapes, dtypes)
 
     def trial(self, seed: int) -> list[mx.array]:
         keys = mx.random.split(mx.random.key(seed), 4)
@@ -154,8 +159,6 @@ class QuantizedMatvec(Kernel):
         return inputs
 
     def plain(self, inputs: Sequence[mx.array]) -> list[mx.array]:
-        from apertus_mlx.model.apertus import xielu
-
         x, words, scales, biases, *extra = inputs
         if self.prologue == "rms_norm":
             x = mx.fast.rms_norm(x, extra[0], self.eps)
@@ -167,7 +170,7 @@ class QuantizedMatvec(Kernel):
             return [extra[-1] + y]
         if self.epilogue == "none":
             return [y]
-        rows = self.tile[0] * self.tile[1]
+        rows = self.tile_rows
         flat = y.reshape(-1).astype(mx.float32)
         flat = mx.pad(flat, (0, self.tiles * rows - self.rows), constant_values=-float("inf"))
         flat = flat.reshape(self.tiles, rows)
@@ -188,7 +191,7 @@ class QuantizedMatvec(Kernel):
         if self.epilogue == "peaks":
             # The function itself is defined on rounded logits: near ones are equal.
             rounded = reference.float64(mx.array(y, mx.float32).astype(self.dtype))
-            step = self.tile[0] * self.tile[1]
+            step = self.tile_rows
             best = [i + int(np.argmax(rounded[i : i + step])) for i in range(0, self.rows, step)]
             outputs += [y[best], np.array(best, np.float64)]
         return outputs
@@ -196,12 +199,6 @@ class QuantizedMatvec(Kernel):
     @property
     def tolerance(self) -> float:
         return UNIT_ROUNDOFF[self.dtype] + 4e-6
-
-
-def _files(prologue: Prologue, epilogue: Epilogue) -> tuple[str, ...]:
-    vector = "plain_vector" if prologue == "none" else "normed_vector"
-    store = "store" if epilogue == "none" else f"store_{epilogue}"
-    return (vector, "quantized_matvec", store)
 
 
 def unfit(spec: QuantSpec, rows: int, columns: int) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
+
+from apertus_mlx.backend.metal.kernel import Kernel, KernelText
 
 SOURCES = Path(__file__).with_name("sources")
 Constant = int | float | mx.Dtype
@@ -17,20 +19,29 @@ TYPE_NAMES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat
 UNIT_ROUNDOFF = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 
 
-def header(files: tuple[str, ...], constants: Mapping[str, Constant]) -> str:
-    """Constants of a specialisation, then the functions that use them.
+def specialised(
+    kernel: Kernel,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    source: str,
+    files: Sequence[str],
+    constants: str,
+) -> KernelText:
+    """The text of `kernel`, under a name that Metal accepts and that is as unique as its key.
 
     Args:
+        kernel: has the constants as attributes.
+        inputs: names of its inputs.
+        outputs: names of its outputs.
+        source: its body.
         files: names of files in `sources` without suffix, in the order they need each other.
-        constants: int, float or type, by the name that the files give it.
+        constants: what these call its attributes, in capitals, or `T` for its type.
     """
-    lines = [_definition(name, value) for name, value in constants.items()]
-    return "\n".join(["namespace apertus {", *lines, "}", *map(_compact, files), ""])
-
-
-def name(key: str) -> str:
-    """A name for a kernel that Metal accepts, as unique as `key`."""
-    return re.sub(r"\W", "_", key)
+    names = {name: "dtype" if name == "T" else name.lower() for name in constants.split()}
+    lines = [_definition(name, getattr(kernel, own)) for name, own in names.items()]
+    header = "\n".join(["namespace apertus {", *lines, "}", *map(_compact, files), ""])
+    name = re.sub(r"\W", "_", kernel.key)
+    return KernelText(name, tuple(inputs), tuple(outputs), source.strip("\n"), header)
 
 
 def type_key(dtype: mx.Dtype) -> str:
@@ -41,8 +52,8 @@ def type_key(dtype: mx.Dtype) -> str:
 def _definition(name: str, value: Constant) -> str:
     if isinstance(value, mx.Dtype):
         return f"using {name} = {TYPE_NAMES[value]};"
-    if isinstance(value, float):
-        return f"constexpr constant float {name} = {value!r}f;"
+    if isinstance(value, float) or name == "EPS":
+        return f"constexpr constant float {name} = {float(value)!r}f;"
     return f"constexpr constant int {name} = {value};"
 
 
