@@ -21,11 +21,13 @@ _log = logging.getLogger(__name__)
 
 def uses_cpu(compute: str, dtype: str | None) -> bool:
     """Whether `load_for` will choose the CPU path, if its libraries work."""
+    return _wants_cpu(compute, dtype) and hardware.has_library("onnxruntime")
+
+
+def _wants_cpu(compute: str, dtype: str | None) -> bool:
     if compute == "mlx" or dtype not in (None, "float32"):
         return False
-    if compute == "auto" and hardware.has_gpu():
-        return False
-    return hardware.has_library("onnxruntime")
+    return compute == "cpu" or not hardware.has_gpu()
 
 
 def load_for(
@@ -51,9 +53,7 @@ def load_for(
     """
     if compute == "cpu" and dtype not in (None, "float32"):
         raise UsageError(f"--compute cpu computes in float32; leave out --dtype {dtype}")
-    has_gpu = hardware.has_gpu()
-    other_dtype = dtype not in (None, "float32")
-    if compute == "mlx" or (compute == "auto" and (has_gpu or other_dtype)):
+    if not _wants_cpu(compute, dtype):
         return load_inventory(inventory, dtype, on_bytes)
     try:
         from apertus_mlx.backend.cpu.model import CPUModel

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from onnx import TensorProto, helper
 
-from apertus_mlx.backend.cpu.stage import IR_VERSION, MICROSOFT, OPSETS
+from apertus_mlx.backend.cpu.stage import MICROSOFT, serialized
 from apertus_mlx.checkpoint.config import ModelConfig
 
 
@@ -40,7 +38,7 @@ def many_positions(config: ModelConfig) -> bytes:
         num_heads=config.num_attention_heads,
         kv_num_heads=kv_heads,
     )
-    return _serialized([node], inputs, outputs)
+    return serialized([node], inputs, outputs)
 
 
 def single_position(config: ModelConfig) -> bytes:
@@ -63,11 +61,4 @@ def single_position(config: ModelConfig) -> bytes:
         helper.make_node("Softmax", ["visible"], ["shares"], axis=-1),
         helper.make_node("MatMul", ["shares", "all_values"], ["heads"]),
     ]  # fmt: skip
-    return _serialized(nodes, inputs, [describe("heads", floats, [kv_heads, group, width])])
-
-
-def _serialized(nodes: list[Any], inputs: list[Any], outputs: list[Any]) -> bytes:
-    graph = helper.make_graph(nodes, "attention", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
-    serialized: bytes = model.SerializeToString()
-    return serialized
+    return serialized(nodes, inputs, [describe("heads", floats, [kv_heads, group, width])])

@@ -27,6 +27,16 @@ ACCURACY_LEVEL = {"float32": 0, "int8": 4}
 TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 
 
+def serialized(
+    nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], initializers: Any = ()
+) -> bytes:
+    """A graph as onnxruntime takes it."""
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, initializers)
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+    written: bytes = model.SerializeToString()
+    return written
+
+
 class Stage:
     """A graph under construction: each method appends operations and returns their output."""
 
@@ -43,9 +53,8 @@ class Stage:
         """The finished graph, ready to run."""
         initializers = [*map(_external, self._weights, self._weights.values())]
         initializers += self._constants.values()
-        graph = helper.make_graph(self._nodes, "stage", self._inputs, self._outputs, initializers)
-        model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
-        return Session(model.SerializeToString(), self._weights)
+        graph = serialized(self._nodes, self._inputs, self._outputs, initializers)
+        return Session(graph, self._weights)
 
     def input(self, name: str, width: int | None, dtype: str = "float32") -> str:
         """An input `[rows, width]`, or `[1, rows]` without a width."""

@@ -24,14 +24,9 @@ def enabled(config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: mx.Dtype
         specs: module path -> format, for the quantized ones.
         dtype: the type it computes in.
     """
-    if not may_run():
+    if switched_off() or not (has_metal() and has_gpu()):
         return NOTHING
     return find_accepted(this_machine(), kernels_for(config, specs, dtype))
-
-
-def may_run() -> bool:
-    """Whether kernels could run at all: there is Metal, in use, and they are not switched off."""
-    return not switched_off() and has_metal() and has_gpu()
 
 
 def switched_off() -> bool:

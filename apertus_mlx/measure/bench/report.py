@@ -111,15 +111,13 @@ def make_report(
     date: datetime,
 ) -> Report:
     """Put together what `sides` found; there are two at most."""
-    config, tensors = inventory.config, inventory.checkpoint.tensors
-    parameters = layout.parameter_count(config)
-    kept = sum(tensors[key].size_bytes for key in tensors.keys() - inventory.dropped.keys())
+    parameters = layout.parameter_count(inventory.config)
     model = Model(
         name,
         parameters,
-        8 * kept / parameters,
+        8 * inventory.stored_bytes / parameters,
         weights_read_bytes(inventory),
-        config.max_position_embeddings,
+        inventory.config.max_position_embeddings,
     )
     compared = [
         Ratio(ours.task, ratios(ours.seconds, theirs.seconds))

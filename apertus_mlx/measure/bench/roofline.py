@@ -14,14 +14,9 @@ def weights_read_bytes(inventory: Inventory) -> int:
 
     A tied embedding is the head as well, and so is read whole, too.
     """
-    config, checkpoint = inventory.config, inventory.checkpoint
-    sizes = {
-        key: tensor.size_bytes
-        for key, tensor in checkpoint.tensors.items()
-        if key not in inventory.dropped
-    }
-    table = sum(size for key, size in sizes.items() if key.startswith(f"{layout.EMBEDDING}."))
-    rest = sum(sizes.values()) - (0 if config.tie_word_embeddings else table)
+    config = inventory.config
+    table = sum(tensor.size_bytes for tensor in inventory.matrices[layout.EMBEDDING].tensors)
+    rest = inventory.stored_bytes - (0 if config.tie_word_embeddings else table)
     return rest + table // config.vocab_size
 
 

@@ -5,16 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
+from apertus_mlx.measure.bench.sides import Side
 from apertus_mlx.measure.bench.workload import Task, Workload
-
-
-class Timed(Protocol):
-    """What takes turns."""
-
-    def seconds(self, task: Task) -> float:
-        """Seconds that `task` takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +44,7 @@ def total_tokens(sides: int, task: Task, workload: Workload) -> int:
 
 
 def time_task(
-    sides: Sequence[Timed], task: Task, workload: Workload, on_tokens: Callable[[int], None]
+    sides: Sequence[Side], task: Task, workload: Workload, on_tokens: Callable[[int], None]
 ) -> list[list[list[float]]]:
     """Seconds of `task`, for each side a list of rounds, each with all its turns.
 

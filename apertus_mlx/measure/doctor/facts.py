@@ -10,14 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.backend.hardware import (
-    available_bytes,
-    device_info,
-    has_gpu,
-    has_metal,
-    physical_bytes,
-    working_set_bytes,
-)
+from apertus_mlx.backend import hardware
 from apertus_mlx.backend.metal.verdict import Machine, this_machine
 
 PACKAGES = (
@@ -53,18 +46,18 @@ class Facts:
 
 def gather_facts() -> Facts:
     """Ask MLX and the system; takes no measurements."""
-    info = device_info()
+    info = hardware.device_info()
     largest = info.get("max_buffer_length")
     memory = info.get("memory_size")
     return Facts(
         identity=this_machine(),
         architecture=str(info.get("architecture", platform.machine())),
         python=platform.python_version(),
-        metal=has_metal(),
-        gpu=has_gpu(),
-        memory_bytes=memory if isinstance(memory, int) else physical_bytes(),
-        available_bytes=available_bytes(),
-        recommended_working_set_bytes=working_set_bytes(),
+        metal=hardware.has_metal(),
+        gpu=hardware.has_gpu(),
+        memory_bytes=memory if isinstance(memory, int) else hardware.physical_bytes(),
+        available_bytes=hardware.available_bytes(),
+        recommended_working_set_bytes=hardware.working_set_bytes(),
         largest_buffer_bytes=largest if isinstance(largest, int) else None,
         mlx_variables={name: os.environ[name] for name in MLX_VARIABLES if name in os.environ},
         packages={name: _version(name) for name in PACKAGES},

@@ -8,16 +8,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from apertus_mlx.backend.metal import verdict
 from apertus_mlx.backend.metal.enabled import switched_off
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.backend.metal.needed import kernels_for
-from apertus_mlx.backend.metal.verdict import (
-    Verdict,
-    find_verdict,
-    only_doctor,
-    store_verdict,
-    text_hash,
-)
+from apertus_mlx.backend.metal.verdict import Verdict
 from apertus_mlx.backend.mlx import DTYPES
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.measure.doctor.attended import AttendedDevice, child_command
@@ -129,13 +124,13 @@ def _examine(
 ) -> tuple[Consultation, str]:
     """Run the kernels in another process, and store the verdict."""
     command = child_command(inventory.checkpoint.directory, dtype)
-    with only_doctor(), AttendedDevice(command) as device:
-        previous = find_verdict(facts.identity, kernels)
+    with verdict.only_doctor(), AttendedDevice(command) as device:
+        previous = verdict.find_verdict(facts.identity, kernels)
         done = consult(device, kernels, with_times, previous, on_stage)
-        path = store_verdict(
+        path = verdict.store_verdict(
             Verdict(
                 machine=facts.identity,
-                texts=text_hash(kernels),
+                texts=verdict.text_hash(kernels),
                 model=name,
                 date=datetime.now().astimezone().isoformat(timespec="seconds"),
                 tuned=done.tuned,
