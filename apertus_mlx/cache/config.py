@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from apertus_mlx.errors import UsageError
 
@@ -147,13 +148,12 @@ def read_cache_form(
     Raises:
         UsageError: a value outside its range.
     """
-    if all(option is None for option in (kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)):
-        return None
-    key_bits = FULL_BITS if kv_bits is None else kv_bits
-    return CacheConfig(
-        key_bits=key_bits,
-        value_bits=key_bits if kv_bits_v is None else kv_bits_v,
-        bound=max_kv,
-        sinks=DEFAULT_SINKS if kv_sink is None else kv_sink,
-        rotate=kv_rotate,
-    )
+    given = {
+        "key_bits": kv_bits,
+        "value_bits": kv_bits if kv_bits_v is None else kv_bits_v,
+        "bound": max_kv,
+        "sinks": kv_sink,
+        "rotate": kv_rotate,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return CacheConfig(**chosen) if chosen else None

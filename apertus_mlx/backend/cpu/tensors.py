@@ -18,6 +18,7 @@ from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, Inventory
 from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import unpack
+from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import open_file
 
 # How activations are rounded in products with quantized weights.
@@ -60,12 +61,9 @@ class Tensors:
             return Dense(self.floats(f"{path}.weight"))
         words = self._read(f"{path}.weight")
         if not spec.has_biases:
-            codes = mx.array(self._read(f"{path}.scales"))
-            wide = mx.dequantize(
-                mx.array(words), codes, None, spec.group_size, spec.bits, mode=spec.mode
+            return Dense(
+                _dequantized(words, self._read(f"{path}.scales"), spec) * self._factor(path)
             )
-            values: Floats = np.array(wide.astype(mx.float32))
-            return Dense(values * self._factor(path))
         scales, biases = self.floats(f"{path}.scales"), self.floats(f"{path}.biases")
         activations = activations_for(spec.bits, self._precision)
         return pack(words, scales, biases, spec.bits, spec.group_size, activations)
@@ -111,11 +109,7 @@ class Tensors:
         def rows(ids: npt.NDArray[np.int64]) -> Floats:
             words = weight(ids)
             if biases is None:
-                wide = mx.dequantize(
-                    mx.array(words), mx.array(scales(ids)), None,
-                    spec.group_size, spec.bits, mode=spec.mode,
-                )  # fmt: skip
-                return np.asarray(wide.astype(mx.float32))
+                return _dequantized(words, scales(ids), spec)
             columns = words.shape[1] * 32 // spec.bits
             codes = unpack(words, spec.bits, columns).astype(np.float32)
             grouped = codes.reshape(len(ids), -1, spec.group_size)
@@ -160,6 +154,13 @@ class Tensors:
             return rows
 
         return read
+
+
+def _dequantized(words: Array, scales: Array, spec: QuantSpec) -> Floats:
+    """Weights in one of MLX's floating-point modes."""
+    codes = (mx.array(words), mx.array(scales))
+    wide = mx.dequantize(*codes, None, spec.group_size, spec.bits, mode=spec.mode)
+    return np.asarray(wide.astype(mx.float32))
 
 
 def _widened(values: Array) -> Floats:

@@ -86,7 +86,8 @@ class FusedStep:
             residual = _sum(stream)
             made = whole(residual, norm.weight, *self._rotary(attention, cache))
         elif attention.is_joined:
-            residual, qkv = self._normed_product(attention.qkv_proj, norm, stream)
+            residual, x, product = self._normed_product(attention.qkv_proj, norm, stream, "none")
+            qkv = product[0] if product is not None else attention.qkv_proj(x)
             rotate = self._rotation(attention)
             if rotate is not None and append is not None and cache is not None:
                 made = rotate([qkv, *self._rotary(attention, cache)])
@@ -104,43 +105,38 @@ class FusedStep:
         return self._add_product(attention.o_proj, mixed, residual)
 
     def _feed_forward(self, mlp: MLP, norm: nn.RMSNorm, stream: Stream) -> Stream:
-        product = self._product(mlp.up_proj, "rms_norm", "xielu", norm.eps)
-        if product is not None:
-            residual = _sum(stream)
-            inner = product(residual, norm.weight, self._slopes(mlp))[0]
-        else:
-            residual, x = self._normed(norm, stream)
-            product = self._product(mlp.up_proj, "none", "xielu")
-            if product is not None:
-                inner = product(x, self._slopes(mlp))[0]
-            else:
-                inner = mlp.act_fn(mlp.up_proj(x))
+        slopes = self._slopes(mlp)
+        residual, x, made = self._normed_product(mlp.up_proj, norm, stream, "xielu", slopes)
+        inner = made[0] if made is not None else mlp.act_fn(mlp.up_proj(x))
         return self._add_product(mlp.down_proj, inner, residual)
 
     def _logits(self, model: Model, norm: nn.RMSNorm, stream: Stream) -> NextTokenLogits:
-        product = self._product(model.head, "rms_norm", "peaks", norm.eps)
-        if product is not None:
-            found = product(_sum(stream), norm.weight)
-        else:
-            _, x = self._normed(norm, stream)
-            product = self._product(model.head, "none", "peaks")
-            if product is None:
-                return NextTokenLogits(model.logits(x)[0, 0])
-            found = product(x)
-        logits, peaks, tokens = found
+        _, x, made = self._normed_product(model.head, norm, stream, "peaks")
+        if made is None:
+            return NextTokenLogits(model.logits(x)[0, 0])
+        logits, peaks, tokens = made
         whole = logits.size % peaks.size == 0
         return NextTokenLogits(logits[0, 0], self._best(peaks, tokens), peaks if whole else None)
 
     def _normed_product(
-        self, linear: nn.Module, norm: nn.RMSNorm, stream: Stream
-    ) -> tuple[mx.array, mx.array]:
-        """The residual stream, and its norm times a matrix."""
-        product = self._product(linear, "rms_norm", "none", norm.eps)
-        if product is None:
-            residual, x = self._normed(norm, stream)
-            return residual, linear(x)
-        residual = _sum(stream)
-        return residual, product(residual, norm.weight)[0]
+        self,
+        linear: nn.Module,
+        norm: nn.RMSNorm,
+        stream: Stream,
+        epilogue: Epilogue,
+        *extra: mx.array,
+    ) -> tuple[mx.array, mx.array, list[mx.array] | None]:
+        """The residual stream, its norm, and what a kernel makes of that, if there is one.
+
+        A kernel that takes the norm itself is given the stream; that stands for the norm then.
+        """
+        product = self._product(linear, "rms_norm", epilogue, norm.eps)
+        if product is not None:
+            residual = _sum(stream)
+            return residual, residual, product(residual, norm.weight, *extra)
+        residual, x = self._normed(norm, stream)
+        product = self._product(linear, "none", epilogue)
+        return residual, x, None if product is None else product(x, *extra)
 
     def _add_product(self, linear: nn.Module, x: mx.array, residual: mx.array) -> Stream:
         product = self._product(linear, "none", "residual")
@@ -179,14 +175,10 @@ class FusedStep:
             return None
         key = (id(attention),)
         if key not in self._runs:
-            form = (attention.heads, attention.kv_heads, attention.head_dim)
+            heads = (attention.heads, attention.kv_heads, attention.head_dim)
             self._runs[key] = self._with_weights(
-                attention.qkv_proj,
-                lambda spec, columns, _, dtype: self._run(
-                    AttentionInput, spec.bits, spec.group_size, columns, *form, dtype,
-                    attention.q_norm.eps,
-                ),
-            )  # fmt: skip
+                AttentionInput, attention.qkv_proj, heads, attention.q_norm.eps
+            )
         found: Product | None = self._runs[key]
         return found
 
@@ -206,21 +198,19 @@ class FusedStep:
         key = (id(linear), prologue, epilogue)
         if key not in self._runs:
             self._runs[key] = self._with_weights(
-                linear,
-                lambda spec, columns, rows, dtype: self._run(
-                    QuantizedMatvec, spec.bits, spec.group_size, columns, rows, dtype, prologue,
-                    epilogue, eps,
-                ),
-            )  # fmt: skip
+                QuantizedMatvec, linear, None, prologue, epilogue, eps
+            )
         found: Product | None = self._runs[key]
         return found
 
     def _with_weights(
         self,
+        kind: Callable[..., Kernel],
         linear: nn.Module,
-        find: Callable[[QuantSpec, int, int, mx.Dtype], Run | None],
+        shape: tuple[int, ...] | None,
+        *settings: Any,
     ) -> Product | None:
-        """What `find` finds for the format and the shape of a matrix, together with its weights."""
+        """The kernel to use for the format of a matrix and its outputs, with its weights."""
         # No other class: a subclass or a wrapper may compute something else.
         if type(linear) not in (nn.QuantizedLinear, nn.QuantizedEmbedding, ProductEmbedding):
             return None
@@ -228,7 +218,8 @@ class FusedStep:
         rows, columns = linear.weight.shape[0], linear.weight.shape[1] * 32 // linear.bits
         if unfit(spec, rows, columns) is not None:
             return None
-        run = find(spec, columns, rows, linear.scales.dtype)
+        form = (spec.bits, spec.group_size, columns, *(shape or (rows,)), linear.scales.dtype)
+        run = self._run(kind, *form, *settings)
         if run is None:
             return None
         weights = (linear.weight, linear.scales, linear.biases)

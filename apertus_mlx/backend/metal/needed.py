@@ -83,26 +83,16 @@ def _fitting(kind: Callable[..., _Kind], *arguments: Any) -> list[_Kind]:
 def _matvecs(
     config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: mx.Dtype
 ) -> Iterator[QuantizedMatvec]:
-    for matrix, forms in _places(config, specs):
-        spec = specs.get(matrix.path)
-        if spec is None or unfit(spec, matrix.rows, matrix.columns) is not None:
-            continue
-        form = (spec.bits, spec.group_size, matrix.columns, matrix.rows, dtype)
-        for prologue, epilogue in forms:
-            yield QuantizedMatvec(*form, prologue, epilogue, config.rms_norm_eps)
-
-
-def _places(
-    config: ModelConfig, specs: Mapping[str, QuantSpec]
-) -> Iterator[tuple[layout.Matrix, tuple[tuple[Prologue, Epilogue], ...]]]:
-    qkv_rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     for matrix in layout.matrices(config):
         parent, _, leaf = matrix.path.rpartition(".")
-        if leaf in _FORMS:
-            yield matrix, _FORMS[leaf]
-        elif leaf == "q_proj" and len({specs.get(f"{parent}.{part}") for part in _QKV}) == 1:
-            yield layout.Matrix(matrix.path, qkv_rows, matrix.columns), (_QKV_FORM,)
-        elif matrix.path == layout.HEAD or (
-            matrix.path == layout.EMBEDDING and config.tie_word_embeddings
-        ):
-            yield matrix, _HEAD_FORMS
+        rows, forms = matrix.rows, _FORMS.get(leaf, ())
+        if leaf == "q_proj" and len({specs.get(f"{parent}.{part}") for part in _QKV}) == 1:
+            rows += 2 * config.num_key_value_heads * config.head_dim
+            forms = (_QKV_FORM,)
+        elif matrix.path == (layout.EMBEDDING if config.tie_word_embeddings else layout.HEAD):
+            forms = _HEAD_FORMS
+        spec = specs.get(matrix.path)
+        if spec is not None and unfit(spec, rows, matrix.columns) is None:
+            form = (spec.bits, spec.group_size, matrix.columns, rows, dtype)
+            for prologue, epilogue in forms:
+                yield QuantizedMatvec(*form, prologue, epilogue, config.rms_norm_eps)
