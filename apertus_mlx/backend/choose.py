@@ -59,21 +59,19 @@ def load_for(
         from apertus_mlx.backend.cpu.model import CPUModel
 
         return CPUModel(inventory, precision, on_bytes)
-    except ImportError as error:
-        if out_of_memory(error):
-            raise no_memory(error) from None
-        if compute == "cpu":
-            raise UsageError(
-                f"--compute cpu: {error}; install it: pip install 'apertus-mlx[cpu]'"
-            ) from None
-        reason = str(error)
     except ApertusError:
         raise
     except Exception as error:
-        # Another version of onnxruntime may lack a kernel; what it raises has no common base.
         if out_of_memory(error):
             raise no_memory(error) from None
-        if compute == "cpu" or not type(error).__module__.startswith("onnxruntime"):
+        missing = isinstance(error, ImportError)
+        if missing and compute == "cpu":
+            raise UsageError(
+                f"--compute cpu: {error}; install it: pip install 'apertus-mlx[cpu]'"
+            ) from None
+        # Another version of onnxruntime may lack a kernel; what it raises has no common base.
+        foreign = missing or type(error).__module__.startswith("onnxruntime")
+        if compute == "cpu" or not foreign:
             raise
         reason = " ".join(str(error).split())[:200]
     _log.warning("slow: MLX has no GPU here and onnxruntime cannot be used (%s)", reason)

@@ -152,8 +152,8 @@ def _measure(
 ) -> Report:
     """Start `count` sides, let them take turns, and put together what they found."""
     from apertus_mlx.cache import FULL_PRECISION
-    from apertus_mlx.measure.bench.bandwidth import find_bandwidth
     from apertus_mlx.measure.bench.report import SideReport, make_report, measurements
+    from apertus_mlx.measure.bench.roofline import find_bandwidth
     from apertus_mlx.measure.bench.sides import Side
     from apertus_mlx.measure.bench.turns import time_task, total_tokens
     from apertus_mlx.measure.doctor.facts import gather_facts

@@ -23,9 +23,13 @@ from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.cli import bench as bench_command
 from apertus_mlx.cli import main
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError
-from apertus_mlx.measure.bench.bandwidth import Bandwidth, published_bandwidth
 from apertus_mlx.measure.bench.report import measurements
-from apertus_mlx.measure.bench.roofline import kv_read_bytes, weights_read_bytes
+from apertus_mlx.measure.bench.roofline import (
+    Bandwidth,
+    kv_read_bytes,
+    published_bandwidth,
+    weights_read_bytes,
+)
 from apertus_mlx.measure.bench.sides import Ready, Settings, Side
 from apertus_mlx.measure.bench.stopwatch import Stopwatch
 from apertus_mlx.measure.bench.turns import Figure, ratios, time_task, total_tokens

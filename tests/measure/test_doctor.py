@@ -25,7 +25,6 @@ from apertus_mlx.measure.doctor.attended import AttendedDevice
 from apertus_mlx.measure.doctor.chain import Chain, linked
 from apertus_mlx.measure.doctor.consult import consult, keys_of
 from apertus_mlx.measure.doctor.device import Agreement, Attempt, UnfitError
-from apertus_mlx.measure.doctor.examine import disagreement, fault
 from apertus_mlx.measure.doctor.measure import REPEATS, measure
 from apertus_mlx.measure.doctor.mlx_device import MLXDevice
 from apertus_mlx.measure.doctor.race import ROUNDS, race
@@ -178,19 +177,21 @@ def test_the_whole_model_has_the_last_word() -> None:
 
 def test_near_ties_may_fall_differently() -> None:
     agreement = Agreement(64, 64, 1e-3, 1e-4, 5e-2)
-    assert disagreement(agreement) is None
-    assert disagreement(replace(agreement, same=60)) is None
-    assert "4 of 64" in str(disagreement(replace(agreement, same=60, divergence=0.1)))
+    assert agreement.fault() is None
+    assert replace(agreement, same=60).fault() is None
+    assert "4 of 64" in str(replace(agreement, same=60, divergence=0.1).fault())
     nan = float("nan")
-    assert disagreement(replace(agreement, error=nan)) is not None
-    assert disagreement(replace(agreement, same=63, divergence=nan)) is not None
+    assert replace(agreement, error=nan).fault() is not None
+    assert replace(agreement, same=63, divergence=nan).fault() is not None
 
 
 def test_the_plain_form_must_be_the_same_function() -> None:
     kernel = Double()
     attempt = Attempt(REPEATS, REPEATS, 5e-7, 5e-7, 5e-7)
-    assert fault(kernel, attempt) is None
-    assert "plain form" in str(fault(kernel, replace(attempt, plain_error=1e-2, difference=1e-2)))
+    assert attempt.fault(kernel.tolerance) is None
+    assert "plain form" in str(
+        replace(attempt, plain_error=1e-2, difference=1e-2).fault(kernel.tolerance)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,7 @@ from apertus_mlx import __version__
 from apertus_mlx.cache.config import CacheConfig
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import Inventory
-from apertus_mlx.measure.bench.bandwidth import Bandwidth
-from apertus_mlx.measure.bench.roofline import kv_read_bytes, weights_read_bytes
+from apertus_mlx.measure.bench.roofline import Bandwidth, kv_read_bytes, weights_read_bytes
 from apertus_mlx.measure.bench.sides import Ready
 from apertus_mlx.measure.bench.turns import Figure, rates, ratios
 from apertus_mlx.measure.bench.workload import Task, Workload

@@ -1,12 +1,74 @@
-"""The roofline of decoding: bytes that a token has to read, and what bandwidth makes of them."""
+"""The roofline of decoding: bytes that a token has to read, and the memory's bandwidth."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from apertus_mlx.backend.hardware import has_gpu, processors
 from apertus_mlx.cache.config import CacheConfig
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import Inventory
+from apertus_mlx.memory.devices import CHIPS, GB
 from apertus_mlx.memory.footprint import kv_bytes_per_position
+
+# More than any cache holds; moved so many times, of which the fastest counts.
+MOVED_BYTES, REPEATS = 2**28, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """In bytes per second; `published` is None for a chip that the table does not have."""
+
+    published: float | None
+    measured: float
+
+    @property
+    def reference(self) -> float:
+        """What rooflines refer to."""
+        return self.published or self.measured
+
+
+def find_bandwidth(chip: str) -> Bandwidth:
+    """Of this machine, whose chip MLX calls `chip`; measuring takes a second."""
+    return Bandwidth(published_bandwidth(chip), _on_gpu() if has_gpu() else _on_cpu())
+
+
+def published_bandwidth(chip: str) -> float | None:
+    """Bytes per second of a chip by the name that Metal gives it, as `Apple M4 Pro`."""
+    maker, _, name = chip.partition(" ")
+    known = CHIPS.get(name.lower().replace(" ", "-")) if maker == "Apple" else None
+    return known and known * GB
+
+
+def _on_gpu() -> float:
+    """Of a copy, which reads half of the bytes and writes as many."""
+    source = mx.random.uniform(shape=(MOVED_BYTES // 8,))
+    mx.eval(source)
+    return _best(lambda: mx.eval(source + 1))
+
+
+def _on_cpu() -> float:
+    """Of all cores reading at once."""
+    cores = processors()
+    parts = np.array_split(np.ones(MOVED_BYTES // 4, np.float32), cores)
+    with ThreadPoolExecutor(cores) as pool:
+        return _best(lambda: list(pool.map(np.max, parts)))
+
+
+def _best(move: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        move()
+        times.append(time.perf_counter() - started)
+    return MOVED_BYTES / min(times)
 
 
 def weights_read_bytes(inventory: Inventory) -> int:

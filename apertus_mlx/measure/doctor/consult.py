@@ -9,8 +9,7 @@ from typing import Literal
 
 from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.backend.metal.verdict import Verdict
-from apertus_mlx.measure.doctor.device import Agreement, Attempt, Device
-from apertus_mlx.measure.doctor.examine import examine, examine_model
+from apertus_mlx.measure.doctor.device import Agreement, Attempt, Device, UnfitError
 from apertus_mlx.measure.doctor.race import MOST_OF_A_KERNEL, MOST_OF_A_MODEL, Race, race
 
 State = Literal["on", "spare", "right", "off", "unchecked"]
@@ -117,9 +116,11 @@ def consult(
     done = Consultation(kernels, with_times or known is not None)
     for number, kernel in enumerate(kernels, 1):
         on_stage(f"running {number}/{len(kernels)} {kernel.key}")
-        attempt, reason = examine(device, kernel)
-        if attempt is not None:
-            done.attempts[kernel.key] = attempt
+        try:
+            attempt = done.attempts[kernel.key] = device.attempt(kernel)
+            reason = attempt.fault(kernel.tolerance)
+        except UnfitError as error:
+            reason = str(error)
         if reason is not None:
             done.reasons[kernel.key] = reason
             on_stage(f"off: {reason}")
@@ -157,7 +158,7 @@ def _examine_together(
     """Put all that are accepted into the model; drop some while it is wrong then, or slower."""
     while chosen := done.chosen:
         on_stage(f"running the whole model with {len(chosen)} of the kernels")
-        done.agreement, done.disagreement = examine_model(device, chosen)
+        done.agreement, done.disagreement = _compare(device, chosen)
         if done.disagreement is not None:
             _drop_culprits(device, done)
             continue
@@ -168,7 +169,7 @@ def _examine_together(
         done.model_race = race(step, lambda: device.step_seconds({}), MOST_OF_A_MODEL)
         if done.model_race.won:
             on_stage("checking and timing the compiled step")
-            _, wrong = examine_model(device, chosen, compiled=True)
+            _, wrong = _compare(device, chosen, compiled=True)
             done.compilation_race = (
                 race(partial(step, compiled=True), step, MOST_OF_A_KERNEL)
                 if wrong is None
@@ -181,11 +182,20 @@ def _examine_together(
         done.drop(worst, f"with the others in the model: {why}")
 
 
+def _compare(
+    device: Device, kernels: Mapping[str, Kernel], compiled: bool = False
+) -> tuple[Agreement | None, str | None]:
+    """How the model with `kernels` follows the plain one, and what is wrong with it."""
+    try:
+        agreement = device.agreement(kernels, compiled)
+    except UnfitError as error:
+        return None, str(error)
+    return agreement, agreement.fault()
+
+
 def _drop_culprits(device: Device, done: Consultation) -> None:
     """Turn off what is wrong in the model by itself; all, if that is nothing."""
-    alone = {
-        place: examine_model(device, {place: kernel})[1] for place, kernel in done.chosen.items()
-    }
+    alone = {place: _compare(device, {place: kernel})[1] for place, kernel in done.chosen.items()}
     culprits = {place: reason for place, reason in alone.items() if reason is not None}
     for place, reason in culprits.items():
         done.drop(place, f"in the model: {reason}")

@@ -1,12 +1,17 @@
-"""What examination and tuning ask of a device; what runs the kernels may be another process."""
+"""What a doctor asks of a device, which may be in another process, and which answers are right."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from apertus_mlx.backend.metal.kernel import Kernel
+
+# The plain form rounds more often than a fused one, but more than this is another function.
+PLAIN_FACTOR = 16
+MAX_DIVERGENCE = 0.01
 
 
 class UnfitError(Exception):
@@ -26,6 +31,19 @@ class Attempt:
     # Between the two.
     difference: float
 
+    def fault(self, tolerance: float) -> str | None:
+        """Why a kernel with this tolerance is not right, or None if it is."""
+        if not all(map(math.isfinite, (self.error, self.plain_error, self.difference))):
+            return "not finite"
+        if self.identical < self.repeats:
+            changed = self.repeats - self.identical
+            return f"unstable: {changed} of {self.repeats} repeats gave other bits"
+        if self.error > tolerance:
+            return f"wrong: error {self.error:.1e}, at most {tolerance:.1e} allowed"
+        if self.difference > PLAIN_FACTOR * tolerance:
+            return f"differs from the plain form by {self.difference:.1e}"
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -40,6 +58,19 @@ class Agreement:
     divergence: float
     # How large `error` may be in the type that is computed in.
     bound: float
+
+    def fault(self) -> str | None:
+        """Why the model with kernels is not the plain one, or None if it is.
+
+        Near ties may fall differently in 16 bits; then the distributions have to be close.
+        """
+        if not math.isfinite(self.error):
+            return "logits are not finite"
+        if self.error > self.bound:
+            return f"logits differ by {self.error:.1e}, at most {self.bound:.1e} allowed"
+        if self.same < self.tokens and not self.divergence <= MAX_DIVERGENCE:
+            return f"{self.tokens - self.same} of {self.tokens} greedy tokens differ"
+        return None
 
 
 class Device(Protocol):
