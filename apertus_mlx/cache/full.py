@@ -42,9 +42,9 @@ class FullCache:
     def append(self, rows: mx.array) -> tuple[mx.array, mx.array]:
         """Append `[B, 2 * kv_heads, L, head_dim]`, keys before values; return both to attend to."""
         if not self.joined:
-            return self.update_and_fetch(*_halves(rows))
+            return self.update_and_fetch(*halves(rows))
         (seen,) = self.rows.append([rows], keep_evicted=rows.shape[2] > 1)
-        return _halves(seen)
+        return halves(seen)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """Causal for several queries, none for one; an array where a ring drops positions."""
@@ -84,7 +84,7 @@ class FullCache:
     def restore(self, arrays: dict[str, mx.array], positions: int) -> None:
         """Take over what a cache of the same form exported after so many positions."""
         rows = arrays["rows"]
-        self.rows.restore([rows] if self.joined else _halves(rows), positions)
+        self.rows.restore([rows] if self.joined else halves(rows), positions)
 
     def size(self) -> int:
         """Number of positions held."""
@@ -105,7 +105,7 @@ class FullCache:
         return self.rows.nbytes
 
 
-def _halves(rows: mx.array) -> tuple[mx.array, mx.array]:
+def halves(rows: mx.array) -> tuple[mx.array, mx.array]:
     """Keys and values of rows that hold both."""
     heads = rows.shape[1] // 2
     return rows[:, :heads], rows[:, heads:]

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from apertus_mlx.cache.codes import quantize
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
-from apertus_mlx.cache.full import causal_mask, refuse_window
+from apertus_mlx.cache.full import causal_mask, halves, refuse_window
 from apertus_mlx.cache.protocol import Mask
 from apertus_mlx.cache.segments import Codes, Segments, rotate
 from apertus_mlx.cache.store import Ring, Store
@@ -44,9 +44,10 @@ class QuantizedCache:
 
     def append(self, rows: mx.array) -> tuple[Segments, Segments]:
         """Append `[B, 2 * kv_heads, L, head_dim]`, keys before values; return both to attend to."""
-        heads, count = rows.shape[1] // 2, rows.shape[2]
+        count = rows.shape[2]
         if self.rotated:
-            rows = mx.concatenate([rotate(rows[:, :heads]), rows[:, heads:]], axis=1)
+            keys, values = halves(rows)
+            rows = mx.concatenate([rotate(keys), values], axis=1)
         seen = self._with_recent(rows)
         leaving = self._leaving(count)
         self.offset += count
@@ -128,13 +129,12 @@ class QuantizedCache:
 
     def _names(self) -> list[str]:
         """Names of the arrays of `older`."""
-        names = []
-        for name, bits in (("keys", self.config.key_bits), ("values", self.config.value_bits)):
-            full = bits == FULL_BITS
-            names += (
-                [name] if full else [f"{name}.{part}" for part in ("words", "scales", "biases")]
-            )
-        return names
+        parts = (".words", ".scales", ".biases")
+        return [
+            f"{name}{part}"
+            for name, bits in zip(("keys", "values"), self._bits, strict=True)
+            for part in ([""] if bits == FULL_BITS else parts)
+        ]
 
     def size(self) -> int:
         """Number of positions held."""
@@ -154,6 +154,10 @@ class QuantizedCache:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(array.nbytes for array in self.state)
+
+    @property
+    def _bits(self) -> tuple[int, int]:
+        return self.config.key_bits, self.config.value_bits
 
     @property
     def _held(self) -> int:
@@ -197,12 +201,8 @@ class QuantizedCache:
 
     def _quantized(self, block: mx.array) -> list[mx.array]:
         """The arrays that `older` keeps of `block` `[B, 2 * kv_heads, L, head_dim]`."""
-        heads = block.shape[1] // 2
         arrays = []
-        for rows, bits in (
-            (block[:, :heads], self.config.key_bits),
-            (block[:, heads:], self.config.value_bits),
-        ):
+        for rows, bits in zip(halves(block), self._bits, strict=True):
             if bits == FULL_BITS:
                 arrays.append(rows)
             else:
@@ -211,14 +211,10 @@ class QuantizedCache:
         return arrays
 
     def _segments(self, older: list[mx.array], recent: mx.array) -> tuple[Segments, Segments]:
-        heads = recent.shape[1] // 2
-        keys: tuple[mx.array | Codes, ...] = (recent[:, :heads],)
-        values: tuple[mx.array | Codes, ...] = (recent[:, heads:],)
-        if older:
-            rest = iter(older)
-            keys = (self._part(rest, self.config.key_bits), *keys)
-            values = (self._part(rest, self.config.value_bits), *values)
-        return Segments(keys, self.rotated), Segments(values)
+        rest = iter(older)
+        coded = [self._part(rest, bits) for bits in self._bits] if older else []
+        keys, values = halves(recent)
+        return Segments((*coded[:1], keys), self.rotated), Segments((*coded[1:], values))
 
     def _part(self, arrays: Iterator[mx.array], bits: int) -> mx.array | Codes:
         if bits == FULL_BITS:

@@ -32,17 +32,6 @@ def random_weights(
     return [words[0] << 16 | words[1], scales.astype(dtype), biases.astype(dtype)]
 
 
-def dequantized(
-    words: mx.array, scales: mx.array, biases: mx.array, bits: int, columns: int
-) -> Exact:
-    """The matrix itself, `[rows, columns]`."""
-    codes = unpack(np.array(words), bits, columns).astype(np.float64)
-    rows, groups = scales.shape
-    codes = codes.reshape(rows, groups, columns // groups)
-    exact = codes * float64(scales)[:, :, None] + float64(biases)[:, :, None]
-    return exact.reshape(rows, columns)
-
-
 def product(words: mx.array, scales: mx.array, biases: mx.array, bits: int, vector: Exact) -> Exact:
     """The matrix times `vector` `[columns]`: `[rows]`."""
     (columns,) = vector.shape
@@ -50,9 +39,11 @@ def product(words: mx.array, scales: mx.array, biases: mx.array, bits: int, vect
     exact = np.empty(rows)
     for i in range(0, rows, step):
         block = slice(i, i + step)
-        exact[block] = (
-            dequantized(words[block], scales[block], biases[block], bits, columns) @ vector
-        )
+        codes = unpack(np.array(words[block]), bits, columns).astype(np.float64)
+        grouped = codes.reshape(len(codes), scales.shape[1], -1)
+        grouped *= float64(scales[block])[:, :, None]
+        grouped += float64(biases[block])[:, :, None]
+        exact[block] = grouped.reshape(-1, columns) @ vector
     return exact
 
 
