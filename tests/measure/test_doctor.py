@@ -28,8 +28,7 @@ from apertus_mlx.measure.doctor.device import Agreement, Attempt, UnfitError
 from apertus_mlx.measure.doctor.measure import REPEATS, measure
 from apertus_mlx.measure.doctor.mlx_device import MLXDevice
 from apertus_mlx.measure.doctor.race import ROUNDS, race
-from apertus_mlx.measure.doctor.trace import trace
-from apertus_mlx.measure.doctor.visit import conclude
+from apertus_mlx.measure.doctor.visit import conclude, trace
 from tests import metal_harness
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.simulated_device import (

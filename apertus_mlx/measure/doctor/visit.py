@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from apertus_mlx.backend.metal import verdict
 from apertus_mlx.backend.metal.enabled import switched_off
-from apertus_mlx.backend.metal.kernel import Kernel
+from apertus_mlx.backend.metal.kernel import Kernel, build
 from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.backend.metal.verdict import Verdict
 from apertus_mlx.backend.mlx import DTYPES
@@ -19,7 +23,6 @@ from apertus_mlx.measure.doctor.attended import AttendedDevice, child_command
 from apertus_mlx.measure.doctor.consult import Consultation, KernelResult, consult, keys_of
 from apertus_mlx.measure.doctor.device import Agreement
 from apertus_mlx.measure.doctor.facts import PRODUCT_BOUND, Facts, gather_facts, product_errors
-from apertus_mlx.measure.doctor.trace import trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,20 @@ def visit(
         conclusion=conclusion,
         stored=stored,
     )
+
+
+def trace(kernel: Kernel) -> str | None:
+    """Without Metal: put `kernel` into a graph as MLX would call it; the reason if that fails."""
+    try:
+        run = build(kernel)
+        inputs = kernel.trial(0)
+        with tempfile.TemporaryDirectory() as folder:  # noqa: TID251 - some kB, for a moment
+            path = Path(folder) / "kernel.mlxfn"
+            mx.export_function(str(path), lambda *arrays: run(arrays), *inputs)
+            held = kernel.text().source.strip().encode() in path.read_bytes()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the kernel is off
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None if held else "MLX does not keep its text"
 
 
 def _examine(
