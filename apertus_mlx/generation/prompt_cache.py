@@ -240,28 +240,25 @@ def load_prompt_cache(
                 f"{path}: was made with another {_SPOKEN.get(name, name)}; "
                 "delete it and let it be made anew"
             )
-    saved_form = _parse_form(metadata.get("form", ""), path)
-    if saved_form != form:
+    saved_form, wanted = metadata.get("form", ""), json.dumps(asdict(form))
+    if saved_form != wanted:
         raise RejectedError(
-            f"{path}: holds a cache of another form ({_differences(saved_form, form)}); "
+            f"{path}: holds a cache of another form ({saved_form[:200]!r}, now {wanted!r}); "
             "give the same --kv options or delete it"
         )
     positions = _parse_positions(metadata.get("positions", ""), config, path)
-    expected_arrays = dict(_expected(config, form, positions, dtype))
-    _require_arrays(path, tensors, expected_arrays)
+    _require_arrays(path, tensors, dict(_expected(config, form, positions, dtype)))
     arrays = mx.load(str(checked(path)), format="safetensors")
     assert isinstance(arrays, dict)
     tokens = [int(token) for token in np.array(arrays.pop(TOKENS))]
     if _tokens_digest(tokens) != metadata.get("tokens"):
         raise RejectedError(f"{path}: tokens do not match their fingerprint: damaged")
+    layers: list[dict[str, mx.array]] = [{} for _ in range(config.num_hidden_layers)]
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
             raise RejectedError(f"{path}: {name}: values not finite: damaged")
-    layers: list[dict[str, mx.array]] = []
-    for index in range(config.num_hidden_layers):
-        prefix = f"layers.{index}."
-        named = arrays.items()
-        layers.append({n.removeprefix(prefix): a for n, a in named if n.startswith(prefix)})
+        _, index, own_name = name.split(".", 2)
+        layers[int(index)][own_name] = array
     return Saved(tokens, layers, metadata.get("arithmetic", ""))
 
 
@@ -334,39 +331,11 @@ def _read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def _parse_form(text: str, path: Path) -> CacheConfig:
-    values = parse_object(text.encode(), f"{path}: form")
-    names = {field.name for field in fields(CacheConfig)}
-    rotate, bound = values.get("rotate"), values.get("bound")
-    numbers = [values.get(name) for name in names - {"rotate", "bound"}]
-    sound = (
-        values.keys() == names
-        and all(type(number) is int for number in numbers)
-        and (bound is None or type(bound) is int)
-        and (rotate is None or type(rotate) is bool)
-    )
-    if not sound:
-        raise RejectedError(f"{path}: form: not one that this program writes")
-    try:
-        return CacheConfig(**values)
-    except UsageError as error:
-        raise RejectedError(f"{path}: form: {error}") from None
-
-
 def _parse_positions(text: str, config: ModelConfig, path: Path) -> int:
     most = config.max_position_embeddings
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
         raise RejectedError(f"{path}: positions {text[:20]!r}: expected 1 to {most}")
     return int(text)
-
-
-def _differences(saved: CacheConfig, wanted: CacheConfig) -> str:
-    names = [
-        f"{field.name} {getattr(saved, field.name)}, now {getattr(wanted, field.name)}"
-        for field in fields(CacheConfig)
-        if getattr(saved, field.name) != getattr(wanted, field.name)
-    ]
-    return "; ".join(names)
 
 
 def _tokens_digest(tokens: Sequence[int]) -> str:

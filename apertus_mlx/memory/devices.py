@@ -21,35 +21,19 @@ SMALL_MAC_SHARE, LARGE_MAC_SHARE, LARGE_MAC_GB = 2 / 3, 3 / 4, 36
 
 # name -> (GB that an app may use, GB/s)
 PHONES: dict[str, tuple[float, float | None]] = {
-    "iphone-12-mini": (2.0, None),
-    "iphone-13-pro": (3.8, None),
-    "iphone-15": (3.8, 51.2),
-    "iphone-15-pro": (5.5, 51.2),
-    "iphone-16": (5.5, 60.0),
-    "iphone-16-pro": (5.5, 60.0),
-    "iphone-17": (5.5, 68.3),
-    "iphone-air": (8.0, 75.8),
-    "iphone-17-pro": (8.0, 75.8),
-}
+    "iphone-12-mini": (2.0, None), "iphone-13-pro": (3.8, None), "iphone-15": (3.8, 51.2),
+    "iphone-15-pro": (5.5, 51.2), "iphone-16": (5.5, 60.0), "iphone-16-pro": (5.5, 60.0),
+    "iphone-17": (5.5, 68.3), "iphone-air": (8.0, 75.8), "iphone-17-pro": (8.0, 75.8),
+}  # fmt: skip
 # Chip -> GB/s; a Mac is named by chip and RAM: m1-8gb, m4-pro-24gb. M4 Max with 40 GPU cores; the
 # one with 32 has 410. M3 Max is left out: its two kinds have 300 and 400.
 CHIPS: dict[str, float] = {
-    "m1": 68.0,
-    "m1-pro": 200.0,
-    "m1-max": 400.0,
-    "m1-ultra": 800.0,
-    "m2": 100.0,
-    "m2-pro": 200.0,
-    "m2-max": 400.0,
-    "m2-ultra": 800.0,
-    "m3": 100.0,
-    "m3-pro": 150.0,
-    "m3-ultra": 819.0,
-    "m4": 120.0,
-    "m4-pro": 273.0,
-    "m4-max": 546.0,
+    "m1": 68.0, "m1-pro": 200.0, "m1-max": 400.0, "m1-ultra": 800.0,
+    "m2": 100.0, "m2-pro": 200.0, "m2-max": 400.0, "m2-ultra": 800.0,
+    "m3": 100.0, "m3-pro": 150.0, "m3-ultra": 819.0,
+    "m4": 120.0, "m4-pro": 273.0, "m4-max": 546.0,
     "m5": 153.0,
-}
+}  # fmt: skip
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 

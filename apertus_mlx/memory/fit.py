@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig
 from apertus_mlx.checkpoint.config import ModelConfig
@@ -76,15 +79,12 @@ def largest_context(
     inventory: Inventory, limit_bytes: int, form: CacheConfig, prefill_step: int, backend: Backend
 ) -> int:
     """The longest context, up to the model's, that stays under `limit_bytes`; 0 if none does."""
-    low, high = 0, inventory.config.max_position_embeddings
-    while low < high:
-        middle = (low + high + 1) // 2
-        needed = footprint(inventory, form, middle, prefill_step, backend)
-        if needed.total_bytes <= limit_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+
+    def total_bytes(context: int) -> int:
+        return footprint(inventory, form, context, prefill_step, backend).total_bytes
+
+    contexts = range(1, inventory.config.max_position_embeddings + 1)
+    return bisect_right(contexts, limit_bytes, key=total_bytes)
 
 
 def _settings(
@@ -97,17 +97,12 @@ def _settings(
     forms = [form] if form is not None else possible_forms(config)
     steps = [prefill_step] if prefill_step is not None else list(PREFILL_STEPS)
     comfortable = [step for step in steps if step >= COMFORTABLE_STEP] or steps
-    for candidate in forms:
-        for step in comfortable:
-            yield candidate, step
-    for candidate in forms:
-        for step in steps:
-            yield candidate, step
+    yield from product(forms, comfortable)
+    yield from product(forms, steps)
     if bounds and form is None:
         bound = context // 2
         while bound >= LEAST_BOUND:
-            for step in steps:
-                yield replace(forms[-1], bound=bound), step
+            yield from product([replace(forms[-1], bound=bound)], steps)
             bound //= 2
 
 
@@ -115,11 +110,9 @@ def possible_forms(config: ModelConfig) -> list[CacheConfig]:
     """The forms that this model's heads allow, best first."""
     forms = []
     for form in FORMS:
-        try:
+        with suppress(UsageError):
             form.require_fit(config.head_dim)
-        except UsageError:
-            continue
-        forms.append(form)
+            forms.append(form)
     return forms
 
 
@@ -131,8 +124,8 @@ def _refusal(
     form: CacheConfig | None,
     prefill_step: int | None,
 ) -> str:
-    wanted = form or possible_forms(inventory.config)[-1]
-    step = prefill_step or PREFILL_STEPS[-1]
+    smallest, least_step = possible_forms(inventory.config)[-1], PREFILL_STEPS[-1]
+    wanted, step = form or smallest, prefill_step or least_step
     needed = footprint(inventory, wanted, context, step, backend)
     process = ""
     if needed.process_bytes:
@@ -144,21 +137,25 @@ def _refusal(
         f"{_needed(needed.prefill_bytes)} at --prefill-step {step}), "
         f"the limit is {_needed(limit_bytes)}; "
     )
-    smallest = possible_forms(inventory.config)[-1]
-    fits = largest_context(inventory, limit_bytes, smallest, PREFILL_STEPS[-1], backend)
+    fits = largest_context(inventory, limit_bytes, smallest, least_step, backend)
     if fits >= LEAST_BOUND:
         bits = "" if smallest.key_bits == FULL_BITS else f"--kv-bits {smallest.key_bits} "
         bound = _largest_bound(inventory, limit_bytes, context, smallest, backend)
         ring = f"with --max-kv {bound}, or " if bound else ""
         return message + (
-            f"what would fit: {bits}--prefill-step {PREFILL_STEPS[-1]} {ring}"
+            f"what would fit: {bits}--prefill-step {least_step} {ring}"
             f"with at most {fits} tokens in all; --force tries anyway"
         )
     short = min(context, LEAST_BOUND)
-    least_bytes = _least_bytes(inventory, short, backend, form, prefill_step)
+    found = _settings(inventory.config, short, form, prefill_step, False)
+    settings = [(each, short, step) for each, step in found]
+
+    def least_of(model: Inventory) -> int:
+        return min(footprint(model, *each, backend).total_bytes for each in settings)
+
+    least_bytes = least_of(inventory)
     for width in (4, 3, 2):
-        other = _at_width(inventory, width)
-        other_bytes = _least_bytes(other, short, backend, form, prefill_step)
+        other_bytes = least_of(_at_width(inventory, width))
         # A width that this path keeps as it keeps the present one would help nobody.
         if other_bytes < least_bytes and other_bytes <= limit_bytes:
             return message + (
@@ -172,30 +169,14 @@ def _largest_bound(
     inventory: Inventory, limit_bytes: int, context: int, form: CacheConfig, backend: Backend
 ) -> int:
     """The longest ring that stays under the limit, in steps of 32 positions; 0 if none does."""
-    low, high = 0, context // STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        bounded = replace(form, bound=max(middle * STEP, form.least_bound))
-        needed = footprint(inventory, bounded, context, PREFILL_STEPS[-1], backend)
-        if needed.total_bytes <= limit_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return max(low * STEP, form.least_bound) if low else 0
 
+    def total_bytes(bound: int) -> int:
+        bounded = replace(form, bound=max(bound, form.least_bound))
+        return footprint(inventory, bounded, context, PREFILL_STEPS[-1], backend).total_bytes
 
-def _least_bytes(
-    inventory: Inventory,
-    context: int,
-    backend: Backend,
-    form: CacheConfig | None,
-    prefill_step: int | None,
-) -> int:
-    """What the most frugal of all settings takes."""
-    return min(
-        footprint(inventory, candidate, context, step, backend).total_bytes
-        for candidate, step in _settings(inventory.config, context, form, prefill_step, False)
-    )
+    bounds = range(STEP, context + 1, STEP)
+    fitting = bisect_right(bounds, limit_bytes, key=total_bytes)
+    return max(bounds[fitting - 1], form.least_bound) if fitting else 0
 
 
 def _at_width(inventory: Inventory, bits: int) -> Inventory:

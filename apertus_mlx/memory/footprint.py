@@ -23,16 +23,17 @@ tokenizer and loading.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from apertus_mlx.cache.attention import MAX_SCORES_BYTES
 from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig, group_size
 from apertus_mlx.cache.store import capacity_for
+from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.memory import cpu
-from apertus_mlx.memory.weights import weights_bytes
 
 SCALE_BYTES = 2
 
@@ -122,6 +123,13 @@ def footprint(
     )
 
 
+def weights_bytes(inventory: Inventory, compute_bytes: int) -> int:
+    """Bytes of all weights where MLX computes and floats take `compute_bytes` each."""
+    matrices = sum(m.weight_bytes(compute_bytes) for m in inventory.matrices.values())
+    numbers = sum(math.prod(shape) for _, shape in layout.vectors(inventory.config))
+    return matrices + numbers * compute_bytes
+
+
 def kv_bytes(config: ModelConfig, form: CacheConfig, positions: int, number_bytes: int) -> int:
     """Bytes that the caches of all layers have allocated after `positions`."""
     return config.num_hidden_layers * _layer_kv_bytes(config, form, positions, number_bytes)
@@ -129,12 +137,8 @@ def kv_bytes(config: ModelConfig, form: CacheConfig, positions: int, number_byte
 
 def kv_bytes_per_position(config: ModelConfig, form: CacheConfig, number_bytes: int) -> float:
     """Bytes that one more position takes: 2 * layers * kv_heads * head_dim * (bits + overhead)."""
-    per_number = sum(
-        _number_bits(config.head_dim, bits, number_bytes)
-        for bits in (form.key_bits, form.value_bits)
-    )
     numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * per_number / 8
+    return numbers * _pair_bits(config, form, number_bytes) / 8
 
 
 def prefill_bytes(
@@ -197,17 +201,15 @@ def _layer_kv_bytes(
         recent += STEP
     if form.ring is not None:
         rows = min(rows, form.ring)
-    bits = sum(
-        _number_bits(config.head_dim, bits, number_bytes)
-        for bits in (form.key_bits, form.value_bits)
-    )
+    bits = _pair_bits(config, form, number_bytes)
     return int(2 * row * recent * number_bytes + row * rows * bits / 8)
 
 
-def _number_bits(head_dim: int, bits: int, number_bytes: int) -> float:
-    if bits == FULL_BITS:
-        return 8 * number_bytes
-    return bits + 2 * 8 * SCALE_BYTES / group_size(head_dim)
+def _pair_bits(config: ModelConfig, form: CacheConfig, number_bytes: int) -> float:
+    """Bits of a number of a key and of one of a value."""
+    scales = 2 * 8 * SCALE_BYTES / group_size(config.head_dim)
+    pair = (form.key_bits, form.value_bits)
+    return sum(8 * number_bytes if bits == FULL_BITS else bits + scales for bits in pair)
 
 
 def _rows_copied(form: CacheConfig, context: int, length: int) -> int:

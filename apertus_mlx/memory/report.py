@@ -11,12 +11,7 @@ from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.devices import Device
 from apertus_mlx.memory.fit import PREFILL_STEPS, fit, largest_context, possible_forms
-from apertus_mlx.memory.footprint import (
-    Backend,
-    choose_backend,
-    footprint,
-    kv_bytes_per_position,
-)
+from apertus_mlx.memory.footprint import choose_backend, footprint, kv_bytes_per_position
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
 from apertus_mlx.system.sizes import format_bytes
 
@@ -101,13 +96,27 @@ def plan_for_device(
         form.require_fit(inventory.config.head_dim)
     backend = choose_backend(inventory, on_gpu, cpu=cpu)
     forms = [form] if form is not None else possible_forms(inventory.config)
-    step = prefill_step or PREFILL_STEPS[0]
-    rows = [_row(inventory, device, context, one, step, backend) for one in forms]
+
+    def planned(form: CacheConfig, step: int) -> PlannedRun:
+        needed = footprint(inventory, form, context, step, backend)
+        speed = None
+        if device.bandwidth is not None:
+            speed = decode_tokens_per_s(inventory, form, context, backend, device.bandwidth)
+        return PlannedRun(
+            str(form),
+            step,
+            kv_bytes_per_position(inventory.config, form, backend.compute_bytes),
+            **needed.report(),
+            fits=needed.total_bytes <= device.memory_bytes,
+            largest_context=largest_context(inventory, device.memory_bytes, form, step, backend),
+            decode_tokens_per_s=speed,
+        )
+
     try:
         best = fit(
             inventory, device.memory_bytes, context, backend, form, prefill_step, bounds=True
         )
-        best_row = _row(inventory, device, context, best.form, best.prefill_step, backend)
+        best_row = planned(best.form, best.prefill_step)
         advice = (
             f"best that fits: {_options(best.form)}--prefill-step {best.prefill_step} "
             f"(cache in {best.form}, "
@@ -124,33 +133,10 @@ def plan_for_device(
         device.bandwidth,
         context,
         backend.compute_bytes,
-        rows,
+        [planned(each, prefill_step or PREFILL_STEPS[0]) for each in forms],
         best_row,
         advice,
         FORMULA,
-    )
-
-
-def _row(
-    inventory: Inventory,
-    device: Device,
-    context: int,
-    form: CacheConfig,
-    step: int,
-    backend: Backend,
-) -> PlannedRun:
-    needed = footprint(inventory, form, context, step, backend)
-    speed = None
-    if device.bandwidth is not None:
-        speed = decode_tokens_per_s(inventory, form, context, backend, device.bandwidth)
-    return PlannedRun(
-        str(form),
-        step,
-        kv_bytes_per_position(inventory.config, form, backend.compute_bytes),
-        **needed.report(),
-        fits=needed.total_bytes <= device.memory_bytes,
-        largest_context=largest_context(inventory, device.memory_bytes, form, step, backend),
-        decode_tokens_per_s=speed,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from apertus_mlx.cache.config import CacheConfig
+from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import Inventory
-from apertus_mlx.memory.footprint import Backend, kv_bytes_per_position
-from apertus_mlx.memory.weights import read_per_token_bytes
+from apertus_mlx.memory.footprint import Backend, kv_bytes_per_position, weights_bytes
 
 # MLX reaches 83 % (iPhone 17 Pro) to 94 % (M4 Max) of the bandwidth in published measurements.
 BANDWIDTH_SHARE = 0.85
@@ -24,7 +24,9 @@ def decode_tokens_per_s(
     """Estimated tokens per second at `context` positions, by `FORMULA`."""
     seen = context if form.bound is None else min(context, form.bound)
     cache = kv_bytes_per_position(inventory.config, form, backend.compute_bytes) * seen
-    read = read_per_token_bytes(inventory, backend.compute_bytes) + cache
+    read = weights_bytes(inventory, backend.compute_bytes) + cache
+    if not inventory.config.tie_word_embeddings:  # of an untied embedding it reads one row
+        read -= inventory.matrices[layout.EMBEDDING].weight_bytes(backend.compute_bytes)
     layers = inventory.config.num_hidden_layers
     overhead_s = (DISPATCHES_PER_LAYER * layers + DISPATCHES_PER_TOKEN) * DISPATCH_S
     return 1 / (read / (BANDWIDTH_SHARE * bandwidth) + overhead_s)

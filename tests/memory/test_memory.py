@@ -34,9 +34,9 @@ from apertus_mlx.memory.footprint import (
     MLX_CPU,
     kv_bytes,
     kv_bytes_per_position,
+    weights_bytes,
 )
 from apertus_mlx.memory.speed import decode_tokens_per_s
-from apertus_mlx.memory.weights import weights_bytes
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, planned_inventory, random_weights, write_checkpoint
 from tests.hub_server import point_client_at, serving

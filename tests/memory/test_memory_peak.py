@@ -16,8 +16,7 @@ from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.memory import footprint
-from apertus_mlx.memory.footprint import MLX_CPU, kv_bytes
-from apertus_mlx.memory.weights import weights_bytes
+from apertus_mlx.memory.footprint import MLX_CPU, kv_bytes, weights_bytes
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, planned_inventory
