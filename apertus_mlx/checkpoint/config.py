@@ -31,13 +31,22 @@ MODEL_TYPES: dict[str, Family] = {
 DTYPES = ("bfloat16", "float16", "float32")
 
 # Bounds that no released model comes near; beyond them a config is damaged or hostile.
-MAX_LAYERS, MAX_WIDTH, MAX_VOCAB, MAX_CONTEXT = 1024, 2**20, 2**22, 2**24
+MAX_WIDTH, MAX_CONTEXT = 2**20, 2**24
+SIZES = {
+    "hidden_size": MAX_WIDTH, "intermediate_size": MAX_WIDTH, "num_attention_heads": MAX_WIDTH,
+    "num_hidden_layers": 1024, "vocab_size": 2**22, "max_position_embeddings": MAX_CONTEXT,
+}  # fmt: skip
 # Below the smallest normal float32 an epsilon is none, and rows of zeros become NaN.
 MIN_EPS = 1.2e-38
 # With a base up to 1 no pair turns more slowly than a radian for each token.
 MIN_THETA, MAX_THETA = 1.0, 1e12
 # Of positions; below it those of a long context are beyond what float32 tells apart.
-MIN_FACTOR, MAX_FACTOR = 1e-3, 1e6
+FACTOR_RANGE = 1e-3, 1e6
+
+FACTORS: dict[RopeType, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
 
 # Keys that transformers, MLX and training tools write and that do not change the forward pass.
 INERT_KEYS = frozenset(
@@ -195,8 +204,9 @@ def _parse_model(
             )
     keys.ignore(FIXED_KEYS.keys())
 
-    hidden_size = keys.integer("hidden_size", 1, MAX_WIDTH)
-    heads = keys.integer("num_attention_heads", 1, MAX_WIDTH)
+    sizes = {key: keys.integer(key, 1, most) for key, most in SIZES.items()}
+    hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    vocab_size = sizes["vocab_size"]
     kv_heads = keys.optional_integer("num_key_value_heads", 1, MAX_WIDTH) or heads
     if heads % kv_heads:
         raise RejectedError(
@@ -210,7 +220,6 @@ def _parse_model(
     head_dim = keys.optional_integer("head_dim", 2, MAX_WIDTH) or hidden_size // heads
     if head_dim % 2:
         raise RejectedError(f"{name}: head_dim: {head_dim} is odd; rotary embedding needs pairs")
-    vocab_size = keys.integer("vocab_size", 1, MAX_VOCAB)
     output_vocab_size = keys.optional_integer("output_vocab_size", 1, vocab_size) or vocab_size
     tied = keys.optional_boolean("tie_word_embeddings") or False
     if tied and output_vocab_size != vocab_size:
@@ -218,25 +227,19 @@ def _parse_model(
             f"{name}: output_vocab_size: {output_vocab_size} with tied embeddings of "
             f"{vocab_size} rows is not implemented"
         )
-    eos_token_ids = keys.integers("eos_token_id", 0, vocab_size - 1)
     quantization, foreign = _parse_quantization(keys, name)
     return ModelConfig(
         family=family,
-        hidden_size=hidden_size,
-        intermediate_size=keys.integer("intermediate_size", 1, MAX_WIDTH),
-        num_hidden_layers=keys.integer("num_hidden_layers", 1, MAX_LAYERS),
-        num_attention_heads=heads,
+        **sizes,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=vocab_size,
         output_vocab_size=output_vocab_size,
-        max_position_embeddings=keys.integer("max_position_embeddings", 1, MAX_CONTEXT),
         rms_norm_eps=keys.number("rms_norm_eps", MIN_EPS, 1.0),
         tie_word_embeddings=tied,
         rope=_parse_rope(keys, name),
         dtype=_parse_dtype(keys, name),
         bos_token_id=keys.optional_integer("bos_token_id", 0, vocab_size - 1),
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=keys.integers("eos_token_id", 0, vocab_size - 1),
         pad_token_id=keys.optional_integer("pad_token_id", 0, vocab_size - 1),
         quantization=quantization,
         foreign_quantization=foreign,
@@ -245,13 +248,18 @@ def _parse_model(
 
 
 def _parse_dtype(keys: KeyReader, name: str) -> str | None:
-    new, old = keys.optional_text("dtype"), keys.optional_text("torch_dtype")
-    if new and old and new != old:
-        raise RejectedError(f"{name}: dtype {new!r} and torch_dtype {old!r} disagree")
-    dtype = new or old
+    dtype = _text_of(keys, "dtype", "torch_dtype", name)
     if dtype and dtype.removeprefix("torch.") not in DTYPES:
         raise RejectedError(f"{name}: dtype: {dtype[:60]!r}: expected {', '.join(DTYPES)}")
     return dtype.removeprefix("torch.") if dtype else None
+
+
+def _text_of(keys: KeyReader, new_key: str, old_key: str, name: str) -> str | None:
+    """A text under one of two keys, or the same under both."""
+    new, old = keys.optional_text(new_key), keys.optional_text(old_key)
+    if new and old and new != old:
+        raise RejectedError(f"{name}: {new_key} {new!r} and {old_key} {old!r} disagree")
+    return new or old
 
 
 def _parse_rope(keys: KeyReader, name: str) -> Rope:
@@ -276,11 +284,8 @@ def _parse_rope(keys: KeyReader, name: str) -> Rope:
 
 def _parse_rope_block(block: Mapping[str, Any], flat_theta: float | None, name: str) -> Rope:
     keys = KeyReader(block, name)
-    new_type, old_type = keys.optional_text("rope_type"), keys.optional_text("type")
-    if new_type and old_type and new_type != old_type:
-        raise RejectedError(f"{name}: rope_type {new_type!r} and type {old_type!r} disagree")
-    kind = new_type or old_type or "default"
-    if kind not in ("default", "linear", "llama3"):
+    kind: Any = _text_of(keys, "rope_type", "type", name) or "default"
+    if kind not in FACTORS:
         raise RejectedError(
             f"{name}: rope_type: {kind[:60]!r} is not implemented; "
             "Apertus uses default, linear or llama3"
@@ -288,26 +293,17 @@ def _parse_rope_block(block: Mapping[str, Any], flat_theta: float | None, name: 
     theta = keys.optional_number("rope_theta", MIN_THETA, MAX_THETA) or flat_theta
     if theta is None:
         raise RejectedError(f"{name}: rope_theta: missing; the rotary base cannot be guessed")
-    if kind == "default":
-        rope = Rope(theta)
-        # transformers keeps a factor of 1 beside the default type.
-        if (keys.optional_number("factor", MIN_FACTOR, MAX_FACTOR) or 1.0) != 1.0:
-            raise RejectedError(f"{name}: factor: has no meaning without a rope_type")
-    elif kind == "linear":
-        rope = Rope(theta, "linear", keys.number("factor", MIN_FACTOR, MAX_FACTOR))
-    else:
-        rope = Rope(
-            theta,
-            "llama3",
-            keys.number("factor", MIN_FACTOR, MAX_FACTOR),
-            keys.number("low_freq_factor", MIN_FACTOR, MAX_FACTOR),
-            keys.number("high_freq_factor", MIN_FACTOR, MAX_FACTOR),
-            keys.integer("original_max_position_embeddings", 1, MAX_CONTEXT),
-        )
-        if rope.high_freq_factor <= rope.low_freq_factor:
+    # transformers keeps a factor of 1 beside the default type.
+    if kind == "default" and keys.optional_number("factor", *FACTOR_RANGE) not in (None, 1):
+        raise RejectedError(f"{name}: factor: has no meaning without a rope_type")
+    scaling: dict[str, Any] = {key: keys.number(key, *FACTOR_RANGE) for key in FACTORS[kind]}
+    if kind == "llama3":
+        key = "original_max_position_embeddings"
+        scaling[key] = keys.integer(key, 1, MAX_CONTEXT)
+        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
             raise RejectedError(f"{name}: high_freq_factor: must exceed low_freq_factor")
     keys.refuse_unread()
-    return rope
+    return Rope(theta, kind, **scaling)
 
 
 def _parse_quantization(

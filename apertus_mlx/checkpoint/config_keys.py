@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, TypeVar
 
 from apertus_mlx.errors import RejectedError
+
+T = TypeVar("T")
 
 
 class KeyReader:
@@ -24,10 +26,7 @@ class KeyReader:
 
     def integer(self, key: str, low: int, high: int) -> int:
         """A required integer in `[low, high]`; booleans, strings and fractions are refused."""
-        value = self.optional_integer(key, low, high)
-        if value is None:
-            raise self._missing(key)
-        return value
+        return self._required(key, self.optional_integer(key, low, high))
 
     def optional_integer(self, key: str, low: int, high: int) -> int | None:
         """An integer in `[low, high]`, or None where the key is absent or null."""
@@ -42,10 +41,7 @@ class KeyReader:
 
     def number(self, key: str, low: float, high: float) -> float:
         """A required finite number in `(low, high]`; integers are accepted as numbers."""
-        value = self.optional_number(key, low, high)
-        if value is None:
-            raise self._missing(key)
-        return value
+        return self._required(key, self.optional_number(key, low, high))
 
     def optional_number(self, key: str, low: float, high: float) -> float | None:
         """A finite number in `(low, high]`, or None where the key is absent or null."""
@@ -61,31 +57,19 @@ class KeyReader:
 
     def optional_boolean(self, key: str) -> bool | None:
         """A JSON boolean, or None where the key is absent or null."""
-        value = self._take(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.error(key, "true or false", value)
-        return value
+        return self._typed(key, bool, "true or false")
 
     def text(self, key: str) -> str:
         """A required JSON string."""
-        value = self.optional_text(key)
-        if value is None:
-            raise self._missing(key)
-        return value
+        return self._required(key, self.optional_text(key))
 
     def optional_text(self, key: str) -> str | None:
         """A JSON string, or None where the key is absent or null."""
-        value = self._take(key)
-        if value is not None and not isinstance(value, str):
-            raise self.error(key, "a string", value)
-        return value
+        return self._typed(key, str, "a string")
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         """A JSON object, or None where the key is absent or null."""
-        value = self._take(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, "an object or null", value)
-        return value
+        return self._typed(key, dict, "an object or null")
 
     def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
         """An integer or a list of integers, as a tuple; empty where absent or null."""
@@ -102,11 +86,14 @@ class KeyReader:
         """Mark keys that cannot change what the model computes."""
         self._read.update(keys)
 
+    def unread(self) -> list[str]:
+        """The keys that nothing has read, but for comments (`_...`)."""
+        return sorted(key for key in self._values.keys() - self._read if not key.startswith("_"))
+
     def refuse_unread(self) -> None:
         """Refuse the first keys that nothing has read: they may change the model's meaning."""
-        unread = [key for key in self._values if key not in self._read and not key.startswith("_")]
-        if unread:
-            shown = ", ".join(repr(key[:60]) for key in sorted(unread)[:10])
+        if unread := self.unread():
+            shown = ", ".join(repr(key[:60]) for key in unread[:10])
             raise RejectedError(
                 f"{self._name}: not an Apertus we implement: unknown key {shown}; "
                 "remove it only if it does not change what the model computes"
@@ -120,9 +107,17 @@ class KeyReader:
         self._read.add(key)
         return self._values.get(key)
 
-    def _missing(self, key: str) -> RejectedError:
-        state = "null" if key in self._values else "missing"
-        return RejectedError(f"{self._name}: {key}: required, but {state}")
+    def _typed(self, key: str, kind: type[T], expected: str) -> T | None:
+        value = self._take(key)
+        if value is not None and not isinstance(value, kind):
+            raise self.error(key, expected, value)
+        return value
+
+    def _required(self, key: str, value: T | None) -> T:
+        if value is None:
+            state = "null" if key in self._values else "missing"
+            raise RejectedError(f"{self._name}: {key}: required, but {state}")
+        return value
 
 
 def _shown(value: object) -> str:

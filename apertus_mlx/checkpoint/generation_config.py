@@ -76,21 +76,14 @@ def read_generation_config(directory: Path, vocab_size: int) -> GenerationConfig
     path = directory / GENERATION_CONFIG_FILE
     if not exists(path):
         return GenerationConfig()
-    values = read_object(path)
-    keys = KeyReader(values, str(path))
-    known = {
-        "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
-    }  # fmt: skip
-    ignored = [key for key in values if key not in known | INERT_KEYS and not key.startswith("_")]
+    keys = KeyReader(read_object(path), str(path))
+    keys.ignore(INERT_KEYS)
     return GenerationConfig(
         eos_token_ids=keys.integers("eos_token_id", 0, vocab_size - 1),
         do_sample=keys.optional_boolean("do_sample"),
-        temperature=_number(keys, "temperature"),
-        top_p=_number(keys, "top_p"),
         top_k=keys.optional_integer("top_k", 0, vocab_size),
-        min_p=_number(keys, "min_p"),
-        repetition_penalty=_number(keys, "repetition_penalty"),
-        ignored_keys=tuple(sorted(ignored)),
+        **{key: _number(keys, key) for key in RANGES},
+        ignored_keys=tuple(keys.unread()),
     )
 
 

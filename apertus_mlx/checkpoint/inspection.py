@@ -12,6 +12,11 @@ from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.checkpoint.matching import FLOAT_DTYPES
 from apertus_mlx.text.tokenizer import Role, Tokenizer
 
+_GEOMETRY = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """Report on the model folder `directory`; no weight is read.
@@ -36,14 +41,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "context_tokens": config.max_position_embeddings,
         "kv_cache_per_token_16_bit_bytes": 2 * kv_values,
         "geometry": {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab_size,
-            "tie_word_embeddings": config.tie_word_embeddings,
+            **{name: getattr(config, name) for name in _GEOMETRY},
             "rope_type": config.rope.type,
             "rope_theta": config.rope.theta,
             "rope_factor": config.rope.factor,
