@@ -4,12 +4,11 @@ Imports nothing heavy: `huggingface_hub` is imported inside the functions that n
 """
 
 from apertus_mlx.hub.listing import is_repo_id
-from apertus_mlx.hub.remote_headers import RawHeader, RemoteCheckpoint, fetch_headers
+from apertus_mlx.hub.remote_headers import RemoteCheckpoint, fetch_headers
 from apertus_mlx.hub.snapshot import Snapshot, locate, resolve
 from apertus_mlx.system import telemetry
 
 __all__ = [
-    "RawHeader",
     "RemoteCheckpoint",
     "Snapshot",
     "fetch_headers",

@@ -92,19 +92,16 @@ def not_the_hub(repo_id: str) -> UnreachableError:
 
 
 def _explain_status(status: int, repo_id: str, hub: str, login: str) -> NotFoundError:
-    if status == 401:
-        return NotFoundError(f"{repo_id}: {hub} refuses the token (HTTP 401); {login}")
-    if status == 403:
-        return NotFoundError(f"{repo_id}: {hub} forbids access (HTTP 403); {login}, or ask for it")
-    if status == 404:
-        return NotFoundError(f"{repo_id}: a file is missing on {hub} (HTTP 404)")
-    if status == 429:
-        return UnreachableError(
-            f"{repo_id}: too many requests to {hub} (HTTP 429); wait some minutes, or {login}"
-        )
+    words = {
+        401: f"refuses the token (HTTP 401); {login}",
+        403: f"forbids access (HTTP 403); {login}, or ask for it",
+        404: "lacks a file (HTTP 404)",
+        429: f"had too many requests (HTTP 429); wait some minutes, or {login}",
+    }.get(status, f"refuses the request (HTTP {status})")
     if status >= 500:
-        return UnreachableError(f"{repo_id}: {hub} fails (HTTP {status}); try again later")
-    return NotFoundError(f"{repo_id}: {hub} refuses the request (HTTP {status})")
+        words = f"fails (HTTP {status}); try again later"
+    later = status == 429 or status >= 500
+    return (UnreachableError if later else NotFoundError)(f"{repo_id}: {hub} {words}")
 
 
 def _explain_os_error(error: OSError, repo_id: str, reason: str) -> Exception | None:

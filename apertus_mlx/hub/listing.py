@@ -17,20 +17,11 @@ from apertus_mlx.hub.errors import explained, not_the_hub
 
 _NAMES = frozenset(
     {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-        "README.md",
+        "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+        "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+        "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
     }
-)
+)  # fmt: skip
 _WEIGHTS = re.compile(r"model[A-Za-z0-9._-]*\.safetensors")
 _LICENSE = re.compile(r"LICEN[CS]E[A-Za-z0-9_-]*(\.md|\.txt)?")
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
@@ -75,6 +66,14 @@ class Listing:
     repo_id: str
     commit: str
     files: tuple[RemoteFile, ...]
+
+    def request(self, file: RemoteFile) -> tuple[str, dict[str, str]]:
+        """The address of a file, and headers that ask for it as it is, so that it can be cut."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url = hf_hub_url(self.repo_id, file.name, revision=self.commit, endpoint=constants.ENDPOINT)
+        return url, {**build_hf_headers(library_name="apertus-mlx"), "Accept-Encoding": "identity"}
 
 
 def is_repo_id(text: str) -> bool:
@@ -137,14 +136,7 @@ def list_files(repo_id: str, revision: str | None = None) -> Listing:
         sha256 = sibling.lfs.sha256 if sibling.lfs is not None else None
         if sibling.size is None or not _is_digest(sha256, sibling.blob_id):
             raise not_the_hub(repo_id)
-        files.append(
-            RemoteFile(
-                name=name,
-                size_bytes=sibling.size,
-                sha256=sha256,
-                blob_id=sibling.blob_id or "",
-            )
-        )
+        files.append(RemoteFile(name, sibling.size, sha256, sibling.blob_id or ""))
     files.sort(key=lambda file: (is_weights(file.name), file.name))
     return Listing(repo_id, commit, tuple(files))
 

@@ -11,8 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from apertus_mlx.checkpoint import header
 from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, parse_config
-from apertus_mlx.checkpoint.header import parse_header
+from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.inventory import Inventory, match_inventory
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, Checkpoint, merge_headers, read_weight_map
 from apertus_mlx.errors import RejectedError
@@ -20,7 +21,6 @@ from apertus_mlx.hub.errors import UnreachableError, explained
 from apertus_mlx.hub.listing import Listing, RemoteFile, is_weights, list_files
 from apertus_mlx.system.strict_json import parse_object
 
-MAX_HEADER_BYTES = 16 * 2**20
 _JSON_NAMES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _LENGTH_BYTES = 8
 # One request is enough for the header of nearly every shard.
@@ -31,21 +31,13 @@ _DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class RawHeader:
-    """A safetensors header as it stands in the file (without the 8 length bytes)."""
-
-    header_json: bytes
-    file_size: int
-
-
-@dataclass(frozen=True, slots=True)
 class RemoteCheckpoint:
-    """A commit's small JSON files and the raw header of each of its weight files, by name."""
+    """A commit's small JSON files and the tensors of each of its weight files, by name."""
 
     repo_id: str
     commit: str
     files: dict[str, bytes]
-    headers: dict[str, RawHeader]
+    headers: dict[str, list[TensorInfo]]
 
     def config(self) -> ModelConfig:
         """What `config.json` says.
@@ -62,21 +54,14 @@ class RemoteCheckpoint:
         """The tensors by name, as `open_checkpoint` finds them in a folder.
 
         Raises:
-            RejectedError: a header or the index is damaged, or the two disagree.
+            RejectedError: the index is damaged, or headers and index disagree.
         """
         name, headers, weight_map = self.repo_id, self.headers, None
         if INDEX_FILE in self.files:
             where = f"{name}: {INDEX_FILE}"
             weight_map = read_weight_map(parse_object(self.files[INDEX_FILE], where), where)
-            missing = sorted(set(weight_map.values()) - headers.keys())
-            if missing:
-                raise RejectedError(f"{name}: {missing[0]} is named in {INDEX_FILE} but missing")
-            headers = {file: headers[file] for file in sorted(set(weight_map.values()))}
-        parsed = {
-            file: parse_header(raw.header_json, raw.file_size, file, f"{name}: {file}")
-            for file, raw in headers.items()
-        }
-        return Checkpoint(name, tuple(parsed), merge_headers(parsed, weight_map, name), None)
+            headers = {file: headers[file] for file in sorted({*weight_map.values()} & {*headers})}
+        return Checkpoint(name, tuple(headers), merge_headers(headers, weight_map, name), None)
 
     def inventory(self) -> Inventory:
         """The inventory, as `take_inventory` makes it of a folder.
@@ -95,7 +80,7 @@ def fetch_headers(repo_id: str, commit: str) -> RemoteCheckpoint:
 
     Raises:
         NotFoundError: as for `hub.resolve`; also a server that cannot send a part of a file.
-        RejectedError: a weight file is too short, or its header is longer than 16 MiB or the file.
+        RejectedError: a weight file is too short, or its header is damaged or beyond 16 MiB.
     """
     listing = list_files(repo_id, commit)
     json_files = [file for file in listing.files if file.name in _JSON_NAMES]
@@ -107,12 +92,12 @@ def fetch_headers(repo_id: str, commit: str) -> RemoteCheckpoint:
         repo_id=repo_id,
         commit=listing.commit,
         files={file.name: content for file, content in zip(json_files, files, strict=True)},
-        headers={file.name: header for file, header in zip(weights, headers, strict=True)},
+        headers={file.name: tensors for file, tensors in zip(weights, headers, strict=True)},
     )
 
 
 def _fetch_json(listing: Listing, file: RemoteFile) -> bytes:
-    if file.size_bytes > MAX_HEADER_BYTES:
+    if file.size_bytes > header.MAX_HEADER_BYTES:
         raise RejectedError(
             f"{listing.repo_id}: {file.name} has {file.size_bytes} bytes, more than 16 MiB"
         )
@@ -124,58 +109,38 @@ def _fetch_json(listing: Listing, file: RemoteFile) -> bytes:
     return content
 
 
-def _fetch_header(listing: Listing, file: RemoteFile) -> RawHeader:
+def _fetch_header(listing: Listing, file: RemoteFile) -> list[TensorInfo]:
     where = f"{listing.repo_id}: {file.name}"
-    first = _fetch_range(listing, file, 0, min(_FIRST_BYTES, file.size_bytes))
-    if len(first) < _LENGTH_BYTES:
-        raise RejectedError(f"{where} has {len(first)} bytes, too few for a safetensors file")
-    header_bytes = int.from_bytes(first[:_LENGTH_BYTES], "little")
-    stop = _LENGTH_BYTES + header_bytes
-    if header_bytes > MAX_HEADER_BYTES or stop > file.size_bytes:
-        raise RejectedError(
-            f"{where} names a header of {header_bytes} bytes in a file of {file.size_bytes} "
-            "(at most 16 MiB is read); not a sound safetensors file"
-        )
-    if stop > len(first):
-        first += _fetch_range(listing, file, len(first), stop)
-    return RawHeader(first[_LENGTH_BYTES:stop], file.size_bytes)
+    start = _fetch_range(listing, file, 0, min(_FIRST_BYTES, file.size_bytes))
+    stop = _LENGTH_BYTES + header.header_length(start, file.size_bytes, where)
+    start += _fetch_range(listing, file, len(start), stop)
+    return header.parse_header(start[_LENGTH_BYTES:stop], file.size_bytes, file.name, where)
 
 
 def _fetch_range(listing: Listing, file: RemoteFile, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop` of a file; from a server without ranges, what leads up to them."""
-    from huggingface_hub import constants, get_session, hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        hf_raise_for_status,
-    )
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
     if stop <= start:
         return b""
     where = f"{listing.repo_id}: {file.name}"
     deadline_s = time.monotonic() + _DEADLINE_S
-    request_headers = {
-        **build_hf_headers(library_name="apertus-mlx"),
-        "Accept-Encoding": "identity",
-        "Range": f"bytes={start}-{stop - 1}",
-    }
-    url = hf_hub_url(
-        listing.repo_id, file.name, revision=listing.commit, endpoint=constants.ENDPOINT
-    )
+    url, headers = listing.request(file)
+    headers["Range"] = f"bytes={start}-{stop - 1}"
     content = bytearray()
     with get_session().stream(
-        "GET", url, headers=request_headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
     ) as response:
         hf_raise_for_status(response)
-        if response.status_code == 206:
-            sent = response.headers.get("Content-Range", "")
-            if sent != f"bytes {start}-{stop - 1}/{file.size_bytes}":
-                raise UnreachableError(
-                    f"{where}: asked for bytes {start}-{stop - 1} of {file.size_bytes}, "
-                    f"got {sent!r}; try again"
-                )
-            skip = 0
-        else:
-            skip = start
+        is_part = response.status_code == 206
+        sent = response.headers.get("Content-Range", "")
+        if is_part and sent != f"bytes {start}-{stop - 1}/{file.size_bytes}":
+            raise UnreachableError(
+                f"{where}: asked for bytes {start}-{stop - 1} of {file.size_bytes}, "
+                f"got {sent!r}; try again"
+            )
+        skip = 0 if is_part else start
         # Never more than asked for: leaving the block closes the connection on the rest.
         for chunk in response.iter_raw(_READ_BYTES):
             content += chunk

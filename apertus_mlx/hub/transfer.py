@@ -22,7 +22,6 @@ _PERIOD_S = 0.5
 # The Hub serves no larger file by plain HTTP; those go through the client's own protocol.
 _HTTP_LIMIT_BYTES = 50 * 10**9
 _SPARE_BYTES = 64 * 2**20
-_IDENTITY = {"Accept-Encoding": "identity"}  # a compressed answer could not be resumed
 
 
 def download(
@@ -106,44 +105,31 @@ def _download_blob(folder: Path, listing: Listing, file: RemoteFile) -> None:
         if partial.exists() and partial.stat().st_size > file.size_bytes:
             partial.unlink()
         resumed = partial.exists()
-        _fetch(partial, listing, file)
-        intact = _is_intact(partial, file)
-        if resumed and not intact:
-            # What was there was no beginning of it: a page of a proxy, say.
-            partial.unlink()
-            _fetch(partial, listing, file)
-            intact = _is_intact(partial, file)
-        if not intact:
-            partial.unlink()
+        # What was there may be no beginning of the file: a page of a proxy, say.
+        if not _fetch(partial, listing, file) and not (resumed and _fetch(partial, listing, file)):
             raise _damaged(listing, file)
         partial.replace(blob)
 
 
-def _is_intact(partial: Path, file: RemoteFile) -> bool:
-    with partial.open("rb") as stream:
-        return file.describes(stream)
-
-
-def _fetch(partial: Path, listing: Listing, file: RemoteFile) -> None:
-    """Append to `partial` what it lacks of `file`."""
-    from huggingface_hub import constants, hf_hub_url
+def _fetch(partial: Path, listing: Listing, file: RemoteFile) -> bool:
+    """Append to `partial` what it lacks of `file`; return if it is intact, else it is removed."""
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    url, headers = listing.request(file)
     with partial.open("ab") as stream:
         http_get(
-            hf_hub_url(
-                listing.repo_id,
-                file.name,
-                revision=listing.commit,
-                endpoint=constants.ENDPOINT,
-            ),
+            url,
             stream,
             resume_size=stream.tell(),
-            headers={**build_hf_headers(library_name="apertus-mlx"), **_IDENTITY},
+            headers=headers,
             expected_size=file.size_bytes,
             displayed_filename=file.name,
         )
+    with partial.open("rb") as stream:
+        intact = file.describes(stream)
+    if not intact:
+        partial.unlink()
+    return intact
 
 
 def _check_disk_space(folder: Path, repo_id: str, files: tuple[RemoteFile, ...]) -> None:

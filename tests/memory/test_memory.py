@@ -17,11 +17,12 @@ from apertus_mlx.backend.memory_limits import mlx_limits
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig, make_layer_cache
 from apertus_mlx.cache.config import FULL_BITS
 from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.checkpoint.header import read_header
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.checkpoint.layout import matrices, vectors
 from apertus_mlx.cli.app import app
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError, UsageError
-from apertus_mlx.hub import RawHeader, RemoteCheckpoint
+from apertus_mlx.hub import RemoteCheckpoint
 from apertus_mlx.memory import (
     fit,
     footprint,
@@ -201,11 +202,7 @@ def write_model(folder: Path, **changes: Any) -> Path:
 
 def test_a_remote_checkpoint_is_planned_as_the_local_one(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", head_dim=64)
-    headers = {}
-    for path in folder.glob("*.safetensors"):
-        content = path.read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        headers[path.name] = RawHeader(content[8 : 8 + length], len(content))
+    headers = {path.name: read_header(path) for path in folder.glob("*.safetensors")}
     files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
     remote = RemoteCheckpoint("org/name", "main", files, headers).inventory()
     local = take_inventory(folder)
