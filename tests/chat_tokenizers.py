@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.text.template import ChatTemplate, Message
 from apertus_mlx.text.tokenizer import Tokenizer
 
 _NAMED = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "<pad>", 32: "<think>", 33: "</think>"}
@@ -89,6 +91,13 @@ def encode_with_control(tokenizer: Tokenizer, text: str) -> list[int]:
     for piece in tokenizer.split_special(text):
         ids += [piece] if isinstance(piece, int) else tokenizer.encode(piece)
     return ids
+
+
+def written_by(template: ChatTemplate, messages: Sequence[Message], **how: Any) -> str:
+    """What `template` writes, for reading; `how` as for `render`."""
+    how = {"think": False, "tools": (), "add_generation_prompt": True, **how}
+    pieces = template._render(messages, **how)
+    return "".join(each if isinstance(each, str) else template._name(each) for each in pieces)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -114,9 +114,9 @@ def _parse_entry(key: str, entry: Any, data_start: int, file: str, name: str) ->
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise RejectedError(f"{name}: dtype {str(dtype)[:40]!r} is not supported")
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+    if not isinstance(shape, list) or not _are_below(2**31, shape):
         raise RejectedError(f"{name}: shape {str(shape)[:60]} is not a list of sizes below 2^31")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_offset, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_below(2**63, offsets):
         raise RejectedError(f"{name}: data_offsets {str(offsets)[:60]} are not two offsets")
     size_bytes = DTYPE_BITS[dtype] // 8
     for size in shape:
@@ -129,12 +129,8 @@ def _parse_entry(key: str, entry: Any, data_start: int, file: str, name: str) ->
     return TensorInfo(key, dtype, tuple(shape), file, data_start + offsets[0], size_bytes)
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _is_offset(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def _are_below(limit: int, values: list[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < limit for value in values)
 
 
 def _pass_gatekeeper(path: Path) -> None:

@@ -49,10 +49,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "weights": _formats(inventory),
         "stop_ids": list(generation.eos_token_ids or config.eos_token_ids),
         "control_tokens": {
-            role.name.lower(): [
-                f"{token_id} {tokenizer.control.name(token_id)}"
-                for token_id in (tokenizer.control.start(role), tokenizer.control.end(role))
-            ]
+            role.name.lower(): [f"{i} {tokenizer.id_to_token(i)}" for i in (role.start, role.end)]
             for role in Role
         },
         "not_used": inventory.dropped,

@@ -193,10 +193,6 @@ def _factor(matrix: layout.Matrix, left: Unmatched) -> TensorInfo | None:
     if len(factors) > 1:
         raise RejectedError(f"{left.name}: {matrix.path} has both a scale and a divisor")
     factor = factors[0]
-    if factor.shape not in ((1,), (matrix.rows,)):
-        raise RejectedError(
-            f"{left.name}: {factor.name}: shape {list(factor.shape)}, expected [1] or "
-            f"[{matrix.rows}]"
-        )
-    left.check(factor.name, factor, FLOAT_DTYPES, factor.shape)
+    one_for_all = factor.shape == (1,)
+    left.check(factor.name, factor, FLOAT_DTYPES, (1,) if one_for_all else (matrix.rows,))
     return factor

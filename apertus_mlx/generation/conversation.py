@@ -53,39 +53,16 @@ class Conversation:
         options: SamplingOptions = DEFAULT_SAMPLING,
         prefill_step: int = DEFAULT_PREFILL_STEP,
         cancelled: Callable[[], bool] | None = None,
+        turn: int | None = None,
     ) -> Generator[Piece, None, None]:
         """Add a user's turn and yield the answer; an interrupted answer is kept as far as it went.
+
+        It takes the place of all messages from number `turn` on, if there are any.
 
         Raises:
             UsageError: the conversation no longer fits the model's context; it stays as it was.
         """
-        yield from self._answer(len(self.messages), text, options, prefill_step, cancelled)
-
-    def retry(
-        self,
-        options: SamplingOptions = DEFAULT_SAMPLING,
-        prefill_step: int = DEFAULT_PREFILL_STEP,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> Generator[Piece, None, None]:
-        """Answer the last question again, as `ask` does, without reading it again.
-
-        Raises:
-            UsageError: there is none.
-        """
-        text = self.last_question
-        if text is None:
-            raise UsageError("there is nothing to retry")
-        yield from self._answer(len(self.messages) - 2, text, options, prefill_step, cancelled)
-
-    def _answer(
-        self,
-        turn: int,
-        text: str,
-        options: SamplingOptions,
-        prefill_step: int,
-        cancelled: Callable[[], bool] | None,
-    ) -> Generator[Piece, None, None]:
-        """Answer `text` in the place of all messages from number `turn` on."""
+        turn = len(self.messages) if turn is None else turn
         question = Message(role="user", content=text)
         prompt = self._loaded.folder.render([*self.messages[:turn], question], self.think)
         run = Generation(
@@ -106,6 +83,22 @@ class Conversation:
             if not piece.is_thought:
                 answer["content"] = f"{answer['content']}{piece.text}"
             yield piece
+
+    def retry(
+        self,
+        options: SamplingOptions = DEFAULT_SAMPLING,
+        prefill_step: int = DEFAULT_PREFILL_STEP,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Answer the last question again, as `ask` does, without reading it again.
+
+        Raises:
+            UsageError: there is none.
+        """
+        text = self.last_question
+        if text is None:
+            raise UsageError("there is nothing to retry")
+        yield from self.ask(text, options, prefill_step, cancelled, len(self.messages) - 2)
 
     @property
     def last_answer(self) -> Answer | None:

@@ -46,7 +46,7 @@ class ModelFolder:
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer; the end of the assistant's turn always does."""
         stated = self.generation_config.eos_token_ids or self.config.eos_token_ids
-        return frozenset({*stated, self.tokenizer.control.end(Role.ASSISTANT)})
+        return frozenset({*stated, Role.ASSISTANT.end})
 
     @property
     def notes(self) -> list[str]:

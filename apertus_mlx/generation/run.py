@@ -213,10 +213,9 @@ class _Segments:
         return self._stream.stopped
 
     def push(self, token: int) -> Piece:
-        control = self._tokenizer.control
-        if token in (control.start(Role.INNER), control.end(Role.INNER)):
+        if token in (Role.INNER.start, Role.INNER.end):
             piece = self.finish()
-            self._thinking = token == control.start(Role.INNER)
+            self._thinking = token == Role.INNER.start
             # Stop strings are for the answer; a thought may well mention one.
             self._stream = TextStream(self._tokenizer, () if self._thinking else self._stop_strings)
             return piece

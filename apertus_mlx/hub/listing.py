@@ -24,7 +24,8 @@ _NAMES = frozenset(
 )  # fmt: skip
 _WEIGHTS = re.compile(r"model[A-Za-z0-9._-]*\.safetensors")
 _LICENSE = re.compile(r"LICEN[CS]E[A-Za-z0-9_-]*(\.md|\.txt)?")
-_REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+_REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_REPO_ID = re.compile(rf"(?!.*(?:--|\.\.)){_REPO_PART}/{_REPO_PART}(?<!\.git)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a git reference may not hold (git-check-ref-format); also what keeps it a name in the cache.
@@ -78,14 +79,7 @@ class Listing:
 
 def is_repo_id(text: str) -> bool:
     """Whether `text` has the form `organisation/name` that the Hub allows."""
-    parts = text.split("/")
-    return (
-        len(parts) == 2
-        and all(_REPO_PART.fullmatch(part) for part in parts)
-        and "--" not in text
-        and ".." not in text
-        and not text.endswith(".git")
-    )
+    return _REPO_ID.fullmatch(text) is not None
 
 
 def is_weights(name: str) -> bool:

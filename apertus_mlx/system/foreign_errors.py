@@ -13,14 +13,21 @@ from contextlib import contextmanager
 
 from apertus_mlx.errors import ApertusError, NotFoundError, ResourceError, UsageError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DISK = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENXIO,
-         errno.ENODEV, errno.EBUSY, errno.ETXTBSY}  # fmt: skip
-_EXHAUSTED = {errno.EAGAIN, errno.ENOBUFS, errno.EMFILE, errno.ENFILE}
-_NAMES = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
-_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
-_NETWORK = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT,
-            errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL}  # fmt: skip
+# Of errors of the system: codes, the error of ours, and what it says.
+_MEANINGS: tuple[tuple[set[int], type[ApertusError], str], ...] = (
+    ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+     ResourceError, "the disk is full; make room and try again"),
+    ({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV,
+      errno.EBUSY, errno.ETXTBSY}, ResourceError, "cannot be read or written ({})"),
+    ({errno.EAGAIN, errno.ENOBUFS, errno.EMFILE, errno.ENFILE},
+     ResourceError, "the system has nothing left to give ({})"),
+    ({errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY},
+     UsageError, "not a name that can be used here ({})"),
+    ({errno.ENOENT, errno.ENOTDIR, errno.ELOOP}, NotFoundError, "not there ({})"),
+    ({errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT,
+      errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL},
+     NotFoundError, "not reachable ({})"),
+)  # fmt: skip
 # What MLX (nanobind), Metal, onnxruntime, the loader and Python's threads say when memory runs
 # out. They raise RuntimeError, ImportError or classes of their own.
 _MEMORY_WORDS = ("bad_alloc", "unable to allocate", "failed to allocate", "cannot allocate memory",
@@ -84,20 +91,11 @@ def _explain_os_error(error: OSError) -> ApertusError | None:
     where = f"{_name(error.filename2 or error.filename)}: "
     if error.filename is None:
         where = ""
-    if code in _FULL:
-        return ResourceError(f"{where}the disk is full; make room and try again")
-    if code in _DISK:
-        return ResourceError(f"{where}cannot be read or written ({error.strerror})")
-    if code in _EXHAUSTED:
-        return ResourceError(f"{where}the system has nothing left to give ({error.strerror})")
-    if code in _NAMES:
-        return UsageError(f"{where}not a name that can be used here ({error.strerror})")
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error.strerror):
         return ResourceError(f"{error.strerror}; TMPDIR names another")
-    if code in _ABSENT:
-        return NotFoundError(f"{where}not there ({error.strerror})")
-    if code in _NETWORK:
-        return NotFoundError(f"{where}not reachable ({error.strerror})")
+    for codes, kind, words in _MEANINGS:
+        if code in codes:
+            return kind(f"{where}{words.format(error.strerror)}")
     return None
 
 

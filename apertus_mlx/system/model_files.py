@@ -66,20 +66,12 @@ def checked(path: Path, most_bytes: int = MAX_WEIGHTS_BYTES) -> Path:
     root = _real_path(path.parent)
     if not real.is_relative_to(root) and not _is_hub_blob(real):
         raise RejectedError(f"{path}: links to a file outside the model folder")
-    _require_regular(path, _status(path, real), most_bytes)
-    return real
-
-
-def open_own_file(path: Path, most_bytes: int = MAX_WEIGHTS_BYTES) -> BinaryIO:
-    """Open a file that the user named, which may be a link to anywhere; else as `open_file`."""
-    real = _real_path(path)
-    _require_regular(path, _status(path, real), most_bytes)
-    return _open(path, real, most_bytes)
+    return _regular(path, real, most_bytes)
 
 
 def read_own_file(path: Path, most_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """All of a file that the user named; see `open_own_file`."""
-    with open_own_file(path, most_bytes) as file:
+    """All of a file that the user named, which may be a link to anywhere; else as `read_file`."""
+    with _open(path, _regular(path, _real_path(path), most_bytes), most_bytes) as file:
         return _read(path, file, most_bytes)
 
 
@@ -122,11 +114,12 @@ def _is_hub_blob(real: Path) -> bool:
     return real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
 
 
-def _status(path: Path, real: Path) -> os.stat_result:
+def _regular(path: Path, real: Path, most_bytes: int) -> Path:
     try:
-        return real.lstat()
+        _require_regular(path, real.lstat(), most_bytes)
     except OSError as error:
         raise _unreadable(path, error) from None
+    return real
 
 
 def _require_regular(path: Path, status: os.stat_result, most_bytes: int) -> None:

@@ -19,19 +19,12 @@ class TextStream:
         stopped: A stop string was found; further tokens are ignored.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop_strings: Sequence[str] = (),
-        *,
-        show_special: bool = False,
-    ):
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
         """Start an empty stream.
 
         Args:
             tokenizer: Whose ids are pushed.
             stop_strings: The text ends before the first of them.
-            show_special: Whether special tokens appear by their names.
 
         Raises:
             UsageError: a stop string is empty.
@@ -40,7 +33,6 @@ class TextStream:
             raise UsageError("a stop string must not be empty")
         self.stopped = False
         self._tokenizer = tokenizer
-        self._show_special = show_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stop_strings)
         self._held = ""
@@ -49,7 +41,7 @@ class TextStream:
         """Take the next token; return the text that is certain now."""
         if self.stopped:
             return ""
-        if token_id in self._tokenizer.special_ids and not self._show_special:
+        if token_id in self._tokenizer.special_ids:
             return ""
         return self._scan(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 

@@ -6,7 +6,6 @@ import enum
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -32,30 +31,21 @@ class Role(enum.Enum):
     INNER = 69
     TOOLS = 71
 
+    @property
+    def start(self) -> int:
+        """The id that opens it, the same in every Apertus vocabulary; only the names differ.
 
-@dataclass(frozen=True, slots=True)
-class ControlTokens:
-    """The ids that open and close each role, the same in every Apertus vocabulary.
+        Id 61 is `<|system_start|>` in v1 and `<SPECIAL_61>` in v1.1.
+        """
+        return self.value
 
-    Only the names differ: id 61 is `<|system_start|>` in v1 and `<SPECIAL_61>` in v1.1.
-    """
-
-    names: tuple[str, ...]
-
-    def start(self, role: Role) -> int:
-        """Return the id that opens `role`."""
-        return role.value
-
-    def end(self, role: Role) -> int:
-        """Return the id that closes `role`."""
-        return role.value + 1
-
-    def name(self, token_id: int) -> str:
-        """Return the text of control token `token_id`, one of `ids`."""
-        return self.names[token_id - Role.SYSTEM.value]
+    @property
+    def end(self) -> int:
+        """The id that closes it."""
+        return self.value + 1
 
 
-CONTROL_IDS = range(Role.SYSTEM.value, Role.TOOLS.value + 2)
+CONTROL_IDS = range(Role.SYSTEM.start, Role.TOOLS.end + 1)
 
 
 class Tokenizer:
@@ -65,7 +55,6 @@ class Tokenizer:
         vocab_size: Rows of the model's embedding; every id is below it.
         bos_id: The id every sequence starts with, or None where the model has none.
         special_ids: Ids that plain text can never become.
-        control: The control tokens of the chat format.
     """
 
     def __init__(
@@ -84,7 +73,6 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.special_ids = frozenset(self._special_by_text.values())
-        self.control = ControlTokens(tuple(added[i].content for i in CONTROL_IDS))
 
     @classmethod
     def load(cls, directory: Path, *, vocab_size: int, bos_token_id: int | None) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import tracemalloc
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
-from tests.chat_tokenizers import load_tokenizer, write_tokenizer
+from tests.chat_tokenizers import load_tokenizer, write_tokenizer, written_by
 
 HERE = Path(__file__).parents[1]
 V1 = (HERE.parent / "apertus_mlx/demo/model/chat_template.jinja").read_text(encoding="utf-8")
@@ -89,7 +90,7 @@ def outputs(*texts: str) -> dict[str, object]:
 def test_v1_basic() -> None:
     template = chat_template(V1_DATED)
     before = datetime.date.today()
-    text = template.render_text([USER])
+    text = written_by(template, [USER])
     dates = {before.isoformat(), datetime.date.today().isoformat()}
     assert text in {
         f"<s><|system_start|>{DATED_SYSTEM}{date}<|system_end|><|developer_start|>{NO_TOOLS}"
@@ -99,7 +100,7 @@ def test_v1_basic() -> None:
 
 
 def test_v1_without_a_default_system_text() -> None:
-    assert chat_template(V1).render_text([USER]) == (
+    assert written_by(chat_template(V1), [USER]) == (
         f"<s><|system_start|><|system_end|><|developer_start|>{NO_TOOLS}<|developer_end|>"
         "<|user_start|>Hi<|user_end|><|assistant_start|>"
     )
@@ -117,7 +118,7 @@ def test_v1_full_example() -> None:
         ),
         {"role": "user", "content": "Thanks"},
     ]
-    assert chat_template(V1).render_text(messages, think=True, tools=[WEATHER]) == (
+    assert written_by(chat_template(V1), messages, think=True, tools=[WEATHER]) == (
         "<s><|system_start|>You are helpful.<|system_end|>"
         f"<|developer_start|>Deliberation: enabled\nTool Capabilities:\n{WEATHER_TEXT}"
         "<|developer_end|><|user_start|>Weather in Bern?<|user_end|><|assistant_start|>"
@@ -136,7 +137,7 @@ def test_v1_answer_to_a_tool_message_and_sole_display_answers() -> None:
         {"role": "assistant", "content": "", "tool_calls": [call, call]},
     ]
     called = '<|tools_prefix|>[{"f": {}}, {"f": {}}]<|tools_suffix|>'
-    render = chat_template(V1).render_text
+    render = functools.partial(written_by, chat_template(V1))
     assert render(messages, add_generation_prompt=False).endswith(called)
     messages += [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
     assert render(messages).endswith(f"{called}[1, 2]<|assistant_end|><|assistant_start|>")
@@ -156,15 +157,15 @@ def test_v1_nested_objects_keep_the_break_and_the_blanks_of_the_format() -> None
         "type f = (_: {\n"
         f"place?: {{\nx: {blank}number, y?: {blank}string}},\n"
         "several?: any[],\nany?: any\n}) => any;<|developer_end|>"
-    ) in chat_template(V1).render_text([USER], tools=[tool, {"name": "g", "description": "e"}][:1])
-    assert "// e\ntype g = () => any;<|developer_end|>" in chat_template(V1).render_text(
-        [USER], tools=[{"name": "g", "description": "e"}]
+    ) in written_by(chat_template(V1), [USER], tools=[tool, {"name": "g", "description": "e"}][:1])
+    assert "// e\ntype g = () => any;<|developer_end|>" in written_by(
+        chat_template(V1), [USER], tools=[{"name": "g", "description": "e"}]
     )
 
 
 def v1_1(*messages: Any, think: bool = False, prompt: bool = False) -> str:
-    return chat_template(V1_1, "v1.1").render_text(
-        messages, think=think, add_generation_prompt=prompt
+    return written_by(
+        chat_template(V1_1, "v1.1"), messages, think=think, add_generation_prompt=prompt
     )
 
 
@@ -298,7 +299,7 @@ def test_templates_that_look_into_texts_see_them_unchanged() -> None:
         "{{ c.split('</think>')[-1] }} {{ c | length }}"
     )
     content = "<think>a</think>b"
-    text = chat_template(source).render_text([{"role": "user", "content": content}])
+    text = written_by(chat_template(source), [{"role": "user", "content": content}])
     assert text == f"True True b {len(content)}"
 
 
@@ -319,7 +320,7 @@ def test_sources_in_order(tmp_path: Path) -> None:
 
     def text() -> str | None:
         template = ChatTemplate.load(tmp_path, tokenizer)
-        return template and template.render_text([USER])
+        return written_by(template, [USER]) if template else None
 
     assert text() is None
     config: dict[str, Any] = {"eos_token": {"content": "</s>"}}
@@ -481,12 +482,12 @@ def test_limits_grow_with_the_conversation() -> None:
     template = chat_template(
         "{% for m in messages %}{{ '[' + m.content | trim + ']' }}{% endfor %}"
     )
-    assert template.render_text([{"role": "user", "content": huge}]) == f"[{huge.strip()}]"
+    assert written_by(template, [{"role": "user", "content": huge}]) == f"[{huge.strip()}]"
 
 
 def test_features_that_templates_use() -> None:
     def write(source: str, messages: Sequence[Any] = (USER,)) -> str:
-        return chat_template(source).render_text(messages)
+        return written_by(chat_template(source), messages)
 
     assert write("{% generation %}a{% endgeneration %}") == "a"
     assert (

@@ -16,7 +16,7 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.template.operations import TEXT_METHODS
 from apertus_mlx.text.tokenizer import Tokenizer
-from tests.chat_tokenizers import load_tokenizer, write_tokenizer
+from tests.chat_tokenizers import load_tokenizer, write_tokenizer, written_by
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi <s> there"}]
 TEXTS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -113,7 +113,7 @@ def _tokenizer(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def ours(source: str) -> str:
     template = ChatTemplate(source, _TOKENIZER[0], name="chat_template.jinja", texts=TEXTS)
-    return template.render_text(MESSAGES)
+    return written_by(template, MESSAGES)
 
 
 def plain_jinja(source: str) -> str:

@@ -46,14 +46,14 @@ def load(directory: Path, size: int | None = None, bos: int | None = 1) -> Token
 
 @pytest.mark.parametrize("version", ["v1", "v1.1"])
 def test_roles_are_known_by_id(tmp_path: Path, version: str) -> None:
-    control = load_tokenizer(tmp_path, version).control
-    assert (control.start(Role.SYSTEM), control.end(Role.SYSTEM)) == (61, 62)
-    assert (control.start(Role.DEVELOPER), control.end(Role.DEVELOPER)) == (63, 64)
-    assert (control.start(Role.USER), control.end(Role.USER)) == (65, 66)
-    assert (control.start(Role.ASSISTANT), control.end(Role.ASSISTANT)) == (67, 68)
-    assert (control.start(Role.INNER), control.end(Role.INNER)) == (69, 70)
-    assert (control.start(Role.TOOLS), control.end(Role.TOOLS)) == (71, 72)
-    assert [control.name(i) for i in CONTROL_IDS] == special_names(version)[61:73]
+    tokenizer = load_tokenizer(tmp_path, version)
+    assert (Role.SYSTEM.start, Role.SYSTEM.end) == (61, 62)
+    assert (Role.DEVELOPER.start, Role.DEVELOPER.end) == (63, 64)
+    assert (Role.USER.start, Role.USER.end) == (65, 66)
+    assert (Role.ASSISTANT.start, Role.ASSISTANT.end) == (67, 68)
+    assert (Role.INNER.start, Role.INNER.end) == (69, 70)
+    assert (Role.TOOLS.start, Role.TOOLS.end) == (71, 72)
+    assert [tokenizer.id_to_token(i) for i in CONTROL_IDS] == special_names(version)[61:73]
 
 
 @given(text=st.text())

@@ -148,18 +148,6 @@ class ChatTemplate:
         start = next((i for i, token_id in enumerate(ids) if token_id != bos_id), len(ids))
         return [bos_id, *ids[start:]]
 
-    def render_text(
-        self,
-        messages: Sequence[Message],
-        *,
-        think: bool = False,
-        tools: Sequence[Mapping[str, object]] = (),
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """Return what the template writes, for reading; only `render` tells text from tokens."""
-        pieces = self._render(messages, think, tools, add_generation_prompt)
-        return "".join(piece if isinstance(piece, str) else self._name(piece) for piece in pieces)
-
     def _render(
         self,
         messages: Sequence[Message],
@@ -167,37 +155,25 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, object]],
         add_generation_prompt: bool,
     ) -> list[str | int]:
+        """Return the prompt's plain texts and special ids in order."""
         plain: list[Any] = [dict(message) for message in messages]
-        if not self._thinks_by_message:
-            return self._run(plain, list(tools), add_generation_prompt, enable_thinking=think)
-        if tools:
-            raise UsageError(
-                f"{self.name}: takes tools as `formatted_tools` of a developer message only"
-            )
-        if not think or any(message.get("role") == "developer" for message in plain):
-            return self._run(plain, [], add_generation_prompt, enable_thinking=think)
-        developer = {"role": "developer", "content": {"has_thinking": True}}
-        after_system = 1 if plain and plain[0].get("role") == "system" else 0
-        plain.insert(after_system, developer)
-        return self._run(plain, [], add_generation_prompt, enable_thinking=True)
-
-    def _run(
-        self,
-        messages: list[Any],
-        tools: list[Any],
-        add_generation_prompt: bool,
-        *,
-        enable_thinking: bool,
-    ) -> list[str | int]:
-        """Render; return plain texts and special ids in order."""
+        if self._thinks_by_message:
+            if tools:
+                raise UsageError(
+                    f"{self.name}: takes tools as `formatted_tools` of a developer message only"
+                )
+            if think and not any(message.get("role") == "developer" for message in plain):
+                developer = {"role": "developer", "content": {"has_thinking": True}}
+                after_system = 1 if plain and plain[0].get("role") == "system" else 0
+                plain.insert(after_system, developer)
         texts: list[str] = []
         variables = {
             **self._texts,
-            "messages": _escaped(messages, texts),
+            "messages": _escaped(plain, texts),
             "tools": _escaped(tools, texts) or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "enable_thinking": enable_thinking,
+            "enable_thinking": think,
         }
         context = self._template.new_context(variables)
         try:

@@ -115,12 +115,9 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @jinja2.pass_context
     def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-        first = {
-            None: (),
-            "context": (context,),
-            "environment": (context.environment,),
-            "eval_context": (context.eval_ctx,),
-        }[pass_argument]
+        passed = {"context": context, "environment": context.environment}
+        passed["eval_context"] = context.eval_ctx
+        first = (passed[pass_argument],) if pass_argument else ()
         value = as_text(value) if name in _TEXT_FILTERS else value
         return _operate(f"the filter {name}", function, value, args, kwargs, first)
 
