@@ -8,7 +8,7 @@ refused by name: a wrong default computes nonsense in silence.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -70,18 +70,11 @@ MULTIMODAL_KEYS = frozenset(
 )  # fmt: skip
 # Keys that other model families use; Apertus has them only at these values.
 FIXED_KEYS: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("xielu",),
-    "mlp_bias": (False,),
-    "attention_bias": (False,),
-    "qk_norm": (True,),
-    "post_norm": (False,),
-    "rope_traditional": (False,),
-    "partial_rotary_factor": (1.0,),
-    "cross_attention_hidden_size": (),
-    "add_cross_attention": (False,),
-    "sliding_window": (),
-    "use_sliding_window": (False,),
-}
+    "hidden_act": ("xielu",), "mlp_bias": (False,), "attention_bias": (False,),
+    "qk_norm": (True,), "post_norm": (False,), "rope_traditional": (False,),
+    "partial_rotary_factor": (1.0,), "cross_attention_hidden_size": (),
+    "add_cross_attention": (False,), "sliding_window": (), "use_sliding_window": (False,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +167,10 @@ def parse_config(values: Mapping[str, Any], name: str = CONFIG_FILE) -> ModelCon
         inner_type = keys.optional_text("model_type") or model_type
         if MODEL_TYPES.get(inner_type) != MODEL_TYPES[model_type]:
             raise RejectedError(f"{name}: text_config.model_type: {inner_type[:60]!r} is not text")
-    config = _parse_model(keys, MODEL_TYPES[model_type], values, name, asks_for_code)
+    config = _parse_model(keys, MODEL_TYPES[model_type], values, name)
     keys.ignore(INERT_KEYS | CODE_KEYS | MULTIMODAL_KEYS)
     keys.refuse_unread()
-    return config
+    return replace(config, asks_for_code=asks_for_code)
 
 
 _TEXT_KEYS_REPEATED_OUTSIDE = frozenset(
@@ -189,11 +182,7 @@ _TEXT_KEYS_REPEATED_OUTSIDE = frozenset(
 
 
 def _parse_model(
-    keys: KeyReader,
-    family: Family,
-    values: Mapping[str, Any],
-    name: str,
-    asks_for_code: tuple[str, ...],
+    keys: KeyReader, family: Family, values: Mapping[str, Any], name: str
 ) -> ModelConfig:
     for key, allowed in FIXED_KEYS.items():
         found = values.get(key)
@@ -204,7 +193,7 @@ def _parse_model(
             )
     keys.ignore(FIXED_KEYS.keys())
 
-    sizes = {key: keys.integer(key, 1, most) for key, most in SIZES.items()}
+    sizes: dict[str, Any] = {key: keys.integer(key, 1, most) for key, most in SIZES.items()}
     hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     vocab_size = sizes["vocab_size"]
     kv_heads = keys.optional_integer("num_key_value_heads", 1, MAX_WIDTH) or heads
@@ -243,7 +232,6 @@ def _parse_model(
         pad_token_id=keys.optional_integer("pad_token_id", 0, vocab_size - 1),
         quantization=quantization,
         foreign_quantization=foreign,
-        asks_for_code=asks_for_code,
     )
 
 

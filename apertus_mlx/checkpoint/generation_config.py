@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,25 +29,27 @@ LARGEST_TEMPERATURE = 100.0
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers that a parameter of sampling may be, and how to say so."""
+    """The numbers that a parameter of sampling may be, and how to say so; `or_off`: 0, too."""
 
-    holds: Callable[[float], bool]
-    words: str
+    low: float
+    high: float
+    or_off: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether it may be `value`."""
+        return self.low <= value <= self.high or (self.or_off and value == 0)
+
+    @property
+    def words(self) -> str:
+        """What it may be."""
+        return ("0 (off), or " if self.or_off else "") + f"from {self.low:.2g} to {self.high:g}"
 
 
 RANGES = {
-    "temperature": Range(
-        lambda value: 0 <= value <= LARGEST_TEMPERATURE, f"from 0 to {LARGEST_TEMPERATURE:g}"
-    ),
-    "top_p": Range(lambda value: SMALLEST_SHARE <= value <= 1, f"from {SMALLEST_SHARE:.1e} to 1"),
-    "min_p": Range(
-        lambda value: value == 0 or SMALLEST_SHARE <= value <= 1,
-        f"0 (off), or from {SMALLEST_SHARE:.1e} to 1",
-    ),
-    "repetition_penalty": Range(
-        lambda value: SMALLEST_PENALTY <= value <= LARGEST_PENALTY,
-        f"from {SMALLEST_PENALTY:g} to {LARGEST_PENALTY:g}",
-    ),
+    "temperature": Range(0, LARGEST_TEMPERATURE),
+    "top_p": Range(SMALLEST_SHARE, 1),
+    "min_p": Range(SMALLEST_SHARE, 1, or_off=True),
+    "repetition_penalty": Range(SMALLEST_PENALTY, LARGEST_PENALTY),
 }
 
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from json import JSONDecodeError
+from pathlib import Path
 from typing import BinaryIO
 
 from apertus_mlx.errors import UsageError
@@ -80,6 +81,14 @@ class Listing:
 def is_repo_id(text: str) -> bool:
     """Whether `text` has the form `organisation/name` that the Hub allows."""
     return _REPO_ID.fullmatch(text) is not None
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file in the cache; -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def is_weights(name: str) -> bool:

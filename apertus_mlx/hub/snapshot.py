@@ -15,11 +15,11 @@ from apertus_mlx.hub.errors import UnreachableError
 from apertus_mlx.hub.listing import (
     COMMIT,
     Listing,
-    RemoteFile,
     check_request,
     is_repo_id,
     is_weights,
     list_files,
+    size_of,
 )
 from apertus_mlx.hub.transfer import download
 from apertus_mlx.system.model_files import exists, read_file
@@ -109,7 +109,9 @@ def resolve(
         listing = list_files(source, wanted)
         _check_is_model(listing)
         snapshot = folder / "snapshots" / listing.commit
-        missing = tuple(file for file in listing.files if not _is_whole(snapshot, file))
+        missing = tuple(
+            file for file in listing.files if size_of(snapshot / file.name) != file.size_bytes
+        )
         if missing:
             download(folder, listing, missing, progress)
     except UnreachableError as error:
@@ -120,13 +122,6 @@ def resolve(
         raise UnreachableError(f"{error}; --offline uses the cached commit {cached}") from error
     _record_ref(folder, wanted, listing.commit)
     return Snapshot(snapshot, source, listing.commit)
-
-
-def _is_whole(snapshot: Path, file: RemoteFile) -> bool:
-    try:
-        return (snapshot / file.name).stat().st_size == file.size_bytes
-    except OSError:
-        return False
 
 
 def _check_is_model(listing: Listing) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.hub.errors import UnreachableError, explained
-from apertus_mlx.hub.listing import Listing, RemoteFile
+from apertus_mlx.hub.listing import Listing, RemoteFile, size_of
 from apertus_mlx.system.progress import OnProgress, Progress
 from apertus_mlx.system.sizes import format_bytes
 
@@ -54,7 +54,7 @@ def _download_file(folder: Path, listing: Listing, file: RemoteFile) -> None:
     from huggingface_hub import constants, hf_hub_download
 
     linked = folder / "snapshots" / listing.commit / file.name
-    if linked.exists() and linked.stat().st_size != file.size_bytes:
+    if size_of(linked) not in (-1, file.size_bytes):
         linked.unlink()  # the client would take it as it is
     if file.size_bytes <= _HTTP_LIMIT_BYTES:
         _download_blob(folder, listing, file)
@@ -100,9 +100,9 @@ def _download_blob(folder: Path, listing: Listing, file: RemoteFile) -> None:
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if blob.exists() and blob.stat().st_size == file.size_bytes:
+        if size_of(blob) == file.size_bytes:
             return
-        if partial.exists() and partial.stat().st_size > file.size_bytes:
+        if size_of(partial) > file.size_bytes:
             partial.unlink()
         resumed = partial.exists()
         # What was there may be no beginning of the file: a page of a proxy, say.
@@ -147,10 +147,8 @@ def _bytes_on_disk(folder: Path, files: tuple[RemoteFile, ...]) -> int:
     total_bytes = 0
     for file in files:
         blob = folder / "blobs" / file.digest
-        for path in (blob, blob.with_name(f"{blob.name}.incomplete")):
-            with suppress(OSError):
-                total_bytes += min(path.stat().st_size, file.size_bytes)
-                break
+        found_bytes = max(size_of(blob), size_of(blob.with_name(f"{blob.name}.incomplete")), 0)
+        total_bytes += min(found_bytes, file.size_bytes)
     return total_bytes
 
 

@@ -36,18 +36,16 @@ def fixed_bytes(inventory: Inventory) -> int:
     return LIBRARIES_BYTES + LAYER_BYTES * config.num_hidden_layers + tokenizer
 
 
-def weights_bytes(inventory: Inventory, precision: str) -> int:
-    """Bytes of all weights as onnxruntime keeps them."""
-    return sum(held for held, _ in _stages(inventory, precision).values())
+def weights_bytes(inventory: Inventory, precision: str) -> tuple[int, int]:
+    """Bytes of all weights as onnxruntime keeps them, and at the worst moment of loading.
 
-
-def loading_bytes(inventory: Inventory, precision: str) -> int:
-    """Bytes above those of all weights at the worst moment of loading; may be negative."""
+    The latter is what loading takes above all weights; it may be negative.
+    """
     held, worst = 0, 0
     for own, passing in _stages(inventory, precision).values():
         held += own
         worst = max(worst, held + passing)
-    return worst - held
+    return held, worst - held
 
 
 def _stages(inventory: Inventory, precision: str) -> dict[str, tuple[int, int]]:

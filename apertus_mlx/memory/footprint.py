@@ -108,19 +108,15 @@ def footprint(
 ) -> Footprint:
     """The peak of a run that ends with `context` positions, nearly all of them prompt."""
     config = inventory.config
-    kv = kv_bytes(config, form, context, backend.compute_bytes)
-    prefill = prefill_bytes(config, form, context, prefill_step, backend)
-    logits = logits_bytes(config, form, context, backend)
-    if backend.cpu is None:
-        return Footprint(weights_bytes(inventory, backend.compute_bytes), kv, prefill, logits)
-    return Footprint(
-        cpu.weights_bytes(inventory, backend.cpu),
-        kv,
-        prefill,
-        logits,
-        cpu.fixed_bytes(inventory),
-        cpu.loading_bytes(inventory, backend.cpu),
+    running = (
+        kv_bytes(config, form, context, backend.compute_bytes),
+        prefill_bytes(config, form, context, prefill_step, backend),
+        logits_bytes(config, form, context, backend),
     )
+    if backend.cpu is None:
+        return Footprint(weights_bytes(inventory, backend.compute_bytes), *running)
+    held, loading = cpu.weights_bytes(inventory, backend.cpu)
+    return Footprint(held, *running, cpu.fixed_bytes(inventory), loading)
 
 
 def weights_bytes(inventory: Inventory, compute_bytes: int) -> int:

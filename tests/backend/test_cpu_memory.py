@@ -82,9 +82,9 @@ def test_weights_by_hand() -> None:
         (2, "auto", 2, 3), (3, "auto", 4, 3), (4, "auto", 4, 3), (5, "auto", 8, 3),
         (6, "auto", 8, 3), (2, "float32", 4, 2), (8, "float32", 8, 3), (8, "int8", 8, 3),
     ):  # fmt: skip
-        found = weights_bytes(half_billion(bits), precision)
+        found = weights_bytes(half_billion(bits), precision)[0]
         assert found == weights * stored_bits // 8 + 4 * numbers * weights // 64
-    assert weights_bytes(half_billion(None), "auto") == 4 * weights
+    assert weights_bytes(half_billion(None), "auto")[0] == 4 * weights
 
 
 def size_after(word: str, refused: pytest.ExceptionInfo[ResourceError]) -> int:
