@@ -312,6 +312,12 @@ class Play:
             assert question not in text
 
 
+def layers_of(prefix: CachedPrefix) -> Sequence[Cache]:
+    """The caches of its layers, after an interrupt brought back to its tokens."""
+    prefix.tokens  # noqa: B018
+    return tuple(prefix._layers)
+
+
 def _begin_alike(tokens: list[int], said: list[int]) -> bool:
     # One token more than was said may have been on its way to the reader.
     return tokens[: len(said)] == said[: len(tokens)] and len(tokens) <= len(said) + 1

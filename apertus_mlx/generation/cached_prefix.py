@@ -50,12 +50,6 @@ class CachedPrefix:
         self._settle()
         return [int(token) for token in self._tokens]
 
-    @property
-    def layers(self) -> Sequence[Cache]:
-        """The layers' caches, to look at."""
-        self._settle()
-        return tuple(self._layers)
-
     def begin(self, prompt: Sequence[int]) -> Run:
         """Start a run over `prompt`; its last token is always left to compute.
 

@@ -1,7 +1,6 @@
 """What a Hub repository holds at a commit, reduced to the files we need.
 
 Owns the form of repository ids and revisions, and which file names are needed.
-`huggingface_hub` is imported inside the function that asks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a Hub checkpoint says about itself, by range requests: JSON files and safetensors headers.
 
 Fetches kilobytes where the checkpoint has gigabytes.
-Imports nothing heavy: `huggingface_hub` is imported inside the functions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Repository id to pinned folder: resolve to a commit, fetch only what is needed, or use the cache.
-
-Imports nothing heavy: `huggingface_hub` is imported inside the functions that need it.
-"""
+"""Repository id to pinned folder: resolve to a commit, fetch what is needed, or use the cache."""
 
 from __future__ import annotations
 

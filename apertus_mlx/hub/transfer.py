@@ -1,7 +1,6 @@
 """Fetches the files of a commit into the Hub client's cache: resumable, checked, reported.
 
 Files lie where the client itself would put them, in its documented layout.
-`huggingface_hub` is imported inside the functions.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from apertus_mlx.generation.run import Generation
 from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.template import Message
 from tests.builders import config_4x, write_checkpoint
-from tests.cache_sequences import interrupt_after
+from tests.cache_sequences import interrupt_after, layers_of
 from tests.decode_step import JoinedPlain
 
 GREEDY = SamplingOptions(temperature=0, seed=0)
@@ -229,7 +229,7 @@ def test_every_stop_is_accounted_for(loaded: LoadedModel, count: int) -> None:
         said = [*prompt, *run.token_ids]
         assert prefix.tokens == said[: len(prefix.tokens)]
         assert len(prefix.tokens) >= len(said) - 1
-        assert {layer.offset for layer in prefix.layers} == {len(prefix.tokens)}
+        assert {layer.offset for layer in layers_of(prefix)} == {len(prefix.tokens)}
 
 
 def test_a_generation_runs_once(loaded: LoadedModel) -> None:
@@ -261,7 +261,7 @@ def test_a_run_refuses_layers_that_hold_something_else(model: LanguageModel) -> 
     ):
         prefix = CachedPrefix(model)
         prefix.begin([1, 2, 3, 4]).read()
-        change(prefix.layers)
+        change(layers_of(prefix))
         with pytest.raises(RuntimeError, match="but 4 tokens are known"):
             prefix.begin([1, 2, 3, 4, 5])
 

@@ -36,6 +36,7 @@ from apertus_mlx.generation.prompt_cache import (
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint, write_json
+from tests.cache_sequences import layers_of
 from tests.decode_step import JoinedPlain
 
 TOKENS = [(11 * i * i + 5 * i) % 380 for i in range(230)]
@@ -100,7 +101,9 @@ def test_a_saved_cache_continues_with_the_same_tokens(
     save_prompt_cache(path, prefix, now)
     resumed = resume(path, model, form, now)
     assert resumed.tokens == prefix.tokens == TOKENS[:-20]
-    assert [layer.nbytes for layer in resumed.layers] == [layer.nbytes for layer in prefix.layers]
+    assert [layer.nbytes for layer in layers_of(resumed)] == [
+        layer.nbytes for layer in layers_of(prefix)
+    ]
     assert greedy(resumed, TOKENS) == greedy(prefix, TOKENS)
     assert [file.name for file in tmp_path.iterdir()] == ["prompt"]
 
@@ -369,7 +372,7 @@ def test_a_resumed_cache_is_of_the_kind_that_the_model_makes(
         made.begin(TOKENS[:-1]).read()
         PromptCache(path, inventory, FULL_PRECISION, mx.float32).save(made)
         resumed = PromptCache(path, inventory, FULL_PRECISION, mx.float32).resume(model, TOKENS)
-        for layer, wanted in zip(resumed.layers, model.make_cache(), strict=True):
+        for layer, wanted in zip(layers_of(resumed), model.make_cache(), strict=True):
             assert type(layer) is type(wanted)
             assert getattr(layer, "joined", None) == getattr(wanted, "joined", None)
         expected = model(mx.array([TOKENS]))[0, -1]

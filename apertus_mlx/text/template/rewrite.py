@@ -120,7 +120,7 @@ class _Guard(NodeTransformer):
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
             return node
-        node.node = _guard("sliced", node.node)
+        node.node = _guard("looked", node.node, "a slice")
         return _guard("made", node)
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:

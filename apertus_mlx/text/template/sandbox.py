@@ -45,13 +45,10 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _looked(value: Any, doing: str, is_searched: bool = False) -> Any:
-    if not (is_searched and isinstance(value, dict)):
+    if doing == "a slice":
+        look_past(value, doing)
+    elif not (is_searched and isinstance(value, dict)):
         weigh(value, doing)
-    return value
-
-
-def _sliced(value: Any) -> Any:
-    look_past(value, "a slice")
     return value
 
 
@@ -62,7 +59,6 @@ _GUARDS: dict[str, Callable[..., Any]] = {
     "~made": made,
     "~looked": _looked,
     "~concat": lambda parts: join("", map(as_text, parts)),
-    "~sliced": _sliced,
 }
 _GLOBAL_IDS = frozenset(map(id, GLOBALS.values()))
 
