@@ -18,7 +18,7 @@ from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.convert.evaluation.products import Projection
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.sources.reading import Reader, block_rows
-from apertus_mlx.convert.sources.source import MatrixSource, Source
+from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.write.keep import NOTHING, Keep
 from apertus_mlx.model.apertus import DecoderLayer
 from apertus_mlx.quant.affine import round_scales
@@ -62,7 +62,8 @@ class SourceWeights:
         size = block_rows(4 * shape.columns)
         for start in range(0, shape.rows, size):
             stop = min(start + size, shape.rows)
-            weight[start:stop] = np.array(_float32_rows(found, self.reader, start, stop))
+            rows = found.read(self.reader, start, stop).astype(mx.float32)
+            weight[start:stop] = np.array(rows)
         return weight
 
     def vector(self, name: str) -> Float32:
@@ -72,19 +73,6 @@ class SourceWeights:
             return np.array(XIELU_DEFAULTS[name.rsplit(".", 1)[-1]], np.float32)
         rows = tensor.shape[0] if tensor.shape else 1
         return np.array(self.reader.floats(tensor, 0, rows, False).astype(mx.float32))
-
-
-def _float32_rows(matrix: MatrixSource, reader: Reader, start: int, stop: int) -> mx.array:
-    """Rows in float32; codes are not rounded to 16 bits on the way, as `read` may do."""
-    stored = matrix.stored
-    if stored is None or not stored.spec.has_biases or stored.factor is not None:
-        return matrix.read(reader, start, stop, False).astype(mx.float32)
-    codes = matrix.read_codes(reader, start, stop)
-    assert codes.biases is not None
-    return mx.dequantize(
-        codes.weight, codes.scales.astype(mx.float32), codes.biases.astype(mx.float32),
-        group_size=stored.spec.group_size, bits=stored.spec.bits,
-    )  # fmt: skip
 
 
 def to_bfloat16(values: Float32) -> Float32:

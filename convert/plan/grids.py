@@ -90,7 +90,7 @@ def _lies_on_grid(
     size = replace(step, grid=kind).block_rows
     starts = [0, *range(min(PROBE_ROWS, rows), rows, size)]
     for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-        values = matrix.read(reader, start, stop, allow_nonfinite=False)
+        values = matrix.read(reader, start, stop)
         if grid_codes(values, spec, step.dtype, kind) is None:
             return False
     return True

@@ -45,28 +45,19 @@ class Group:
     symmetric: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PackedInts:
+@dataclass(frozen=True)
+class PackedInts(IntegerMatrix):
     """Signed codes packed into int32 along the columns, or as plain int8."""
 
-    name: str
-    bits: int
-    rows: int
-    columns: int
-    group_size: int
+    shape: TensorInfo | None
     # Whether each word holds whole codes only (compressed-tensors before May 2026).
     aligned: bool
-    weight: TensorInfo
-    scale: TensorInfo
-    zero_point: TensorInfo | None
-    shape: TensorInfo | None
-    order: TensorInfo | None
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Everything that is read."""
-        optional = (self.zero_point, self.shape, self.order)
-        return (self.weight, self.scale, *(tensor for tensor in optional if tensor is not None))
+        found = super().tensors
+        return found if self.shape is None else (*found, self.shape)
 
     def codes(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Rows of codes from 0 on."""
@@ -83,7 +74,7 @@ class PackedInts:
 
     def zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32] | None:
         """One zero point per row and group, in the same unsigned range as the codes."""
-        tensor = self.zero_point
+        tensor = self.zero
         if tensor is None:
             return None
         if tensor.dtype == "I8":
@@ -187,7 +178,7 @@ def _matrix(matrix: Matrix, left: Unmatched, groups: list[Group]) -> MatrixSourc
 
 def _packed(
     matrix: Matrix, weight: TensorInfo, left: Unmatched, groups: list[Group]
-) -> IntegerMatrix:
+) -> PackedInts:
     name, path, rows, columns = left.name, matrix.path, matrix.rows, matrix.columns
     scale = left.peek(f"{path}.weight_scale")
     if scale.dtype not in FLOAT_DTYPES:
@@ -233,10 +224,10 @@ def _packed(
     order = left.take(f"{path}.weight_g_idx")
     if order is not None:
         left.check(f"{path}.weight_g_idx", order, ("I32",), (columns,))
-    ints = PackedInts(
-        path, bits, rows, columns, size, aligned, weight, scale, zero_point, shape, order
-    )
-    return IntegerMatrix(path, bits, columns, size, scale.dtype, zero_point is None, ints)
+    return PackedInts(
+        path, bits, rows, columns, size, zero_point is None, weight, scale, zero_point, order,
+        shape, aligned,
+    )  # fmt: skip
 
 
 def _scale_fits(scale: TensorInfo, rows: int, groups: int) -> bool:

@@ -34,30 +34,14 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 COLUMN_BLOCK_BYTES = 4 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class TransposedInts:
-    """One matrix of a GPTQ or AWQ checkpoint."""
+@dataclass(frozen=True)
+class TransposedInts(IntegerMatrix):
+    """One matrix of a GPTQ or AWQ checkpoint; `check` holds it to `symmetric`."""
 
-    name: str
+    zero: TensorInfo
     method: str
-    bits: int
-    rows: int
-    columns: int
-    group_size: int
     # What has to be added to a stored zero point.
     zero_offset: int
-    # The config says that all zero points are half the range; `check` holds it to that.
-    symmetric: bool
-    weight: TensorInfo
-    zero: TensorInfo
-    scale: TensorInfo
-    order: TensorInfo | None
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """Everything that is read."""
-        found = (self.weight, self.zero, self.scale)
-        return found if self.order is None else (*found, self.order)
 
     def codes(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Rows of codes from 0 on."""
@@ -187,10 +171,9 @@ def _matrix(
     order = left.take(f"{path}.g_idx")
     if order is not None:
         left.check(f"{path}.g_idx", order, ("I32",), (columns,))
-    ints = TransposedInts(
-        path, method, bits, rows, columns, size, offset, symmetric, weight, zero, scale, order
+    return TransposedInts(
+        path, bits, rows, columns, size, symmetric, weight, scale, zero, order, method, offset
     )
-    return IntegerMatrix(path, bits, columns, size, scale.dtype, symmetric, ints)
 
 
 def _columns(reader: Reader, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.generic]:

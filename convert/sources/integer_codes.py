@@ -7,8 +7,9 @@ scale's own type; a stored zero point makes it exact in float32 when the scale h
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,49 +25,50 @@ from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, QuantSpec
 FLOAT32_ROUNDING = "zero point x scale rounded to float32, relative error up to 6e-8"
 
 
-class CodeReader(Protocol):
-    """How a format stores codes, scales and zero points of one matrix."""
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """Everything that is read."""
-
-    def codes(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Rows of unsigned codes `[rows, columns]`."""
-
-    def scales(self, reader: Reader, start: int, stop: int) -> mx.array:
-        """Scales `[rows, groups]` in their own type."""
-
-    def zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32] | None:
-        """Zero points `[rows, groups]`, or None where they are half the range."""
-
-    def check(self, reader: Reader) -> None:
-        """Refuse what only the small tensors can show, such as reordered columns."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class IntegerMatrix(MatrixSource):
-    """A matrix of integer codes, however its format packs them."""
+    """A matrix of integer codes; each format has a class of this kind for how it packs them."""
 
     name: str
     bits: int
+    rows: int
     columns: int
     # Columns that share a scale in the source.
     group_size: int
-    scale_dtype: str
+    # Whether all zero points are half the range.
     symmetric: bool
-    reader: CodeReader
-    is_quantized: bool = True
+    weight: TensorInfo
+    scale: TensorInfo
+    zero: TensorInfo | None
+    order: TensorInfo | None
+
+    @property
+    def is_quantized(self) -> bool:
+        """It is."""
+        return True
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Everything that is read."""
-        return self.reader.tensors
+        found = (self.weight, self.zero, self.scale, self.order)
+        return tuple(tensor for tensor in found if tensor is not None)
 
     @property
     def dtype(self) -> str:
         """Type of the scales."""
-        return self.scale_dtype
+        return self.scale.dtype
+
+    @abstractmethod
+    def codes(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows of unsigned codes `[rows, columns]`."""
+
+    @abstractmethod
+    def scales(self, reader: Reader, start: int, stop: int) -> mx.array:
+        """Scales `[rows, groups]` in their own type."""
+
+    @abstractmethod
+    def zeros(self, reader: Reader, start: int, stop: int) -> npt.NDArray[np.int32] | None:
+        """Zero points `[rows, groups]`, or None where they are half the range."""
 
     @property
     def stored(self) -> Stored | None:
@@ -76,24 +78,14 @@ class IntegerMatrix(MatrixSource):
             return None
         spec = QuantSpec(self.bits, sizes[-1])
         if self.symmetric:
-            return Stored(spec, self.scale_dtype)
-        return Stored(spec, "F32", None, FLOAT32_ROUNDING if self.scale_dtype == "F32" else None)
+            return Stored(spec, self.dtype)
+        return Stored(spec, "F32", None, FLOAT32_ROUNDING if self.dtype == "F32" else None)
 
-    def check(self, reader: Reader) -> None:
-        """Refuse what only the small tensors can show."""
-        self.reader.check(reader)
-
-    def read(
-        self,
-        reader: Reader,
-        start: int,
-        stop: int,
-        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
-    ) -> mx.array:
+    def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows in float32: one rounding of `(code - zero) * scale`."""
-        codes = self.reader.codes(reader, start, stop).astype(np.int32)
-        zeros = self.reader.zeros(reader, start, stop)
-        scales = np.array(self.reader.scales(reader, start, stop).astype(mx.float32))
+        codes = self.codes(reader, start, stop).astype(np.int32)
+        zeros = self.zeros(reader, start, stop)
+        scales = np.array(self.scales(reader, start, stop).astype(mx.float32))
         steps = codes - (
             1 << (self.bits - 1) if zeros is None else np.repeat(zeros, self.group_size, axis=1)
         )
@@ -103,9 +95,9 @@ class IntegerMatrix(MatrixSource):
         """Rows in the affine format `stored`."""
         stored = self.stored
         assert stored is not None
-        weight = mx.array(pack(self.reader.codes(reader, start, stop), self.bits))
-        scales = self.reader.scales(reader, start, stop)
-        zeros = self.reader.zeros(reader, start, stop)
+        weight = mx.array(pack(self.codes(reader, start, stop), self.bits))
+        scales = self.scales(reader, start, stop)
+        zeros = self.zeros(reader, start, stop)
         wide = scales.astype(mx.float32)
         if zeros is None:
             biases = (wide * -float(1 << (self.bits - 1))).astype(scales.dtype)

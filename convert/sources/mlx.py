@@ -54,13 +54,7 @@ class MlxMatrix(MatrixSource):
         """Its own format."""
         return Stored(self.spec, self.scales.dtype)
 
-    def read(
-        self,
-        reader: Reader,
-        start: int,
-        stop: int,
-        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
-    ) -> mx.array:
+    def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows in float32."""
         codes = self.read_codes(reader, start, stop)
         biases = None if codes.biases is None else codes.biases.astype(mx.float32)

@@ -59,13 +59,7 @@ class Float8Matrix(MatrixSource):
     def _scale_shape(self) -> tuple[int, ...]:
         return (self.rows,) if self.rows in self.scale.shape and self.rows > 1 else (1,)
 
-    def read(
-        self,
-        reader: Reader,
-        start: int,
-        stop: int,
-        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
-    ) -> mx.array:
+    def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows in float32."""
         values = e4m3_values()[self._codes(reader, start, stop)]
         scales = np.array(self.read_factor(reader).astype(mx.float32))
@@ -125,13 +119,7 @@ class NvFloat4Matrix(MatrixSource):
         if not self._divisor(reader) > 0:
             raise RejectedError(f"{self.name}.weight_global_scale: is not above zero")
 
-    def read(
-        self,
-        reader: Reader,
-        start: int,
-        stop: int,
-        allow_nonfinite: bool,  # noqa: ARG002 - damaged codes are refused in any case
-    ) -> mx.array:
+    def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows in float32, from one float64 division."""
         packed = reader.raw(self.packed, start, stop).view(np.uint32)
         values = e2m1_values()[unpack(packed, 4, self.columns)].astype(np.float64)

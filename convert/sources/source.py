@@ -77,8 +77,8 @@ class MatrixSource(Protocol):
         """Refuse what only small tensors can show, before anything is written."""
         return
 
-    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
-        """Rows as floats `[stop - start, columns]`."""
+    def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
+        """Rows as floats `[stop - start, columns]`; `_nonfinite` lets NaN in values pass."""
 
     def read_codes(self, _reader: Reader, _start: int, _stop: int, /) -> Codes:
         """Rows from start to stop in the format `stored`."""
@@ -107,9 +107,9 @@ class PlainMatrix(MatrixSource):
         """Type of the values."""
         return self.tensor.dtype
 
-    def read(self, reader: Reader, start: int, stop: int, allow_nonfinite: bool) -> mx.array:
+    def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows as they are stored."""
-        return reader.floats(self.tensor, start, stop, allow_nonfinite)
+        return reader.floats(self.tensor, start, stop, _nonfinite)
 
 
 @dataclass(frozen=True, slots=True)
