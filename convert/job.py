@@ -22,8 +22,10 @@ from apertus_mlx.convert.calibration.before_plan import (
     space_for_target,
 )
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
+from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
 from apertus_mlx.convert.evaluation import evaluate
-from apertus_mlx.convert.evaluation.little_text import choose, is_little, without_judging
+from apertus_mlx.convert.evaluation.layerwise import SourceWeights
+from apertus_mlx.convert.evaluation.little_text import choose
 from apertus_mlx.convert.plan.grids import find_grids
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.planning import make_plan
@@ -32,6 +34,7 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.transforms import names as transforms
+from apertus_mlx.convert.write.build import build
 from apertus_mlx.convert.write.card import CARD, license_of, make_card
 from apertus_mlx.convert.write.copied_files import (
     TOKENIZER,
@@ -41,20 +44,14 @@ from apertus_mlx.convert.write.copied_files import (
 )
 from apertus_mlx.convert.write.execute import execute
 from apertus_mlx.convert.write.golden import check_template, write_golden
-from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256
+from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256, write_json
 from apertus_mlx.convert.write.output_config import output_config, quantization_block
-from apertus_mlx.convert.write.target import check_space, check_target
-from apertus_mlx.convert.write.workspace import (
-    Workspace,
-    clear_published,
-    is_published,
-    open_workspace,
-)
+from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.system.strict_json import read_object
 
 # Of the files from which an interrupted run resumes; a run of another version starts again.
-STATE_VERSION = 1
+STATE_VERSION = 2
 # Folders beside the output while it is built.
 ALLOCATION, CHOICE, CALIBRATION, EVALUATION = "allocation", "choice", "calibration", "receipt"
 
@@ -176,24 +173,24 @@ def prepare(
         notes = [] if chosen is None else [chosen.note]
         if template_note is not None:
             notes.append(template_note)
-        choice = None
         is_begun = chosen is not None
         if plan.calibrates and calibration is not None:
+            texts, planned = calibration, plan
 
             def make(other: Request) -> Plan:
                 return make_plan(source, other, max_shard_bytes, grids, size)
 
-            if not is_little(calibration):
-                choice = without_judging(plan, make, calibration)
-            else:
-                needed = space_for_plan(plan, calibration)
-                begun = resume or is_begun
-                is_begun = True
+            def judge(plans: Sequence[Plan]) -> list[float]:
+                nonlocal is_begun
+                begun, is_begun = resume or is_begun, True
+                needed = space_for_plan(planned, texts)
                 with measuring(directory, target, _digest(identity), begun, CHOICE, needed) as to:
-                    choice = choose(plan, make, reader, directory, calibration, report, to)
-        if choice is not None:
-            plan = choice.plan
-            notes.append(choice.note)
+                    weights = SourceWeights(source, reader)
+                    comparison = HeldOutComparison(weights, directory, texts, report, to)
+                    return [comparison.divergence(each) for each in plans]
+
+            plan, note = choose(plan, make, calibration, judge)
+            notes += [note] if note else []
         plan = replace(plan, notes=(*plan.notes, *notes))
     return Job(
         directory,
@@ -223,30 +220,22 @@ def convert(
     layers done and how many there are.
 
     Raises:
-        UsageError: the target is taken, or another conversion to it is running or unfinished.
-        ResourceError: the disk is full or cannot be written.
-        RejectedError: the source is damaged, or changed meanwhile.
+        ApertusError: see `build`; also the source is damaged.
     """
-    if resume and is_published(target, job.fingerprint, job.plan.fingerprint()):
-        clear_published(target)
-        return target
-    check_target(target, job.directory)
-    check_space(target, job.output_bytes, job.kept_bytes)
     on_layer = calibration_progress or (lambda done, total: None)
-    with open_workspace(target, job.fingerprint, resume or job.is_begun) as workspace:
-        workspace.follow(job.plan.fingerprint())
-        if not workspace.is_complete:
-            codes = None
-            if job.calibration is not None and job.plan.calibrates:
-                codes = workspace.kept_folder(CALIBRATION)
-                make_codes(job.plan, job.directory, job.calibration, codes, on_layer)
-            execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
-            _write_other_files(job, target.name, workspace, on_layer)
-            if file_states(job.directory, job.files) != job.files:
-                # Of what is there nobody knows which source it is made of.
-                workspace.discard()
-                raise RejectedError(f"{job.directory}: changed while it was converted; start again")
-        workspace.publish()
+
+    def make(workspace: Workspace) -> None:
+        codes = None
+        if job.calibration is not None and job.plan.calibrates:
+            codes = workspace.kept_folder(CALIBRATION)
+            make_codes(job.plan, job.directory, job.calibration, codes, on_layer)
+        execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
+        _write_other_files(job, target.name, workspace, on_layer)
+
+    build(
+        target, (job.fingerprint, job.plan.fingerprint()), {job.directory: job.files},
+        (job.output_bytes, job.kept_bytes), resume or job.is_begun, make,
+    )  # fmt: skip
     return target
 
 
@@ -258,8 +247,8 @@ def _write_other_files(
     job: Job, name: str, workspace: Workspace, on_layer: Callable[[int, int], None]
 ) -> None:
     plan, path = job.plan, workspace.path
-    _write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
-    _write_json(path / INDEX_FILE, _index(plan))
+    write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
+    write_json(path / INDEX_FILE, _index(plan))
     copy_files(job.directory, path)
     for original in copied_files(job.directory):
         if sha256(original) != sha256(path / original.name):
@@ -293,7 +282,7 @@ def _write_other_files(
         "losses": {step.path: step.loss for step in plan.steps if step.loss},
         "notes": list(plan.notes),
     }
-    _write_json(
+    write_json(
         path / MANIFEST,
         make_manifest(path, origin, figures, quality.as_json() if quality else None),
     )
@@ -305,8 +294,3 @@ def _index(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_size": plan.weight_bytes, "total_parameters": plan.parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")

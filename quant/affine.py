@@ -6,6 +6,7 @@ representable in the type that they will be stored in, so every error here is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,13 @@ class AffineCodes:
     scales: Float32
     biases: Float32
     spec: QuantSpec
+
+    @classmethod
+    def joined(cls, parts: Sequence[AffineCodes]) -> AffineCodes:
+        """The rows of all parts, at least one, in order."""
+        arrays = zip(*((part.codes, part.scales, part.biases) for part in parts), strict=True)
+        codes, scales, biases = map(np.concatenate, arrays)
+        return cls(codes, scales, biases, parts[0].spec)
 
     @property
     def packed(self) -> Packed:

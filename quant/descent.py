@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize, round_scales, usable_scales
-from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.arrays import Float32, Float64, blocks
 from apertus_mlx.quant.gptq import BLOCK_COLUMNS, better_rows
 
 ROUNDS = 4
@@ -61,8 +61,8 @@ def descend(weight: Float32, start: AffineCodes, moments: Float64) -> AffineCode
     codes = np.empty(values.shape, np.uint8)
     slope = curvature @ (values - weight.T)
     top = np.float32((1 << start.spec.bits) - 1)
-    for first in range(0, len(values), BLOCK_COLUMNS):
-        last = min(first + BLOCK_COLUMNS, len(values))
+    for part in blocks(len(values), BLOCK_COLUMNS):
+        first, last = part.start, part.stop
         moved = np.empty((last - first, values.shape[1]), np.float32)
         for column in range(first, last):
             scale, bias = scales[column // group_size], biases[column // group_size]
@@ -87,9 +87,7 @@ def refit_scales(
     groups = start.scales.shape[1]
     scales, biases = start.scales.copy(), start.biases.copy()
     per_row = max(4 * groups * groups, 4 * columns)
-    size = max(1, BLOCK_NUMBERS // per_row)
-    for first in range(0, rows, size):
-        block = slice(first, min(first + size, rows))
+    for block in blocks(rows, BLOCK_NUMBERS // per_row):
         off = weight[block] - dequantize(
             AffineCodes(start.codes[block], scales[block], biases[block], start.spec)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,7 @@ from apertus_mlx.quant.arrays import Float32, Float64
 CONFIDENT = 0.9
 
 
-@dataclass(frozen=True, slots=True)
-class TokenErrors:
+class TokenErrors(NamedTuple):
     """Per token: divergence in nats, agreement, and the reference's confidence, each `[tokens]`.
 
     The losses are those of the token that follows in the text, in nats; NaN where none follows.
@@ -79,13 +79,7 @@ def log_softmax(logits: Float32) -> Float64:
 
 def join(parts: list[TokenErrors]) -> TokenErrors:
     """The tokens of all parts, in order."""
-    return TokenErrors(
-        np.concatenate([part.divergence for part in parts]),
-        np.concatenate([part.agrees for part in parts]),
-        np.concatenate([part.confidence for part in parts]),
-        np.concatenate([part.reference_loss for part in parts]),
-        np.concatenate([part.loss for part in parts]),
-    )
+    return TokenErrors(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def summarise(errors: TokenErrors) -> Divergence:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from apertus_mlx.quant import affine
 from apertus_mlx.quant.affine import (
     AffineCodes,
     ScaleType,
@@ -18,10 +19,7 @@ from apertus_mlx.quant.affine import (
     round_scales,
     usable_scales,
 )
-from apertus_mlx.quant.affine import (
-    fit as fit_nearest,
-)
-from apertus_mlx.quant.arrays import Float32
+from apertus_mlx.quant.arrays import Float32, blocks
 from apertus_mlx.quant.spec import QuantSpec
 
 # Groups at a time: their working set stays in a core's cache.
@@ -54,12 +52,10 @@ def fit(
     """
     groups = np.ascontiguousarray(as_groups(weight, spec), np.float32)
     importance = column_importance(moments, spec, groups.shape[1])
-    start = fit_nearest(weight, spec, scale_type)
+    start = affine.fit(weight, spec, scale_type)
     scales, biases = start.scales.copy(), start.biases.copy()
     codes = as_groups(start.codes.astype(np.float32), spec).astype(np.uint8)
-    rows = max(1, BLOCK_WEIGHTS // weight.shape[1])
-    for first in range(0, len(groups), rows):
-        block = slice(first, first + rows)
+    for block in blocks(len(groups), BLOCK_WEIGHTS // weight.shape[1]):
         scales[block], biases[block], codes[block] = _search(
             groups[block], importance, spec.bits, scale_type,
             (scales[block], biases[block], codes[block].astype(np.float32)),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.arrays import Float32, Float64, blocks
 
 # Numbers that are held in float64 at once.
 BLOCK_NUMBERS = 1 << 22
@@ -49,21 +49,17 @@ class Rotation:
     def columns(self, weight: Float32) -> Float32:
         """`W Q` for `W` `[rows, size]`: the weight for inputs that are rotated."""
         result = np.empty(weight.shape, np.float32)
-        step = max(1, BLOCK_NUMBERS // self.size)
-        for start in range(0, len(weight), step):
-            block = weight[start : start + step] * self.signs
+        for part in blocks(len(weight), BLOCK_NUMBERS // self.size):
+            block = weight[part] * self.signs
             grid = block.reshape(-1, len(self.left), len(self.right))
-            turned = self.left.T @ (grid @ self.right)
-            result[start : start + step] = turned.reshape(block.shape)
+            result[part] = (self.left.T @ (grid @ self.right)).reshape(block.shape)
         return result
 
     def rows(self, weight: Float32) -> Float32:
         """`Q^T W` for `W` `[size, columns]`: the weight whose outputs are rotated."""
         result = np.empty(weight.shape, np.float32)
-        step = max(1, BLOCK_NUMBERS // self.size)
-        for start in range(0, weight.shape[1], step):
-            block = weight[:, start : start + step]
-            result[:, start : start + step] = self.columns(block.T).T
+        for part in blocks(weight.shape[1], BLOCK_NUMBERS // self.size):
+            result[:, part] = self.columns(weight[:, part].T).T
         return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,12 +25,14 @@ from apertus_mlx.convert.evaluation.layerwise import (
     final_norm,
     head_path,
     hidden_states,
+    logit_blocks,
+    run_layer,
 )
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant import descent, gptq
 from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize
-from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.arrays import Float32, Float64, blocks
 from apertus_mlx.quant.spec import QuantSpec
 
 # How much of the difference between the two streams a matrix is asked to make up for. All of it
@@ -40,8 +43,6 @@ CORRECTION = 0.5
 ROW_SHARE = 0.6
 # Weights that are fitted at once; that takes some 24 bytes for each.
 BLOCK_WEIGHTS = 1 << 24
-# Logits that are held at once.
-BLOCK_LOGITS = 1 << 24
 # What is kept of the first pass, and of the second.
 AHEAD, STREAMS = "ahead.npz", "streams.npz"
 STREAM_NAMES = ("original", "quantized", "uncertainty")
@@ -200,21 +201,13 @@ def _in_blocks(
     corrected: Callable[[Float32], Float32] | None = None,
 ) -> AffineCodes:
     """Codes of rows, which are independent, some at a time."""
-    size = max(1, BLOCK_WEIGHTS // weight.shape[1])
     found = []
-    for first in range(0, len(weight), size):
-        rows = weight[first : first + size]
+    for part in blocks(len(weight), BLOCK_WEIGHTS // weight.shape[1]):
+        rows = weight[part]
         target = rows if corrected is None else corrected(rows)
         start = gptq.fit(target, spec, second, scale_type, damping=0.0)
         found.append(descent.improve(target, start, second, scale_type))
-    if len(found) == 1:
-        return found[0]
-    return AffineCodes(
-        np.concatenate([part.codes for part in found]),
-        np.concatenate([part.scales for part in found]),
-        np.concatenate([part.biases for part in found]),
-        spec,
-    )
+    return AffineCodes.joined(found)
 
 
 def _uncertainty(hidden: Float32, head: Float32) -> Float32:
@@ -225,13 +218,12 @@ def _uncertainty(hidden: Float32, head: Float32) -> Float32:
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     spread = np.empty(len(rows), np.float32)
-    size = max(1, BLOCK_LOGITS // len(head))
-    for start in range(0, len(rows), size):
-        logits = rows[start : start + size] @ head.T
+    for part in logit_blocks(len(rows), len(head)):
+        logits = rows[part] @ head.T
         logits -= logits.max(-1, keepdims=True)
         np.exp(logits, out=logits)
         logits /= logits.sum(-1, keepdims=True)
-        spread[start : start + size] = 1 - np.einsum("tv,tv->t", logits, logits)
+        spread[part] = 1 - np.einsum("tv,tv->t", logits, logits)
     spread = np.maximum(spread, 0) + np.float32(1e-3)
     return np.asarray(spread / spread.mean(), np.float32).reshape(hidden.shape[:-1])
 
@@ -270,49 +262,17 @@ def _quantize_layer(
     """Quantize the stages of a layer in turn, and move both streams through it."""
     streams = ((before, original), (after, quantized))
     parts = list(batches(*original.shape[:2]))
-
-    def settle(stage: int, moments: Moments) -> Iterator[tuple[str, AffineCodes]]:
-        for name in Layer.STAGES[stage]:
+    for stage, names in enumerate(Layer.STAGES):
+        moments = Moments.empty(after.projections[names[0]].weight.shape[1])
+        for part in parts:
+            moments.add(*(layer.stage_input(stage, mx.array(x[part])) for layer, x in streams))
+        for name in names:
             path = f"{after.path}.{name}"
             if path in specs:
                 weight = after.projections[name].weight
                 codes = fit(weight, specs[path], moments, scale_type, correction)
                 after.projections[name].weight = dequantize(codes)
                 yield path, codes
-
-    moments = Moments.empty(original.shape[-1])
-    for part in parts:
-        inputs = [layer.attention_input(mx.array(x[part])) for layer, x in streams]
-        moments.add(*inputs)
-    yield from settle(0, moments)
-
-    columns = after.projections["self_attn.o_proj"].weight.shape[1]
-    mixed = [np.empty((*original.shape[:2], columns), np.float32) for _ in streams]
-    moments = Moments.empty(columns)
-    for part in parts:
-        inputs = [
-            layer.mixed_values(layer.attention_input(mx.array(x[part]))) for layer, x in streams
-        ]
-        moments.add(*inputs)
-        for store, values in zip(mixed, inputs, strict=True):
-            store[part] = np.array(values)
-    yield from settle(1, moments)
-
-    moments = Moments.empty(original.shape[-1])
-    for part in parts:
-        for (layer, x), stored in zip(streams, mixed, strict=True):
-            x[part] += np.array(layer.projections["self_attn.o_proj"](mx.array(stored[part])))
-        inputs = [layer.up_input(mx.array(x[part])) for layer, x in streams]
-        moments.add(*inputs)
-    del mixed
-    yield from settle(2, moments)
-
-    moments = Moments.empty(after.projections["mlp.down_proj"].weight.shape[1])
-    for part in parts:
-        inputs = [layer.down_input(layer.up_input(mx.array(x[part]))) for layer, x in streams]
-        moments.add(*inputs)
-    yield from settle(3, moments)
-    for part in parts:
-        for layer, x in streams:
-            inner = layer.down_input(layer.up_input(mx.array(x[part])))
-            x[part] += np.array(layer.projections["mlp.down_proj"](inner))
+        if stage in (1, 3):
+            for layer, x in streams:
+                run_layer(partial(layer.add, stage), x)

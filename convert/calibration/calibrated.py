@@ -16,7 +16,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import save_file
 
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.calibration import calibrate
@@ -32,8 +31,8 @@ from apertus_mlx.convert.plan.plan import CALIBRATION_TOKENS, Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.transforms.smoothing import rounding_of, smoothing_scales
 from apertus_mlx.convert.transforms.weights import SCALES, transformed_weights, unscaled_weights
-from apertus_mlx.convert.write.array_file import is_whole, map_array, save_array
-from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
+from apertus_mlx.errors import ResourceError
 from apertus_mlx.system.whole_file import whole_file
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
@@ -94,13 +93,14 @@ def make_codes(
     """
     steps = {step.path: step for step in plan.steps if step.method == "gptq"}
     specs = {path: step.spec for path, step in steps.items() if step.spec is not None}
-    states = [is_whole(_code_file(folder, path, part)) for path in steps for part in PARTS]
-    if (folder / DONE).exists() and all(states):
-        return
-    if (folder / DONE).exists() or False in states:
+    there = [file for path in steps if (file := _code_file(folder, path)).exists()]
+    is_done = (folder / DONE).exists()
+    if (is_done and len(there) < len(steps)) or None in map(load_arrays, there):
         # Files are whole or absent unless a disk failed; then the rest is not to be trusted either.
         shutil.rmtree(folder)
         folder.mkdir()
+    elif is_done:
+        return
     windows = calibration.sample.windows
     with Reader(source) as reader:
         before = plan.source.config.num_hidden_layers if plan.request.smooth else 0
@@ -112,8 +112,7 @@ def make_codes(
                 {step.path: rounding_of(step) for step in plan.steps if step.spec},
                 windows, plan.dtype, lambda n: progress(n, total), keep,
             )  # fmt: skip
-            with whole_file(folder / SCALES) as beside:
-                save_file(scales, beside)
+            save_arrays(folder / SCALES, scales)
             keep.discard()
         if specs:
             weights = transformed_weights(plan, reader, folder)
@@ -122,8 +121,7 @@ def make_codes(
                 folder=folder,
             ):  # fmt: skip
                 arrays = (codes.packed, codes.scales, codes.biases)
-                for part, array in zip(PARTS, arrays, strict=True):
-                    save_array(_code_file(folder, path, part), array)
+                save_arrays(_code_file(folder, path), dict(zip(PARTS, arrays, strict=True)))
     with whole_file(folder / DONE) as beside:
         beside.touch()
     (folder / calibrate.STREAMS).unlink(missing_ok=True)
@@ -140,15 +138,18 @@ def kept_bytes(plan: Plan, tokens: int) -> int:
     return codes + calibrate.kept_bytes(config, tokens)
 
 
-def read_codes(folder: Path, step: Step, start: int, stop: int) -> tuple[mx.array, ...]:
-    """Rows of the tensors of a calibrated step."""
-    arrays = []
-    for part, tensor in zip(PARTS, step.outputs, strict=True):
-        rows = map_array(_code_file(folder, step.path, part))[start:stop]
-        array = mx.array(np.ascontiguousarray(rows))
-        arrays.append(array if part == "weight" else array.astype(MLX_TYPES[tensor.dtype]))
-    return tuple(arrays)
+def read_codes(folder: Path, step: Step) -> tuple[mx.array, ...]:
+    """The tensors of a calibrated step.
+
+    Raises:
+        ResourceError: they were damaged meanwhile.
+    """
+    kept = load_arrays(_code_file(folder, step.path))
+    if kept is None:
+        raise ResourceError(f"{step.path}: its codes were damaged or taken away meanwhile")
+    weight, *others = (mx.array(kept[part]) for part in PARTS)
+    return weight, *(array.astype(MLX_TYPES[step.dtype]) for array in others)
 
 
-def _code_file(folder: Path, path: str, part: str) -> Path:
-    return folder / f"{path}.{part}.npy"
+def _code_file(folder: Path, path: str) -> Path:
+    return folder / f"{path}.npz"

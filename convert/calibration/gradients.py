@@ -17,14 +17,20 @@ import numpy as np
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.evaluation.layerwise import Layer, Weights, batches, embed, head_path
+from apertus_mlx.convert.evaluation.layerwise import (
+    Layer,
+    Weights,
+    batches,
+    embed,
+    head_path,
+    logit_blocks,
+    run_layer,
+)
 from apertus_mlx.convert.evaluation.texts import Tokens
-from apertus_mlx.convert.write.array_file import is_whole, map_array, save_array
-from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
+from apertus_mlx.errors import ResourceError
 from apertus_mlx.quant.arrays import Float32
 
-# Logits that are held at once.
-BLOCK_LOGITS = 1 << 24
 # Tokens that go back through a layer at once. MLX holds what it computes for them meanwhile.
 BACKWARD_TOKENS = 512
 # How far the pass back is.
@@ -94,27 +100,25 @@ def trace_layers(
     """
     config = weights.config
     depth = config.num_hidden_layers
-    parts = list(batches(*windows.shape))
     reached_back = Keep(folder / BACKWARD)
-    streams = [folder / f"stream-{index:04d}.npy" for index in range(depth + 1)]
-    whole = next((n for n, path in enumerate(streams) if not is_whole(path)), depth + 1)
-    reached = max(0, whole - 1)
-    if whole == 0:
-        save_array(streams[0], embed(weights.matrix(layout.EMBEDDING), windows))
-    for index in range(reached, depth):
-        layer = Layer(weights, index)
-        before = map_array(streams[index])
-        after = np.empty(before.shape, np.float32)
-        for part in parts:
-            after[part] = np.array(layer(mx.array(before[part])))
-        save_array(streams[index + 1], after)
-        progress(index + 1)
+    streams = [folder / f"stream-{index:04d}.npz" for index in range(depth + 1)]
+    stream = embed(weights.matrix(layout.EMBEDDING), windows)
+    for index, path in enumerate(streams):
+        kept = load_arrays(path)
+        if kept is not None:
+            stream = kept["stream"]
+            continue
+        if index > 0:
+            run_layer(Layer(weights, index - 1), stream)
+            progress(index)
+        save_arrays(path, {"stream": stream})
     scale = mx.array(weights.vector(f"{layout.FINAL_NORM}.weight"))
-    last = mx.array(map_array(streams[depth]))
+    last = mx.array(stream)
+    del stream
     hidden = mx.fast.rms_norm(last, scale, config.rms_norm_eps)
     states = _rows(hidden)
-    kept = reached_back.load()
-    if kept is None:
+    found = reached_back.load()
+    if found is None:
         at_hidden, log_total = _loss_gradient(states, weights.matrix(head_path(config)), seed)
         _, (at_last,) = mx.vjp(
             lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps),
@@ -125,18 +129,20 @@ def trace_layers(
         reached_back.save({"left": left}, {"gradient": gradient, "log_total": log_total})
         del at_hidden, at_last
     else:
-        left = int(kept[0]["left"])
-        gradient, log_total = (kept[1][name] for name in ("gradient", "log_total"))
+        left = int(found[0]["left"])
+        gradient, log_total = (found[1][name] for name in ("gradient", "log_total"))
     del hidden, last
     for index in reversed(range(left)):
         layer = Layer(weights, index)
-        before = map_array(streams[index])
-        found = []
+        kept = load_arrays(streams[index])
+        if kept is None:
+            raise ResourceError(f"{streams[index]}: was damaged or taken away meanwhile")
+        before, pieces = kept["stream"], []
         for part in batches(len(windows), windows.shape[1], BACKWARD_TOKENS):
             earlier, traces = backward(layer, mx.array(before[part]), mx.array(gradient[part]))
             gradient[part] = np.array(earlier)
-            found.append(traces)
-        use([_joined(same) for same in zip(*found, strict=True)])
+            pieces.append(traces)
+        use([_joined(same) for same in zip(*pieces, strict=True)])
         reached_back.reach({"left": index}, {"gradient": gradient, "log_total": log_total})
         progress(2 * depth - index)
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)
@@ -151,9 +157,7 @@ def _loss_gradient(hidden: Float32, head: Float32, seed: int) -> tuple[Float32, 
     """Gradient at the hidden states for tokens drawn from the prediction; see also `Ends`."""
     draw = np.random.default_rng(seed)
     gradient, log_total = np.empty_like(hidden), np.empty(len(hidden), np.float32)
-    size = max(1, BLOCK_LOGITS // len(head))
-    for start in range(0, len(hidden), size):
-        part = slice(start, start + size)
+    for part in logit_blocks(len(hidden), len(head)):
         logits = hidden[part] @ head.T
         highest = logits.max(-1, keepdims=True)
         logits -= highest

@@ -22,11 +22,10 @@ from apertus_mlx.convert.calibration.calibrated import (
     make_codes,
     read_codes,
 )
-from apertus_mlx.convert.calibration.gradients import BLOCK_LOGITS
+from apertus_mlx.convert.evaluation.evaluate import token_errors
 from apertus_mlx.convert.evaluation.layerwise import (
+    ChangedWeights,
     SourceWeights,
-    Weights,
-    head_path,
     hidden_states,
 )
 from apertus_mlx.convert.evaluation.texts import Tokens, sample_windows
@@ -34,8 +33,8 @@ from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.transforms.smoothing import rounding_of
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.quant.arrays import Float32
-from apertus_mlx.quant.metrics import log_softmax
+from apertus_mlx.quant.arrays import Float32, blocks
+from apertus_mlx.quant.metrics import summarise
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 
@@ -48,18 +47,12 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(ChangedWeights):
     """The weights that a plan leads to."""
 
-    weights: Weights
     plan: Plan
     # Where calibrated codes lie.
     codes: Path
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's config."""
-        return self.weights.config
 
     def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`, after a round trip through its format."""
@@ -68,19 +61,14 @@ class Planned:
         if spec is None or step.transform not in ("quantize", "requantize"):
             return self.weights.matrix(path)
         if step.method == "gptq":
-            codes, *others = read_codes(self.codes, step, 0, step.outputs[0].shape[0])
+            codes, *others = read_codes(self.codes, step)
             scales, biases = (array.astype(mx.float32) for array in others)
             return np.array(mx.dequantize(codes, scales, biases, spec.group_size, spec.bits))
         weight = self.weights.matrix(path)
         rounding = rounding_of(step)
-        for start in range(0, len(weight), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
+        for part in blocks(len(weight), BLOCK_ROWS):
             weight[part] = rounding(weight[part], np.ones(weight.shape[1]))
         return weight
-
-    def vector(self, name: str) -> Float32:
-        """A norm's weight or a parameter of an activation."""
-        return self.weights.vector(name)
 
 
 class HeldOutComparison:
@@ -111,7 +99,7 @@ class HeldOutComparison:
         expected = hidden_states(
             self._source, [self._windows], progress=self._layers,
             keep=Keep(self._folder / "expected.npz"),
-        )[0]  # fmt: skip
+        )  # fmt: skip
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
         if plan.calibrates:
@@ -120,9 +108,9 @@ class HeldOutComparison:
         planned = Planned(weights, plan, folder)
         found = hidden_states(
             planned, [self._windows], progress=self._layers, keep=Keep(folder / "states.npz")
-        )[0]
-        path = head_path(self._source.config)
-        divergence = _divergence(expected, self._source.matrix(path), found, planned.matrix(path))
+        )
+        errors = token_errors(self._source, expected, planned, found, [self._windows])
+        divergence = summarise(errors[0]).kl_mean
         keep.save({"divergence": divergence}, {})
         shutil.rmtree(folder)
         return divergence
@@ -155,17 +143,3 @@ def held_out_windows(directory: Path, config: ModelConfig, calibration: Calibrat
     template = ChatTemplate.load(directory, tokenizer)
     judged = calibration.judged
     return sample_windows(judged, tokenizer, template, WINDOW_TOKENS, WINDOWS, SEED).windows
-
-
-def _divergence(
-    expected: Float32, expected_head: Float32, found: Float32, found_head: Float32
-) -> float:
-    rows = [hidden.reshape(-1, hidden.shape[-1]) for hidden in (expected, found)]
-    size = max(1, BLOCK_LOGITS // len(expected_head))
-    total = 0.0
-    for start in range(0, len(rows[0]), size):
-        part = slice(start, start + size)
-        wanted = log_softmax(rows[0][part] @ expected_head.T)
-        got = log_softmax(rows[1][part] @ found_head.T)
-        total += float(np.einsum("tv,tv->", np.exp(wanted), wanted - got))
-    return total / len(rows[0])

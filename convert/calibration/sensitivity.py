@@ -16,12 +16,11 @@ import numpy.typing as npt
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.calibration.gradients import (
     BACKWARD,
-    BLOCK_LOGITS,
     Ends,
     Trace,
     trace_layers,
 )
-from apertus_mlx.convert.evaluation.layerwise import Weights, head_path
+from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, logit_blocks
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.transforms.smoothing import Rounding
 from apertus_mlx.convert.write.keep import Keep
@@ -153,9 +152,8 @@ def _end_divergence(
     """The same for the embedding, the head, or both in one; rows are looked at in blocks."""
     slopes, mean, square = (np.zeros(len(ids)) for _ in range(3))
     squares = np.square(ends.hidden).mean(0) if is_head else np.ones(weight.shape[1])
-    size = max(1, BLOCK_LOGITS // len(ids))
-    for start in range(0, len(weight), size):
-        block = weight[start : start + size]
+    for part in logit_blocks(len(weight), len(ids)):
+        start, block = part.start, weight[part]
         error = rounding(block, squares) - block
         if is_embedding:
             inside = (ids >= start) & (ids < start + len(block))

@@ -1,7 +1,7 @@
 """What mlx-swift-lm makes of a folder, mirrored from its `Apertus.swift` and `Load.swift`.
 
 Read at mlx-swift-lm 1441444 (2026-08) and tag 3.31.4. The mirror reads the raw JSON with Swift's
-own defaults and knows nothing of this package's config reader, so the two can be compared.
+own defaults, so that what the two make of it can be compared.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.quant.spec import QuantSpec
 
 Level = Literal["error", "warning"]
 
@@ -21,12 +24,6 @@ REQUIRED = (
 )  # fmt: skip
 DEFAULT_THETA = 1_000_000.0
 ROPE_TYPES = ("linear", "llama3")
-FORMATS = {
-    "affine": {(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)},
-    "mxfp4": {(4, 32)},
-    "mxfp8": {(8, 32)},
-    "nvfp4": {(4, 16)},
-}
 TOLERATED = {"quant_method", "linear_class", "quantization_mode"}
 TOKENIZER_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer")
 # Statements that swift-jinja does not have.
@@ -43,28 +40,8 @@ class Finding:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class SwiftConfig:
-    """What Swift computes with, after its defaults."""
-
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab_size: int
-    tied: bool
-    rope_theta: float
-    rope_scaling: Mapping[str, Any] | None
-
-    @property
-    def head_dim(self) -> int:
-        """Always derived."""
-        return self.hidden_size // self.heads
-
-
-def decode(values: Mapping[str, Any]) -> tuple[SwiftConfig | None, list[Finding]]:
-    """`config.json` as Swift decodes it; None where it throws."""
+def check_config(values: Mapping[str, Any]) -> list[Finding]:
+    """What of `config.json` makes Swift's decoder throw."""
     found = []
     for key in REQUIRED:
         value = values.get(key)
@@ -85,20 +62,32 @@ def decode(values: Mapping[str, Any]) -> tuple[SwiftConfig | None, list[Finding]
             not isinstance(value, str) and not _is_number(value) for value in scaling.values()
         ):
             found.append(Finding("error", "config.json: rope_scaling", "holds more than numbers"))
-    if any(finding.level == "error" for finding in found):
-        return None, found
-    heads = int(values["num_attention_heads"])
-    return SwiftConfig(
-        int(values["hidden_size"]),
-        int(values["intermediate_size"]),
-        int(values["num_hidden_layers"]),
-        heads,
-        int(values.get("num_key_value_heads") or heads),
-        int(values["vocab_size"]),
-        values["tie_word_embeddings"],
-        float(values.get("rope_theta", DEFAULT_THETA)),
-        scaling,
-    ), found
+    return found
+
+
+def check_meaning(config: ModelConfig, values: Mapping[str, Any]) -> list[Finding]:
+    """What Swift would compute otherwise than `config` means it; `check_config` found nothing."""
+    head_dim = int(values["hidden_size"]) // int(values["num_attention_heads"])
+    if config.head_dim != head_dim:
+        text = f"{config.head_dim}, but mlx-swift-lm and mlx-lm compute with {head_dim}"
+        return [Finding("warning", "config.json: head_dim", text)]
+    if config.output_vocab_size != config.vocab_size:
+        text = "a head of its own size cannot be expressed in mlx-swift-lm and mlx-lm"
+        return [Finding("warning", "config.json: output_vocab_size", text)]
+    found, rope = [], config.rope
+    scaling = values.get("rope_scaling") or {}
+    kind = scaling.get("type", scaling.get("rope_type", "default"))
+    meant = (rope.theta, rope.type, rope.factor)
+    theta = float(values.get("rope_theta", DEFAULT_THETA))
+    swifts = (theta, kind, float(scaling.get("factor", 1.0)))
+    if meant != swifts:
+        text = f"Swift computes with {swifts}, the model means {meant}"
+        found.append(Finding("error", "config.json: rope_theta, rope_scaling", text))
+    if rope.type == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if scaling.get(key) != getattr(rope, key):
+                found.append(Finding("error", f"config.json: rope_scaling.{key}", "differs"))
+    return found
 
 
 def check_quantization(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -124,47 +113,25 @@ def check_quantization(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None
 
 
 def expected_shapes(
-    config: SwiftConfig, block: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
+    config: ModelConfig, block: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every parameter of Swift's module map with its shape; quantized is what has scales."""
-    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    linear = [("model.embed_tokens", config.vocab_size, hidden)]
-    for index in range(config.layers):
-        prefix = f"model.layers.{index}"
-        queries, keys = config.heads * head, config.kv_heads * head
-        linear += [
-            (f"{prefix}.self_attn.q_proj", queries, hidden),
-            (f"{prefix}.self_attn.k_proj", keys, hidden),
-            (f"{prefix}.self_attn.v_proj", keys, hidden),
-            (f"{prefix}.self_attn.o_proj", hidden, queries),
-            (f"{prefix}.mlp.up_proj", inner, hidden),
-            (f"{prefix}.mlp.down_proj", hidden, inner),
-        ]
-        yield f"{prefix}.attention_layernorm.weight", (hidden,)
-        yield f"{prefix}.feedforward_layernorm.weight", (hidden,)
-        yield f"{prefix}.self_attn.q_norm.weight", (head,)
-        yield f"{prefix}.self_attn.k_norm.weight", (head,)
-        yield f"{prefix}.mlp.act_fn.alpha_p", (1,)
-        yield f"{prefix}.mlp.act_fn.alpha_n", (1,)
-        yield f"{prefix}.mlp.act_fn.beta", ()
-        yield f"{prefix}.mlp.act_fn.eps", ()
-    yield "model.norm.weight", (hidden,)
-    if not config.tied:
-        linear.append(("lm_head", config.vocab_size, hidden))
-    for path, rows, columns in linear:
+    yield from layout.vectors(config)
+    for matrix in layout.matrices(config):
+        path, rows, columns = matrix.path, matrix.rows, matrix.columns
         entry = block.get(path, block) if block is not None else None
         if f"{path}.scales" not in tensors or not isinstance(entry, dict):
-            yield f"{path}.weight", (rows, columns)
+            yield matrix.weight, (rows, columns)
             continue
-        bits, group = int(entry["bits"]), int(entry["group_size"])
-        yield f"{path}.weight", (rows, columns * bits // 32)
-        yield f"{path}.scales", (rows, columns // group)
-        if entry.get("mode", "affine") == "affine":
-            yield f"{path}.biases", (rows, columns // group)
+        spec = _spec(entry)
+        yield matrix.weight, (rows, spec.packed_columns(columns))
+        yield f"{path}.scales", (rows, spec.groups(columns))
+        if spec.has_biases:
+            yield f"{path}.biases", (rows, spec.groups(columns))
 
 
 def check_tensors(
-    config: SwiftConfig, block: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
+    config: ModelConfig, block: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
 ) -> list[Finding]:
     """Swift loads with `verify: .all`: no key too many, none missing, shapes equal."""
     expected = dict(expected_shapes(config, block, tensors))
@@ -207,12 +174,18 @@ def check_tokenizer(values: Mapping[str, Any], template: str | None) -> list[Fin
     return found
 
 
+def _spec(entry: Mapping[str, Any]) -> QuantSpec:
+    """The format of an entry; mlx-swift has the same ones as MLX."""
+    return QuantSpec(entry["bits"], entry["group_size"], entry.get("mode", "affine"))
+
+
 def _check_format(entry: Mapping[str, Any], where: str) -> list[Finding]:
-    mode = entry.get("mode", "affine")
-    if (entry.get("bits"), entry.get("group_size")) in FORMATS.get(str(mode), set()):
-        return []
-    text = f"mlx-swift has no {mode} of {entry.get('bits')} bits, groups {entry.get('group_size')}"
-    return [Finding("error", where, text)]
+    try:
+        _spec(entry)
+    except (KeyError, TypeError, ValueError):
+        bits, size, mode = entry.get("bits"), entry.get("group_size"), entry.get("mode", "affine")
+        return [Finding("error", where, f"mlx-swift has no {mode} of {bits} bits, groups {size}")]
+    return []
 
 
 def _is_number(value: object) -> bool:

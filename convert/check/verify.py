@@ -114,34 +114,15 @@ def _check_model(directory: Path) -> list[Finding]:
 def _check_swift(
     config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> list[Finding]:
-    decoded, findings = swift.decode(values)
+    findings = swift.check_config(values)
     block, more = swift.check_quantization(values)
     findings += more
-    if decoded is None or any(finding.level == "error" for finding in findings):
+    if any(finding.level == "error" for finding in findings):
         return findings
-    if config.head_dim != decoded.head_dim:
-        text = f"{config.head_dim}, but mlx-swift-lm and mlx-lm compute with {decoded.head_dim}"
-        return [*findings, Finding("warning", "config.json: head_dim", text)]
-    if config.output_vocab_size != config.vocab_size:
-        text = "a head of its own size cannot be expressed in mlx-swift-lm and mlx-lm"
-        return [*findings, Finding("warning", "config.json: output_vocab_size", text)]
-    rope = config.rope
-    scaling = decoded.rope_scaling or {}
-    kind = scaling.get("type", scaling.get("rope_type", "default"))
-    meant = (rope.theta, rope.type, rope.factor)
-    swifts = (decoded.rope_theta, kind, float(scaling.get("factor", 1.0)))
-    if meant != swifts:
-        text = f"Swift computes with {swifts}, the model means {meant}"
-        findings.append(Finding("error", "config.json: rope_theta, rope_scaling", text))
-    if rope.type == "llama3":
-        for key, value in (
-            ("low_freq_factor", rope.low_freq_factor),
-            ("high_freq_factor", rope.high_freq_factor),
-            ("original_max_position_embeddings", rope.original_max_position_embeddings),
-        ):
-            if scaling.get(key) != value:
-                findings.append(Finding("error", f"config.json: rope_scaling.{key}", "differs"))
-    return findings + swift.check_tensors(decoded, block, tensors)
+    meaning = swift.check_meaning(config, values)
+    if any(finding.level == "warning" for finding in meaning):
+        return meaning
+    return meaning + swift.check_tensors(config, block, tensors)
 
 
 def _check_tokenizer(directory: Path) -> list[Finding]:

@@ -40,18 +40,13 @@ from apertus_mlx.convert.evaluation.texts import (
     sample_windows,
 )
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
+from apertus_mlx.convert.write.build import build
 from apertus_mlx.convert.write.card import CARD, make_distilled_card
 from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
 from apertus_mlx.convert.write.golden import write_golden
-from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, read_manifest
-from apertus_mlx.convert.write.target import check_space, check_target
-from apertus_mlx.convert.write.workspace import (
-    Workspace,
-    clear_published,
-    is_published,
-    open_workspace,
-)
-from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, read_manifest, write_json
+from apertus_mlx.convert.write.workspace import Workspace
+from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.system.model_files import MAX_WEIGHTS_BYTES, copy_file, exists
 from apertus_mlx.system.strict_json import read_object
@@ -226,42 +221,24 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
     """Do what `job` says; `target` appears complete or not at all.
 
     Raises:
-        UsageError: the target is taken, another run to it goes on or was interrupted, or a loss is
-            not finite.
-        ResourceError: the disk is full or cannot be written.
-        RejectedError: a folder is damaged, or changed meanwhile.
+        ApertusError: see `build`; also a folder is damaged, or a loss is not finite.
     """
-    fingerprint = _fingerprint(job)
-    if resume and is_published(target, fingerprint, _training_name(job)):
-        clear_published(target)
-        return _outcome(target)
-    for source in (job.teacher, job.student):
-        check_target(target, source)
-    check_space(target, *_needed_bytes(job))
-    with open_workspace(target, fingerprint, resume) as workspace:
-        workspace.follow(_training_name(job))
-        if not workspace.is_complete:
-            _build(job, workspace, observer)
-        workspace.publish()
+
+    def make(workspace: Workspace) -> None:
+        path = workspace.path
+        student, history = _train(job, workspace.kept_folder(DISTILLATION), observer)
+        _write_model(job.student, path, dict(stored_tensors(student)))
+        # Streams of a student that learned with other options are not this one's.
+        judged = workspace.kept_folder(f"{EVALUATION}-{_training_name(job)}")
+        quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=judged)
+        _describe(job.student, path, target.name, _record(job, history), quality)
+
+    build(
+        target, (_fingerprint(job), _training_name(job)),
+        {job.teacher: job.teacher_files, job.student: job.student_files}, _needed_bytes(job),
+        resume, make,
+    )  # fmt: skip
     return _outcome(target)
-
-
-def _build(job: Job, workspace: Workspace, observer: Observer) -> None:
-    """Train, write the student, judge and describe it."""
-    path = workspace.path
-    student, history = _train(job, workspace.kept_folder(DISTILLATION), observer)
-    _write_model(job.student, path, dict(stored_tensors(student)))
-    # Streams of a student that learned with other options are not this one's.
-    judged = workspace.kept_folder(f"{EVALUATION}-{_training_name(job)}")
-    quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=judged)
-    _describe(job.student, path, workspace.target.name, _record(job, history), quality)
-    for source, states in (
-        (job.teacher, job.teacher_files), (job.student, job.student_files)
-    ):  # fmt: skip
-        if file_states(source, states) != states:
-            # Of what is there nobody knows which source it is made of.
-            workspace.discard()
-            raise RejectedError(f"{source}: changed meanwhile; start again")
 
 
 def _outcome(folder: Path) -> Outcome:
@@ -326,11 +303,8 @@ def _describe(
         make_distilled_card(student, name, old, record, quality), encoding="utf-8"
     )
     figures = {key: old[key] for key in KEPT_KEYS if key in old}
-    manifest = make_manifest(
-        path, old["source"], {**figures, "distillation": record}, quality.as_json()
-    )
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (path / MANIFEST).write_text(text, encoding="utf-8")
+    figures["distillation"] = record
+    write_json(path / MANIFEST, make_manifest(path, old["source"], figures, quality.as_json()))
 
 
 def _record(job: Job, history: Sequence[Validation]) -> dict[str, Any]:

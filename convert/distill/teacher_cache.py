@@ -15,17 +15,19 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.evaluation.layerwise import SourceWeights, head_path, hidden_states
+from apertus_mlx.convert.evaluation.layerwise import (
+    SourceWeights,
+    head_path,
+    hidden_states,
+    logit_blocks,
+)
 from apertus_mlx.convert.evaluation.products import Projection
 from apertus_mlx.convert.evaluation.texts import Tokens
-from apertus_mlx.convert.write.array_file import load_arrays, save_arrays
-from apertus_mlx.convert.write.keep import Keep
+from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
 from apertus_mlx.errors import ResourceError
 
 # Tokens whose hidden states are held at once; for each lot the teacher's layers are read again.
 LOT_TOKENS = 1 << 16
-# Logits that are held at once.
-BLOCK_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +124,9 @@ class TeacherCache:
 def _answers(states: np.ndarray, head: Projection, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Likeliest tokens `[windows, length, k]` and shares `[..., k + 1]` in float16."""
     rows = states.reshape(-1, states.shape[-1])
-    size = max(1, BLOCK_LOGITS // len(head.weight))
     parts = []
-    for start in range(0, len(rows), size):
-        logits = head(mx.array(rows[start : start + size]))
+    for part in logit_blocks(len(rows), len(head.weight)):
+        logits = head(mx.array(rows[part]))
         shares = mx.softmax(logits, axis=-1, precise=True)
         likeliest = mx.argpartition(shares, kth=-k, axis=-1)[:, -k:].astype(mx.uint32)
         named = mx.take_along_axis(shares, likeliest, axis=-1)

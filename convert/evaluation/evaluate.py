@@ -10,6 +10,7 @@ are computed once. Memory holds one layer at a time, two heads and two sets of s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,8 +22,10 @@ import numpy as np
 from apertus_mlx.checkpoint.config import ModelConfig, read_config
 from apertus_mlx.convert.evaluation.layerwise import (
     SourceWeights,
+    Weights,
     head_path,
     hidden_states,
+    logit_blocks,
     open_weights,
     to_bfloat16,
 )
@@ -38,8 +41,6 @@ from apertus_mlx.text.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 512
 TOKENS_PER_LANGUAGE = 2048
-# Logits that are held at once, of each model.
-BLOCK_LOGITS = 1 << 24
 FLOOR = "the reference with products and residual stream rounded to bfloat16"
 
 
@@ -130,25 +131,41 @@ def measure_all(
                     f"has {expected.config.vocab_size}"
                 )
         layers = [weights.config.num_hidden_layers for weights in (expected, expected, *models)]
-        counter = _Counter(progress, sum(layers))
+        count = itertools.count(1)
+
+        def done(_: int) -> None:
+            if progress is not None:
+                progress(next(count), sum(layers))
 
         def kept(name: str) -> Keep:
             return Keep(folder / f"{name}.npz" if folder is not None else None)
 
-        hidden = hidden_states(expected, windows, None, counter.next, kept("expected"))
-        rounded = hidden_states(expected, windows, to_bfloat16, counter.next, kept("rounded"))
-        floors = _divergences(_errors(expected, hidden, expected, rounded, windows), labels)
+        hidden = hidden_states(expected, windows, None, done, kept("expected"))
+
+        def divergences(found: Weights, states: list[Float32]) -> dict[str | None, Divergence]:
+            """Of each language, and of all languages under None."""
+            errors = token_errors(expected, hidden, found, states, windows)
+            by_label: dict[str | None, Divergence] = {
+                label: summarise(
+                    join([e for e, own in zip(errors, labels, strict=True) if own == label])
+                )
+                for label in by_language
+            }
+            return {**by_label, None: summarise(join(errors))}
+
+        rounded = hidden_states(expected, windows, to_bfloat16, done, kept("rounded"))
+        floors = divergences(expected, rounded)
         del rounded
         evaluations = []
         for number, found in enumerate(models):
             keep = kept(f"model-{number}")
-            states = hidden_states(found, windows, None, counter.next, keep)
-            divergences = _divergences(_errors(expected, hidden, found, states, windows), labels)
+            states = hidden_states(found, windows, None, done, keep)
+            own = divergences(found, states)
             del states
-            languages = {label: (divergences[label], floors[label]) for label in by_language}
+            languages = {label: (own[label], floors[label]) for label in by_language}
             evaluations.append(
                 Evaluation(
-                    divergences[None], floors[None], languages, texts.name, texts.sha256,
+                    own[None], floors[None], languages, texts.name, texts.sha256,
                     _weight_bytes(found.source),
                 )
             )  # fmt: skip
@@ -161,57 +178,39 @@ def kept_bytes(config: ModelConfig, texts: TextSet) -> int:
     return 4 * 4 * languages * TOKENS_PER_LANGUAGE * config.hidden_size
 
 
-def _divergences(errors: list[TokenErrors], labels: list[str]) -> dict[str | None, Divergence]:
-    """The divergence of each language, and of all languages under None."""
-    found: dict[str | None, Divergence] = {
-        label: summarise(join([e for e, own in zip(errors, labels, strict=True) if own == label]))
-        for label in dict.fromkeys(labels)
-    }
-    return {**found, None: summarise(join(errors))}
-
-
 def _weight_bytes(source: Source) -> int:
     tensors = [tensor for matrix in source.matrices.values() for tensor in matrix.tensors]
     tensors += [tensor for tensor in source.vectors.values() if tensor is not None]
     return sum({tensor.name: tensor.size_bytes for tensor in tensors}.values())
 
 
-class _Counter:
-    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-
-    def next(self, _: int) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
-def _errors(
-    expected: SourceWeights,
+def token_errors(
+    expected: Weights,
     expected_hidden: list[Float32],
-    found: SourceWeights,
+    found: Weights,
     found_hidden: list[Float32],
     windows: list[Tokens],
 ) -> list[TokenErrors]:
-    """Compare the logits of two sets of hidden states, block by block."""
+    """Compare the logits of two models' hidden states for each set of windows, block by block.
+
+    Raises:
+        RejectedError: a logit is not finite.
+    """
     heads = [weights.matrix(head_path(weights.config)) for weights in (expected, found)]
-    size = max(1, BLOCK_LOGITS // len(heads[0]))
     result = []
     for wanted, got, ids in zip(expected_hidden, found_hidden, windows, strict=True):
         last = np.full((len(ids), 1), -1, np.int64)
         following = np.concatenate([ids[:, 1:], last], 1).reshape(-1)
         rows = [hidden.reshape(len(following), -1) for hidden in (wanted, got)]
         parts = []
-        for start in range(0, len(following), size):
-            part = slice(start, start + size)
+        for part in logit_blocks(len(following), len(heads[0])):
             logits = [row[part] @ head.T for row, head in zip(rows, heads, strict=True)]
             for weights, values in zip((expected, found), logits, strict=True):
                 if not np.isfinite(values).all():
+                    name = f"{weights.source.name}: " if isinstance(weights, SourceWeights) else ""
                     raise RejectedError(
-                        f"{weights.source.name}: computes logits that are not finite; its weights "
-                        "are damaged or overflow"
+                        f"{name}computes logits that are not finite; its weights are damaged or "
+                        "overflow"
                     )
             parts.append(compare(logits[0], logits[1], following[part]))
         result.append(join(parts))

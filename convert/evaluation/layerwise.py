@@ -22,10 +22,12 @@ from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.write.keep import NOTHING, Keep
 from apertus_mlx.model.apertus import DecoderLayer
 from apertus_mlx.quant.affine import round_scales
-from apertus_mlx.quant.arrays import Float32
+from apertus_mlx.quant.arrays import Float32, blocks
 
 # Tokens that go through a layer at once.
 BATCH_TOKENS = 4096
+# Logits that are held at once.
+BLOCK_LOGITS = 1 << 24
 
 
 class Weights(Protocol):
@@ -59,11 +61,9 @@ class SourceWeights:
         found = self.source.matrices[path]
         shape = next(m for m in self.source.layout if m.path == path)
         weight = np.empty((shape.rows, shape.columns), np.float32)
-        size = block_rows(4 * shape.columns)
-        for start in range(0, shape.rows, size):
-            stop = min(start + size, shape.rows)
-            rows = found.read(self.reader, start, stop).astype(mx.float32)
-            weight[start:stop] = np.array(rows)
+        for rows in blocks(shape.rows, block_rows(4 * shape.columns)):
+            values = found.read(self.reader, rows.start, rows.stop)
+            weight[rows] = np.array(values.astype(mx.float32))
         return weight
 
     def vector(self, name: str) -> Float32:
@@ -73,6 +73,26 @@ class SourceWeights:
             return np.array(XIELU_DEFAULTS[name.rsplit(".", 1)[-1]], np.float32)
         rows = tensor.shape[0] if tensor.shape else 1
         return np.array(self.reader.floats(tensor, 0, rows, False).astype(mx.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedWeights:
+    """Weights of the same model with other values; by itself it changes none."""
+
+    weights: Weights
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config."""
+        return self.weights.config
+
+    def matrix(self, path: str) -> Float32:
+        """The weight of a module `[rows, columns]`."""
+        return self.weights.matrix(path)
+
+    def vector(self, name: str) -> Float32:
+        """A norm's weight or a parameter of an activation."""
+        return self.weights.vector(name)
 
 
 def to_bfloat16(values: Float32) -> Float32:
@@ -103,45 +123,41 @@ class Layer:
             for stage in self.STAGES
             for name in stage
         }
-        owner: Any
+        parts: dict[str, Any] = dict(nn.Module.named_modules(module))
         for name, projection in self.projections.items():
             part, attribute = name.split(".")
-            setattr(getattr(module, part), attribute, projection)
+            setattr(parts[part], attribute, projection)
         for name, _ in layout.vectors(weights.config):
             if name.startswith(f"{self.path}."):
-                *parts, attribute = name.removeprefix(f"{self.path}.").split(".")
-                owner = module
-                for part in parts:
-                    owner = getattr(owner, part)
+                part, _, attribute = name.removeprefix(f"{self.path}.").rpartition(".")
                 value = mx.array(weights.vector(name))
-                setattr(owner, attribute, value.reshape(getattr(owner, attribute).shape))
+                setattr(parts[part], attribute, value.reshape(parts[part][attribute].shape))
         # Attention then ends with what o is given.
-        owner = module.self_attn
-        owner.o_proj = nn.Identity()
+        parts["self_attn"].o_proj = nn.Identity()
         module.mlp.act_fn.fuse(compiled=has_gpu())
 
-    def attention_input(self, residual: mx.array) -> mx.array:
-        """What q, k and v are given, for the residual stream `[B, L, D]`."""
-        return mx.array(self._module.attention_layernorm(residual))
+    def stage_input(self, stage: int, residual: mx.array) -> mx.array:
+        """What the matrices of a stage are given.
 
-    def mixed_values(self, x: mx.array) -> mx.array:
-        """What o is given, for what q, k and v are given."""
-        return self._module.self_attn(x, "causal" if x.shape[1] > 1 else None, None)
+        Args:
+            stage: index in `STAGES`.
+            residual: the residual stream `[B, L, D]` before attention, for the last two after it.
+        """
+        module = self._module
+        norm = module.attention_layernorm if stage < 2 else module.feedforward_layernorm
+        x = mx.array(norm(residual))
+        if stage == 1:
+            return module.self_attn(x, "causal" if x.shape[1] > 1 else None, None)
+        return module.mlp.act_fn(self.projections["mlp.up_proj"](x)) if stage == 3 else x
 
-    def up_input(self, residual: mx.array) -> mx.array:
-        """What up is given, for the residual stream after attention."""
-        return mx.array(self._module.feedforward_layernorm(residual))
-
-    def down_input(self, x: mx.array) -> mx.array:
-        """What down is given, for what up is given."""
-        return self._module.mlp.act_fn(self.projections["mlp.up_proj"](x))
+    def add(self, stage: int, residual: mx.array) -> mx.array:
+        """The residual stream after attention (stage 1) or the feed-forward part (stage 3)."""
+        name = self.STAGES[stage][0]
+        return residual + self.projections[name](self.stage_input(stage, residual))
 
     def __call__(self, residual: mx.array) -> mx.array:
         """The residual stream after this layer."""
-        mixed = self.mixed_values(self.attention_input(residual))
-        residual = residual + self.projections["self_attn.o_proj"](mixed)
-        inner = self.down_input(self.up_input(residual))
-        return residual + self.projections["mlp.down_proj"](inner)
+        return self.add(3, self.add(1, residual))
 
 
 def embed(weight: Float32, windows: Tokens) -> Float32:
@@ -151,9 +167,12 @@ def embed(weight: Float32, windows: Tokens) -> Float32:
 
 def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
     """Windows that go through a layer at once, `tokens` or one window."""
-    size = max(1, tokens // length)
-    for start in range(0, windows, size):
-        yield slice(start, min(start + size, windows))
+    return blocks(windows, tokens // length)
+
+
+def logit_blocks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Tokens whose logits are held at once."""
+    return blocks(tokens, BLOCK_LOGITS // vocabulary)
 
 
 def run_layer(layer: Callable[[mx.array], mx.array], residual: Float32) -> None:

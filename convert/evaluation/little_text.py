@@ -11,89 +11,46 @@ Where nothing could be held out nothing shows that calibration helps, and it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from apertus_mlx.convert.calibration.calibrated import Calibration
-from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
-from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.policy import Method, Request
-from apertus_mlx.convert.sources.reading import Reader
 
 ENOUGH_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The plan to follow, and why."""
-
-    plan: Plan
-    note: str
-
-
-def is_little(calibration: Calibration) -> bool:
-    """Whether `choose` has to judge."""
-    return calibration.judged.held_out and calibration.sample.windows.size < ENOUGH_TOKENS
-
-
-def without_judging(
-    plan: Plan, make: Callable[[Request], Plan], calibration: Calibration
-) -> Choice | None:
-    """The plan without texts where nothing could be held out; None where text is enough.
-
-    Args:
-        plan: calibrated.
-        make: makes the plan of another request for the same source.
-        calibration: the texts; not `is_little`.
-    """
-    if calibration.judged.held_out:
-        return None
-    plain, method = _without_texts(plan, make)
-    return Choice(
-        plain,
-        f"{calibration.sample.name}: {calibration.sample.windows.size:,} tokens, of which no part "
-        f"could be held out to judge by; not calibrated, method {method} is kept",
-    )
 
 
 def choose(
     plan: Plan,
     make: Callable[[Request], Plan],
-    reader: Reader,
-    directory: Path,
     calibration: Calibration,
-    progress: Callable[[int, int], None],
-    folder: Path,
-) -> Choice:
-    """The better of a calibrated `plan` and the same without texts.
+    judge: Callable[[Sequence[Plan]], list[float]],
+) -> tuple[Plan, str | None]:
+    """The better of a calibrated `plan` and the same without texts, and what to say about it.
 
     Args:
         plan: calibrated.
         make: makes the plan of another request for the same source.
-        reader: of the source.
-        directory: of the source.
-        calibration: the texts; `is_little`.
-        progress: told layers done and how many there are.
-        folder: where an interrupted run with the same arguments has kept what it measured.
+        calibration: the texts.
+        judge: measures the divergence of plans on texts held out, where there is little to see.
     """
-    plain, method = _without_texts(plan, make)
-    comparison = HeldOutComparison(
-        SourceWeights(plan.source, reader), directory, calibration, progress, folder
-    )
-    with_texts, without = comparison.divergence(plan), comparison.divergence(plain)
-    kept = plan if with_texts < without else plain
-    return Choice(
-        kept,
-        f"{calibration.sample.name}: {calibration.sample.windows.size:,} tokens are little to "
-        f"calibrate on, from {ENOUGH_TOKENS:,} on they are enough; on texts held out the mean "
-        f"divergence is {with_texts:.4g}, without texts {without:.4g}: "
-        f"{'the calibrated codes are' if kept is plan else f'method {method} is'} kept",
-    )
-
-
-def _without_texts(plan: Plan, make: Callable[[Request], Plan]) -> tuple[Plan, str]:
+    tokens, held_out = calibration.sample.windows.size, calibration.judged.held_out
+    if held_out and tokens >= ENOUGH_TOKENS:
+        return plan, None
     request = plan.request
     method: Method = "search" if request.method == "gptq" else request.method
-    return make(replace(request, method=method, smooth=False)), method
+    plain = make(replace(request, method=method, smooth=False))
+    text = f"{calibration.sample.name}: {tokens:,} tokens"
+    if not held_out:
+        return plain, (
+            f"{text}, of which no part could be held out to judge by; not calibrated, method "
+            f"{method} is kept"
+        )
+    with_texts, without = judge([plan, plain])
+    kept = plan if with_texts < without else plain
+    return kept, (
+        f"{text} are little to calibrate on, from {ENOUGH_TOKENS:,} on they are enough; on texts "
+        f"held out the mean divergence is {with_texts:.4g}, without texts {without:.4g}: "
+        f"{'the calibrated codes are' if kept is plan else f'method {method} is'} kept"
+    )

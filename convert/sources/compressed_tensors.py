@@ -176,9 +176,7 @@ def _matrix(matrix: Matrix, left: Unmatched, groups: list[Group]) -> MatrixSourc
     return plain_matrix(matrix, left)
 
 
-def _packed(
-    matrix: Matrix, weight: TensorInfo, left: Unmatched, groups: list[Group]
-) -> PackedInts:
+def _packed(matrix: Matrix, weight: TensorInfo, left: Unmatched, groups: list[Group]) -> PackedInts:
     name, path, rows, columns = left.name, matrix.path, matrix.rows, matrix.columns
     scale = left.peek(f"{path}.weight_scale")
     if scale.dtype not in FLOAT_DTYPES:

@@ -25,6 +25,7 @@ from apertus_mlx.convert.sources.integer_codes import IntegerMatrix
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import MatrixSource, Source, match_source
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.quant.arrays import blocks
 from apertus_mlx.quant.packing import dense_width, unpack
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -180,8 +181,7 @@ def _columns(reader: Reader, tensor: TensorInfo, start: int, stop: int) -> npt.N
     """Columns of a row-major matrix, read in blocks of rows."""
     rows, width = tensor.shape
     found = np.empty((rows, stop - start), np.int32)
-    size = max(1, COLUMN_BLOCK_BYTES // (4 * width))
-    for first in range(0, rows, size):
-        last = min(first + size, rows)
-        found[first:last] = reader.raw(tensor, first, last)[:, start:stop].view(np.int32)
+    for part in blocks(rows, COLUMN_BLOCK_BYTES // (4 * width)):
+        block = reader.raw(tensor, part.start, part.stop)
+        found[part] = block[:, start:stop].view(np.int32)
     return found

@@ -18,9 +18,7 @@ from apertus_mlx.convert.plan.plan import Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.transforms.names import (
     ATTENTION_NORM,
-    DOWN,
     FEED_FORWARD_NORM,
-    OUTPUT,
     SMOOTHED,
     VALUES,
     value_owners,
@@ -118,18 +116,18 @@ def _run(layer: Layer, residual: Float32) -> dict[str, Float32]:
     """Second moments of the outputs of norms and v; moves `residual` through the layer."""
     moments: dict[str, Float32] = {}
 
-    def count(name: str, values: mx.array) -> mx.array:
+    def count(name: str, values: mx.array) -> None:
         rows = np.array(values, copy=False).reshape(-1, values.shape[-1])
         seen = rows.T @ rows
         moments[name] = moments[name] + seen if name in moments else seen
-        return values
 
     for part in batches(*residual.shape[:2]):
         stream = mx.array(residual[part])
-        mixed = layer.mixed_values(count(ATTENTION_NORM, layer.attention_input(stream)))
-        stream = stream + layer.projections[OUTPUT](count(VALUES, mixed))
-        inner = layer.down_input(count(FEED_FORWARD_NORM, layer.up_input(stream)))
-        residual[part] = np.array(stream + layer.projections[DOWN](inner))
+        count(ATTENTION_NORM, layer.stage_input(0, stream))
+        count(VALUES, layer.stage_input(1, stream))
+        stream = layer.add(1, stream)
+        count(FEED_FORWARD_NORM, layer.stage_input(2, stream))
+        residual[part] = np.array(layer.add(3, stream))
     return moments
 
 

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
-from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.evaluation.layerwise import SourceWeights, Weights
+from apertus_mlx.convert.evaluation.layerwise import ChangedWeights, SourceWeights, Weights
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.transforms.names import (
@@ -25,24 +23,19 @@ from apertus_mlx.convert.transforms.names import (
     norm_before,
     value_owners,
 )
+from apertus_mlx.convert.write.keep import load_arrays
 from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.transforms import balance, make_rotation
 
 # What `Scaled.scales` are saved as, in the folder of calibrated codes.
-SCALES = "scales.safetensors"
+SCALES = "scales.npz"
 
 
 @dataclass(frozen=True, slots=True)
-class Rotated:
+class Rotated(ChangedWeights):
     """Weights whose attention values are rotated, and the residual stream if the head is untied."""
 
-    weights: Weights
     seed: int = SEED
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's config."""
-        return self.weights.config
 
     def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`."""
@@ -81,16 +74,10 @@ class Rotated:
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class Scaled(ChangedWeights):
     """Weights with scaled columns; `scales` has the name of the norm or v before each matrix."""
 
-    weights: Weights
     scales: Mapping[str, Float32]
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's config."""
-        return self.weights.config
 
     def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`."""
@@ -129,5 +116,6 @@ def transformed_weights(plan: Plan, reader: Reader, folder: Path | None) -> Weig
     weights = unscaled_weights(plan, reader)
     if not plan.request.smooth:
         return weights
-    assert folder is not None
-    return Scaled(weights, load_file(folder / SCALES))
+    scales = None if folder is None else load_arrays(folder / SCALES)
+    assert scales is not None
+    return Scaled(weights, scales)

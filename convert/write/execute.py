@@ -88,13 +88,21 @@ def _run(
     rows = step.outputs[0].shape[0]
     size = step.block_rows
     streams = itertools.cycle(_streams())
-    # Rows in another basis depend on all rows.
-    whole = weights.matrix(step.path) if step.changes_basis and step.method != "gptq" else None
+    codes = whole = None
+    if step.method == "gptq":
+        assert calibrated is not None
+        codes = read_codes(calibrated, step)
+    elif step.changes_basis:
+        # Rows in another basis depend on all rows.
+        whole = weights.matrix(step.path)
     pending: deque[tuple[int, tuple[mx.array, ...]]] = deque()
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         with mx.stream(next(streams)):
-            arrays = _matrix_block(step, reader, start, stop, allow_nonfinite, calibrated, whole)
+            if codes is not None:
+                arrays = tuple(array[start:stop] for array in codes)
+            else:
+                arrays = _matrix_block(step, reader, start, stop, allow_nonfinite, whole)
         # Computed on another thread while the next block is read.
         mx.async_eval(*arrays)
         pending.append((stop, arrays))
@@ -127,12 +135,8 @@ def _matrix_block(
     start: int,
     stop: int,
     allow_nonfinite: bool,
-    calibrated: Path | None,
     whole: Float32 | None,
 ) -> tuple[mx.array, ...]:
-    if step.method == "gptq":
-        assert calibrated is not None
-        return read_codes(calibrated, step, start, stop)
     matrix = step.matrix
     assert matrix is not None
     if step.transform == "keep":

@@ -5,12 +5,12 @@ Another tokenizer or template renderer, such as an app's in Swift, has to come t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.write.manifest import write_json
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.system.model_files import exists
 from apertus_mlx.system.strict_json import read_object
@@ -91,8 +91,7 @@ def check_template(directory: Path, config: ModelConfig) -> str | None:
 
 def write_golden(directory: Path, config: ModelConfig) -> None:
     """Write the file into the folder whose tokenizer and template it is about."""
-    text = json.dumps(golden_prompts(directory, config), indent=2, ensure_ascii=False)
-    (directory / GOLDEN).write_text(text + "\n", encoding="utf-8")
+    write_json(directory / GOLDEN, golden_prompts(directory, config))
 
 
 def differing(directory: Path, config: ModelConfig) -> list[str]:

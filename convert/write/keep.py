@@ -1,4 +1,7 @@
-"""The state of long work in a file, from which an interrupted run goes on."""
+"""Arrays in files of our own, and the state of long work, from which an interrupted run goes on.
+
+A file is there whole or not at all; a damaged one counts as absent.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,44 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.convert.write.array_file import load_arrays, save_arrays
+from apertus_mlx.system.model_files import checked, exists
+from apertus_mlx.system.whole_file import whole_file
 
 _FACTS = "facts"
+
+
+_Array = npt.NDArray[Any]
+
+
+def save_arrays(path: Path, arrays: Mapping[str, _Array]) -> None:
+    """Write several arrays to `path`, a name that ends in `.npz`."""
+    named: Any = dict(arrays)
+    with whole_file(path) as unfinished:
+        np.savez(unfinished, **named)
+
+
+def load_arrays(path: Path) -> dict[str, _Array] | None:
+    """All arrays in `path`, each compared with its checksum; None where there is nothing whole.
+
+    Raises:
+        RejectedError: it is no regular file.
+    """
+    if not exists(path):
+        return None
+    real = checked(path)
+    try:
+        with np.load(real) as saved:
+            return {name: saved[name] for name in saved.files}
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - what a damaged archive makes zipfile raise has no base
+        return None
 
 
 class Keep:
     """Arrays and plain facts in one file; each save replaces all of it.
 
-    The file is there whole or not at all; one that is damaged counts as absent. Without a path
-    nothing is kept.
+    Without a path nothing is kept.
 
     Args:
         path: the file.
@@ -36,12 +67,12 @@ class Keep:
         self._clock = clock
         self._saved_s = clock()
 
-    def reach(self, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def reach(self, facts: Mapping[str, Any], arrays: Mapping[str, _Array]) -> None:
         """Save, unless the last save was less than `least_s` ago."""
         if self._clock() - self._saved_s >= self.least_s:
             self.save(facts, arrays)
 
-    def save(self, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def save(self, facts: Mapping[str, Any], arrays: Mapping[str, _Array]) -> None:
         """Replace what was kept.
 
         Args:
@@ -53,7 +84,7 @@ class Keep:
         save_arrays(self._path, {_FACTS: np.array(json.dumps(dict(facts))), **arrays})
         self._saved_s = self._clock()
 
-    def load(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None:
+    def load(self) -> tuple[dict[str, Any], dict[str, _Array]] | None:
         """Facts and arrays as they were saved last; None where there is nothing whole."""
         if self._path is None:
             return None

@@ -200,7 +200,7 @@ def test_a_plan_that_cannot_be_leaves_nothing(models: Path, tmp_path: Path) -> N
     ("size", "pattern"),
     [
         (0, "streams.npz"),
-        (60, "*.up_proj.weight.npy"),
+        (60, "*.up_proj.npz"),
         pytest.param(60, "damages.npz", marks=pytest.mark.nightly),
         pytest.param(0, "backward.npz", marks=pytest.mark.nightly),
     ],
