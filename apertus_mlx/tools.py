@@ -392,10 +392,10 @@ def distill(
         RejectedError: a folder is damaged or not supported.
         ResourceError: too little memory or disk.
     """
-    from apertus_mlx.convert.distill.run import Options, prepare
     from apertus_mlx.convert.distill.run import distill as run
+    from apertus_mlx.convert.distill.run import prepare
     from apertus_mlx.convert.distill.student import TRAINED
-    from apertus_mlx.convert.distill.training import best
+    from apertus_mlx.convert.distill.training import Options, best
 
     expect(_Name, teacher=teacher, student=student)
     expect(_Name | None, out=out)

@@ -24,8 +24,8 @@ import numpy as np
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.calibration.calibrated import Calibration
-from apertus_mlx.convert.distill.run import Job, Observer, Options, distill, make_job
-from apertus_mlx.convert.distill.training import Validation
+from apertus_mlx.convert.distill.run import Job, Observer, distill, make_job
+from apertus_mlx.convert.distill.training import Options, Validation
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, hidden_states, open_weights
 from apertus_mlx.convert.evaluation.texts import Sample, read_texts
 from apertus_mlx.convert.job import convert, prepare

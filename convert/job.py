@@ -156,7 +156,7 @@ def prepare(
         calibration = chosen = None
         identity = [repr(request), str(max_shard_bytes), repr(sorted(files.items()))]
         if request.target is not None:
-            calibration = prepare_calibration(directory, config, calibration_texts)
+            calibration = prepare_calibration(directory, calibration_texts)
             identity.append(calibration.digest())
             needed = space_for_target(source, request, calibration)
             with measuring(directory, target, _digest(identity), resume, ALLOCATION, needed) as to:
@@ -167,7 +167,7 @@ def prepare(
         if grids:
             plan = make_plan(source, request, max_shard_bytes, grids, size)
         if plan.calibrates and calibration is None:
-            calibration = prepare_calibration(directory, config, calibration_texts)
+            calibration = prepare_calibration(directory, calibration_texts)
         if chosen is None:
             identity += [plan.fingerprint(), calibration.digest() if calibration else ""]
         notes = [] if chosen is None else [chosen.note]

@@ -84,16 +84,14 @@ def plan_as_json(plan: Plan, source: str, commit: str | None) -> dict[str, Any]:
 
 def summary(plan: Plan, source: str, commit: str | None, target: Path) -> dict[str, Any]:
     """What `convert --json` prints at the end."""
+    kept = ("output_bytes", "parameters", "bits_per_weight", "transforms", "notes")
+    figures = plan_as_json(plan, source, commit)
     return {
         "output": str(target),
         "manifest": str(target / MANIFEST),
         "source": source,
         "commit": commit,
-        "output_bytes": plan.weight_bytes,
-        "parameters": plan.parameters,
-        "bits_per_weight": plan.bits_per_weight,
-        "transforms": transforms.record(plan.request, plan.source.config),
-        "notes": list(plan.notes),
+        **{key: figures[key] for key in kept},
     }
 
 

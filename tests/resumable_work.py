@@ -9,8 +9,9 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from apertus_mlx.convert.distill.run import Observer, Options, distill
+from apertus_mlx.convert.distill.run import Observer, distill
 from apertus_mlx.convert.distill.run import prepare as prepare_distillation
+from apertus_mlx.convert.distill.training import Options
 from apertus_mlx.convert.evaluation import little_text
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request, Target

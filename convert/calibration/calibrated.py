@@ -17,13 +17,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrate import passes, quantize_model
 from apertus_mlx.convert.evaluation.texts import (
     Sample,
     TextSet,
     hold_out,
+    open_text,
     read_texts,
     sample_windows,
 )
@@ -34,8 +34,6 @@ from apertus_mlx.convert.transforms.weights import SCALES, transformed_weights, 
 from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.system.whole_file import whole_file
-from apertus_mlx.text.template import ChatTemplate
-from apertus_mlx.text.tokenizer import Tokenizer
 
 # In the folder of the codes: that all of them are there, and how far smoothing is.
 DONE = "done"
@@ -61,18 +59,14 @@ class Calibration:
         return digest.hexdigest() + self.sample.sha256 + self.judged.sha256
 
 
-def prepare_calibration(directory: Path, config: ModelConfig, paths: Sequence[Path]) -> Calibration:
+def prepare_calibration(directory: Path, paths: Sequence[Path]) -> Calibration:
     """Read the texts, keep a part to judge by, and cut windows for the model in `directory`.
 
     Raises:
         ApertusError: see `read_texts` and `sample_windows`.
     """
-    tokenizer = Tokenizer.load(
-        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
-    )
-    template = ChatTemplate.load(directory, tokenizer)
     seen, judged = hold_out(read_texts(paths))
-    sample = sample_windows(seen, tokenizer, template, WINDOW_TOKENS, WINDOWS, SEED)
+    sample = sample_windows(seen, *open_text(directory), WINDOW_TOKENS, WINDOWS, SEED)
     return Calibration(sample, judged)
 
 

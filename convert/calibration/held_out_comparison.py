@@ -28,15 +28,13 @@ from apertus_mlx.convert.evaluation.layerwise import (
     SourceWeights,
     hidden_states,
 )
-from apertus_mlx.convert.evaluation.texts import Tokens, sample_windows
+from apertus_mlx.convert.evaluation.texts import Tokens, open_text, sample_windows
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.transforms.smoothing import rounding_of
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant.arrays import Float32, blocks
 from apertus_mlx.quant.metrics import summarise
-from apertus_mlx.text.template import ChatTemplate
-from apertus_mlx.text.tokenizer import Tokenizer
 
 # Windows to calibrate a trial on, and windows to judge it by.
 WINDOWS = 16
@@ -87,7 +85,10 @@ class HeldOutComparison:
         sample = calibration.sample
         few = replace(sample, windows=spread(sample.windows, WINDOWS))
         self._calibration = replace(calibration, sample=few)
-        self._windows = held_out_windows(directory, source.config, calibration)
+        sample = sample_windows(
+            calibration.judged, *open_text(directory), WINDOW_TOKENS, WINDOWS, SEED
+        )
+        self._windows = sample.windows
 
     def divergence(self, plan: Plan) -> float:
         """Mean divergence of the predictions from those of the source, in nats."""
@@ -133,13 +134,3 @@ def spread(windows: Tokens, count: int) -> Tokens:
     """At most `count` of some windows, evenly spaced."""
     chosen = np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)
     return np.asarray(windows[chosen])
-
-
-def held_out_windows(directory: Path, config: ModelConfig, calibration: Calibration) -> Tokens:
-    """Windows of the texts that calibration does not see."""
-    tokenizer = Tokenizer.load(
-        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
-    )
-    template = ChatTemplate.load(directory, tokenizer)
-    judged = calibration.judged
-    return sample_windows(judged, tokenizer, template, WINDOW_TOKENS, WINDOWS, SEED).windows

@@ -17,18 +17,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, read_config
+from apertus_mlx.checkpoint.config import CONFIG_FILE, read_config
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
 from apertus_mlx.convert.distill.resources import Resources
 from apertus_mlx.convert.distill.student import (
-    Trained,
     check_student,
     make_student,
     recompute_layers,
     stored_tensors,
 )
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
-from apertus_mlx.convert.distill.training import Schedule, Training, Validation, best
+from apertus_mlx.convert.distill.training import Options, Training, Validation, best
 from apertus_mlx.convert.evaluation.evaluate import Evaluation, kept_bytes, measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.evaluation.texts import (
@@ -36,7 +35,9 @@ from apertus_mlx.convert.evaluation.texts import (
     TextSet,
     Tokens,
     hold_out,
+    open_text,
     read_texts,
+    same_tokens,
     sample_windows,
 )
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
@@ -50,8 +51,6 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.system.model_files import MAX_WEIGHTS_BYTES, copy_file, exists
 from apertus_mlx.system.strict_json import read_object
-from apertus_mlx.text.template import ChatTemplate
-from apertus_mlx.text.tokenizer import Tokenizer
 
 # Folders beside the output while it is built.
 DISTILLATION, EVALUATION = "distillation", "receipt"
@@ -65,21 +64,6 @@ KEPT_KEYS = (
     "bits_per_weight", "parameters", "weight_bytes", "dtype", "quantization", "method",
     "calibration", "losses", "notes",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to distill."""
-
-    trained: Trained = "weights"
-    epochs: int = 1
-    # Of scales, biases and norms; codes move `training.CODES_FACTOR` times as fast.
-    learning_rate: float = 1e-3
-    # How much the text itself counts beside the teacher.
-    text_share: float = 0.1
-    # Tokens that the teacher names at each position; all others count as one.
-    top_k: int = 64
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +145,12 @@ def prepare(
     """
     config = read_config(student)
     read_manifest(student)
-    tokenizer = _common_tokenizer(teacher, student, config)
-    template = ChatTemplate.load(student, tokenizer)
+    (tokenizer, template), (other, _) = open_text(student), open_text(teacher)
+    same_head = config.output_vocab_size == read_config(teacher).output_vocab_size
+    if not same_head or not same_tokens(tokenizer, other):
+        raise UsageError(
+            f"{teacher}: has other tokens than {student}; teacher and student need one vocabulary"
+        )
     seen, judged = hold_out(read_texts(texts))
     most = tokens // window_tokens + HELD_OUT_WINDOWS[1]
     sample = sample_windows(seen, tokenizer, template, window_tokens, most, options.seed)
@@ -265,11 +253,9 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Vali
         student = make_student(open_weights(job.student, reader), job.options.trained)
     if resources.recomputes:
         recompute_layers(student)
-    options = job.options
-    schedule = Schedule(options.epochs, options.learning_rate, options.text_share, options.seed)
     own = folder / _training_name(job)
     own.mkdir(exist_ok=True)
-    training = Training(student, batches, held_out, schedule, own)
+    training = Training(student, batches, held_out, job.options, own)
     history = training.run(
         lambda done, loss, judged: observer.training(done, training.tokens, loss, judged)
     )
@@ -320,22 +306,6 @@ def _record(job: Job, history: Sequence[Validation]) -> dict[str, Any]:
         "best_step": best(history).step,
         "history": [asdict(validation) for validation in history],
     }
-
-
-def _common_tokenizer(teacher: Path, student: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of the two; what one says has to mean the same to the other."""
-    other = read_config(teacher)
-    tokenizers = [
-        Tokenizer.load(folder, vocab_size=c.vocab_size, bos_token_id=c.bos_token_id)
-        for folder, c in ((student, config), (teacher, other))
-    ]
-    names = [[t.id_to_token(i) for i in range(c.vocab_size)]
-             for t, c in zip(tokenizers, (config, other), strict=True)]  # fmt: skip
-    if config.output_vocab_size != other.output_vocab_size or names[0] != names[1]:
-        raise UsageError(
-            f"{teacher}: has other tokens than {student}; teacher and student need one vocabulary"
-        )
-    return tokenizers[0]
 
 
 def _batches(windows: Tokens, size: int) -> list[Tokens]:

@@ -22,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from apertus_mlx.convert.distill import objective
-from apertus_mlx.convert.distill.student import CODES, Quantized, learning_modules
+from apertus_mlx.convert.distill.student import CODES, Quantized, Trained, learning_modules
 from apertus_mlx.convert.distill.teacher_cache import Batch, TeacherCache
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
@@ -41,13 +41,18 @@ BEST_FILE = "best.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """How long and how fast; the order of batches follows from the seed."""
+class Options:
+    """How to distill."""
 
-    epochs: int
-    learning_rate: float
-    text_share: float
-    seed: int
+    trained: Trained = "weights"
+    epochs: int = 1
+    # Of scales, biases and norms; codes move `CODES_FACTOR` times as fast.
+    learning_rate: float = 1e-3
+    # How much the text itself counts beside the teacher.
+    text_share: float = 0.1
+    # Tokens that the teacher names at each position; all others count as one.
+    top_k: int = 64
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +86,18 @@ class Training:
         student: Model,
         batches: TeacherCache,
         held_out: TeacherCache,
-        schedule: Schedule,
+        options: Options,
         folder: Path,
     ) -> None:
         self._student = student
         self._batches = batches
         self._held_out = held_out
-        self._schedule = schedule
+        self._options = options
         self._folder = folder
-        self.steps = schedule.epochs * len(batches)
-        self.tokens = schedule.epochs * batches.tokens
+        self.steps = options.epochs * len(batches)
+        self.tokens = options.epochs * batches.tokens
         self._interval = max(1, self.steps // VALIDATIONS)
-        self._optimizer = _make_optimizer(schedule, self.steps)
+        self._optimizer = _make_optimizer(options, self.steps)
 
     def run(self, progress: Callable[[int, float, Sequence[Validation]], None]) -> list[Validation]:
         """Train to the end, from the last saved state if there is one, and take the best weights.
@@ -109,7 +114,7 @@ class Training:
             self._save_best()
         while state.step < self.steps and not _is_stale(state.history):
             batch = self._batches.batch(self._batch_index(state.step))
-            (loss, _), gradients = gradient(self._student, batch, self._schedule.text_share)
+            (loss, _), gradients = gradient(self._student, batch, self._options.text_share)
             self._optimizer.update(self._student, gradients)
             for _, module in learning_modules(self._student):
                 if isinstance(module, Quantized):
@@ -140,7 +145,7 @@ class Training:
         losses, divergences, count = 0.0, 0.0, 0
         for index in range(len(self._held_out)):
             batch = self._held_out.batch(index)
-            loss, divergence = _batch_loss(self._student, batch, self._schedule.text_share)
+            loss, divergence = _batch_loss(self._student, batch, self._options.text_share)
             losses += _finite(loss, step) * batch.tokens.size
             divergences += _finite(divergence, step) * batch.tokens.size
             count += batch.tokens.size
@@ -149,7 +154,7 @@ class Training:
     def _batch_index(self, step: int) -> int:
         epoch, position = divmod(step, len(self._batches))
         order = list(range(len(self._batches)))
-        random.Random(f"{self._schedule.seed}:{epoch}").shuffle(order)
+        random.Random(f"{self._options.seed}:{epoch}").shuffle(order)
         return order[position]
 
     def _resume(self) -> _State:
@@ -170,7 +175,7 @@ class Training:
         _save(self._folder / BEST_FILE, self._parameters(), {})
 
 
-def _make_optimizer(schedule: Schedule, steps: int) -> optimizers.Optimizer:
+def _make_optimizer(options: Options, steps: int) -> optimizers.Optimizer:
     def adam(peak: float) -> optimizers.Optimizer:
         warmup = max(1, round(WARMUP_SHARE * steps))
         rate = optimizers.join_schedules(
@@ -183,7 +188,7 @@ def _make_optimizer(schedule: Schedule, steps: int) -> optimizers.Optimizer:
         return optimizers.Adam(rate, bias_correction=True)
 
     return optimizers.MultiOptimizer(
-        [adam(CODES_FACTOR * schedule.learning_rate), adam(schedule.learning_rate)],
+        [adam(CODES_FACTOR * options.learning_rate), adam(options.learning_rate)],
         [lambda path, _: path.endswith(CODES)],
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from apertus_mlx.checkpoint.config import ModelConfig, read_config
+from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.evaluation.layerwise import (
     SourceWeights,
     Weights,
@@ -29,15 +29,19 @@ from apertus_mlx.convert.evaluation.layerwise import (
     open_weights,
     to_bfloat16,
 )
-from apertus_mlx.convert.evaluation.texts import TextSet, Tokens, language_windows
+from apertus_mlx.convert.evaluation.texts import (
+    TextSet,
+    Tokens,
+    language_windows,
+    open_text,
+    same_tokens,
+)
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.metrics import Divergence, TokenErrors, compare, join, summarise
-from apertus_mlx.text.template import ChatTemplate
-from apertus_mlx.text.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 512
 TOKENS_PER_LANGUAGE = 2048
@@ -104,13 +108,13 @@ def measure_all(
         UsageError: the models have different vocabularies or tokenizers; the texts are too short.
         RejectedError: a checkpoint is damaged or not supported.
     """
-    config = read_config(reference)
-    tokenizer = Tokenizer.load(
-        reference, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
-    )
+    tokenizer, template = open_text(reference)
     for directory in directories:
-        _check_tokenizer(directory, reference, tokenizer)
-    template = ChatTemplate.load(reference, tokenizer)
+        if not same_tokens(tokenizer, open_text(directory)[0]):
+            raise UsageError(
+                f"{directory}: its tokenizer is not that of {reference}; only models of one "
+                "vocabulary can be compared"
+            )
     by_language = language_windows(texts, tokenizer, template, WINDOW_TOKENS, tokens_per_language)
     if not by_language:
         raise UsageError(f"{texts.name}: too little text to judge with")
@@ -215,19 +219,3 @@ def token_errors(
             parts.append(compare(logits[0], logits[1], following[part]))
         result.append(join(parts))
     return result
-
-
-def _check_tokenizer(directory: Path, reference: Path, tokenizer: Tokenizer) -> None:
-    """The same text must give the same ids; figures across vocabularies would mean nothing."""
-    config = read_config(directory)
-    other = Tokenizer.load(
-        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
-    )
-    if any(
-        tokenizer.id_to_token(i) != other.id_to_token(i)
-        for i in range(max(tokenizer.vocab_size, other.vocab_size))
-    ):
-        raise UsageError(
-            f"{directory}: its tokenizer is not that of {reference}; only models of one "
-            "vocabulary can be compared"
-        )

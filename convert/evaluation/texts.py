@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from apertus_mlx.checkpoint.config import read_config
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.system.model_files import read_own_file
 from apertus_mlx.system.strict_json import parse_object
@@ -100,13 +101,32 @@ def read_texts(paths: Sequence[Path] = ()) -> TextSet:
     digest = hashlib.sha256()
     documents: list[Document] = []
     for file in files:
-        data = _read(file)
+        data = read_own_file(file, MAX_FILE_BYTES)
         digest.update(hashlib.sha256(data).digest())
         documents += _documents(file, data)
     if not documents:
         raise UsageError(f"{files[0]}: holds no text")
     name = ", ".join(path.name for path in paths) if paths else DEFAULT_NAME
     return TextSet(name, digest.hexdigest(), tuple(documents))
+
+
+def open_text(directory: Path) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer of a checkpoint, and its chat template if it has one.
+
+    Raises:
+        ApertusError: a file is missing, damaged or not supported.
+    """
+    config = read_config(directory)
+    tokenizer = Tokenizer.load(
+        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
+    )
+    return tokenizer, ChatTemplate.load(directory, tokenizer)
+
+
+def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
+    """Whether each id means the same to both; else figures that compare them mean nothing."""
+    highest = max(first.vocab_size, second.vocab_size)
+    return all(first.id_to_token(i) == second.id_to_token(i) for i in range(highest))
 
 
 def hold_out(texts: TextSet) -> tuple[TextSet, TextSet]:
@@ -323,10 +343,6 @@ def _files(paths: Sequence[Path]) -> list[Path]:
         else:
             files.append(path)
     return files
-
-
-def _read(path: Path) -> bytes:
-    return read_own_file(path, MAX_FILE_BYTES)
 
 
 def _documents(path: Path, data: bytes) -> list[Document]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import mlx.core as mx
@@ -48,25 +48,13 @@ class FileState:
     modified_ns: int
 
 
-class Reader:
+class Reader(ExitStack):
     """Opens each weight file of `directory` once; use it as a context manager."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._directory = directory
         self._files: dict[str, BinaryIO] = {}
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
 
     def raw(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Rows `start` to `stop` of `tensor` as the file holds them (16-bit floats as integers).
@@ -83,9 +71,7 @@ class Reader:
 
     def rows(self, tensor: TensorInfo, start: int, stop: int) -> mx.array:
         """Rows `start` to `stop` of `tensor`; 8-bit floats come as their bits in uint8."""
-        array = mx.array(self.raw(tensor, start, stop))
-        wanted = _NUMPY_TYPES[tensor.dtype][1]
-        return array if array.dtype == wanted else array.view(wanted)
+        return _as_stored(tensor, self.raw(tensor, start, stop))
 
     def whole(self, tensor: TensorInfo) -> mx.array:
         """All of `tensor`."""
@@ -110,9 +96,7 @@ class Reader:
                     f"{tensor.file}: {tensor.name}: {count} values are NaN or infinite (rows "
                     f"{start} to {stop}); the checkpoint is damaged or its training diverged"
                 )
-        array = mx.array(values)
-        wanted = _NUMPY_TYPES[tensor.dtype][1]
-        return array if array.dtype == wanted else array.view(wanted)
+        return _as_stored(tensor, values)
 
     def _read_into(self, tensor: TensorInfo, view: memoryview, offset: int) -> None:
         descriptor = self._descriptor(tensor.file)
@@ -125,8 +109,13 @@ class Reader:
 
     def _descriptor(self, file: str) -> int:
         if file not in self._files:
-            self._files[file] = open_file(self._directory / file)
+            self._files[file] = self.enter_context(open_file(self._directory / file))
         return self._files[file].fileno()
+
+
+def _as_stored(tensor: TensorInfo, values: npt.NDArray[np.generic]) -> mx.array:
+    array, wanted = mx.array(values), _NUMPY_TYPES[tensor.dtype][1]
+    return array if array.dtype == wanted else array.view(wanted)
 
 
 def block_rows(row_bytes: int) -> int:

@@ -12,8 +12,8 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import mlx.core as mx
 import numpy as np
@@ -197,30 +197,20 @@ def _in_type(
     return cast
 
 
-class _Shards:
+class _Shards(ExitStack):
     """The output files, written at the places that the plan gives to each tensor."""
 
     def __init__(self, directory: Path, files: tuple[OutputFile, ...]) -> None:
+        super().__init__()
         self._headers = {file.name: len(file.header) for file in files}
         self._descriptors: dict[str, int] = {}
         self._written: dict[str, int] = {}
         self._checksums: dict[str, int] = {}
         for file in files:
             descriptor = os.open(directory / file.name, os.O_RDWR | os.O_CREAT, 0o666)
+            self.callback(os.close, descriptor)
             self._descriptors[file.name] = descriptor
             _write_all(descriptor, file.header, 0)
-
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
 
     def append(self, tensor: OutputTensor, array: mx.array) -> None:
         """Write the next rows of `tensor`."""

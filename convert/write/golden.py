@@ -5,6 +5,7 @@ Another tokenizer or template renderer, such as an app's in Swift, has to come t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,25 +104,18 @@ def differing(directory: Path, config: ModelConfig) -> list[str]:
     path = directory / GOLDEN
     if not exists(path):
         return []
-    stored, now = read_object(path), golden_prompts(directory, config)
+    # As the prompts of today are after a way through JSON.
+    stored, now = read_object(path), json.loads(json.dumps(golden_prompts(directory, config)))
     if stored.get("format_version") != FORMAT_VERSION:
         return ["format_version"]
     return [
         str(entry.get("name", entry.get("text")))[:60] if isinstance(entry, dict) else str(kind)
         for kind in ("texts", "conversations")
         for entry in _entries(stored, kind)
-        if entry not in _plain(now[kind])
+        if entry not in now[kind]
     ]
 
 
 def _entries(stored: Mapping[str, Any], kind: str) -> list[Any]:
     entries = stored.get(kind)
     return entries if isinstance(entries, list) else [kind]
-
-
-def _plain(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As they are after a way through JSON."""
-    return [
-        {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
-        for entry in entries
-    ]

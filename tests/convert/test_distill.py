@@ -24,7 +24,7 @@ from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.cli.app import app
 from apertus_mlx.convert.check.verify import verify
 from apertus_mlx.convert.distill import objective, training
-from apertus_mlx.convert.distill.run import SILENT, Job, Observer, Options, distill, prepare
+from apertus_mlx.convert.distill.run import SILENT, Job, Observer, distill, prepare
 from apertus_mlx.convert.distill.student import (
     Quantized,
     learning_modules,
@@ -32,6 +32,7 @@ from apertus_mlx.convert.distill.student import (
     recompute_layers,
     straight_through,
 )
+from apertus_mlx.convert.distill.training import Options
 from apertus_mlx.convert.evaluation.evaluate import measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.job import convert

@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 
 from apertus_mlx.convert.distill import objective, run, teacher_cache
-from apertus_mlx.convert.distill.run import Job, Observer, Options, distill, prepare
+from apertus_mlx.convert.distill.run import Job, Observer, distill, prepare
+from apertus_mlx.convert.distill.training import Options
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.convert.write.workspace import RESUMES, how_to_go_on, partial_path
 from apertus_mlx.errors import ResourceError, UsageError
