@@ -25,7 +25,7 @@ from apertus_mlx.convert.calibration.held_out_comparison import (
 from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.plan.grids import find_grids
-from apertus_mlx.convert.plan.plan import Plan, Step
+from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.planning import make_plan
 from apertus_mlx.convert.plan.policy import DEFAULT_GROUP_SIZE, Request, Rule, Target
 from apertus_mlx.convert.sources.reading import Reader
@@ -35,7 +35,6 @@ from apertus_mlx.convert.transforms.weights import unscaled_weights
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.allocate import Choice, allocate
-from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
 
 # Groups that are tried where the user names none: the larger ones often buy a bit elsewhere.
@@ -61,8 +60,7 @@ class Allocation:
 
     def save(self, keep: Keep) -> None:
         """Keep it for `load`."""
-        record = {**self.record, "note": self.note}
-        keep.save(record, {})
+        keep.save({**self.record, "note": self.note}, {})
 
     @classmethod
     def load(cls, keep: Keep, request: Request) -> Allocation | None:
@@ -275,21 +273,15 @@ def _measure(
     for spec, plan in plans.items():
         for step in plan.steps:
             if spec in specs.get(step.path, ()):
-                roundings[step.path][spec] = _rounding(step)
+                roundings[step.path][spec] = (
+                    (lambda weight, _: weight) if step.transform == "grid" else rounding_of(step)
+                )
                 if step.method == "gptq":
                     with_gptq.add(step.path)
     return predict_divergences(
         unscaled_weights(base, reader), roundings, spread(calibration.sample.windows, WINDOWS),
         folder, with_gptq, base.dtype, lambda done: report(done, 2 * depth),
     )  # fmt: skip
-
-
-def _rounding(step: Step) -> Rounding:
-    return _kept if step.transform == "grid" else rounding_of(step)
-
-
-def _kept(weight: Float32, _squares: Any) -> Float32:
-    return weight
 
 
 def _combined(plans: Plans, formats: Mapping[str, QuantSpec]) -> Plan:

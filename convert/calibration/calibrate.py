@@ -94,7 +94,7 @@ def quantize_model(
         specs: affine formats by module path; modules without one stay as they are.
         windows: calibration tokens `[windows, length]`.
         scale_type: what scales and biases will be stored in.
-        progress: told how many of `passes(config)` steps are done.
+        progress: told how many of twice the layers are done.
         correction: see `CORRECTION`.
         row_share: see `ROW_SHARE`.
         folder: where the streams are kept, at most once a minute; None keeps nothing.
@@ -167,11 +167,6 @@ def _begin(
         embedding = dequantize(codes)
         yield layout.EMBEDDING, codes
     return original, embed(embedding, windows), uncertainty
-
-
-def passes(weights: Weights) -> int:
-    """What `progress` counts up to."""
-    return 2 * weights.config.num_hidden_layers
 
 
 def fit(

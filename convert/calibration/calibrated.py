@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.convert.calibration import calibrate
-from apertus_mlx.convert.calibration.calibrate import passes, quantize_model
+from apertus_mlx.convert.calibration.calibrate import quantize_model
 from apertus_mlx.convert.evaluation.texts import (
     Sample,
     TextSet,
@@ -97,8 +97,9 @@ def make_codes(
         return
     windows = calibration.sample.windows
     with Reader(source) as reader:
-        before = plan.source.config.num_hidden_layers if plan.request.smooth else 0
-        total = before + (passes(unscaled_weights(plan, reader)) if specs else 0)
+        depth = plan.source.config.num_hidden_layers
+        before = depth if plan.request.smooth else 0
+        total = before + (2 * depth if specs else 0)
         if plan.request.smooth and not (folder / SCALES).exists():
             keep = Keep(folder / SMOOTHING)
             scales = smoothing_scales(

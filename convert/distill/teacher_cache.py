@@ -25,6 +25,7 @@ from apertus_mlx.convert.evaluation.products import Projection
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
 from apertus_mlx.errors import ResourceError
+from apertus_mlx.quant.arrays import Float32
 
 # Tokens whose hidden states are held at once; for each lot the teacher's layers are read again.
 LOT_TOKENS = 1 << 16
@@ -76,12 +77,13 @@ class TeacherCache:
             progress: told the number of tokens that are done.
         """
         self._folder.mkdir(exist_ok=True)
-        missing = [i for i in range(len(self)) if not self._is_whole(i)]
+        missing = [i for i in range(len(self)) if load_arrays(self._path(i)) is None]
         done = self.tokens - sum(self._batches[i].size for i in missing)
         head = Projection(teacher.matrix(head_path(teacher.config))) if missing else None
         while missing:
             assert head is not None
-            lot, missing = self._next_lot(missing)
+            size = max(1, LOT_TOKENS // self._batches[missing[0]].size)
+            lot, missing = missing[:size], missing[size:]
             state = self._folder / f"states-{lot[0]:06d}-{lot[-1]:06d}.npz"
             for other in self._folder.glob("states-*"):
                 if other != state:
@@ -89,7 +91,7 @@ class TeacherCache:
             keep = Keep(state)
             hidden = hidden_states(teacher, [self._batches[i] for i in lot], keep=keep)
             for index, states in zip(lot, hidden, strict=True):
-                self._save(index, *_answers(states, head, k))
+                save_arrays(self._path(index), _answers(states, head, k))
                 done += self._batches[index].size
                 progress(done)
             keep.discard()
@@ -106,22 +108,11 @@ class TeacherCache:
         likeliest = mx.array(answers["likeliest"])
         return Batch(mx.array(self._batches[index]), likeliest, mx.array(shares))
 
-    def _next_lot(self, missing: list[int]) -> tuple[list[int], list[int]]:
-        size = max(1, LOT_TOKENS // self._batches[missing[0]].size)
-        return missing[:size], missing[size:]
-
     def _path(self, index: int) -> Path:
         return self._folder / f"{index:06d}.npz"
 
-    def _save(self, index: int, likeliest: np.ndarray, shares: np.ndarray) -> None:
-        save_arrays(self._path(index), {"likeliest": likeliest, "shares": shares})
 
-    def _is_whole(self, index: int) -> bool:
-        answers = load_arrays(self._path(index))
-        return answers is not None and {"likeliest", "shares"} <= answers.keys()
-
-
-def _answers(states: np.ndarray, head: Projection, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _answers(states: Float32, head: Projection, k: int) -> dict[str, np.ndarray]:
     """Likeliest tokens `[windows, length, k]` and shares `[..., k + 1]` in float16."""
     rows = states.reshape(-1, states.shape[-1])
     parts = []
@@ -134,6 +125,7 @@ def _answers(states: np.ndarray, head: Projection, k: int) -> tuple[np.ndarray, 
         others = mx.put_along_axis(shares, likeliest, mx.array(0.0), axis=-1)
         named = mx.concatenate([named, others.sum(-1, keepdims=True)], axis=-1)
         parts.append((np.array(likeliest), np.array(named.astype(mx.float16))))
-    likeliest_all, shares_all = (np.concatenate(part) for part in zip(*parts, strict=True))
-    shape = states.shape[:2]
-    return likeliest_all.reshape(*shape, -1), shares_all.reshape(*shape, -1)
+    return {
+        name: np.concatenate(found).reshape(*states.shape[:2], -1)
+        for name, found in zip(("likeliest", "shares"), zip(*parts, strict=True), strict=True)
+    }

@@ -11,12 +11,10 @@ from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from apertus_mlx.convert.plan.plan import Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.sources.source import Codes, MatrixSource
-from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.quant.grid import KINDS, Kind, recover
 from apertus_mlx.quant.packing import pack, unpack
 from apertus_mlx.quant.spec import QuantSpec
@@ -66,9 +64,10 @@ def grid_codes(values: mx.array, spec: QuantSpec, dtype: str, kind: Kind) -> Cod
         packed = mx.quantize(values, group_size=size, bits=spec.bits)
         again = mx.dequantize(*packed, group_size=size, bits=spec.bits)
         same = np.array((again == values).reshape(-1, size).all(axis=1))
-        scales[same] = _flat(packed[1])[same]
-        biases[same] = _flat(packed[2])[same]
-        codes[same] = _unpacked(packed[0], spec, columns)[same]
+        scales[same], biases[same] = (
+            np.array(a.astype(mx.float32)).ravel()[same] for a in packed[1:]
+        )
+        codes[same] = unpack(np.array(packed[0]), spec.bits, columns).reshape(-1, size)[same]
         left = ~same
     if left.any():
         grid = recover(plain[left].astype(np.float64), spec.bits, dtype, kind)
@@ -94,11 +93,3 @@ def _lies_on_grid(
         if grid_codes(values, spec, step.dtype, kind) is None:
             return False
     return True
-
-
-def _flat(array: mx.array) -> Float32:
-    return np.array(array.astype(mx.float32)).reshape(-1)
-
-
-def _unpacked(packed: mx.array, spec: QuantSpec, columns: int) -> npt.NDArray[np.uint8]:
-    return unpack(np.array(packed), spec.bits, columns).reshape(-1, spec.group_size)

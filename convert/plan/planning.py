@@ -16,9 +16,9 @@ from apertus_mlx.convert.plan.plan import (
     Step,
     Transform,
 )
-from apertus_mlx.convert.plan.policy import Method, Request, resolve
+from apertus_mlx.convert.plan.policy import Request, resolve
 from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES, place
-from apertus_mlx.convert.sources.source import MatrixSource, Source
+from apertus_mlx.convert.sources.source import MatrixSource, Source, Stored
 from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.affine import ScaleType
@@ -131,41 +131,34 @@ def _matrix_step(
     if wanted is not None and not wanted.fits(matrix.columns):
         reason = f"{matrix.columns} columns do not divide into {wanted}"
         wanted = None
-    if source.is_quantized:
-        stored = source.stored
-        keeps = stored is not None and not request.dequantize and wanted in (None, stored.spec)
-        if keeps and stored is not None:
-            return _keep_step(matrix, source, dtype, request)
-        if stored is None and not request.dequantize and wanted is None:
-            raise RejectedError(
-                f"{source.tensors[0].file}: {matrix.path}: MLX has no form for these codes; "
-                "--dequantize gives plain weights"
-            )
-        if wanted is None:
-            outputs = (OutputTensor(matrix.weight, dtype, (matrix.rows, matrix.columns)),)
-            return Step(matrix.path, "dequantize", outputs, dtype, matrix=source, reason=reason)
-        return _quantize_step(matrix, source, wanted, dtype, "requantize", request.method)
+    stored = source.stored
+    if source.is_quantized and wanted is None and stored is None and not request.dequantize:
+        raise RejectedError(
+            f"{source.tensors[0].file}: {matrix.path}: MLX has no form for these codes; "
+            "--dequantize gives plain weights"
+        )
+    if stored is not None and not request.dequantize and wanted in (None, stored.spec):
+        return _keep_step(matrix, source, stored, dtype, request)
+    transform: Transform
     if wanted is not None:
-        return _quantize_step(matrix, source, wanted, dtype, "quantize", request.method)
+        method, loss = request.method, None
+        if method != "rtn" and wanted.mode != "affine":
+            raise UsageError(
+                f"--method {method}: {matrix.path} is to be {wanted}; only affine has it"
+            )
+        transform = "quantize"
+        if source.is_quantized:
+            transform, loss = "requantize", "its own codes are given up"
+        outputs = _packed_outputs(matrix, wanted, dtype)
+        return Step(
+            matrix.path, transform, outputs, dtype, wanted, source, loss=loss, method=method
+        )
+    transform, loss = "dequantize", None
+    if not source.is_quantized:
+        transform = "copy" if source.dtype == dtype else "cast"
+        loss = _cast_loss(source.dtype, dtype)
     outputs = (OutputTensor(matrix.weight, dtype, (matrix.rows, matrix.columns)),)
-    transform: Transform = "copy" if source.dtype == dtype else "cast"
-    loss = _cast_loss(source.dtype, dtype)
     return Step(matrix.path, transform, outputs, dtype, matrix=source, reason=reason, loss=loss)
-
-
-def _quantize_step(
-    matrix: layout.Matrix,
-    source: MatrixSource,
-    spec: QuantSpec,
-    dtype: ScaleType,
-    transform: Transform,
-    method: Method,
-) -> Step:
-    if method != "rtn" and spec.mode != "affine":
-        raise UsageError(f"--method {method}: {matrix.path} is to be {spec}; only affine has it")
-    loss = "its own codes are given up" if transform == "requantize" else None
-    outputs = _packed_outputs(matrix, spec, dtype)
-    return Step(matrix.path, transform, outputs, dtype, spec, source, loss=loss, method=method)
 
 
 def _grid_step(step: Step, kind: Kind) -> Step:
@@ -193,10 +186,12 @@ def _transformed_step(step: Step, option: str) -> Step:
 
 
 def _keep_step(
-    matrix: layout.Matrix, source: MatrixSource, dtype: ScaleType, request: Request
+    matrix: layout.Matrix,
+    source: MatrixSource,
+    stored: Stored,
+    dtype: ScaleType,
+    request: Request,
 ) -> Step:
-    stored = source.stored
-    assert stored is not None
     scale_dtype, loss = stored.scale_dtype, stored.loss
     if stored.spec.has_biases and request.dtype is not None:
         scale_dtype = request.dtype

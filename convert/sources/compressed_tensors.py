@@ -245,7 +245,7 @@ def _float8(matrix: Matrix, left: Unmatched) -> Float8Matrix:
         )
     left.check(f"{path}.weight_scale", scale, FLOAT_DTYPES, scale.shape)
     left.take(f"{path}.weight_scale")
-    return Float8Matrix(path, rows, columns, weight, scale)
+    return Float8Matrix(rows, columns, weight, scale)
 
 
 def _nvfp4(matrix: Matrix, left: Unmatched) -> NvFloat4Matrix:
@@ -257,4 +257,4 @@ def _nvfp4(matrix: Matrix, left: Unmatched) -> NvFloat4Matrix:
     packed = left.need(f"{path}.weight_packed", ("U8",), (rows, columns // 2))
     scale = left.need(f"{path}.weight_scale", ("F8_E4M3",), (rows, columns // 16))
     divisor = left.need(f"{path}.weight_global_scale", ("F32",), (1,))
-    return NvFloat4Matrix(path, rows, columns, packed, scale, divisor)
+    return NvFloat4Matrix(path, columns, packed, scale, divisor)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
@@ -22,6 +21,7 @@ from apertus_mlx.convert.sources.source import (
     Source,
     Stored,
     match_source,
+    refuse_nan,
 )
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.float_formats import E4M3_NAN, E8M0_NAN
@@ -83,19 +83,11 @@ class MlxMatrix(MatrixSource):
         """Float formats have bytes that mean NaN: one for scales, and one with a sign for codes."""
         scales = np.array(codes.scales)
         if self.spec.mode == "nvfp4":
-            _refuse(self.scales, scales & 0x7F == E4M3_NAN)
+            refuse_nan(self.scales, scales & 0x7F == E4M3_NAN)
         else:
-            _refuse(self.scales, scales == E8M0_NAN)
+            refuse_nan(self.scales, scales == E8M0_NAN)
         if self.spec.mode == "mxfp8":
-            _refuse(self.weight, np.array(codes.weight).view(np.uint8) & 0x7F == E4M3_NAN)
-
-
-def _refuse(tensor: TensorInfo, broken: npt.NDArray[np.bool_]) -> None:
-    if broken.any():
-        raise RejectedError(
-            f"{tensor.file}: {tensor.name}: {broken.sum()} values are NaN; the checkpoint is "
-            "damaged or its training diverged"
-        )
+            refuse_nan(self.weight, np.array(codes.weight).view(np.uint8) & 0x7F == E4M3_NAN)
 
 
 def source(config: ModelConfig, tensors: Mapping[str, TensorInfo], name: str) -> Source:

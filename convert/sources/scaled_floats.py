@@ -14,14 +14,9 @@ import numpy as np
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, OUTPUT_SCALE
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.sources.source import Codes, Factor, MatrixSource, Stored
+from apertus_mlx.convert.sources.source import Codes, Factor, MatrixSource, Stored, refuse_nan
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.quant.float_formats import (
-    E4M3_NAN,
-    E8M0_ONE,
-    e2m1_values,
-    e4m3_values,
-)
+from apertus_mlx.quant.float_formats import E4M3_NAN, E8M0_ONE, e2m1_values, e4m3_values
 from apertus_mlx.quant.packing import unpack
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -30,7 +25,6 @@ from apertus_mlx.quant.spec import QuantSpec
 class Float8Matrix(MatrixSource):
     """E4M3 values times one scale per row or per matrix: `code * scale`."""
 
-    name: str
     rows: int
     columns: int
     weight: TensorInfo
@@ -81,9 +75,7 @@ class Float8Matrix(MatrixSource):
         self, reader: Reader, start: int, stop: int
     ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         codes = reader.raw(self.weight, start, stop).view(np.uint8)
-        broken = int((codes & 0x7F == E4M3_NAN).sum())
-        if broken:
-            raise RejectedError(f"{self.weight.file}: {self.name}: {broken} values are NaN")
+        refuse_nan(self.weight, codes & 0x7F == E4M3_NAN)
         return codes
 
 
@@ -92,7 +84,6 @@ class NvFloat4Matrix(MatrixSource):
     """E2M1 codes with an E4M3 scale per 16 and one divisor: `code * scale / divisor`."""
 
     name: str
-    rows: int
     columns: int
     packed: TensorInfo
     scale: TensorInfo
@@ -141,6 +132,5 @@ class NvFloat4Matrix(MatrixSource):
 
     def _scales(self, reader: Reader, start: int, stop: int) -> mx.array:
         scales = reader.rows(self.scale, start, stop)
-        if (scales & 0x7F == E4M3_NAN).any():
-            raise RejectedError(f"{self.scale.file}: {self.name}.weight_scale: holds NaN")
+        refuse_nan(self.scale, np.array(scales) & 0x7F == E4M3_NAN)
         return scales

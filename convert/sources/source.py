@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
@@ -140,6 +142,15 @@ class Source:
     def is_quantized(self) -> bool:
         """Whether any matrix holds codes."""
         return any(matrix.is_quantized for matrix in self.matrices.values())
+
+
+def refuse_nan(tensor: TensorInfo, broken: npt.NDArray[np.bool_]) -> None:
+    """Refuse codes or scales of which some mean NaN."""
+    if broken.any():
+        raise RejectedError(
+            f"{tensor.file}: {tensor.name}: {broken.sum()} values are NaN; the checkpoint is "
+            "damaged or its training diverged"
+        )
 
 
 def match_source(

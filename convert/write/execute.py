@@ -30,7 +30,6 @@ from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant import search
 from apertus_mlx.quant.arrays import Float32
-from apertus_mlx.quant.spec import QuantSpec
 
 CHECK_BLOCK_BYTES = 4 * 2**20
 # Blocks that are computed at once, and the one that is written.
@@ -149,7 +148,8 @@ def _matrix_block(
         values = mx.array(whole[start:stop])
     else:
         values = matrix.read(reader, start, stop, allow_nonfinite)
-    values = _cast(values, step, allow_nonfinite)
+    dtype = MLX_TYPES[step.dtype]
+    values = _in_type(values, dtype, step, allow_nonfinite)
     if step.spec is None:
         return (values,)
     spec = step.spec
@@ -159,30 +159,21 @@ def _matrix_block(
             raise RejectedError(f"{step.path}: changed since its grid was found; start again")
         return found.weight, found.scales, found.biases
     if step.method == "search":
-        return _searched(values, spec, step)
+        best = search.fit(np.array(values.astype(mx.float32)), spec, scale_type=step.dtype)
+        scales, biases = (mx.array(array).astype(dtype) for array in (best.scales, best.biases))
+        return mx.array(best.packed), scales, biases
     return tuple(mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
 
 
-def _searched(values: mx.array, spec: QuantSpec, step: Step) -> tuple[mx.array, ...]:
-    """Codes with the best scales for these rows, in the types of the step's tensors."""
-    found = search.fit(np.array(values.astype(mx.float32)), spec, scale_type=step.dtype)
-    target = MLX_TYPES[step.dtype]
-    scales, biases = (mx.array(array).astype(target) for array in (found.scales, found.biases))
-    return mx.array(found.packed), scales, biases
-
-
 def _vector(step: Step, reader: Reader, allow_nonfinite: bool, weights: Weights) -> mx.array:
+    dtype = MLX_TYPES[step.dtype]
     if step.changes_basis:
-        return _cast(mx.array(weights.vector(step.path)), step)
+        return _in_type(mx.array(weights.vector(step.path)), dtype, step)
     if step.vector is None:
-        return mx.array(XIELU_DEFAULTS[step.path.rsplit(".", 1)[-1]], MLX_TYPES[step.dtype])
+        return mx.array(XIELU_DEFAULTS[step.path.rsplit(".", 1)[-1]], dtype)
     rows = step.vector.shape[0] if step.vector.shape else 1
     values = reader.floats(step.vector, 0, rows, allow_nonfinite)
-    return _cast(values.reshape(step.outputs[0].shape), step, allow_nonfinite)
-
-
-def _cast(values: mx.array, step: Step, allow_nonfinite: bool = False) -> mx.array:
-    return _in_type(values, MLX_TYPES[step.dtype], step, allow_nonfinite)
+    return _in_type(values.reshape(step.outputs[0].shape), dtype, step, allow_nonfinite)
 
 
 def _in_type(

@@ -11,12 +11,25 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from apertus_mlx.checkpoint.config import INERT_KEYS, ModelConfig, Rope
+from apertus_mlx.checkpoint.config import INERT_KEYS
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan
 from apertus_mlx.quant.spec import QuantSpec
 
 # Keys that would only repeat what is written anew, or that other tools take for instructions.
 _NOT_COPIED = {"architectures", "attn_implementation", "is_encoder_decoder", "tokenizer_class"}
+
+_GEOMETRY = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings",
+)  # fmt: skip
+_ROPE_FACTORS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
 
 
 def output_config(plan: Plan, original: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,6 +37,8 @@ def output_config(plan: Plan, original: Mapping[str, Any]) -> dict[str, Any]:
     config = plan.source.config
     text = original.get("text_config")
     inner = {**original, **text} if isinstance(text, dict) else original
+    rope = config.rope
+    factors = {key: getattr(rope, key) for key in _ROPE_FACTORS[rope.type]}
     values: dict[str, Any] = {
         key: inner[key] for key in sorted(INERT_KEYS & inner.keys()) if key not in _NOT_COPIED
     }
@@ -31,32 +46,26 @@ def output_config(plan: Plan, original: Mapping[str, Any]) -> dict[str, Any]:
         "architectures": ["ApertusForCausalLM"],
         "model_type": "apertus",
         "hidden_act": "xielu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
+        **{key: getattr(config, key) for key in _GEOMETRY},
         "attention_bias": False,
         "mlp_bias": False,
         "qk_norm": True,
         "post_norm": False,
         "torch_dtype": DTYPE_NAMES[plan.dtype],
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
-        "rope_parameters": {
-            "rope_theta": config.rope.theta,
-            "rope_type": config.rope.type,
-            **_rope_factors(config.rope),
-        },
+        "rope_theta": rope.theta,
+        # Both spellings of the type: each reader looks for its own.
+        "rope_scaling": {"rope_type": rope.type, "type": rope.type, **factors} if factors else None,
+        "rope_parameters": {"rope_theta": rope.theta, "rope_type": rope.type, **factors},
     }
     if config.output_vocab_size != config.vocab_size:
         values["output_vocab_size"] = config.output_vocab_size
-    values |= _token_ids(config, inner)
+    eos = inner["eos_token_id"] if config.eos_token_ids else None
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": eos,
+    }
+    values |= {key: token_id for key, token_id in ids.items() if token_id is not None}
     block = quantization_block(plan)
     if block is not None:
         values["quantization"] = block
@@ -84,34 +93,3 @@ def quantization_block(plan: Plan) -> dict[str, Any] | None:
 
 def _spec_entry(spec: QuantSpec) -> dict[str, Any]:
     return {"group_size": spec.group_size, "bits": spec.bits, "mode": spec.mode}
-
-
-def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
-    if rope.type == "default":
-        return None
-    # Both spellings of the type: each reader looks for its own.
-    return {"rope_type": rope.type, "type": rope.type, **_rope_factors(rope)}
-
-
-def _rope_factors(rope: Rope) -> dict[str, Any]:
-    if rope.type == "default":
-        return {}
-    factors: dict[str, Any] = {"factor": rope.factor}
-    if rope.type == "llama3":
-        factors |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        }
-    return factors
-
-
-def _token_ids(config: ModelConfig, original: Mapping[str, Any]) -> dict[str, Any]:
-    ids: dict[str, Any] = {}
-    if config.bos_token_id is not None:
-        ids["bos_token_id"] = config.bos_token_id
-    if config.pad_token_id is not None:
-        ids["pad_token_id"] = config.pad_token_id
-    if config.eos_token_ids:
-        ids["eos_token_id"] = original["eos_token_id"]
-    return ids
