@@ -18,10 +18,7 @@ from typing import Any
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.calibration import gradients, held_out_comparison
 from apertus_mlx.convert.calibration.calibrated import WINDOW_TOKENS, Calibration
-from apertus_mlx.convert.calibration.held_out_comparison import (
-    HeldOutComparison,
-    spread,
-)
+from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison, spread
 from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.plan.grids import find_grids

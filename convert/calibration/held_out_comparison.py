@@ -23,11 +23,7 @@ from apertus_mlx.convert.calibration.calibrated import (
     read_codes,
 )
 from apertus_mlx.convert.evaluation.evaluate import token_errors
-from apertus_mlx.convert.evaluation.layerwise import (
-    ChangedWeights,
-    SourceWeights,
-    hidden_states,
-)
+from apertus_mlx.convert.evaluation.layerwise import ChangedWeights, SourceWeights, hidden_states
 from apertus_mlx.convert.evaluation.texts import Tokens, open_text, sample_windows
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.transforms.smoothing import rounding_of

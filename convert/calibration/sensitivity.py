@@ -14,12 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.calibration.gradients import (
-    BACKWARD,
-    Ends,
-    Trace,
-    trace_layers,
-)
+from apertus_mlx.convert.calibration.gradients import BACKWARD, Ends, Trace, trace_layers
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, logit_blocks
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.transforms.smoothing import Rounding

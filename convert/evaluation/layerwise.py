@@ -50,6 +50,8 @@ class SourceWeights:
 
     source: Source
     reader: Reader
+    # Whether NaN and infinity pass.
+    allow_nonfinite: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -62,7 +64,7 @@ class SourceWeights:
         shape = next(m for m in self.source.layout if m.path == path)
         weight = np.empty((shape.rows, shape.columns), np.float32)
         for rows in blocks(shape.rows, block_rows(4 * shape.columns)):
-            values = found.read(self.reader, rows.start, rows.stop)
+            values = found.read(self.reader, rows.start, rows.stop, self.allow_nonfinite)
             weight[rows] = np.array(values.astype(mx.float32))
         return weight
 
@@ -72,7 +74,8 @@ class SourceWeights:
         if tensor is None:
             return np.array(XIELU_DEFAULTS[name.rsplit(".", 1)[-1]], np.float32)
         rows = tensor.shape[0] if tensor.shape else 1
-        return np.array(self.reader.floats(tensor, 0, rows, False).astype(mx.float32))
+        values = self.reader.floats(tensor, 0, rows, self.allow_nonfinite)
+        return np.array(values.astype(mx.float32))
 
 
 @dataclass(frozen=True, slots=True)

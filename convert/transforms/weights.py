@@ -101,7 +101,7 @@ class Scaled(ChangedWeights):
 
 def unscaled_weights(plan: Plan, reader: Reader) -> Weights:
     """The weights to find scales for: the source's, rotated if `plan` says so."""
-    weights = SourceWeights(plan.source, reader)
+    weights = SourceWeights(plan.source, reader, plan.request.allow_nonfinite)
     return Rotated(weights) if plan.request.rotate else weights
 
 

@@ -52,10 +52,9 @@ def make_card(
     ]
     if any(step.method != "rtn" for step in plan.steps):
         lines.insert(-1, f"| Method | {plan.request.method} |")
-    if plan.request.rotate or plan.request.smooth:
-        names = ("rotated", "smoothed")
-        chosen = zip(names, (plan.request.rotate, plan.request.smooth), strict=True)
-        lines.insert(-1, f"| Change of basis | {', '.join(name for name, on in chosen if on)} |")
+    changes = {"rotated": plan.request.rotate, "smoothed": plan.request.smooth}
+    if any(changes.values()):
+        lines.insert(-1, f"| Change of basis | {', '.join(n for n, on in changes.items() if on)} |")
     if quality is not None:
         lines += _divergence_table(quality)
     if plan.notes:
@@ -125,22 +124,15 @@ def _divergence_table(quality: Evaluation) -> list[str]:
 
 def license_of(directory: Path) -> str | None:
     """The licence that the source's README names in its front matter, if any."""
-    path = directory / CARD
-    if not exists(path):
-        return None
-    with open_file(path) as file:
-        text = file.read(_MAX_BYTES).decode("utf-8", "replace")
-    if not text.startswith("---"):
-        return None
-    found = _LICENSE.search(text.split("\n---", 1)[0])
+    found = _LICENSE.search("\n".join(_front_matter(directory)))
     return found[1] if found else None
 
 
-def _front_matter(student: Path) -> list[str]:
-    """The lines between and with the two rules at the top of the student's card, if it has any."""
-    if not exists(student / CARD):
+def _front_matter(directory: Path) -> list[str]:
+    """The lines between and with the two rules at the top of a folder's card, if it has any."""
+    if not exists(directory / CARD):
         return []
-    with open_file(student / CARD) as file:
+    with open_file(directory / CARD) as file:
         lines = file.read(_MAX_BYTES).decode("utf-8", "replace").splitlines()
     if lines[:1] != ["---"] or "---" not in lines[1:]:
         return []

@@ -19,7 +19,6 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
-from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.convert.calibration.calibrated import read_codes
 from apertus_mlx.convert.evaluation.layerwise import Weights
 from apertus_mlx.convert.plan.grids import grid_codes
@@ -80,7 +79,8 @@ def _run(
 ) -> Iterator[int]:
     """Produce one step's tensors; yields the source bytes dealt with after each block."""
     if step.matrix is None:
-        vector = _vector(step, reader, allow_nonfinite, weights)
+        vector = mx.array(weights.vector(step.path)).reshape(step.outputs[0].shape)
+        vector = _in_type(vector, MLX_TYPES[step.dtype], step, allow_nonfinite)
         shards.append(step.outputs[0], vector)
         yield step.source_bytes
         return
@@ -163,17 +163,6 @@ def _matrix_block(
         scales, biases = (mx.array(array).astype(dtype) for array in (best.scales, best.biases))
         return mx.array(best.packed), scales, biases
     return tuple(mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
-
-
-def _vector(step: Step, reader: Reader, allow_nonfinite: bool, weights: Weights) -> mx.array:
-    dtype = MLX_TYPES[step.dtype]
-    if step.changes_basis:
-        return _in_type(mx.array(weights.vector(step.path)), dtype, step)
-    if step.vector is None:
-        return mx.array(XIELU_DEFAULTS[step.path.rsplit(".", 1)[-1]], dtype)
-    rows = step.vector.shape[0] if step.vector.shape else 1
-    values = reader.floats(step.vector, 0, rows, allow_nonfinite)
-    return _in_type(values.reshape(step.outputs[0].shape), dtype, step, allow_nonfinite)
 
 
 def _in_type(
