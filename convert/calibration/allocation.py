@@ -29,7 +29,6 @@ from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.transforms.smoothing import Rounding, rounding_of
 from apertus_mlx.convert.transforms.weights import unscaled_weights
-from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.allocate import Choice, allocate
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
@@ -54,24 +53,6 @@ class Allocation:
     request: Request
     record: Mapping[str, Any]
     note: str
-
-    def save(self, keep: Keep) -> None:
-        """Keep it for `load`."""
-        keep.save({**self.record, "note": self.note}, {})
-
-    @classmethod
-    def load(cls, keep: Keep, request: Request) -> Allocation | None:
-        """What was saved for `request`; None where nothing was."""
-        kept = keep.load()
-        if kept is None:
-            return None
-        record, _ = kept
-        note = record.pop("note")
-        formats = {
-            path: QuantSpec(module["bits"], module["group_size"])
-            for path, module in record["modules"].items()
-        }
-        return cls(_named(request, formats), record, note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +134,17 @@ def allocate_bits(
             for path, spec in formats.items()
         },
     }
-    return Allocation(
-        _named(request, formats),
-        record,
-        _note(target, plan, rival, judged, calibration.judged.held_out),
+    note = _note(target, plan, rival, judged, calibration.judged.held_out)
+    return allocated(request, record, note)
+
+
+def allocated(request: Request, record: Mapping[str, Any], note: str) -> Allocation:
+    """`request` with a rule for each format that was chosen, instead of its target."""
+    rules = tuple(
+        Rule(path, QuantSpec(module["bits"], module["group_size"]), str(request.target))
+        for path, module in record["modules"].items()
     )
+    return Allocation(replace(request, target=None, rules=request.rules + rules), record, note)
 
 
 def kept_bytes(config: ModelConfig, tokens: int, codes_bytes: int) -> int:
@@ -172,12 +159,6 @@ def kept_bytes(config: ModelConfig, tokens: int, codes_bytes: int) -> int:
     return gradients.kept_bytes(config, measured) + held_out_comparison.kept_bytes(
         config, codes_bytes
     )
-
-
-def _named(request: Request, formats: Mapping[str, QuantSpec]) -> Request:
-    """`request` with a rule for each format that was chosen, instead of its target."""
-    rules = tuple(Rule(path, spec, str(request.target)) for path, spec in formats.items())
-    return replace(request, target=None, rules=request.rules + rules)
 
 
 def find_units(plans: Plans) -> list[Unit]:

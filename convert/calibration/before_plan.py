@@ -8,7 +8,7 @@ from pathlib import Path
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.calibration import allocation, calibrate, calibrated, held_out_comparison
-from apertus_mlx.convert.calibration.allocation import Allocation, allocate_bits
+from apertus_mlx.convert.calibration.allocation import Allocation, allocate_bits, allocated
 from apertus_mlx.convert.calibration.calibrated import Calibration
 from apertus_mlx.convert.evaluation import evaluate
 from apertus_mlx.convert.plan.plan import Plan
@@ -63,10 +63,12 @@ def allocate_once(
 ) -> Allocation:
     """Formats for a size: chosen now, or by an earlier run that left its choice in `folder`."""
     keep = Keep(folder / "allocation.npz")
-    found = Allocation.load(keep, request)
-    if found is None:
+    kept = keep.load()
+    if kept is None:
         found = allocate_bits(source, request, directory, calibration, folder, progress)
-        found.save(keep)
+        keep.save({"record": found.record, "note": found.note}, {})
+    else:
+        found = allocated(request, **kept[0])
     # Nobody needs the measurements any more.
     for entry in folder.iterdir():
         if entry.is_file() and entry.name != "allocation.npz":

@@ -174,12 +174,13 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     config = weights.config
     model = Model(config)
     modules: dict[str, Any] = {}
+    arrays: dict[str, mx.array] = {}
     for matrix in weights.source.layout:
         found = weights.source.matrices[matrix.path]
         if found.is_quantized:
             modules[matrix.path] = _quantized(matrix, found, weights)
         else:
-            modules[f"{matrix.path}.weight"] = mx.array(weights.matrix(matrix.path))
+            arrays[f"{matrix.path}.weight"] = mx.array(weights.matrix(matrix.path))
     for name, shape in layout.vectors(config):
         value = mx.array(weights.vector(name)).reshape(shape)
         tensor = weights.source.vectors[name]
@@ -188,9 +189,9 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
             path = name.removesuffix(".weight")
             modules[path] = RoundedNorm(value, config.rms_norm_eps, dtype)
         else:
-            modules[name] = value
-    model.update_modules(tree_unflatten([(k, m) for k, m in modules.items() if _is_module(m)]))
-    model.update(tree_unflatten([(k, a) for k, a in modules.items() if not _is_module(a)]))
+            arrays[name] = value
+    model.update_modules(tree_unflatten(list(modules.items())))
+    model.update(tree_unflatten(list(arrays.items())))
     model.freeze()
     for _, module in learning_modules(model):
         keys = ["weight"] if isinstance(module, RoundedNorm) else ["scales", "biases"]
@@ -236,7 +237,3 @@ def _quantized(matrix: layout.Matrix, found: MatrixSource, weights: SourceWeight
         stored.spec,
         MLX_TYPES[stored.scale_dtype],
     )
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, nn.Module)

@@ -15,6 +15,7 @@ import numpy as np
 from apertus_mlx.convert.plan.plan import Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.sources.source import Codes, MatrixSource
+from apertus_mlx.quant.arrays import blocks
 from apertus_mlx.quant.grid import KINDS, Kind, recover
 from apertus_mlx.quant.packing import pack, unpack
 from apertus_mlx.quant.spec import QuantSpec
@@ -85,11 +86,9 @@ def grid_codes(values: mx.array, spec: QuantSpec, dtype: str, kind: Kind) -> Cod
 def _lies_on_grid(
     step: Step, matrix: MatrixSource, spec: QuantSpec, kind: Kind, reader: Reader
 ) -> bool:
-    rows = step.outputs[0].shape[0]
-    size = replace(step, grid=kind).block_rows
-    starts = [0, *range(min(PROBE_ROWS, rows), rows, size)]
-    for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-        values = matrix.read(reader, start, stop)
-        if grid_codes(values, spec, step.dtype, kind) is None:
-            return False
-    return True
+    rows, probe = step.outputs[0].shape[0], slice(0, min(PROBE_ROWS, step.outputs[0].shape[0]))
+    parts = (probe, *blocks(rows, replace(step, grid=kind).block_rows))
+    return all(
+        grid_codes(matrix.read(reader, part.start, part.stop), spec, step.dtype, kind) is not None
+        for part in parts
+    )

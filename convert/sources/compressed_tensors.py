@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.checkpoint.config_keys import KeyReader
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.layout import Matrix
 from apertus_mlx.checkpoint.matching import FLOAT_DTYPES, Unmatched
@@ -144,20 +145,17 @@ def _groups(block: Mapping[str, Any], name: str) -> list[Group]:
         raise RejectedError(f"{where}: config_groups: expected an object of groups")
     groups = []
     for key, entry in entries.items():
+        place = f"{where}: {str(key)[:60]}"
         weights = entry.get("weights") if isinstance(entry, dict) else None
         if not isinstance(weights, dict):
-            raise RejectedError(f"{where}: {str(key)[:60]}: weights: expected an object")
-        bits, size = weights.get("num_bits"), weights.get("group_size")
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
-            raise RejectedError(f"{where}: {str(key)[:60]}: num_bits: {str(bits)[:40]!r}")
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
-            raise RejectedError(f"{where}: {str(key)[:60]}: group_size: {str(size)[:40]!r}")
+            raise RejectedError(f"{place}: weights: expected an object")
+        keys = KeyReader(weights, place)
+        bits = keys.integer("num_bits", 1, 16)
+        size = keys.optional_integer("group_size", -1, 2**31)
         strategy = str(weights.get("strategy") or ("group" if size else "tensor"))
-        symmetric = weights.get("symmetric", True)
-        if not isinstance(symmetric, bool):
-            raise RejectedError(f"{where}: {str(key)[:60]}: symmetric: expected true or false")
+        symmetric = keys.optional_boolean("symmetric") is not False
         if strategy == "block":
-            raise RejectedError(f"{where}: {str(key)[:60]}: block scales are not read")
+            raise RejectedError(f"{place}: block scales are not read")
         groups.append(Group(bits, str(weights.get("type", "int")), strategy, size, symmetric))
     return groups
 

@@ -5,7 +5,6 @@ It reads at positions and maps nothing: mapped pages count as resident while the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,7 +63,13 @@ class Reader(ExitStack):
         rows = tensor.shape[0] if tensor.shape else 1
         row_bytes = tensor.size_bytes // max(rows, 1)
         buffer = np.empty((stop - start) * row_bytes, np.uint8)
-        self._read_into(tensor, buffer.data, tensor.offset + start * row_bytes)
+        if tensor.file not in self._files:
+            path = self._directory / tensor.file
+            self._files[tensor.file] = self.enter_context(open_file(path))
+        file = self._files[tensor.file]
+        file.seek(tensor.offset + start * row_bytes)
+        if file.readinto(buffer.data) < len(buffer):  # type: ignore[attr-defined]
+            raise RejectedError(f"{tensor.file}: became shorter while it was read; start again")
         name, _ = _NUMPY_TYPES[tensor.dtype]
         shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
         return buffer.view(name).reshape(shape)
@@ -97,20 +102,6 @@ class Reader(ExitStack):
                     f"{start} to {stop}); the checkpoint is damaged or its training diverged"
                 )
         return _as_stored(tensor, values)
-
-    def _read_into(self, tensor: TensorInfo, view: memoryview, offset: int) -> None:
-        descriptor = self._descriptor(tensor.file)
-        done = 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-            if count == 0:
-                raise RejectedError(f"{tensor.file}: became shorter while it was read; start again")
-            done += count
-
-    def _descriptor(self, file: str) -> int:
-        if file not in self._files:
-            self._files[file] = self.enter_context(open_file(self._directory / file))
-        return self._files[file].fileno()
 
 
 def _as_stored(tensor: TensorInfo, values: npt.NDArray[np.generic]) -> mx.array:
