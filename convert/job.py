@@ -34,7 +34,6 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.transforms import names as transforms
-from apertus_mlx.convert.write.build import build
 from apertus_mlx.convert.write.card import CARD, license_of, make_card
 from apertus_mlx.convert.write.copied_files import (
     TOKENIZER,
@@ -46,6 +45,7 @@ from apertus_mlx.convert.write.execute import execute
 from apertus_mlx.convert.write.golden import check_template, write_golden
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256, write_json
 from apertus_mlx.convert.write.output_config import output_config, quantization_block
+from apertus_mlx.convert.write.target import build
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.system.strict_json import read_object

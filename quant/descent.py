@@ -7,6 +7,8 @@ linear in them, so those of a whole row are solved for at once. NumPy only.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -73,7 +75,7 @@ def descend(weight: Float32, start: AffineCodes, moments: Float64) -> AffineCode
             slope[column + 1 : last] += curvature[column + 1 : last, column, None] * step
             moved[column - first] = step
         slope[last:] += curvature[last:, first:last] @ moved
-    return AffineCodes(np.ascontiguousarray(codes.T), start.scales, start.biases, start.spec)
+    return replace(start, codes=np.ascontiguousarray(codes.T))
 
 
 def refit_scales(
@@ -101,7 +103,7 @@ def refit_scales(
         bias_step = _solve(normal[:, groups:, groups:], rest)
         scales[block] = new
         biases[block] = round_scales(biases[block] + bias_step.astype(np.float32), scale_type)
-    return AffineCodes(start.codes, scales, biases, start.spec)
+    return replace(start, scales=scales, biases=biases)
 
 
 def _normal_equations(

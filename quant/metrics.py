@@ -56,17 +56,12 @@ def compare(reference: Float32, model: Float32, following: npt.NDArray[np.int64]
     divergence = np.einsum("tv,tv->t", probabilities, expected - found)
     rows = np.arange(len(following))
     known = following >= 0
-    losses = [
+    losses = (
         np.where(known, -table[rows, np.maximum(following, 0)], np.nan)
         for table in (expected, found)
-    ]
-    return TokenErrors(
-        np.maximum(divergence, 0),
-        reference.argmax(-1) == model.argmax(-1),
-        probabilities.max(-1),
-        losses[0],
-        losses[1],
     )
+    agrees = reference.argmax(-1) == model.argmax(-1)
+    return TokenErrors(np.maximum(divergence, 0), agrees, probabilities.max(-1), *losses)
 
 
 def log_softmax(logits: Float32) -> Float64:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.calibration import gradients, held_out_comparison
+from apertus_mlx.convert.calibration import held_out_comparison
 from apertus_mlx.convert.calibration.calibrated import WINDOW_TOKENS, Calibration
 from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison, spread
 from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
@@ -156,9 +156,9 @@ def kept_bytes(config: ModelConfig, tokens: int, codes_bytes: int) -> int:
         codes_bytes: what calibrated codes of the whole model take, 0 where there are none.
     """
     measured = min(tokens, WINDOWS * WINDOW_TOKENS)
-    return gradients.kept_bytes(config, measured) + held_out_comparison.kept_bytes(
-        config, codes_bytes
-    )
+    # Every residual stream, and two gradients.
+    traced = 4 * measured * (config.hidden_size * (config.num_hidden_layers + 3) + 2)
+    return traced + held_out_comparison.kept_bytes(config, codes_bytes)
 
 
 def find_units(plans: Plans) -> list[Unit]:

@@ -21,7 +21,6 @@ from apertus_mlx.convert.evaluation.layerwise import (
     Layer,
     Weights,
     batches,
-    embed,
     final_norm,
     head_path,
     hidden_states,
@@ -106,17 +105,14 @@ def quantize_model(
     )
     found = streams.load()
     if found is None:
-        original, quantized, uncertainty = yield from _begin(
+        begun = yield from _begin(
             weights, specs.get(layout.EMBEDDING), windows, scale_type, report, row_share, ahead
         )
-        done = 0
-    else:
-        done = int(found[0]["layers"])
-        original, quantized, uncertainty = (found[1][name] for name in STREAM_NAMES)
-
-    arrays = dict(zip(STREAM_NAMES, (original, quantized, uncertainty), strict=True))
-    if found is None:
+        done, arrays = 0, dict(zip(STREAM_NAMES, begun, strict=True))
         streams.save({"layers": 0}, arrays)
+    else:
+        done, arrays = int(found[0]["layers"]), found[1]
+    original, quantized, uncertainty = (arrays[name] for name in STREAM_NAMES)
     ahead.discard()
     for index in range(done, config.num_hidden_layers):
         yield from _quantize_layer(
@@ -153,7 +149,7 @@ def _begin(
     """Codes of the embedding, if it has a format; returns both streams and the uncertainty."""
     config = weights.config
     embedding = weights.matrix(layout.EMBEDDING)
-    original = embed(embedding, windows)
+    original = embedding[windows]
     hidden = hidden_states(weights, [windows], progress=report, keep=ahead)[0]
     head = embedding if config.tie_word_embeddings else weights.matrix(head_path(config))
     uncertainty = _uncertainty(hidden, head)
@@ -166,7 +162,7 @@ def _begin(
         codes = _in_blocks(embedding, spec, second, scale_type)
         embedding = dequantize(codes)
         yield layout.EMBEDDING, codes
-    return original, embed(embedding, windows), uncertainty
+    return original, embedding[windows], uncertainty
 
 
 def fit(

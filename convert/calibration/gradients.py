@@ -16,12 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.evaluation.layerwise import (
     Layer,
     Weights,
     batches,
-    embed,
     head_path,
     logit_blocks,
     run_layer,
@@ -96,13 +94,13 @@ def trace_layers(
         use: called with the traces of each layer, of all tokens, the last layer first; not for
             layers that an interrupted run has used, but for those of its last minute.
         progress: told after each layer of both passes how many are done.
-        folder: for the residual streams (`kept_bytes`) and the state of the pass back.
+        folder: for the residual streams and the state of the pass back.
     """
     config = weights.config
     depth = config.num_hidden_layers
     reached_back = Keep(folder / BACKWARD)
     streams = [folder / f"stream-{index:04d}.npz" for index in range(depth + 1)]
-    stream = embed(weights.matrix(layout.EMBEDDING), windows)
+    stream = weights.matrix(layout.EMBEDDING)[windows]
     for index, path in enumerate(streams):
         kept = load_arrays(path)
         if kept is not None:
@@ -146,11 +144,6 @@ def trace_layers(
         reached_back.reach({"left": index}, {"gradient": gradient, "log_total": log_total})
         progress(2 * depth - index)
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)
-
-
-def kept_bytes(config: ModelConfig, tokens: int) -> int:
-    """What `trace_layers` has on disk: every residual stream, and two gradients."""
-    return 4 * tokens * (config.hidden_size * (config.num_hidden_layers + 3) + 2)
 
 
 def _loss_gradient(hidden: Float32, head: Float32, seed: int) -> tuple[Float32, Float32]:

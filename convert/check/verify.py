@@ -60,11 +60,11 @@ def verify(directory: Path) -> Verification:
 
 def _check_manifest(directory: Path) -> Iterator[Finding]:
     try:
-        manifest = read_manifest(directory)
+        files = read_manifest(directory)
     except RejectedError as error:
         yield Finding("error", MANIFEST, str(error))
         return
-    for name, record in manifest.files.items():
+    for name, record in files.items():
         path = directory / name
         if not exists(path):
             yield Finding("error", name, "is missing")
@@ -83,7 +83,7 @@ def _check_manifest(directory: Path) -> Iterator[Finding]:
             yield Finding("warning", name, "is larger than a 32-bit process can map")
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
-        if (path.is_dir() and not path.is_symlink()) or name in manifest.files or name == MANIFEST:
+        if (path.is_dir() and not path.is_symlink()) or name in files or name == MANIFEST:
             continue
         # Released Swift versions load every safetensors file below the folder.
         level: swift.Level = "error" if name.endswith(".safetensors") else "warning"

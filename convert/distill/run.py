@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,15 @@ from apertus_mlx.convert.evaluation.texts import (
     sample_windows,
 )
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
-from apertus_mlx.convert.write.build import build
 from apertus_mlx.convert.write.card import CARD, make_distilled_card
 from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
 from apertus_mlx.convert.write.golden import write_golden
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, read_manifest, write_json
+from apertus_mlx.convert.write.target import build
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
+from apertus_mlx.quant.arrays import blocks
 from apertus_mlx.system.model_files import MAX_WEIGHTS_BYTES, copy_file, exists
 from apertus_mlx.system.strict_json import read_object
 
@@ -170,7 +171,7 @@ def prepare(
         raise UsageError(f"{seen.name}: repeats itself; nothing is left to learn from")
     return make_job(
         teacher, student, teacher_name, options,
-        Sample(rest, sample.name, sample.sha256, sample.seed), sample.windows[chosen], judged,
+        replace(sample, windows=rest), sample.windows[chosen], judged,
     )  # fmt: skip
 
 
@@ -241,8 +242,10 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Vali
     """Ask the teacher and train; the student with its best weights, and how it got there."""
     resources = job.resources
     size = resources.batch_windows
-    batches = TeacherCache(folder / "lessons", _batches(job.sample.windows, size))
-    held_out = TeacherCache(folder / "held-out", _batches(job.held_out, size))
+    batches, held_out = (
+        TeacherCache(folder / name, [windows[part] for part in blocks(len(windows), size)])
+        for name, windows in (("lessons", job.sample.windows), ("held-out", job.held_out))
+    )
     total = batches.tokens + held_out.tokens
     with Reader(job.teacher) as reader:
         teacher = open_weights(job.teacher, reader)
@@ -306,10 +309,6 @@ def _record(job: Job, history: Sequence[Validation]) -> dict[str, Any]:
         "best_step": best(history).step,
         "history": [asdict(validation) for validation in history],
     }
-
-
-def _batches(windows: Tokens, size: int) -> list[Tokens]:
-    return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 
 def _needed_bytes(job: Job) -> tuple[int, int]:

@@ -152,9 +152,9 @@ def check_student(source: Source) -> None:
         raise UsageError(f"{source.name}: is not quantized; convert --bits makes a student from it")
     for path, matrix in source.matrices.items():
         stored = matrix.stored
-        if not matrix.is_quantized:
-            continue
-        if stored is None or not stored.spec.has_biases or stored.factor is not None:
+        if matrix.is_quantized and (
+            stored is None or not stored.spec.has_biases or stored.factor is not None
+        ):
             form = "another form" if stored is None else str(stored.spec)
             raise UsageError(
                 f"{source.name}: {path}: is quantized as {form}; only affine codes learn"

@@ -163,11 +163,6 @@ class Layer:
         return self.add(3, self.add(1, residual))
 
 
-def embed(weight: Float32, windows: Tokens) -> Float32:
-    """The residual stream `[windows, length, hidden]` at the start."""
-    return weight[windows]
-
-
 def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
     """Windows that go through a layer at once, `tokens` or one window."""
     return blocks(windows, tokens // length)
@@ -211,7 +206,7 @@ def hidden_states(
     found = keep.load()
     if found is None:
         embedding = weights.matrix(layout.EMBEDDING)
-        first, residuals = 0, [embed(embedding, windows) for windows in groups]
+        first, residuals = 0, [embedding[windows] for windows in groups]
         del embedding
     else:
         first = int(found[0]["layers"])

@@ -37,7 +37,7 @@ HELD_OUT = 4
 # Lines, sentences and stretches are held out in blocks, of which a language has at most so many;
 # a stretch has at least so many characters.
 MOST_BLOCKS, LEAST_STRETCH = 32, 40
-_PARAGRAPHS = re.compile(r"\n[ \t\r]*\n")
+_paragraphs = re.compile(r"\n[ \t\r]*\n").split
 _SENTENCES = re.compile(r"(?<=[.!?\u06d4\u0964])\s+|(?<=[\u3002\uff01\uff1f])")
 # What BCP 47 tags look like; whether the language exists is the user's affair.
 _LANGUAGE_TAG = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
@@ -54,7 +54,7 @@ class Document:
     content: Content
 
 
-Cut = Callable[[Document], list[Content]]
+Cut = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ def _divided(texts: TextSet, cuts: Sequence[Cut]) -> tuple[list[Document], list[
         own = [document for document in texts.documents if document.language == language]
         _deal(own, cuts, known, seen, judged)
     # Documents that differ may have lines in common.
-    lines = {_key(line) for d in seen for line in _lines(d)}
+    lines = {_key(line) for d in seen for line in _parts(d, str.splitlines)}
     return seen, [kept for d in judged if (kept := _without(d, lines)) is not None]
 
 
@@ -241,7 +241,9 @@ def _deal(
     judged: list[Document],
 ) -> None:
     """Give each part of a language's documents that is not `known` yet to one of the two."""
-    found = {cut: {_key(part) for d in documents for part in cut(d)} - known for cut in cuts}
+    found = {
+        cut: {_key(part) for d in documents for part in _parts(d, cut)} - known for cut in cuts
+    }
     most = max(cuts, key=lambda cut: len(found[cut]))
     cut = next((cut for cut in cuts if len(found[cut]) >= HELD_OUT), most)
     total = len(found[cut])
@@ -251,7 +253,7 @@ def _deal(
     count = 0
     for document in documents:
         blocks: dict[int, list[Content]] = {}
-        for part in cut(document):
+        for part in _parts(document, cut):
             if (key := _key(part)) not in known:
                 known.add(key)
                 blocks.setdefault(count // size, []).append(part)
@@ -273,8 +275,9 @@ def _joined(language: str, parts: Sequence[Content], cut: Cut) -> Document:
 
 def _without(document: Document, lines: set[str]) -> Document | None:
     """The document without some lines; None where nothing is left."""
-    kept = [line for line in _lines(document) if _key(line) not in lines]
-    if len(kept) == len(_lines(document)):
+    own = _parts(document, str.splitlines)
+    kept = [line for line in own if _key(line) not in lines]
+    if len(kept) == len(own):
         return document
     texts = [line for line in kept if isinstance(line, str)]
     return Document(document.language, "\n".join(texts)) if texts else None
@@ -285,46 +288,33 @@ def _key(content: Content) -> str:
     return " ".join(str(content).split())
 
 
-def _whole(document: Document) -> list[Content]:
-    return [document.content]
-
-
-def _paragraphs(document: Document) -> list[Content]:
-    return _split(document, _PARAGRAPHS.split)
-
-
-def _lines(document: Document) -> list[Content]:
-    return _split(document, str.splitlines)
-
-
-def _sentences(document: Document) -> list[Content]:
-    return _split(
-        document, lambda text: [s for x in text.splitlines() for s in _SENTENCES.split(x)]
-    )
-
-
-def _stretches(document: Document) -> list[Content]:
-    def cut(text: str) -> list[str]:
-        # Each sentence once, or what repeats would be cut into parts that only look different.
-        text = " ".join(dict.fromkeys(map(str, _sentences(Document("", text)))))
-        size = max(LEAST_STRETCH, -(-len(text) // MOST_BLOCKS))
-        if len(set(text)) == 1:
-            return [text]
-        return textwrap.wrap(text, size) if len(text) >= 2 * LEAST_STRETCH else [text]
-
-    return _split(document, cut)
-
-
-def _split(document: Document, cut: Callable[[str], list[str]]) -> list[Content]:
+def _parts(document: Document, cut: Cut) -> list[Content]:
     """The parts of a text that are not blank; a conversation stays whole."""
-    if not isinstance(document.content, str):
+    if cut is _whole or not isinstance(document.content, str):
         return [document.content]
     return [part for part in cut(document.content) if part.strip()]
 
 
-# Ways to cut a document, coarse ones first, with what joins the parts again.
+def _whole(text: str) -> list[str]:
+    return [text]
+
+
+def _sentences(text: str) -> list[str]:
+    return [part for line in text.splitlines() for part in _SENTENCES.split(line) if part.strip()]
+
+
+def _stretches(text: str) -> list[str]:
+    # Each sentence once, or what repeats would be cut into parts that only look different.
+    text = " ".join(dict.fromkeys(_sentences(text)))
+    size = max(LEAST_STRETCH, -(-len(text) // MOST_BLOCKS))
+    if len(text) < 2 * LEAST_STRETCH or len(set(text)) == 1:
+        return [text]
+    return textwrap.wrap(text, size)
+
+
+# Ways to cut a text, coarse ones first, with what joins the parts again.
 CUTS: dict[Cut, str] = {
-    _whole: "", _paragraphs: "\n\n", _lines: "\n", _sentences: " ", _stretches: " ",
+    _whole: "", _paragraphs: "\n\n", str.splitlines: "\n", _sentences: " ", _stretches: " ",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,10 +61,7 @@ class OutputTensor:
     @property
     def size_bytes(self) -> int:
         """Exact size."""
-        total = DTYPE_BYTES[self.dtype]
-        for size in self.shape:
-            total *= size
-        return total
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -41,11 +41,7 @@ class IntegerMatrix(MatrixSource):
     scale: TensorInfo
     zero: TensorInfo | None
     order: TensorInfo | None
-
-    @property
-    def is_quantized(self) -> bool:
-        """It is."""
-        return True
+    is_quantized: ClassVar[bool] = True
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.evaluation.layerwise import Layer, Weights, batches, embed
+from apertus_mlx.convert.evaluation.layerwise import Layer, Weights, batches
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.plan.plan import Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES
@@ -59,7 +59,7 @@ def smoothing_scales(
     owners = value_owners(weights.config)
     kept = keep.load()
     if kept is None:
-        done, residual = 0, embed(weights.matrix(layout.EMBEDDING), windows)
+        done, residual = 0, weights.matrix(layout.EMBEDDING)[windows]
     else:
         done, found = int(kept[0]["layers"]), kept[1]
         residual = found.pop(_STREAM)

@@ -34,15 +34,6 @@ class FileRecord:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The parts of a manifest that verification needs."""
-
-    files: Mapping[str, FileRecord]
-    source: Mapping[str, Any]
-    bits_per_weight: float
-
-
 def make_manifest(
     directory: Path,
     source: Mapping[str, Any],
@@ -70,8 +61,8 @@ def make_manifest(
     }
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest in `directory`.
+def read_manifest(directory: Path) -> dict[str, FileRecord]:
+    """The files that the manifest in `directory` names, and what each must be.
 
     Raises:
         RejectedError: it is missing, damaged, or of a version that this package does not know.
@@ -96,8 +87,9 @@ def read_manifest(directory: Path) -> Manifest:
         files[name] = FileRecord(record.integer("size_bytes", 0, 2**60), digest)
     if not files:
         raise RejectedError(f"{path}: files: names no files")
-    source = keys.mapping("source") or {}
-    return Manifest(files, source, keys.number("bits_per_weight", 0.0, 1e6))
+    keys.mapping("source")
+    keys.number("bits_per_weight", 0.0, 1e6)
+    return files
 
 
 def sha256(path: Path) -> str:

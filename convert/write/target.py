@@ -1,14 +1,22 @@
-"""Checks an output's final name and the disk before any work."""
+"""An output's final name: checked, with the disk, before any work, and given when all is there."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from apertus_mlx.convert.write.workspace import partial_path
-from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.convert.sources.reading import FileState, file_states
+from apertus_mlx.convert.write.workspace import (
+    Workspace,
+    clear_published,
+    is_published,
+    open_workspace,
+    partial_path,
+)
+from apertus_mlx.errors import RejectedError, ResourceError, UsageError
 from apertus_mlx.system.sizes import format_bytes
 
 # Room that a file system keeps for itself; asked for on top of the plan.
@@ -63,6 +71,47 @@ def check_space(target: Path, output_bytes: int, kept_bytes: int) -> None:
             f"{parent}: {format_bytes(free)} free, the output takes "
             f"{format_bytes(output_bytes)}{more}; choose another disk or fewer bits"
         )
+
+
+def build(
+    target: Path,
+    fingerprint: tuple[str, str],
+    sources: Mapping[Path, Mapping[str, FileState]],
+    needed: tuple[int, int],
+    resume: bool,
+    make: Callable[[Workspace], None],
+) -> None:
+    """Let `make` write the output, unless an earlier run has; it appears complete or not at all.
+
+    Args:
+        target: the output folder.
+        fingerprint: of the request and of the steps (`Workspace.follow`).
+        sources: folders that are read, and the state of their files before.
+        needed: bytes of the output, and of what lies beside it until it is done.
+        resume: whether to go on with what an interrupted run left.
+        make: writes the output; what is finished in the workspace it does not do again.
+
+    Raises:
+        UsageError: the target is taken, or another run to it is going on or unfinished.
+        ResourceError: the disk is full or cannot be written.
+        RejectedError: a source changed meanwhile.
+    """
+    if resume and is_published(target, *fingerprint):
+        clear_published(target)
+        return
+    for source in sources:
+        check_target(target, source)
+    check_space(target, *needed)
+    with open_workspace(target, fingerprint[0], resume) as workspace:
+        workspace.follow(fingerprint[1])
+        if not workspace.is_complete:
+            make(workspace)
+            for source, states in sources.items():
+                if file_states(source, states) != states:
+                    # Of what is there nobody knows which source it is made of.
+                    workspace.discard()
+                    raise RejectedError(f"{source}: changed meanwhile; start again")
+        workspace.publish()
 
 
 def _held_bytes(folder: Path) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ MEASURED = "measured"
 RESUMES = "resumes"
 # Lines of the journal beside those of steps.
 _REQUEST, _STEPS, _COMPLETE = "plan", "steps", "complete"
+_STEP = re.compile(r"(\d+) ([0-9a-fA-F]{8})", re.ASCII)
 
 
 def how_to_go_on(folder: Path) -> str:
@@ -303,15 +305,8 @@ def _write_journal(folder: Path, lines: list[str]) -> None:
 
 def _steps(lines: list[str]) -> dict[int, int]:
     """The finished steps that lines of a journal tell of."""
-    done = {}
-    for line in lines:
-        number, _, checksum = line.partition(" ")
-        if number.isdecimal() and len(checksum) == 8:
-            try:
-                done[int(number)] = int(checksum, 16)
-            except ValueError:
-                continue
-    return done
+    found = map(_STEP.fullmatch, lines)
+    return {int(step[1]): int(step[2], 16) for step in found if step}
 
 
 def _names(folder: Path) -> set[str]:
