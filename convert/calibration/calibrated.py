@@ -100,7 +100,7 @@ def make_codes(
         depth = plan.source.config.num_hidden_layers
         before = depth if plan.request.smooth else 0
         total = before + (2 * depth if specs else 0)
-        if plan.request.smooth and not (folder / SCALES).exists():
+        if plan.request.smooth and load_arrays(folder / SCALES) is None:
             keep = Keep(folder / SMOOTHING)
             scales = smoothing_scales(
                 unscaled_weights(plan, reader),
