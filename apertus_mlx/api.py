@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Annotated, Any, Self, TypeVar, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,7 +42,7 @@ from apertus_mlx.generation.options import (
 )
 from apertus_mlx.generation.run import Answer, Generation, Piece
 from apertus_mlx.memory import Fit
-from apertus_mlx.system.arguments import expect, expect_range
+from apertus_mlx.system.arguments import Option, Range, checked, expect
 from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
 from apertus_mlx.text.template import Message
@@ -65,10 +65,11 @@ _T = TypeVar("_T")
 
 
 @own_errors()
+@checked
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
-    context: int | None = None,
+    context: Annotated[int | None, Option("Tokens to plan for.", Range(1, 2**31))] = None,
     progress: OnProgress | None = None,
     **options: Unpack[RunKeywords],
 ) -> Apertus:
@@ -90,11 +91,6 @@ def load(
         TypeError: a value of a wrong type, or an unknown option.
         UsageError: a value out of range.
     """
-    expect(str | os.PathLike | None, model=model)
-    expect(int | None, context=context)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress: expected a function, not {type(progress).__name__}")
-    expect_range(1, 2**31, context=context)
     settings = RunOptions(**options)
     report = progress or (lambda _: None)
     folder = open_folder(_locate(model, settings, progress))
@@ -281,6 +277,7 @@ class Apertus:
                 answers.append(run.answer)
         return answers
 
+    @checked
     def chat(
         self,
         *,
@@ -299,8 +296,6 @@ class Apertus:
             RejectedError: the model has no chat template.
             TypeError, UsageError: see `generate`.
         """
-        expect(str | None, system=system)
-        expect(bool, think=think)
         options = SamplingOptions(**sampling)
         with mx.stream(self._stream):
             return Chat(self, Conversation(self._open(), system, think, self._plan.form), options)
@@ -315,24 +310,24 @@ class Apertus:
         expect(bool, think=think)
         return self._rendered("messages", _messages("messages", messages), think)
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without BOS; no text becomes a special token."""
-        expect(str, text=text)
         return self._folder.tokenizer.encode(text)
 
+    @checked
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without the special ones.
 
         Raises:
             UsageError: an id beyond the vocabulary.
         """
-        for one in _list("ids", ids):
-            expect(int, ids=one)
         size = self._folder.tokenizer.vocab_size
         if wrong := [one for one in ids if not 0 <= one < size]:
             raise UsageError(f"ids: {wrong[0]} is no token; there are {size}")
         return self._folder.tokenizer.decode(ids)
 
+    @checked
     def logprobs(self, text: str) -> list[float]:
         """The natural logarithm of each token's probability, given all tokens before it.
 
@@ -343,7 +338,6 @@ class Apertus:
         Raises:
             TypeError, UsageError: see `generate`.
         """
-        expect(str, text=text)
         ids = self._folder.encode_raw(text)
         if len(ids) > self.context_length:
             self._folder.require_room(len(ids))
@@ -517,9 +511,9 @@ class Chat:
         """
         return _finish(self.stream(text, **sampling))
 
+    @checked
     def stream(self, text: str, **sampling: Unpack[SamplingKeywords]) -> Stream:
         """Answer as `ask` does, piece by piece."""
-        expect(str, text=text)
         if not text:
             raise UsageError("text: a question must not be empty")
         return self._streamed(sampling, lambda *how: self._conversation.ask(text, *how))

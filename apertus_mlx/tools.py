@@ -1,7 +1,8 @@
 """Convert, plan, verify, evaluate and distill from Python; the commands of these names call this.
 
-Every function takes the options of its command as keywords, with underscores. A model is a folder
-(`Path` or text), a Hub id (text) or, where the command allows it, None for the embedded one.
+Every function takes the options of its command as keywords, with underscores: the words beside an
+argument are those of the command's help. A model is a folder (`Path` or text), a Hub id (text) or,
+where the command allows it, None for the embedded one.
 Nothing is printed: `progress` is called with `Progress` values, sometimes from another thread, and
 what a user may want to know is logged to `apertus_mlx` at level INFO.
 
@@ -14,15 +15,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from apertus_mlx.errors import UsageError
-from apertus_mlx.system.arguments import (
-    expect,
-    expect_list,
-    expect_paths,
-    expect_range,
+from apertus_mlx.generation.options import (
+    CacheKeywords,
+    CacheOptions,
+    DType,
+    Offline,
+    Revision,
 )
+from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of
 from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
 
@@ -39,7 +42,9 @@ if TYPE_CHECKING:
     from apertus_mlx.memory.report import MemoryPlan
 
 EMBEDDED_NAME = "apertus-demo"
+# Of two types the command line gives the first: names of models may be Hub ids, which are text.
 _Name = str | Path
+_File = Path | str
 _log = logging.getLogger("apertus_mlx")
 
 
@@ -103,64 +108,74 @@ class Distillation:
 
 
 @own_errors()
+@checked
 def convert_model(
-    source: str | Path | None = None,
-    out: str | Path | None = None,
+    source: Annotated[
+        _Name | None, Option("Model folder or Hub id; default: the embedded model.")
+    ] = None,
+    out: Annotated[
+        _File | None, Option("Output folder; default: a name from the source, here.")
+    ] = None,
     *,
-    bits: int | None = None,
-    group_size: int | None = None,
-    mode: str | None = None,
-    embed_bits: int | None = None,
-    head_bits: int | None = None,
-    target_bpw: float | str | None = None,
-    target_size: int | str | None = None,
-    set: Sequence[str] | None = None,
-    recipe: str | Path | None = None,
-    method: str = "rtn",
-    smooth: bool = False,
-    rotate: bool = False,
-    calibration: str | Path | Sequence[str | Path] | None = None,
-    dequantize: bool = False,
-    requantize: bool = False,
-    dtype: str | None = None,
-    plan: bool = False,
-    device: str | None = None,
-    resume: bool = False,
-    revision: str | None = None,
-    offline: bool = False,
-    allow_untied_head: bool = False,
-    allow_nonfinite: bool = False,
+    bits: Annotated[int | None, Option("Bits per weight: 2, 3, 4, 5, 6 or 8.", flags="-b")] = None,
+    group_size: Annotated[
+        int | None, Option("Weights per scale: 32, 64 or 128.", flags="-g")
+    ] = None,
+    mode: Annotated[str | None, Option("affine (default), mxfp4, mxfp8 or nvfp4.")] = None,
+    embed_bits: Annotated[int | None, Option("Bits of the embedding.")] = None,
+    head_bits: Annotated[
+        int | None, Option("Bits of the output head, where it is not the embedding.")
+    ] = None,
+    target_bpw: Annotated[
+        str | float | None,
+        Option("Bits per weight over the whole model, spent where they matter most."),
+    ] = None,
+    target_size: Annotated[
+        str | int | None, Option("The same as the size of all weights: 300MB, 1.2GB.")
+    ] = None,
+    set: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Format of the modules that match, e.g. '*.down_proj=6'; none keeps them plain.",
+            metavar="PATTERN=BITS[:GROUP]",
+        ),
+    ] = None,
+    recipe: Annotated[_File | None, Option("TOML or JSON file with formats per module.")] = None,
+    method: Annotated[
+        str, Option("rtn rounds, search finds the best scales, gptq calibrates on text.")
+    ] = "rtn",
+    smooth: Annotated[
+        bool, Option("Scale columns before rounding, where calibration shows a smaller error.")
+    ] = False,
+    rotate: Annotated[
+        bool, Option("Rotate residual stream and values, which spreads outliers.")
+    ] = False,
+    calibration: Annotated[
+        _File | Sequence[_File] | None,
+        Option("Text, JSONL or chat file, or folder, for gptq, --smooth, --target-*."),
+    ] = None,
+    dequantize: Annotated[bool, Option("Turn quantized weights into plain ones.")] = False,
+    requantize: Annotated[bool, Option("Quantize quantized weights again, with a loss.")] = False,
+    dtype: Annotated[DType | None, Option("Type of everything that is not codes.")] = None,
+    plan: Annotated[bool, Option("Show what would be done, and stop.")] = False,
+    device: Annotated[
+        str | None, Option("Refuse what would not fit it: iphone-15-pro, 6GB, ...")
+    ] = None,
+    resume: Annotated[bool, Option("Continue an interrupted conversion.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_untied_head: Annotated[
+        bool, Option("Keep a head that differs from a tied embedding.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, Option("Copy NaN and infinity (not when quantizing).")
+    ] = False,
     progress: OnProgress | None = None,
 ) -> Conversion:
-    """Convert `source` to MLX weights in the folder `out`, quantized where `bits` is given.
+    """Convert SOURCE to MLX weights in the folder OUT, quantized where bits are given.
 
-    Args:
-        source: the model.
-        out: the output folder; by default a name from the source, in the current folder.
-        bits: per weight: 2, 3, 4, 5, 6 or 8.
-        group_size: weights that share a scale: 32, 64 or 128.
-        mode: affine, mxfp4, mxfp8 or nvfp4.
-        embed_bits: bits of the embedding.
-        head_bits: bits of the output head, where it is not the embedding.
-        target_bpw: bits per weight over the whole model, spent where they matter most.
-        target_size: the same as the size of all weights: bytes, or a text such as `300MB`.
-        set: formats of the modules that match, each `PATTERN=BITS[:GROUP]`.
-        recipe: a TOML or JSON file with formats per module.
-        method: `rtn` rounds, `search` finds the best scales, `gptq` calibrates on text.
-        smooth: scale columns before rounding, where calibration shows a smaller error.
-        rotate: rotate residual stream and values, which spreads outliers.
-        calibration: text files or folders for gptq, `smooth` and targets; by default built in.
-        dequantize: turn quantized weights into plain ones.
-        requantize: quantize quantized weights again, with a loss.
-        dtype: `bfloat16`, `float16` or `float32`: the type of everything that is not codes.
-        plan: only plan; a source on the Hub is planned from its headers.
-        device: refuse an output that this device cannot hold: `iphone-15-pro`, `6GB`.
-        resume: continue an interrupted conversion.
-        revision: branch, tag or commit of a Hub id.
-        offline: use only what is on this machine.
-        allow_untied_head: keep a head that differs from a tied embedding.
-        allow_nonfinite: copy NaN and infinity, where nothing is quantized.
-        progress: told of the stages `downloading`, `measuring`, `calibrating` and `converting`.
+    A plan of a source on the Hub is made from its headers. `progress` is told of the stages
+    `downloading`, `measuring`, `calibrating` and `converting`.
 
     Raises:
         UsageError: options that exclude each other, or an output that is taken.
@@ -170,24 +185,10 @@ def convert_model(
     """
     from apertus_mlx.convert.plan.options import read_request
 
-    expect(_Name | None, source=source, out=out, recipe=recipe)
-    expect(int | None, bits=bits, group_size=group_size, embed_bits=embed_bits, head_bits=head_bits)
-    expect(float | int | str | None, target_bpw=target_bpw)
-    expect(int | str | None, target_size=target_size)
-    expect(str | None, mode=mode, dtype=dtype, device=device, revision=revision)
-    expect(str, method=method)
-    expect(
-        bool, smooth=smooth, rotate=rotate, dequantize=dequantize, requantize=requantize, plan=plan,
-        resume=resume, offline=offline, allow_untied_head=allow_untied_head,
-        allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
-    if isinstance(set, str):
-        raise TypeError("set: expected a list of texts, not str")
-    rules = [str(rule) for rule in expect_list(str, set=set)]
-    texts = expect_paths(calibration=calibration)
+    texts = [Path(each) for each in as_list(calibration)]
     request = read_request(
         bits=bits, group_size=group_size, mode=mode, embed_bits=embed_bits, head_bits=head_bits,
-        rules=rules, recipe=Path(recipe) if recipe is not None else None, target_bpw=target_bpw,
+        rules=as_list(set), recipe=None if recipe is None else Path(recipe), target_bpw=target_bpw,
         target_size=target_size, method=method, smooth=smooth, rotate=rotate,
         dequantize=dequantize, requantize=requantize, dtype=dtype,
         allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite,
@@ -210,39 +211,29 @@ def convert_model(
 
 
 @own_errors()
+@checked
 def plan(
-    model: str | Path | None = None,
+    model: Annotated[
+        _Name | None, Option("Model folder or Hub id; default: the embedded model.")
+    ] = None,
     *,
-    device: str | None = None,
-    context: int | None = None,
-    kv_bits: int | None = None,
-    kv_bits_v: int | None = None,
-    max_kv: int | None = None,
-    kv_sink: int | None = None,
-    kv_rotate: bool | None = None,
-    prefill_step: int | None = None,
-    revision: str | None = None,
-    offline: bool = False,
+    device: Annotated[
+        str | None,
+        Option("iphone-15-pro, m1-8gb, m4-pro-24gb, ... or a size as 6GB; default: this machine."),
+    ] = None,
+    context: Annotated[
+        int | None, Option("Tokens of prompt and answer; default: 4096.", Range(1, 2**31))
+    ] = None,
+    revision: Revision = None,
+    offline: Offline = False,
     progress: OnProgress | None = None,
+    **cache: Unpack[CacheKeywords],
 ) -> MemoryPlan:
-    """Plan what `model` takes in memory, and whether and how it fits a device.
+    """Show what MODEL takes in memory, whether it fits a device, and the best settings there.
 
-    A Hub id is planned from its headers; no weights are downloaded.
-
-    Args:
-        model: the model.
-        device: `iphone-15-pro`, `m4-pro-24gb`, a size such as `6GB`; by default this machine.
-        context: tokens of prompt and answer; by default 4096.
-        kv_bits: bits of cached keys and values: 2, 3, 4, 6, 8 or 16.
-        kv_bits_v: bits of cached values, where they differ from those of keys.
-        max_kv: most positions that the cache keeps.
-        kv_sink: first positions that it always keeps.
-        kv_rotate: rotate keys before they are quantized.
-        prefill_step: prompt tokens per step.
-        revision: branch, tag or commit of a Hub id.
-        offline: use only what is on this machine.
-        progress: told of the stage `downloading`, where `offline` is not given and the Hub is not
-            asked for headers alone.
+    A Hub id is planned from its headers; no weights are downloaded. `cache` is the fields of
+    `CacheOptions`. `progress` is told of the stage `downloading`, where `offline` is not given and
+    the Hub is not asked for headers alone.
 
     Raises:
         UsageError: an unknown device, or a context beyond the model's.
@@ -251,21 +242,11 @@ def plan(
     """
     from apertus_mlx.backend.choose import uses_cpu
     from apertus_mlx.backend.hardware import available_bytes, has_gpu
-    from apertus_mlx.cache.config import read_cache_form
     from apertus_mlx.memory import Device
     from apertus_mlx.memory.report import plan_for_device
 
-    expect(_Name | None, model=model)
-    expect(str | None, device=device, revision=revision)
-    expect(
-        int | None, context=context, kv_bits=kv_bits, kv_bits_v=kv_bits_v, max_kv=max_kv,
-        kv_sink=kv_sink, prefill_step=prefill_step,
-    )  # fmt: skip
-    expect(bool | None, kv_rotate=kv_rotate)
-    expect(bool, offline=offline)
-    expect_range(1, 2**31, context=context)
-    expect_range(1, 2**20, prefill_step=prefill_step)
-    form = read_cache_form(kv_bits, kv_bits_v, max_kv, kv_sink, kv_rotate)
+    options = CacheOptions(**cache)
+    form, prefill_step = options.form, options.prefill_step
     target = _read_device(device)
     inventory = _inventory(model, revision, offline, progress)
     if target is not None:  # every device by name is Apple's; only this machine may lack a GPU
@@ -276,8 +257,11 @@ def plan(
 
 
 @own_errors()
-def verify(directory: str | Path) -> Verification:
-    """Check a folder that `convert_model` wrote: hashes, names, shapes, config, what Swift needs.
+@checked
+def verify(
+    directory: Annotated[_File, Option("A folder that `convert` wrote.")],
+) -> Verification:
+    """Check DIRECTORY: hashes, names, shapes and config, and what Swift apps need.
 
     What is wrong stands in the result (`errors`, `findings`); it is not raised.
 
@@ -286,33 +270,35 @@ def verify(directory: str | Path) -> Verification:
     """
     from apertus_mlx.convert.check.verify import verify as run
 
-    expect(_Name, directory=directory)
     return run(Path(directory))
 
 
 @own_errors()
+@checked
 def evaluate(
-    models: str | Path | Sequence[str | Path],
+    models: Annotated[
+        _Name | Sequence[_Name], Option("Model folders or Hub ids.", metavar="MODEL")
+    ],
     *,
-    reference: str | Path,
-    text: str | Path | Sequence[str | Path] | None = None,
-    tokens: int = 2048,
-    revision: str | None = None,
-    reference_revision: str | None = None,
-    offline: bool = False,
+    reference: Annotated[_Name, Option("Model folder or Hub id to compare with.")],
+    text: Annotated[
+        _File | Sequence[_File] | None,
+        Option("Text, JSONL or chat file, or folder of such; default: built in."),
+    ] = None,
+    tokens: Annotated[int, Option("Most tokens per language.", Range(2, 2**24))] = 2048,
+    revision: Annotated[
+        str | None, Option("Branch, tag or commit of the models from the Hub.")
+    ] = None,
+    reference_revision: Annotated[
+        str | None, Option("Branch, tag or commit of the reference.")
+    ] = None,
+    offline: Offline = False,
     progress: OnProgress | None = None,
 ) -> Comparison:
-    """Measure how far the predictions of `models` are from those of `reference`.
+    """Measure how far each MODEL's predictions are from those of the reference.
 
-    Args:
-        models: one or several models, in any form that `convert_model` reads.
-        reference: the model that they were made from.
-        text: text files or folders; by default built in.
-        tokens: most tokens per language.
-        revision: branch, tag or commit of the models from the Hub.
-        reference_revision: the same of the reference.
-        offline: use only what is on this machine.
-        progress: told of the stages `downloading` and `measuring`.
+    Models come in any form that `convert_model` reads. `progress` is told of the stages
+    `downloading` and `measuring`.
 
     Raises:
         UsageError: different vocabularies or too little text.
@@ -322,16 +308,9 @@ def evaluate(
     from apertus_mlx.convert.evaluation.evaluate import measure_all
     from apertus_mlx.convert.evaluation.texts import hold_out, read_texts
 
-    given = expect_list(_Name, models=models)
-    expect(_Name, reference=reference)
-    expect(int, tokens=tokens)
-    expect(str | None, revision=revision, reference_revision=reference_revision)
-    expect(bool, offline=offline)
-    expect_range(2, 2**24, tokens=tokens)
-    files = expect_paths(text=text)
-    if not given:
+    files, names = [Path(each) for each in as_list(text)], as_list(models)
+    if not names:
         raise UsageError("models: give at least one")
-    names = [name for name in given if isinstance(name, str | Path)]
     labels = _labels(names)
     # Of the built-in texts those that no conversion calibrates on.
     texts = read_texts(files) if files else hold_out(read_texts())[1]
@@ -347,44 +326,41 @@ def evaluate(
 
 
 @own_errors()
+@checked
 def distill(
-    teacher: str | Path,
-    student: str | Path,
-    out: str | Path | None = None,
+    teacher: Annotated[_Name, Option("Model folder or Hub id to learn from.")],
+    student: Annotated[
+        _File, Option("Quantized folder made by convert; not changed.", metavar="STUDENT_DIR")
+    ],
+    out: Annotated[
+        _File | None, Option("Output folder; default: the student's name and -distilled, here.")
+    ] = None,
     *,
-    text: str | Path | Sequence[str | Path] | None = None,
-    tokens: int = 2**20,
-    epochs: int = 1,
-    window: int = 256,
-    train: str = "weights",
-    learning_rate: float = 1e-3,
-    text_share: float = 0.1,
-    top_k: int = 64,
-    seed: int = 0,
-    resume: bool = False,
-    offline: bool = False,
+    text: Annotated[
+        _File | Sequence[_File] | None,
+        Option("Text, JSONL or chat file, or folder of such; default: built in, small."),
+    ] = None,
+    tokens: Annotated[int, Option("Most tokens to learn from.", Range(2, 2**31))] = 2**20,
+    epochs: Annotated[int, Option("How often each text is seen.", Range(1, 10_000))] = 1,
+    window: Annotated[int, Option("Tokens that are read in one piece.", Range(2, 2**16))] = 256,
+    train: Annotated[
+        str, Option("weights, or scales (and norms) with codes as they are.")
+    ] = "weights",
+    learning_rate: Annotated[float, Option("Highest rate, relative to a typical scale.")] = 1e-3,
+    text_share: Annotated[
+        float,
+        Option("Share of the text itself in the loss; 0 follows the teacher alone.", Range(0, 1)),
+    ] = 0.1,
+    top_k: Annotated[int, Option("Tokens that the teacher names.", Range(1, 4096))] = 64,
+    seed: Annotated[int, Option("Same seed, same result.", Range(0, 2**63 - 1))] = 0,
+    resume: Annotated[bool, Option("Continue an interrupted distillation.")] = False,
+    offline: Offline = False,
     progress: OnProgress | None = None,
 ) -> Distillation:
-    """Train a quantized model to predict what the model that it was made from predicts.
+    """Let STUDENT_DIR learn from TEACHER; writes a folder of the same format and size.
 
-    Args:
-        teacher: the model to learn from.
-        student: a quantized folder that `convert_model` wrote; it is not changed.
-        out: the output folder, of the student's format and size; by default the student's name
-            and `-distilled`, in the current folder.
-        text: text files or folders; by default built in, little.
-        tokens: most tokens to learn from.
-        epochs: how often each text is seen.
-        window: tokens that are read in one piece.
-        train: `weights`, or `scales` (and norms) with codes as they are.
-        learning_rate: the highest rate, relative to a typical scale.
-        text_share: share of the text itself in the loss, from 0 (the teacher alone) to 1.
-        top_k: tokens that the teacher names at each position.
-        seed: the same seed gives the same result.
-        resume: continue an interrupted distillation.
-        offline: use only what is on this machine.
-        progress: told of the stages `downloading`, `asking the teacher`, `learning` and
-            `measuring`.
+    `progress` is told of the stages `downloading`, `asking the teacher`, `learning` and
+    `measuring`.
 
     Raises:
         UsageError: the two do not fit each other, too little text, an output that is taken.
@@ -397,25 +373,11 @@ def distill(
     from apertus_mlx.convert.distill.student import TRAINED
     from apertus_mlx.convert.distill.training import Options, best
 
-    expect(_Name, teacher=teacher, student=student)
-    expect(_Name | None, out=out)
-    expect(int, tokens=tokens, epochs=epochs, window=window, top_k=top_k, seed=seed)
-    expect(int | float, learning_rate=learning_rate, text_share=text_share)
-    expect(str, train=train)
-    expect(bool, resume=resume, offline=offline)
-    expect_range(2, 2**31, tokens=tokens)
-    expect_range(1, 10_000, epochs=epochs)
-    expect_range(2, 2**16, window=window)
-    expect_range(1, 4096, top_k=top_k)
-    expect_range(0, 2**63, seed=seed)
     if not 0 < learning_rate <= 1:
         raise UsageError(f"--learning-rate {learning_rate}: expected above 0 and at most 1")
-    if not 0 <= text_share <= 1:
-        raise UsageError(f"--text-share {text_share}: expected a share from 0 to 1")
-    files = expect_paths(text=text)
-    trained = next((trained for trained in TRAINED if train == trained), None)
-    if trained is None:
-        raise UsageError(f"--train {train[:40]!r}: expected {' or '.join(TRAINED)}")
+    files = [Path(each) for each in as_list(text)]
+    expect_one_of(TRAINED, train=train)
+    trained = next(trained for trained in TRAINED if train == trained)
     options = Options(trained, epochs, learning_rate, text_share, top_k, seed)
     folder = _locate(teacher, None, offline, progress)
     name = str(teacher) if _is_on_hub(teacher) else folder.resolve().name

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apertus_mlx.checkpoint.config_keys import KeyReader
+from apertus_mlx.system.arguments import Range
 from apertus_mlx.system.model_files import exists
 from apertus_mlx.system.strict_json import read_object
 
@@ -27,28 +28,10 @@ SMALLEST_PENALTY, LARGEST_PENALTY = 1e-20, 100.0
 LARGEST_TEMPERATURE = 100.0
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The numbers that a parameter of sampling may be, and how to say so; `or_off`: 0, too."""
-
-    low: float
-    high: float
-    or_off: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether it may be `value`."""
-        return self.low <= value <= self.high or (self.or_off and value == 0)
-
-    @property
-    def words(self) -> str:
-        """What it may be."""
-        return ("0 (off), or " if self.or_off else "") + f"from {self.low:.2g} to {self.high:g}"
-
-
 RANGES = {
     "temperature": Range(0, LARGEST_TEMPERATURE),
     "top_p": Range(SMALLEST_SHARE, 1),
-    "min_p": Range(SMALLEST_SHARE, 1, or_off=True),
+    "min_p": Range(SMALLEST_SHARE, 1, or_zero=True),
     "repetition_penalty": Range(SMALLEST_PENALTY, LARGEST_PENALTY),
 }
 
@@ -91,5 +74,5 @@ def read_generation_config(directory: Path, vocab_size: int) -> GenerationConfig
 def _number(keys: KeyReader, key: str) -> float | None:
     value = keys.optional_number(key, -math.inf, math.inf)
     if value is not None and not RANGES[key].holds(value):
-        raise keys.error(key, f"a number {RANGES[key].words}", value)
+        raise keys.error(key, f"a number, {RANGES[key]}", value)
     return value

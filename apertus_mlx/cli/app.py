@@ -18,6 +18,7 @@ from apertus_mlx.cli.eval import evaluate
 from apertus_mlx.cli.generate import generate
 from apertus_mlx.cli.inspect import inspect
 from apertus_mlx.cli.models import models
+from apertus_mlx.cli.options import spread
 from apertus_mlx.cli.output import print_data
 from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
@@ -56,8 +57,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (generate, chat, models, inspect, plan, convert, distill, verify, bench, doctor):
-    app.command(cls=_Command)(command)
-app.command("eval", cls=_Command)(evaluate)
+    app.command(cls=_Command)(spread(command))
+app.command("eval", cls=_Command)(spread(evaluate))
 
 
 def _show_version(wanted: bool) -> None:

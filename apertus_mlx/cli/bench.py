@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from apertus_mlx.cli import options
 from apertus_mlx.cli.output import Table, note, print_report
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.system.arguments import Option, Range
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -34,47 +32,22 @@ SIDES = (
 )
 
 
-class Peer(enum.StrEnum):
-    """What to compare with."""
-
-    MLX_LM = "mlx-lm"
-
-
-@options.spread
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
-    ] = None,
+    model: options.ModelArgument = None,
     *,
     prompt_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-tokens", help="Lengths of prompts; default: 128,512,2048, '' for none."
-        ),
+        str | None, Option("Lengths of prompts; default: 128,512,2048, '' for none.")
     ] = None,
     depths: Annotated[
-        str | None,
-        typer.Option(
-            "--depths", help="Tokens before those decoded; default: 0,1024,4096, '' for none."
-        ),
+        str | None, Option("Tokens before those decoded; default: 0,1024,4096, '' for none.")
     ] = None,
-    new_tokens: Annotated[
-        int, typer.Option("--new-tokens", min=1, max=MAX_COUNT, help="Tokens decoded at a depth.")
-    ] = 64,
-    rounds: Annotated[
-        int, typer.Option("--rounds", min=1, max=MAX_COUNT, help="How often all is measured.")
-    ] = 5,
+    new_tokens: Annotated[int, Option("Tokens decoded at a depth.", Range(1, MAX_COUNT))] = 64,
+    rounds: Annotated[int, Option("How often all is measured.", Range(1, MAX_COUNT))] = 5,
     against: Annotated[
-        Peer | None,
-        typer.Option("--against", help="Measure this in turn, in a process of its own: mlx-lm."),
+        Literal["mlx-lm"] | None, Option("Measure this in turn, in a process of its own: mlx-lm.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**32, help="Same seed, same random prompts.")
-    ] = 0,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Draw speed against depth into this SVG, PNG or PDF file."),
-    ] = None,
+    seed: Annotated[int, Option("Same seed, same random prompts.", Range(0, 2**32))] = 0,
+    plot: options.PlotOption = None,
     settings: RunOptions,
     json: options.JsonOption = False,
 ) -> None:

@@ -23,10 +23,9 @@ HELP = """/undo    forget the last question and its answer
 /exit    leave (or Ctrl-D); a line that ends with \\ continues on the next"""
 
 
-@options.spread
 def chat(
-    model: options.ModelOption = None,
     *,
+    model: options.ModelOption = None,
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
     sampling: SamplingOptions,

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from apertus_mlx.cli import options
 from apertus_mlx.cli.output import Table, note, print_report
+from apertus_mlx.generation.options import DType, Offline, Revision
+from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -22,19 +22,15 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
-    ] = None,
+    model: options.ModelArgument = None,
+    *,
     tune: Annotated[
-        bool,
-        typer.Option("--tune", help="Time the kernels too, and turn on those that are faster."),
+        bool, Option("Time the kernels too, and turn on those that are faster.")
     ] = False,
-    reset: Annotated[
-        bool, typer.Option("--reset", help="Forget what was found out; all kernels are off then.")
-    ] = False,
-    dtype: options.DTypeOption = None,
-    revision: options.RevisionOption = None,
-    offline: options.OfflineOption = False,
+    reset: Annotated[bool, Option("Forget what was found out; all kernels are off then.")] = False,
+    dtype: Annotated[DType | None, Option("Type to compute in; default: what suits.")] = None,
+    revision: Revision = None,
+    offline: Offline = False,
     json: options.JsonOption = False,
 ) -> None:
     """Show what this machine is, and prove the Metal kernels that MODEL can use.
@@ -62,7 +58,7 @@ def doctor(
     name = (
         "embedded" if model is None else directory.resolve().name if Path(model).is_dir() else model
     )
-    dtype_name = dtype.value if dtype else type_key(compute_dtype(inventory))
+    dtype_name = dtype or type_key(compute_dtype(inventory))
     if has_metal():
         _require_memory(inventory, dtype_name)
     chosen = [*([model] if model else []), *(["--dtype", dtype_name] if dtype else [])]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from apertus_mlx.cli.options import JsonOption, OfflineOption
+from apertus_mlx.cli.options import JsonOption, PlotOption
 from apertus_mlx.cli.output import Table, note, print_report
 from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.tools import evaluate as run
 
 if TYPE_CHECKING:
     from apertus_mlx.convert.evaluation.evaluate import Evaluation
@@ -22,53 +21,18 @@ HEADER = ("tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "
 
 # The name of the command; `eval` itself is Python's.
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model folders or Hub ids.", metavar="MODEL")],
-    reference: Annotated[
-        str, typer.Option("--reference", help="Model folder or Hub id to compare with.")
-    ],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--text", help="Text, JSONL or chat file, or folder of such; default: built in."
-        ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=2, max=2**24, help="Most tokens per language.")
-    ] = 2048,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", help="Draw divergence against bytes into this SVG, PNG or PDF file."
-        ),
-    ] = None,
+    given: Annotated[dict[str, Any], run],
+    *,
+    plot: PlotOption = None,
     json: JsonOption = False,
-    revision: Annotated[
-        str | None,
-        typer.Option("--revision", help="Branch, tag or commit of the models from the Hub."),
-    ] = None,
-    reference_revision: Annotated[
-        str | None,
-        typer.Option("--reference-revision", help="Branch, tag or commit of the reference."),
-    ] = None,
-    offline: OfflineOption = False,
 ) -> None:
     """Measure how far each MODEL's predictions are from those of the reference."""
     from apertus_mlx.cli.plot import check_plot
-    from apertus_mlx.tools import evaluate as run
 
     if plot is not None:
         check_plot(plot)
     with show_progress() as progress:
-        found = run(
-            models,
-            reference=reference,
-            text=text,
-            tokens=tokens,
-            revision=revision,
-            reference_revision=reference_revision,
-            offline=offline,
-            progress=progress,
-        )
+        found = run(**given, progress=progress)
     print_report(json, found.as_json, lambda: [_table(found.models)])
     if not json:
         _note_floor()

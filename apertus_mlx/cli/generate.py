@@ -8,13 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from apertus_mlx.cli import options
 from apertus_mlx.cli.output import note, print_json, print_pieces
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.prompt_text import read_prompt
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
+from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -22,25 +21,19 @@ if TYPE_CHECKING:
     from apertus_mlx.memory import Fit
 
 
-@options.spread
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to say to the model; default: standard input.")
+        str | None, Option("What to say to the model; default: standard input.")
     ] = None,
-    model: options.ModelOption = None,
     *,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as text, without chat template.")
-    ] = False,
+    model: options.ModelOption = None,
+    raw: Annotated[bool, Option("Continue the prompt as text, without chat template.")] = False,
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
     sampling: SamplingOptions,
     settings: RunOptions,
     prompt_cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompt-cache", help="Resume the prompt from this file; it is made if not there."
-        ),
+        Path | None, Option("Resume the prompt from this file; it is made if not there.")
     ] = None,
     json: options.JsonOption = False,
 ) -> None:

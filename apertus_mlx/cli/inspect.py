@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from apertus_mlx.cli import options
 from apertus_mlx.cli.output import print_report
+from apertus_mlx.generation.options import Offline, Revision
 from apertus_mlx.system.sizes import format_bytes
 
 
 def inspect(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
-    ] = None,
-    revision: options.RevisionOption = None,
-    offline: options.OfflineOption = False,
+    model: options.ModelArgument = None,
+    *,
+    revision: Revision = None,
+    offline: Offline = False,
     json: options.JsonOption = False,
 ) -> None:
     """Show geometry, size, quantization, context and control tokens of a checkpoint."""

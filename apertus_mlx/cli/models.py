@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from apertus_mlx.cli.options import JsonOption, OfflineOption
+from apertus_mlx.cli.options import JsonOption
 from apertus_mlx.cli.output import Table, note, print_report
 from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.errors import ApertusError, UsageError
+from apertus_mlx.generation.options import Offline
+from apertus_mlx.system.arguments import Option, Range
 from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -23,22 +23,19 @@ DEFAULT_CONTEXT = 4096
 
 
 def models(
-    download: Annotated[
-        str | None, typer.Option("--download", metavar="ID", help="Download this model.")
-    ] = None,
+    *,
+    download: Annotated[str | None, Option("Download this model.", metavar="ID")] = None,
     remove: Annotated[
-        str | None,
-        typer.Option("--remove", metavar="ID", help="Remove this model from the Hub's cache."),
+        str | None, Option("Remove this model from the Hub's cache.", metavar="ID")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without a question.")] = False,
+    yes: Annotated[bool, Option("Remove without a question.")] = False,
     context: Annotated[
-        int, typer.Option("--context", min=1, help="Tokens of prompt and answer to plan for.")
+        int, Option("Tokens of prompt and answer to plan for.", Range(1, 2**31))
     ] = DEFAULT_CONTEXT,
     device: Annotated[
-        str | None,
-        typer.Option("--device", help="Plan for iphone-15-pro, 6GB, ...; default: this machine."),
+        str | None, Option("Plan for iphone-15-pro, 6GB, ...; default: this machine.")
     ] = None,
-    offline: OfflineOption = False,
+    offline: Offline = False,
     json: JsonOption = False,
 ) -> None:
     """List the released models and those on this disk: download, memory, whether they fit.

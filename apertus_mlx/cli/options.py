@@ -1,181 +1,97 @@
-"""Options that several commands share, so that they read and behave the same everywhere."""
+"""The options of commands, made of the annotations of functions and dataclasses."""
 
 from __future__ import annotations
 
 import enum
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from apertus_mlx.generation.options import CacheOptions, RunOptions, SamplingOptions
+from apertus_mlx.system.arguments import Option, find_option, hints_of, kinds_of
 
-
-class DType(enum.StrEnum):
-    """Types to compute in."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class Compute(enum.StrEnum):
-    """What computes."""
-
-    AUTO = "auto"
-    MLX = "mlx"
-    CPU = "cpu"
-
-
-class Precision(enum.StrEnum):
-    """What activations are rounded to inside matrix products on the CPU."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    INT8 = "int8"
-
-
+ModelArgument = Annotated[
+    str | None, Option("Model folder or Hub id; default: the embedded model.")
+]
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model", "-m", help="Model folder or Hub id (org/name); default: the embedded model."
-    ),
+    Option("Model folder or Hub id (org/name); default: the embedded model.", flags="-m"),
 ]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
+SystemOption = Annotated[str | None, Option("System message.", flags="-s")]
+ThinkOption = Annotated[bool, Option("Let the model deliberate first (shown on stderr).")]
+PlotOption = Annotated[
+    Path | None, Option("Draw what was measured into this SVG, PNG or PDF file.")
 ]
-OfflineOption = Annotated[
-    bool, typer.Option("--offline", help="Use only what is already on this machine.")
-]
-SystemOption = Annotated[str | None, typer.Option("--system", "-s", help="System message.")]
-ThinkOption = Annotated[
-    bool, typer.Option("--think", help="Let the model deliberate first (shown on stderr).")
-]
-DTypeOption = Annotated[
-    DType | None, typer.Option("--dtype", help="Type to compute in; default: what suits.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-# The options of `SamplingOptions`, `CacheOptions` and `RunOptions`, in the order of the help.
-_OPTIONS: dict[str, Any] = {
-    "max_tokens": Annotated[
-        int,
-        typer.Option("--max-tokens", "-n", min=1, max=2**31 - 1, help="Most tokens to generate."),
-    ],
-    "temperature": Annotated[
-        float | None,
-        typer.Option(
-            "--temperature",
-            "--temp",
-            "-t",
-            help="0 takes the likeliest token; default: the model's.",
-        ),
-    ],
-    "top_p": Annotated[
-        float | None, typer.Option("--top-p", help="Keep the likeliest tokens up to this mass.")
-    ],
-    "top_k": Annotated[
-        int | None, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")
-    ],
-    "min_p": Annotated[
-        float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")
-    ],
-    "repetition_penalty": Annotated[
-        float | None, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")
-    ],
-    "seed": Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")],
-    "stop": Annotated[
-        list[str] | None,
-        typer.Option("--stop", help="End the answer before this text; repeatable."),
-    ],
-    "dtype": DTypeOption,
-    "compute": Annotated[
-        Compute, typer.Option("--compute", help="mlx, or cpu where MLX has no GPU; auto chooses.")
-    ],
-    "precision": Annotated[
-        Precision,
-        typer.Option(
-            "--precision",
-            help="Type of activations on the CPU; auto: int8 with weights of few bits, else "
-            "float32.",
-        ),
-    ],
-    "kv_bits": Annotated[
-        int | None,
-        typer.Option(
-            "--kv-bits", help="Bits of cached keys and values: 2, 3, 4, 6, 8 or 16 (full)."
-        ),
-    ],
-    "kv_bits_v": Annotated[
-        int | None,
-        typer.Option("--kv-bits-v", help="Bits of cached values; default: those of keys."),
-    ],
-    "max_kv": Annotated[
-        int | None,
-        typer.Option(
-            "--max-kv", help="Keep at most this many positions: the first few, the latest."
-        ),
-    ],
-    "kv_sink": Annotated[
-        int | None, typer.Option("--kv-sink", help="First positions that always stay; default: 4.")
-    ],
-    "kv_rotate": Annotated[
-        bool | None,
-        typer.Option(
-            "--kv-rotate/--no-kv-rotate",
-            help="Rotate keys before they are quantized; default: where heads allow it.",
-        ),
-    ],
-    "prefill_step": Annotated[
-        int | None,
-        typer.Option(
-            "--prefill-step",
-            min=1,
-            max=2**20,
-            help="Prompt tokens per step; default: 512, or less.",
-        ),
-    ],
-    "memory_limit": Annotated[
-        str | None,
-        typer.Option(
-            "--memory-limit", help="Stay below this, as 1.2GB; default: what the machine can give."
-        ),
-    ],
-    "force": Annotated[
-        bool, typer.Option("--force", help="Try even where the memory will not suffice.")
-    ],
-    "revision": RevisionOption,
-    "offline": OfflineOption,
-}
+JsonOption = Annotated[bool, Option("Print one JSON object.")]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` an option for each field of its parameters that are dataclasses of options."""
-    signature = inspect.signature(command, eval_str=True)
+    """Give `command` the options that its annotations and those of its groups say.
+
+    A group is a parameter annotated with a dataclass, which is made of its fields' options, or with
+    `Annotated[dict[str, Any], function]`: what the command line gives of the function's arguments.
+    """
     parameters, groups = [], {}
-    for parameter in signature.parameters.values():
-        group = parameter.annotation
-        if group not in (SamplingOptions, CacheOptions, RunOptions):
-            parameters.append(parameter)
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        target = parameter.annotation
+        make = target if inspect.isclass(target) and hasattr(target, "__post_init__") else None
+        if get_origin(target) is Annotated and inspect.isfunction(target.__metadata__[0]):
+            target, make = target.__metadata__[0], dict
+        if make is None:
+            parameters.append(_typed(parameter, parameter.annotation))
             continue
-        groups[parameter.name] = group
-        defaults = {field.name: field.default for field in fields(group)}
-        for name in _OPTIONS:
-            if name in defaults:
-                option = parameter.replace(
-                    name=name, annotation=_OPTIONS[name], default=defaults[name]
-                )
-                parameters.append(option)
+        options = list(_options(target))
+        groups[parameter.name] = make, [option.name for option in options]
+        parameters += options
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        for name, (make, names) in groups.items():
+            given[name] = make(**{each: given.pop(each) for each in names})
         command(**given)
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
     return run
+
+
+def _options(target: Callable[..., object]) -> Iterator[inspect.Parameter]:
+    hints = hints_of(target)
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.name in hints and find_option(hints[parameter.name]):
+            yield _typed(parameter, hints[parameter.name])
+
+
+def _typed(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
+    """The parameter as typer reads it. Of several types the command line gives the first."""
+    option, kinds = find_option(hint), kinds_of(hint)
+    if option is None:
+        return parameter
+    kind: Any = kinds[0]
+    several = [each for each in kinds if get_origin(each) is Sequence]
+    if kind in several:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        choices: Any = enum.StrEnum
+        kind = choices(parameter.name, {value: value for value in get_args(kind)})
+    if several:
+        kind = list[kind]
+    if NoneType in kinds:
+        kind = kind | None
+    words: dict[str, Any] = {"help": option.words, "metavar": option.metavar}
+    if int in kinds and option.range is not None and option.range.most <= 2**31:
+        words |= {"min": option.range.least, "max": option.range.most}
+    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+        return parameter.replace(annotation=Annotated[kind, typer.Argument(**words)])
+    flag = f"--{parameter.name.replace('_', '-')}"
+    if bool in kinds and NoneType in kinds:
+        flag += f"/--no-{flag[2:]}"
+    return parameter.replace(
+        annotation=Annotated[kind, typer.Option(flag, *option.flags.split(), **words)]
+    )

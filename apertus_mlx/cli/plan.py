@@ -4,58 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from apertus_mlx.cli import options
+from apertus_mlx.cli.options import JsonOption
 from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.generation.options import CacheOptions
 from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.tools import plan as run
 
 if TYPE_CHECKING:
     from apertus_mlx.memory.report import MemoryPlan
 
 
-@options.spread
 def plan(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; default: the embedded model.")
-    ] = None,
-    *,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            help="iphone-15-pro, m1-8gb, m4-pro-24gb, ... or a size as 6GB; default: this machine.",
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option("--context", min=1, help="Tokens of prompt and answer; default: 4096."),
-    ] = None,
-    cache: CacheOptions,
-    revision: options.RevisionOption = None,
-    offline: options.OfflineOption = False,
-    json: options.JsonOption = False,
+    given: Annotated[dict[str, Any], run], cache: CacheOptions, *, json: JsonOption = False
 ) -> None:
     """Show what MODEL takes in memory, whether it fits a device, and the best settings there.
 
     A Hub id is planned from its headers; no weights are downloaded.
     """
-    from apertus_mlx.tools import plan as run
-
     with show_progress() as progress:
-        report = run(
-            model,
-            device=device,
-            context=context,
-            **asdict(cache),
-            revision=revision,
-            offline=offline,
-            progress=progress,
-        )
+        report = run(**given, **asdict(cache), progress=progress)
     print_report(json, report.as_json, lambda: _words(report))
 
 

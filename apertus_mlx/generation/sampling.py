@@ -17,8 +17,9 @@ import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint.generation_config import GenerationConfig
-from apertus_mlx.generation.options import SamplingOptions, require_ranges
+from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.model.language_model import NextTokenLogits
+from apertus_mlx.system.arguments import check_fields
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.8, 0.9
 # Below it even neighbours in float32 differ by a factor of 7 or more in probability (logits of 20):
@@ -42,7 +43,7 @@ class SamplingParams:
     seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
 
     def __post_init__(self) -> None:
-        require_ranges(self)
+        check_fields(self, SamplingOptions)
 
     @property
     def greedy(self) -> bool:

@@ -321,6 +321,15 @@ def test_importing_is_cheap_and_names_are_there() -> None:
         _ = apertus_mlx.nonsense  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("end", ["model.generate('hi', max_tokens=2)", "next(stream)"])
+def test_a_program_may_end_without_closing(end: str) -> None:
+    script = f"import apertus_mlx\nmodel = apertus_mlx.load()\nstream = model.stream('hi')\n{end}\n"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("group", "keywords"),
     [

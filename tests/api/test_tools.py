@@ -327,7 +327,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (plan, {"context": "9"}, "context: expected int or None, not str"),
     (plan, {"kv_rotate": 1}, "kv_rotate: expected bool or None, not int"),
     (plan, {"offline": "no"}, "offline: expected bool, not str"),
-    (verify, {"directory": None}, "directory: expected str or Path, not NoneType"),
+    (verify, {"directory": None}, "directory: expected Path or str, not NoneType"),
     (evaluate, {"models": None, "reference": "x"}, "models: expected|models: give"),
     (evaluate, {"models": [7], "reference": "x"}, "models: expected str or Path, not int"),
     (evaluate, {"models": "x", "reference": 7}, "reference: expected"),

@@ -461,7 +461,7 @@ def test_too_little_text(teacher: Path, student: Path, tmp_path: Path) -> None:
         (["--train", "everything"], 2, "weights or scales"),
         (["--learning-rate", "0"], 2, "above 0"),
         (["--learning-rate", "nan"], 2, "above 0"),
-        (["--text-share", "1.5"], 2, "from 0 to 1"),
+        (["--text-share", "1.5"], 2, "expected 0 to 1"),
         (["--plot", "curve.txt"], 2, "--plot"),
         (["--text", "absent.txt"], 4, "no such file"),
     ],
