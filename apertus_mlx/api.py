@@ -24,14 +24,13 @@ from typing import Annotated, Any, Self, TypeVar, Unpack, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from apertus_mlx import hub
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.backend.memory_limits import mlx_limits
-from apertus_mlx.demo import model_dir
-from apertus_mlx.errors import NotFoundError, UsageError
+from apertus_mlx.demo import locate
+from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
-from apertus_mlx.generation.memory_plan import describe_plan, report_plan
+from apertus_mlx.generation.memory_plan import describe_plan, plan_memory, report_plan
 from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder, open_folder
 from apertus_mlx.generation.options import (
     CHAT_CONTEXT,
@@ -93,12 +92,10 @@ def load(
     """
     settings = RunOptions(**options)
     report = progress or (lambda _: None)
-    folder = open_folder(_locate(model, settings, progress))
+    folder = open_folder(locate(model, settings.revision, settings.offline, progress))
     context = context or CHAT_CONTEXT
-    plan = folder.plan(settings, context)
+    plan = plan_memory(folder.inventory, settings, context)
     notes = list(folder.notes)
-    if folder.template is None:
-        notes.append("the model has no chat template (a base model?); it continues text")
     if (line := describe_plan(plan, settings, context)) is not None:
         notes.append(line)
     if not has_gpu():
@@ -114,22 +111,6 @@ def load(
         size_bytes = folder.inventory.checkpoint.size_bytes
         report(Progress("loading", size_bytes, size_bytes, "bytes"))
         return Apertus(loaded, plan, notes, stream, stack.pop_all())
-
-
-def _locate(
-    model: str | os.PathLike[str] | None, settings: RunOptions, progress: OnProgress | None
-) -> Path:
-    """The folder of `model`, fetched from the Hub if it is an id."""
-    if model is None:
-        return model_dir()
-    if not isinstance(model, str) and not Path(model).exists():
-        raise NotFoundError(f"{os.fspath(model)}: no such folder")
-    return hub.locate(
-        os.fspath(model),
-        revision=settings.revision,
-        offline=settings.offline,
-        progress=progress,
-    )
 
 
 class Apertus:

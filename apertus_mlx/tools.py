@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
+from apertus_mlx.demo import locate
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import (
     CacheKeywords,
@@ -240,20 +241,15 @@ def plan(
         NotFoundError: there is no such model, or it cannot be reached.
         RejectedError: the checkpoint is damaged or has to be converted first.
     """
-    from apertus_mlx.backend.choose import uses_cpu
-    from apertus_mlx.backend.hardware import available_bytes, has_gpu
-    from apertus_mlx.memory import Device
+    from apertus_mlx.generation.memory_plan import find_device
     from apertus_mlx.memory.report import plan_for_device
 
     options = CacheOptions(**cache)
-    form, prefill_step = options.form, options.prefill_step
-    target = _read_device(device)
+    target, on_gpu, precision = find_device(device)
     inventory = _inventory(model, revision, offline, progress)
-    if target is not None:  # every device by name is Apple's; only this machine may lack a GPU
-        return plan_for_device(inventory, target, context, form, prefill_step, True, None)
-    precision = "auto" if uses_cpu("auto", None) else None
-    here = Device("this machine", available_bytes())
-    return plan_for_device(inventory, here, context, form, prefill_step, has_gpu(), precision)
+    return plan_for_device(
+        inventory, target, context, options.form, options.prefill_step, on_gpu, precision
+    )
 
 
 @own_errors()
@@ -317,10 +313,10 @@ def evaluate(
     # `revision` is that of models from the Hub; it is refused where there is none.
     on_hub = [_is_on_hub(name) for name in names]
     folders = [
-        _locate(name, revision if remote or not any(on_hub) else None, offline, progress)
+        locate(name, revision if remote or not any(on_hub) else None, offline, progress)
         for name, remote in zip(names, on_hub, strict=True)
     ]
-    origin = _locate(reference, reference_revision, offline, progress)
+    origin = locate(reference, reference_revision, offline, progress)
     found = measure_all(folders, origin, texts, tokens, _stage(progress, "measuring"))
     return Comparison(dict(zip(labels, found, strict=True)))
 
@@ -379,7 +375,7 @@ def distill(
     expect_one_of(TRAINED, train=train)
     trained = next(trained for trained in TRAINED if train == trained)
     options = Options(trained, epochs, learning_rate, text_share, top_k, seed)
-    folder = _locate(teacher, None, offline, progress)
+    folder = locate(teacher, None, offline, progress)
     name = str(teacher) if _is_on_hub(teacher) else folder.resolve().name
     job = prepare(folder, Path(student), name, options, files, tokens, window)
     if not files:
@@ -409,23 +405,6 @@ def _is_on_hub(model: str | Path) -> bool:
     return isinstance(model, str) and is_repo_id(model) and not Path(model).expanduser().exists()
 
 
-def _locate(
-    model: str | Path | None, revision: str | None, offline: bool, progress: OnProgress | None
-) -> Path:
-    """The folder of `model`, fetched from the Hub if it is an id; the embedded one by default."""
-    from apertus_mlx.errors import NotFoundError
-    from apertus_mlx.hub import locate
-
-    if model is None:
-        from apertus_mlx.demo import model_dir
-
-        _log.info("using the small demonstration model in the package")
-        return model_dir()
-    if isinstance(model, Path) and not model.expanduser().exists():
-        raise NotFoundError(f"{model}: no such folder")
-    return locate(str(model), revision=revision, offline=offline, progress=progress)
-
-
 def _inventory(
     model: str | Path | None, revision: str | None, offline: bool, progress: OnProgress | None
 ) -> Inventory:
@@ -435,7 +414,7 @@ def _inventory(
     if isinstance(model, str) and not offline and _is_on_hub(model):
         _log.info(f"{model}: reading config and headers")
         return fetch_headers(model, revision or "main").inventory()
-    folder = _locate(model, revision, offline, progress)
+    folder = locate(model, revision, offline, progress)
     return take_inventory(folder, None if model is None else str(model))
 
 
@@ -524,7 +503,7 @@ def _prepare(
         snapshot = resolve(name, revision=revision, offline=offline, progress=progress)
         folder, commit = snapshot.directory, snapshot.commit
     else:
-        folder = _locate(source, revision, offline, progress)
+        folder = locate(source, revision, offline, progress)
         name = EMBEDDED_NAME if source is None else folder.resolve().name
     target = out or Path(default_name(name, request))
     partial = partial_path(target)

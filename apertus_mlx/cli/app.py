@@ -19,7 +19,6 @@ from apertus_mlx.cli.generate import generate
 from apertus_mlx.cli.inspect import inspect
 from apertus_mlx.cli.models import models
 from apertus_mlx.cli.options import spread
-from apertus_mlx.cli.output import print_data
 from apertus_mlx.cli.plan import plan
 from apertus_mlx.cli.verify import verify
 
@@ -63,7 +62,7 @@ app.command("eval", cls=_Command)(spread(evaluate))
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print_data(__version__)
+        sink.put(__version__)
         raise typer.Exit
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from apertus_mlx.cli import options
-from apertus_mlx.cli.output import Table, note, print_report
+from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import token_progress
+from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.system.arguments import Option, Range
 from apertus_mlx.system.sizes import format_bytes
@@ -59,10 +60,10 @@ def bench(
     from apertus_mlx.backend.hardware import has_library
     from apertus_mlx.cache.config import FULL_BITS
     from apertus_mlx.checkpoint.inventory import take_inventory
-    from apertus_mlx.cli.model_source import locate_model
+    from apertus_mlx.cli.model_source import locate_model, plan_run
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.errors import RejectedError, UsageError
-    from apertus_mlx.generation.memory_plan import describe_plan, memory_limit, plan_memory
+    from apertus_mlx.generation.memory_plan import memory_limit
     from apertus_mlx.measure.bench.sides import Settings
     from apertus_mlx.measure.bench.workload import make_workload
     from apertus_mlx.system.model_files import check_folder
@@ -93,9 +94,7 @@ def bench(
     if sides > 1:
         # Both models are in memory at once, so each side gets its share of it.
         settings = replace(settings, memory_limit=memory_limit(settings) // sides)
-    fit = plan_memory(inventory, settings, workload.context)
-    if line := describe_plan(fit, settings, workload.context):
-        note(line)
+    fit = plan_run(inventory, settings, workload.context)
     side_settings = Settings(
         directory=str(directory),
         vocab_size=inventory.config.vocab_size,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from apertus_mlx.cli import options, sink
 from apertus_mlx.cli.generate import summary
-from apertus_mlx.cli.output import note, print_pieces
+from apertus_mlx.cli.output import print_pieces
 from apertus_mlx.cli.prompt_text import open_lines
+from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def chat(
 
     open_lines()
     folder = open_model(model, settings)
-    plan = plan_run(folder, settings, CHAT_CONTEXT)
+    plan = plan_run(folder.inventory, settings, CHAT_CONTEXT)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
         loaded = load_weights(folder, settings)
         _converse(

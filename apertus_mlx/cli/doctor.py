@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from apertus_mlx.cli import options
-from apertus_mlx.cli.output import Table, note, print_report
+from apertus_mlx.cli.output import Table, print_report
+from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import DType, Offline, Revision
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import format_bytes

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from apertus_mlx.cli.options import JsonOption, PlotOption
-from apertus_mlx.cli.output import Table, note, print_report
+from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
+from apertus_mlx.cli.sink import note
 from apertus_mlx.system.sizes import format_bytes
 from apertus_mlx.tools import evaluate as run
 

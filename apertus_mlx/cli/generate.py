@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from apertus_mlx.cli import options
-from apertus_mlx.cli.output import note, print_json, print_pieces
+from apertus_mlx.cli.output import print_json, print_pieces
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.prompt_text import read_prompt
+from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import format_bytes
@@ -48,11 +49,9 @@ def generate(
     require_prompt(text, system, think, raw)
     started = time.perf_counter()
     folder = open_model(model, settings)
-    if folder.template is None and not raw:
-        note("the model has no chat template (a base model?); continuing the prompt as text")
     prompt_ids = folder.prompt_ids(text, system=system, think=think, raw=raw)
     folder.require_room(len(prompt_ids))
-    plan = plan_run(folder, settings, len(prompt_ids) + sampling.max_tokens)
+    plan = plan_run(folder.inventory, settings, len(prompt_ids) + sampling.max_tokens)
     saved = None
     if prompt_cache is not None:
         saved = folder.prompt_cache(prompt_cache, plan.form, settings)

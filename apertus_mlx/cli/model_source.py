@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apertus_mlx.cli.output import note
 from apertus_mlx.cli.progress import byte_progress, show_progress
+from apertus_mlx.cli.sink import note
 
 if TYPE_CHECKING:
+    from apertus_mlx.checkpoint.inventory import Inventory
     from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder
     from apertus_mlx.generation.options import RunOptions
     from apertus_mlx.memory import Fit
@@ -16,15 +17,10 @@ if TYPE_CHECKING:
 
 def locate_model(model: str | None, revision: str | None, offline: bool) -> Path:
     """The folder of `model`, fetched from the Hub if it is an id; the embedded one by default."""
-    if model is None:
-        from apertus_mlx.demo import model_dir
-
-        note("using the small demonstration model in the package; --model takes a real one")
-        return model_dir()
-    from apertus_mlx.hub import locate
+    from apertus_mlx.demo import locate
 
     with show_progress() as progress:
-        return locate(model, revision=revision, offline=offline, progress=progress)
+        return locate(model, revision, offline, progress)
 
 
 def open_model(model: str | None, options: RunOptions) -> ModelFolder:
@@ -37,11 +33,11 @@ def open_model(model: str | None, options: RunOptions) -> ModelFolder:
     return folder
 
 
-def plan_run(folder: ModelFolder, options: RunOptions, context: int) -> Fit:
+def plan_run(inventory: Inventory, options: RunOptions, context: int) -> Fit:
     """See `plan_memory`; tells what it chose if that is not the usual."""
-    from apertus_mlx.generation.memory_plan import describe_plan
+    from apertus_mlx.generation.memory_plan import describe_plan, plan_memory
 
-    plan = folder.plan(options, context)
+    plan = plan_memory(inventory, options, context)
     if line := describe_plan(plan, options, context):
         note(line)
     return plan

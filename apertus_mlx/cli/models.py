@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from apertus_mlx.cli.options import JsonOption
-from apertus_mlx.cli.output import Table, note, print_report
+from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
+from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.generation.options import Offline
 from apertus_mlx.system.arguments import Option, Range
@@ -17,7 +18,6 @@ from apertus_mlx.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory
-    from apertus_mlx.memory import Device
 
 DEFAULT_CONTEXT = 4096
 
@@ -74,17 +74,10 @@ class _Place:
     """Where the models shall run, and with how many tokens."""
 
     def __init__(self, device: str | None, context: int) -> None:
-        from apertus_mlx.backend.choose import uses_cpu
-        from apertus_mlx.backend.hardware import available_bytes, has_gpu
-        from apertus_mlx.memory import Device, parse_device
+        from apertus_mlx.generation.memory_plan import find_device
 
         self.context = context
-        self._on_gpu, self._cpu = True, None
-        if device is not None:
-            self.device: Device = parse_device(device)
-        else:
-            self.device = Device("this machine", available_bytes())
-            self._on_gpu, self._cpu = has_gpu(), "auto" if uses_cpu("auto", None) else None
+        self.device, self._on_gpu, self._cpu = find_device(device)
 
     def memory(self, inventory: Inventory) -> tuple[int, bool]:
         """Bytes that a run takes, and whether there are so many."""

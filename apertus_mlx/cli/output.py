@@ -14,21 +14,11 @@ if TYPE_CHECKING:
     from apertus_mlx.generation.run import Piece
 
 
-def print_data(text: str, end: str = "\n") -> None:
-    """Write a line of a command's result to stdout at once; see `sink.put`."""
-    sink.put(text, end)
-
-
 def print_json(value: Mapping[str, Any]) -> None:
     """Write one JSON object to stdout."""
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     text = json.dumps(value, ensure_ascii=encoding != "utf8", indent=2)
     sink.put_exactly(sink.printable_json(text) + "\n")
-
-
-def note(text: str) -> None:
-    """Write one line for the person to stderr."""
-    sink.note(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +48,7 @@ def print_report(
         return
     for part in words():
         for line in part.lines() if isinstance(part, Table) else [part]:
-            print_data(line)
+            sink.put(line)
 
 
 def print_pieces(pieces: Iterable[Piece]) -> None:
@@ -73,7 +63,7 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
     try:
         for piece in pieces:
             if thinking and not piece.is_thought:
-                note("")
+                sink.note("")
             thinking = piece.is_thought
             if thinking:
                 sink.note(piece.text, end="", keep=sink.LAYOUT)
@@ -86,5 +76,5 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
         missing = "\n"
     finally:
         if thinking:
-            note("")
-        print_data("", end=missing)
+            sink.note("")
+        sink.put("", end=missing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
-from apertus_mlx.cli.output import note
+from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
 
 # Some 15 million tokens; what goes on is no prompt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from apertus_mlx.cli.output import note
+from apertus_mlx.cli.sink import note
 
 
 @contextmanager

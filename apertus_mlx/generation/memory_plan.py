@@ -9,10 +9,22 @@ from apertus_mlx.backend.hardware import available_bytes, has_gpu
 from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.options import RunOptions
-from apertus_mlx.memory import Fit, fit, footprint
+from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
 from apertus_mlx.memory.fit import PREFILL_STEPS
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.system.sizes import format_bytes
+
+
+def find_device(name: str | None) -> tuple[Device, bool, str | None]:
+    """A device by name, else this machine; whether it has a GPU, and what its CPU path rounds to.
+
+    Raises:
+        UsageError: neither a known name nor a size.
+    """
+    if name is not None:  # every device by name is Apple's
+        return parse_device(name), True, None
+    precision = "auto" if uses_cpu("auto", None) else None
+    return Device("this machine", available_bytes()), has_gpu(), precision
 
 
 def memory_limit(options: RunOptions) -> int:

@@ -13,10 +13,8 @@ from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.generation.memory_plan import plan_memory
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.prompt_cache import PromptCache
-from apertus_mlx.memory import Fit
 from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.template import ChatTemplate, Message
 from apertus_mlx.text.tokenizer import Role, Tokenizer
@@ -141,10 +139,6 @@ class ModelFolder:
                 f"{self.context_length}, answer included; shorten it by {1 - room} or more"
             )
         return room
-
-    def plan(self, options: RunOptions, context: int) -> Fit:
-        """See `plan_memory`."""
-        return plan_memory(self.inventory, options, context)
 
     def prompt_cache(self, path: Path, form: CacheConfig, options: RunOptions) -> PromptCache:
         """The prompt cache at `path`, checked.

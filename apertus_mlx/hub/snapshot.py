@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Snapshot:
 
 
 def locate(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     revision: str | None = None,
     offline: bool = False,
@@ -64,9 +65,9 @@ def locate(
         return folder
     if exists:
         raise UsageError(f"{source}: is a file; give the folder that holds config.json")
-    if not is_repo_id(source):
+    if not isinstance(source, str) or not is_repo_id(source):
         raise NotFoundError(
-            f"{source!r}: no such folder, and not a Hub repository id (organisation/name)"
+            f"{str(source)!r}: no such folder, and not a Hub repository id (organisation/name)"
         )
     return resolve(source, revision=revision, offline=offline, progress=progress).directory
 
