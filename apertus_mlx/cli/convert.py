@@ -21,7 +21,6 @@ def convert(
     json: JsonOption = False,
 ) -> None:
     """Convert SOURCE to MLX weights in the folder OUT, quantized where --bits is given."""
-    from apertus_mlx.cli.resumable import resumable
     from apertus_mlx.convert.report import plan_rows
 
     if given["out"] is not None and out_option is not None:
@@ -29,7 +28,7 @@ def convert(
             f"--out {out_option}: the output folder is given twice, {given['out']} as well"
         )
     given["out"] = given["out"] or out_option
-    with resumable(), show_progress() as progress:
+    with show_progress() as progress:
         done = convert_model(**given, progress=progress)
     if done.written:
         print_report(json, done.as_json, lambda: [str(done.output)])

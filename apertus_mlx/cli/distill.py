@@ -23,11 +23,10 @@ def distill(
 ) -> None:
     """Let STUDENT_DIR learn from TEACHER; writes a folder of the same format and size."""
     from apertus_mlx.cli.plot import check_plot
-    from apertus_mlx.cli.resumable import resumable
 
     if plot is not None:
         check_plot(plot)
-    with resumable(), show_progress() as progress:
+    with show_progress() as progress:
         done = run(**given, progress=progress)
     print_report(json, done.as_json, lambda: [str(done.output)])
     # Last, since it can fail where the work has not.

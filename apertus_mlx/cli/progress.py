@@ -23,11 +23,10 @@ def show_progress() -> Iterator[OnProgress]:
 
     On a terminal as one line that redraws itself, elsewhere as a line every ten seconds.
     """
-    printer = _Printer()
     try:
-        yield printer
+        yield _Printer()
     finally:
-        printer.clear()
+        sink.clear()
 
 
 @contextmanager
@@ -50,14 +49,13 @@ class _Printer:
             sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         )
         self._stage = ""
-        self._drawn = False
         self._began = self._shown = 0.0
         self._initial = 0.0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         if progress.stage != self._stage:
-            self.clear()
+            sink.clear()
             # The rate counts from the first report: other work may have come before it.
             self._stage, self._initial = progress.stage, progress.done
             self._began = self._shown = now
@@ -68,17 +66,10 @@ class _Printer:
         columns = shutil.get_terminal_size().columns - 1 if self._terminal else None
         line = _line(progress, now - self._began, self._initial, columns)
         if self._terminal:
-            self._drawn = True
             # A line that wraps could not be drawn over.
             sink.redraw(line[:columns])
         else:
             sink.note(line)
-
-    def clear(self) -> None:
-        """Leave nothing of the line that redraws itself."""
-        if self._drawn:
-            sink.redraw("")
-        self._drawn = False
 
 
 def _line(progress: Progress, elapsed_s: float, initial: float, columns: int | None) -> str:

@@ -21,6 +21,8 @@ from apertus_mlx.errors import ResourceError
 # C0, DEL and C1; separators of lines and paragraphs; what turns the order of a line around; and
 # halves of surrogate pairs, which are no characters and cannot be written.
 _ORDERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# The line that redraws itself at the end of the terminal on stderr, if there is one.
+_drawn: list[str] = []
 # What a text of several lines keeps.
 LAYOUT = "\n\t"
 
@@ -67,12 +69,21 @@ def put_exactly(text: str) -> None:
 
 def note(text: str, end: str = "\n", keep: str = "") -> None:
     """Write to stderr, escaped. What cannot be written there is lost: no result hangs on it."""
+    clear()
     _tell(printable(text, keep) + end)
 
 
 def redraw(line: str) -> None:
     """Draw `line` over the one that stands at the end of the terminal on stderr."""
     _tell(f"\r{printable(line)}\x1b[K")
+    _drawn[:] = [line]
+
+
+def clear() -> None:
+    """Leave nothing of the line that redraws itself."""
+    if _drawn:
+        redraw("")
+        _drawn.clear()
 
 
 def _tell(text: str) -> None:

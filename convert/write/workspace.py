@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -29,8 +30,6 @@ JOURNAL = ".journal"
 OUTPUT = "output"
 # A folder of what had to be measured before a plan could be made; `--plan` leaves it.
 MEASURED = "measured"
-# The attribute of what cut a run off that names the folder from which it can go on.
-RESUMES = "resumes"
 # Lines of the journal beside those of steps.
 _REQUEST, _STEPS, _COMPLETE = "plan", "steps", "complete"
 _STEP = re.compile(r"(\d+) ([0-9a-fA-F]{8})", re.ASCII)
@@ -162,8 +161,8 @@ def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Wor
 
     It stays after an interruption, and after a failure that leaves something to go on from: where
     work took long, or where steps are done and the failure can be mended (a full disk, a bug of
-    ours). An error of ours then names `--resume`; any other, and an interrupt, has the folder in
-    its attribute `RESUMES`. After other failures the folder is removed.
+    ours). An error of ours then names `--resume`; of any other, and of an interrupt, the log does.
+    After other failures the folder is removed.
 
     Args:
         target: the final name.
@@ -196,7 +195,7 @@ def open_workspace(target: Path, fingerprint: str, resume: bool) -> Iterator[Wor
                 raise
             if isinstance(error, ApertusError):
                 raise type(error)(f"{error}; {how_to_go_on(folder)}") from error
-            setattr(error, RESUMES, folder)
+            logging.getLogger("apertus_mlx").info(f"interrupted; {how_to_go_on(folder)}")
             raise
         finally:
             workspace.close()
