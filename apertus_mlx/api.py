@@ -63,7 +63,6 @@ _Work = Callable[
 _T = TypeVar("_T")
 
 
-@own_errors()
 @checked
 def load(
     model: str | os.PathLike[str] | None = None,
@@ -221,7 +220,9 @@ class Apertus:
 
         def work(cancelled: Callable[[], bool]) -> Any:
             prefix = CachedPrefix(self._open().model, self._plan.form)
-            run = self._generation(ids, options, prefix, cancelled)
+            run = Generation(
+                self._open(), ids, options, self._plan.prefill_step, prefix, cancelled=cancelled
+            )
             return iter(run), lambda: run.answer
 
         return Stream(self, work)
@@ -241,9 +242,10 @@ class Apertus:
         cannot go back so far (`kv_bits` below 16, `max_kv`). After `stop`, the answers that are
         left are empty.
         """
+        expect(Sequence[object], prompts=prompts)
         every = [
             self._prompt_ids(f"prompts[{index}]", prompt, system, think, raw)
-            for index, prompt in enumerate(cast(list[str | Messages], _list("prompts", prompts)))
+            for index, prompt in enumerate(prompts)
         ]
         for ids in every:
             self._folder.require_room(len(ids))
@@ -252,7 +254,10 @@ class Apertus:
         with self._turn() as cancel, mx.stream(self._stream):
             prefix = CachedPrefix(self._open().model, self._plan.form)
             for ids in every:
-                run = self._generation(ids, options, prefix, cancel.is_set)
+                run = Generation(
+                    self._open(), ids, options, self._plan.prefill_step, prefix,
+                    cancelled=cancel.is_set,
+                )  # fmt: skip
                 if not cancel.is_set():
                     deque(run, maxlen=0)
                 answers.append(run.answer)
@@ -350,16 +355,6 @@ class Apertus:
         self._closed = True
         self.stop()
         self._free()
-
-    def _generation(
-        self,
-        ids: Sequence[int],
-        options: SamplingOptions,
-        prefix: CachedPrefix,
-        cancelled: Callable[[], bool],
-    ) -> Generation:
-        step = self._plan.prefill_step
-        return Generation(self._open(), ids, options, step, prefix, cancelled=cancelled)
 
     def _prompt_ids(
         self, name: str, prompt: str | Messages, system: str | None, think: bool, raw: bool
@@ -558,26 +553,20 @@ def _finish(stream: Stream) -> Answer:
     return stream.answer
 
 
-def _messages(name: str, messages: object) -> list[Message]:
+def _messages(name: str, messages: Any) -> list[Message]:
     """Check a conversation.
 
     Raises:
         TypeError: it is no list of messages.
         UsageError: it is empty, or a message lacks its role or content.
     """
-    found = _list(name, messages)
-    if not found:
+    expect(Sequence[object], **{name: messages})
+    if not messages:
         raise UsageError(f"{name}: there is no message")
-    for index, message in enumerate(found):
+    for index, message in enumerate(messages):
         expect(Mapping, **{f"{name}[{index}]": message})
         for key in ("role", "content"):
-            if key not in cast(Mapping[str, object], message):
+            if key not in message:
                 raise UsageError(f"{name}[{index}]: has no {key!r}")
-        expect(str, **{f"{name}[{index}]['role']": cast(Mapping[str, object], message)["role"]})
-    return cast(list[Message], found)
-
-
-def _list(name: str, value: object) -> list[object]:
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise TypeError(f"{name}: expected a list, not {type(value).__name__}")
-    return list(value)
+        expect(str, **{f"{name}[{index}]['role']": message["role"]})
+    return list(messages)

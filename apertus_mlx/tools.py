@@ -27,7 +27,6 @@ from apertus_mlx.generation.options import (
     Revision,
 )
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of
-from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -108,7 +107,6 @@ class Distillation:
         return self.outcome.as_json(self.output)
 
 
-@own_errors()
 @checked
 def convert_model(
     source: Annotated[
@@ -185,6 +183,7 @@ def convert_model(
         ResourceError: too little disk, or the device cannot hold the output.
     """
     from apertus_mlx.convert.plan.options import read_request
+    from apertus_mlx.memory import parse_device
 
     texts = [Path(each) for each in as_list(calibration)]
     request = read_request(
@@ -196,7 +195,7 @@ def convert_model(
     )  # fmt: skip
     if texts and method != "gptq" and not smooth and request.target is None:
         raise UsageError("--calibration: only --method gptq, --smooth and targets use it")
-    target_device = _read_device(device)
+    target_device = None if device is None else parse_device(device)
     output = Path(out) if out is not None else None
     if plan and source is not None and not offline and _is_on_hub(source):
         planned = _plan_remote(str(source), revision, request, output)
@@ -211,7 +210,6 @@ def convert_model(
     return Conversion(target, job.source_name, job.commit, job.plan, not plan)
 
 
-@own_errors()
 @checked
 def plan(
     model: Annotated[
@@ -252,7 +250,6 @@ def plan(
     )
 
 
-@own_errors()
 @checked
 def verify(
     directory: Annotated[_File, Option("A folder that `convert` wrote.")],
@@ -269,7 +266,6 @@ def verify(
     return run(Path(directory))
 
 
-@own_errors()
 @checked
 def evaluate(
     models: Annotated[
@@ -321,7 +317,6 @@ def evaluate(
     return Comparison(dict(zip(labels, found, strict=True)))
 
 
-@own_errors()
 @checked
 def distill(
     teacher: Annotated[_Name, Option("Model folder or Hub id to learn from.")],
@@ -433,12 +428,6 @@ def _labels(models: Sequence[str | Path]) -> list[str]:
         if labels.count(label) > 1:
             raise UsageError(f"{label}: is given twice")
     return labels
-
-
-def _read_device(name: str | None) -> Device | None:
-    from apertus_mlx.memory import parse_device
-
-    return None if name is None else parse_device(name)
 
 
 # --- progress

@@ -51,7 +51,6 @@ def save_plot(
     y_label: str,
     title: str,
     *,
-    log_x: bool = False,
     log_y: bool = False,
 ) -> None:
     """Draw `series` into the file `path`, there whole or not at all; its ending gives the format.
@@ -68,8 +67,6 @@ def save_plot(
     for line in series:
         axes.errorbar(line.x, line.y, yerr=line.spread, label=line.label, marker="o", capsize=3)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    if log_x:
-        axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

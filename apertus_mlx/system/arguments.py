@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, cast, get
 from typing import get_type_hints as resolve
 
 from apertus_mlx.errors import UsageError
+from apertus_mlx.system.foreign_errors import own_errors
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -84,7 +85,7 @@ def hints_of(target: Callable[..., object]) -> Mapping[str, Any]:
 
 
 def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Have a function refuse arguments that its annotations exclude; see `expect`."""
+    """Have a function refuse what its annotations exclude, see `expect`, and raise our errors."""
 
     @wraps(function)
     def run(*given: _P.args, **named: _P.kwargs) -> _T:
@@ -92,7 +93,8 @@ def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
         for name, value in inspect.signature(function).bind(*given, **named).arguments.items():
             if name in hints:
                 expect(hints[name], **{name: value})
-        return function(*given, **named)
+        with own_errors():
+            return function(*given, **named)
 
     return run
 
