@@ -24,9 +24,9 @@ from typing import Annotated, Any, Self, TypeVar, Unpack, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx import hub
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.backend.memory_limits import mlx_limits
-from apertus_mlx.demo import locate
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
@@ -91,7 +91,9 @@ def load(
     """
     settings = RunOptions(**options)
     report = progress or (lambda _: None)
-    folder = open_folder(locate(model, settings.revision, settings.offline, progress))
+    folder = open_folder(
+        hub.locate(model, revision=settings.revision, offline=settings.offline, progress=progress)
+    )
     context = context or CHAT_CONTEXT
     plan = plan_memory(folder.inventory, settings, context)
     notes = list(folder.notes)

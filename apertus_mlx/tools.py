@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from apertus_mlx.demo import locate
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import (
     CacheKeywords,
@@ -26,6 +25,7 @@ from apertus_mlx.generation.options import (
     Offline,
     Revision,
 )
+from apertus_mlx.hub import is_repo_id, locate
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of
 from apertus_mlx.system.progress import OnProgress, Progress
 
@@ -309,10 +309,15 @@ def evaluate(
     # `revision` is that of models from the Hub; it is refused where there is none.
     on_hub = [_is_on_hub(name) for name in names]
     folders = [
-        locate(name, revision if remote or not any(on_hub) else None, offline, progress)
+        locate(
+            name,
+            revision=revision if remote or not any(on_hub) else None,
+            offline=offline,
+            progress=progress,
+        )
         for name, remote in zip(names, on_hub, strict=True)
     ]
-    origin = locate(reference, reference_revision, offline, progress)
+    origin = locate(reference, revision=reference_revision, offline=offline, progress=progress)
     found = measure_all(folders, origin, texts, tokens, _stage(progress, "measuring"))
     return Comparison(dict(zip(labels, found, strict=True)))
 
@@ -370,7 +375,7 @@ def distill(
     expect_one_of(TRAINED, train=train)
     trained = next(trained for trained in TRAINED if train == trained)
     options = Options(trained, epochs, learning_rate, text_share, top_k, seed)
-    folder = locate(teacher, None, offline, progress)
+    folder = locate(teacher, offline=offline, progress=progress)
     name = str(teacher) if _is_on_hub(teacher) else folder.resolve().name
     job = prepare(folder, Path(student), name, options, files, tokens, window)
     if not files:
@@ -395,8 +400,6 @@ def distill(
 
 def _is_on_hub(model: str | Path) -> bool:
     """Whether `model` is a Hub id: text of that form, and nothing here has that name."""
-    from apertus_mlx.hub import is_repo_id
-
     return isinstance(model, str) and is_repo_id(model) and not Path(model).expanduser().exists()
 
 
@@ -409,7 +412,7 @@ def _inventory(
     if isinstance(model, str) and not offline and _is_on_hub(model):
         _log.info(f"{model}: reading config and headers")
         return fetch_headers(model, revision or "main").inventory()
-    folder = locate(model, revision, offline, progress)
+    folder = locate(model, revision=revision, offline=offline, progress=progress)
     return take_inventory(folder, None if model is None else str(model))
 
 
@@ -492,7 +495,7 @@ def _prepare(
         snapshot = resolve(name, revision=revision, offline=offline, progress=progress)
         folder, commit = snapshot.directory, snapshot.commit
     else:
-        folder = locate(source, revision, offline, progress)
+        folder = locate(source, revision=revision, offline=offline, progress=progress)
         name = EMBEDDED_NAME if source is None else folder.resolve().name
     target = out or Path(default_name(name, request))
     partial = partial_path(target)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def locate_model(model: str | None, revision: str | None, offline: bool) -> Path:
     """The folder of `model`, fetched from the Hub if it is an id; the embedded one by default."""
-    from apertus_mlx.demo import locate
+    from apertus_mlx.hub import locate
 
     with show_progress() as progress:
-        return locate(model, revision, offline, progress)
+        return locate(model, revision=revision, offline=offline, progress=progress)
 
 
 def open_model(model: str | None, options: RunOptions) -> ModelFolder:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, read_weight_map
+from apertus_mlx.demo import model_dir
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.hub.errors import UnreachableError
 from apertus_mlx.hub.listing import (
@@ -38,13 +40,13 @@ class Snapshot:
 
 
 def locate(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
     *,
     revision: str | None = None,
     offline: bool = False,
     progress: OnProgress | None = None,
 ) -> Path:
-    """Return the folder that `source` means: a local folder as it is, else the Hub's.
+    """The folder that `source` means: a local one as it is, else the Hub's; None: the embedded.
 
     For the arguments see `resolve`.
 
@@ -52,6 +54,11 @@ def locate(
         NotFoundError: neither a folder nor a repository that can be reached.
         UsageError: a file instead of a folder, or `revision` for a local folder.
     """
+    if source is None:
+        logging.getLogger("apertus_mlx").info(
+            "using the small demonstration model in the package, since no other is named"
+        )
+        return model_dir()
     try:
         folder = Path(source).expanduser()
         exists, is_folder = folder.exists(), folder.is_dir()
