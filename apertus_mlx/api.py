@@ -10,13 +10,17 @@ TypeError that begins with the argument's name.
 
 from __future__ import annotations
 
+import atexit
+import gc
+import inspect
 import logging
 import math
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, Unpack, cast
@@ -61,6 +65,31 @@ _Work = Callable[
     [Callable[[], bool]], tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
 ]
 _T = TypeVar("_T")
+# The process whose models these are; MLX's threads are not there in a forked one.
+_process: int | None = None
+_models: weakref.WeakSet[Apertus] = weakref.WeakSet()
+
+
+def _nothing() -> None:
+    """What a weak reference to nothing returns."""
+
+
+def _require_process() -> None:
+    global _process  # noqa: PLW0603
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise UsageError(
+            "MLX does not work in a forked process whose parent has loaded a model; start it with "
+            'multiprocessing.get_context("spawn")'
+        )
+
+
+@atexit.register
+def _end_all() -> None:
+    """End what daemon threads compute, for good: they must not be inside MLX when Python ends."""
+    for model in list(_models) if _process == os.getpid() else []:
+        if model._take(closing=True):
+            model._owner = weakref.ref(threading.current_thread())
 
 
 @checked
@@ -89,6 +118,7 @@ def load(
         TypeError: a value of a wrong type, or an unknown option.
         UsageError: a value out of range.
     """
+    _require_process()
     settings = RunOptions(**options)
     report = progress or (lambda _: None)
     folder = open_folder(
@@ -137,10 +167,12 @@ class Apertus:
         self._stream = stream
         self._limits = limits
         self._lock = threading.Lock()
-        # The thread that has the lock, or that an open stream was last read by.
-        self._owner: int | None = None
+        # The thread that has the lock, or that the stream which has it was last read by.
+        self._owner: Callable[[], threading.Thread | None] = _nothing
+        self._reading: Callable[[], Stream | None] = _nothing
         self._cancel = threading.Event()
         self._closed = False
+        _models.add(self)
 
     def __repr__(self) -> str:
         return f"<Apertus {'closed' if self._loaded is None else self._loaded.folder.directory}>"
@@ -150,6 +182,9 @@ class Apertus:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> str:
+        raise TypeError("a loaded model cannot be copied or pickled; load it again from its folder")
 
     @property
     def directory(self) -> Path:
@@ -201,8 +236,8 @@ class Apertus:
         Raises:
             RejectedError: the chat template refuses the messages, or the weights are damaged.
             TypeError: a value of a wrong type, or an unknown option.
-            UsageError: a value out of range, a prompt longer than the model's context, an open
-                stream in this thread, or a closed model.
+            UsageError: a value out of range, a prompt longer than the model's context, or a
+                closed model.
         """
         return _finish(self.stream(prompt, system=system, think=think, raw=raw, **sampling))
 
@@ -221,9 +256,10 @@ class Apertus:
         options = SamplingOptions(**sampling)
 
         def work(cancelled: Callable[[], bool]) -> Any:
-            prefix = CachedPrefix(self._open().model, self._plan.form)
+            loaded = self._open()
+            prefix = CachedPrefix(loaded.model, self._plan.form)
             run = Generation(
-                self._open(), ids, options, self._plan.prefill_step, prefix, cancelled=cancelled
+                loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancelled
             )
             return iter(run), lambda: run.answer
 
@@ -241,8 +277,8 @@ class Apertus:
         """Answer many prompts one after the other, as `generate` does; one answer for each.
 
         What a prompt begins with like the one before it is not computed again, unless the cache
-        cannot go back so far (`kv_bits` below 16, `max_kv`). After `stop`, the answers that are
-        left are empty.
+        cannot go back so far (`kv_bits` below 16, `max_kv`). After `stop` or `close`, the
+        answers that are left are empty.
         """
         expect(Sequence[object], prompts=prompts)
         every = [
@@ -254,12 +290,12 @@ class Apertus:
         options = SamplingOptions(**sampling)
         answers = []
         with self._turn() as cancel, mx.stream(self._stream):
-            prefix = CachedPrefix(self._open().model, self._plan.form)
+            loaded = self._open()
+            prefix = CachedPrefix(loaded.model, self._plan.form)
             for ids in every:
                 run = Generation(
-                    self._open(), ids, options, self._plan.prefill_step, prefix,
-                    cancelled=cancel.is_set,
-                )  # fmt: skip
+                    loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancel.is_set
+                )
                 if not cancel.is_set():
                     deque(run, maxlen=0)
                 answers.append(run.answer)
@@ -324,16 +360,18 @@ class Apertus:
         that the model was loaded with.
 
         Raises:
-            TypeError, UsageError: see `generate`.
+            TypeError, UsageError: see `generate`; also if `stop` or `close` ends it.
         """
         ids = self._folder.encode_raw(text)
         if len(ids) > self.context_length:
             self._folder.require_room(len(ids))
-        with self._turn(), mx.stream(self._stream):
+        with self._turn() as cancel, mx.stream(self._stream):
             model = self._open().model
             cache = model.make_cache(self._plan.form)
             found: list[float] = [] if self._folder.tokenizer.bos_id is not None else [math.nan]
             for start in range(0, len(ids) - 1, self._plan.prefill_step):
+                if cancel.is_set():
+                    raise UsageError("logprobs was stopped")
                 chunk = ids[start : min(start + self._plan.prefill_step, len(ids) - 1)]
                 hidden = model.model(mx.array([chunk]), cache)
                 for first in range(0, len(chunk), _LOGITS_STEP):
@@ -346,17 +384,22 @@ class Apertus:
         return found if text else []
 
     def stop(self) -> None:
-        """End the answer that is being computed, from another thread; harmless if there is none.
+        """End the answer that is being computed, by whichever thread; harmless if there is none.
 
-        The call returns what there was, with finish reason `cancelled`.
+        The call returns what there was, with finish reason `cancelled`. Calls that wait go on.
         """
         self._cancel.set()
 
     def close(self) -> None:
-        """End what is being computed, and give back the memory; a second time does nothing."""
+        """End what is being computed, wait for that, and give back the memory.
+
+        A second time does nothing.
+        """
         self._closed = True
-        self.stop()
-        self._free()
+        # A call of this thread, interrupted by this one, gives the memory back itself.
+        if os.getpid() == _process and self._take(closing=True):
+            self._free()
+            self._lock.release()
 
     def _prompt_ids(
         self, name: str, prompt: str | Messages, system: str | None, think: bool, raw: bool
@@ -379,6 +422,7 @@ class Apertus:
             raise TypeError(f"{name}: {error}") from None
 
     def _open(self) -> LoadedModel:
+        _require_process()
         loaded = self._loaded
         if loaded is None or self._closed:
             raise UsageError("this model is closed; load it again")
@@ -389,55 +433,89 @@ class Apertus:
         return self._open().folder
 
     @contextmanager
-    def _turn(self) -> Iterator[threading.Event]:
+    def _turn(
+        self,
+        cancel: threading.Event | None = None,
+        reading: Callable[[], Stream | None] = _nothing,
+    ) -> Iterator[threading.Event]:
         """Wait until no other thread computes; yields the event that ends this turn."""
         self._open()
-        if self._owner == threading.get_ident():
-            raise UsageError(
-                "this thread has an open stream of this model; read it to its end or close() it"
-            )
+        if not self._take():
+            raise UsageError("this thread is computing with this model already")
         try:
-            with self._lock:
-                self._open()
-                self._owner, self._cancel = threading.get_ident(), threading.Event()
-                try:
-                    with own_errors():
-                        yield self._cancel
-                finally:
-                    self._owner = None
+            self._open()
+            self._owner, self._reading = weakref.ref(threading.current_thread()), reading
+            self._cancel = cancel or threading.Event()
+            with own_errors():
+                yield self._cancel
         finally:
             if self._closed:
                 self._free()
+            self._owner = self._reading = _nothing
+            self._lock.release()
+
+    def _take(self, closing: bool = False) -> bool:
+        """Wait for the lock; returns False where this thread would wait for itself.
+
+        A suspended stream ends if this thread was the last to read it, or a thread that is gone,
+        or if nothing refers to it; `closing` ends all that runs.
+        """
+        wait_s = 0.0
+        while not self._lock.acquire(timeout=wait_s):
+            if closing:
+                self._cancel.set()
+            if not self._make_way(closing):
+                return False
+            if not wait_s and _state(self._reading()) == inspect.GEN_SUSPENDED:
+                gc.collect()
+            # Nobody tells when a thread is gone.
+            wait_s = 0.1
+        return True
+
+    def _make_way(self, closing: bool) -> bool:
+        owner, stream = self._owner(), self._reading()
+        own = owner is threading.current_thread()
+        if self._reading is _nothing:
+            return not own
+        if stream is None or not (closing or own or owner is None or not owner.is_alive()):
+            return True
+        return stream._end(overtaken=not closing)
 
     def _free(self) -> None:
-        """Give the weights back, unless someone computes: whoever ends last does it."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._loaded = None
-                # A step ahead of the last token may still be under way on it.
-                with mx.stream(self._stream):
-                    self._limits.close()
-            finally:
-                self._lock.release()
+        """Give the weights back; for who has the lock."""
+        self._loaded = None
+        # A step ahead of the last token may still be under way on it.
+        with mx.stream(self._stream):
+            self._limits.close()
 
 
 class Stream(Iterator[Piece]):
     """Pieces of one answer, as they become certain.
 
-    The model computes as the stream is read; `close`, or letting go of it, ends the answer.
+    The model computes as the stream is read. `close`, letting go of it, or the next call of the
+    thread that reads it ends the answer.
     """
 
     def __init__(self, model: Apertus, work: _Work) -> None:
         """Use `Apertus.stream` or `Chat.stream`."""
         # The generator must not hold this object: letting go of it has to end the generator.
         self._answers: list[Callable[[], Answer | None]] = []
-        self._pieces = _pieces(model, work, self._answers)
+        self._cancel = threading.Event()
+        self._reading = threading.RLock()
+        self._overtaken = False
+        turn = model._turn(self._cancel, weakref.ref(self))
+        self._pieces = _pieces(model, turn, work, self._answers)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        with self._reading:
+            if _state(self) == inspect.GEN_RUNNING:
+                raise UsageError("this thread is reading this stream already")
+            if self._overtaken:
+                raise UsageError("a later call has ended this stream; read it before the next one")
+            return next(self._pieces)
 
     def __enter__(self) -> Self:
         return self
@@ -446,8 +524,22 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def close(self) -> None:
-        """End the answer where it is; a second time does nothing."""
-        self._pieces.close()
+        """End the answer where it is, by whichever thread; a second time does nothing."""
+        self._cancel.set()
+        self._end()
+
+    def _end(self, overtaken: bool = False) -> bool:
+        """End the answer, unless it is being read; returns False if this thread reads it."""
+        if not self._reading.acquire(blocking=False):
+            return True
+        try:
+            if _state(self) == inspect.GEN_RUNNING:
+                return False
+            self._overtaken = overtaken
+            self._pieces.close()
+            return True
+        finally:
+            self._reading.release()
 
     @property
     def answer(self) -> Answer:
@@ -527,10 +619,13 @@ class Chat:
 
 
 def _pieces(
-    model: Apertus, work: _Work, answers: list[Callable[[], Answer | None]]
+    model: Apertus,
+    turn: AbstractContextManager[threading.Event],
+    work: _Work,
+    answers: list[Callable[[], Answer | None]],
 ) -> Generator[Piece, None, None]:
     """Read an answer in turn; `answers` gets what tells the answer so far, at the end for good."""
-    with model._turn() as cancel:
+    with turn as cancel:
         pieces, answer = work(cancel.is_set)
         answers.append(answer)
         try:
@@ -541,12 +636,16 @@ def _pieces(
                 if piece is None:
                     return
                 yield piece
-                model._owner = threading.get_ident()
+                model._owner = weakref.ref(threading.current_thread())
         finally:
             with mx.stream(model._stream):
                 pieces.close()
             final = answer()
             answers.append(lambda: final)
+
+
+def _state(stream: Stream | None) -> str | None:
+    return None if stream is None else inspect.getgeneratorstate(stream._pieces)
 
 
 def _finish(stream: Stream) -> Answer:

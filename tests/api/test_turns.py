@@ -191,37 +191,226 @@ def test_two_models_at_once(model: Apertus) -> None:
     assert ids(model, QUESTION) == mine
 
 
-def test_a_second_call_beside_ones_own_stream_is_refused(model: Apertus) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, chat: model.generate(OTHER),
+        lambda model, chat: model.generate_all([OTHER]),
+        lambda model, chat: next(model.stream(OTHER)),
+        lambda model, chat: chat.ask(OTHER),
+        lambda model, chat: chat.undo(),
+        lambda model, chat: model.logprobs(OTHER),
+    ],
+    ids=["generate", "generate_all", "stream", "ask", "undo", "logprobs"],
+)
+def test_a_call_ends_the_stream_of_its_own_thread(
+    model: Apertus, call: Callable[[Apertus, Any], object]
+) -> None:
     chat = model.chat(temperature=0)
     stream = model.stream(QUESTION, temperature=0)
     model.generate(QUESTION, max_tokens=1)  # nothing of the stream has been read
-    next(stream)
-    other = model.stream(OTHER)
-    for call in (
-        lambda: model.generate(OTHER),
-        lambda: model.generate_all([OTHER]),
-        lambda: next(other),
-        lambda: chat.ask(OTHER),
-        chat.undo,
-        lambda: model.logprobs(OTHER),
-    ):
-        with pytest.raises(UsageError, match=r"close\(\)"):
-            call()
+    pieces = [next(stream)]
     assert model.encode("a") and model.render([{"role": "user", "content": "a"}])
-    # Now that the other thread reads it, it is that thread's call which would wait for itself.
-    elsewhere(lambda: next(stream))
+    # Now that another thread reads it, it is that thread's call which ends it.
 
     def read_and_ask() -> None:
-        next(stream)
-        model.generate(OTHER)
+        pieces.append(next(stream))
+        call(model, chat)
 
-    with pytest.raises(UsageError, match=r"close\(\)"):
-        elsewhere(read_and_ask)
-    stream.close()
-    stream.close()
-    with pytest.raises(StopIteration):
+    elsewhere(read_and_ask)
+    assert stream.answer.finish_reason == "cancelled"
+    assert stream.answer.text == "".join(piece.text for piece in pieces)
+    with pytest.raises(UsageError, match="a later call has ended this stream"):
         next(stream)
+    stream.close()
     assert chat.ask(QUESTION).text
+
+
+def test_after_an_exception_that_is_kept_the_model_is_ready(model: Apertus) -> None:
+    """As in a notebook, which keeps the traceback of the last cell."""
+    expected = ids(model, OTHER)
+    stream = model.stream(QUESTION)
+    with pytest.raises(KeyError) as kept:
+        fail_after_one(stream)
+    assert ids(model, OTHER) == expected
+    assert kept.value.__traceback__ is not None
+    assert stream.answer.finish_reason == "cancelled"
+
+
+def test_a_stream_of_a_thread_that_is_gone_holds_up_nobody(model: Apertus) -> None:
+    """Not even where a new thread has the number of the old one."""
+    expected = ids(model, OTHER)
+    kept: list[Stream] = []
+
+    def begin() -> None:
+        kept.append(model.stream(QUESTION))
+        next(kept[-1])
+
+    for _ in range(3):
+        thread = threading.Thread(target=begin)
+        thread.start()
+        thread.join()
+    assert elsewhere(lambda: ids(model, OTHER)) == expected
+    assert [stream.answer.finish_reason for stream in kept] == ["cancelled"] * 3
+
+
+def test_a_stream_that_is_garbage_holds_up_nobody(model: Apertus) -> None:
+    expected = ids(model, OTHER)
+    circle: list[Any] = [model.stream(QUESTION)]
+    next(circle[0])
+    circle.append(circle)
+    del circle
+    assert elsewhere(lambda: ids(model, OTHER)) == expected
+
+
+def held_steps(patch: pytest.MonkeyPatch, held: Callable[[], object]) -> threading.Event:
+    """Let steps wait until `held` returns; the event says that one waits."""
+    inside = threading.Event()
+    step = CachedPrefix._step
+
+    def waiting(prefix: CachedPrefix, token: mx.array) -> Any:
+        inside.set()
+        held()
+        return step(prefix, token)
+
+    patch.setattr(CachedPrefix, "_step", waiting)
+    return inside
+
+
+def test_a_stream_is_closed_from_another_thread_while_it_is_read(model: Apertus) -> None:
+    go_on = threading.Event()
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        inside = held_steps(patch, go_on.wait)
+        stream = model.stream(QUESTION, temperature=0)
+        pieces = pool.submit(lambda: list(stream))
+        inside.wait()
+        stream.close()
+        go_on.set()
+        assert "".join(piece.text for piece in pieces.result()) == stream.answer.text
+    assert stream.answer.finish_reason == "cancelled"
+
+
+def test_two_readers_of_one_stream_wait_for_each_other(model: Apertus) -> None:
+    whole = model.generate(QUESTION, temperature=0)
+    stream = model.stream(QUESTION, temperature=0)
+    arrived = threading.Barrier(2)
+
+    def read() -> list[Piece]:
+        arrived.wait()
+        return list(stream)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        held_steps(patch, lambda: None)
+        readers = [pool.submit(read), pool.submit(read)]
+        pieces = [piece for reader in readers for piece in reader.result()]
+    assert sum(len(piece.text) for piece in pieces) == len(whole.text)
+    assert stream.answer.token_ids == whole.token_ids
+
+
+def test_a_reader_that_reads_in_between_is_told(model: Apertus) -> None:
+    stream = model.stream(QUESTION)
+    found: list[str] = []
+
+    def read_again() -> None:
+        if found:
+            return
+        for call in (lambda: next(stream), lambda: model.generate(OTHER)):
+            with pytest.raises(UsageError, match="already"):
+                call()
+            found.append("told")
+        stream.close()
+        model.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        held_steps(patch, read_again)
+        list(stream)
+    assert found == ["told"] * 2
+    assert stream.answer.finish_reason == "cancelled"
+    assert model._loaded is None
+
+
+@pytest.mark.parametrize("end", ["stop", "close"])
+def test_logprobs_and_many_prompts_end_early(end: str) -> None:
+    with load(compute="mlx", prefill_step=4) as model, pytest.MonkeyPatch.context() as patch:
+        held_steps(patch, getattr(model, end))
+        first, left = model.generate_all([QUESTION, OTHER], temperature=0)
+        assert first.finish_reason == left.finish_reason == "cancelled"
+        assert first.token_ids and not left.token_ids
+    with load(compute="mlx", prefill_step=4) as model:
+        module = type(model._open().model)
+        logits, chunks = module.logits, 0
+
+        def ending(self: Any, hidden: mx.array) -> Any:
+            nonlocal chunks
+            chunks += 1
+            getattr(model, end)()
+            return logits(self, hidden)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "logits", ending)
+            with pytest.raises(UsageError, match="was stopped"):
+                model.logprobs(QUESTION * 5)
+        assert chunks == 1
+
+
+AT_EXIT = """
+import sys, threading
+from apertus_mlx import load
+model, begun = load(compute=sys.argv[1]), threading.Event()
+def work():
+    while True:
+        for _ in model.stream("What is the capital of France?"): begun.set()
+        model.generate_all(["Hi"] * 5)
+        model.logprobs("Hi " * 200)
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+"""
+CLOSED_AT_EXIT = """
+import sys, threading
+from apertus_mlx import UsageError, load
+model, begun = load(compute=sys.argv[1]), threading.Event()
+def work():
+    try:
+        while True:
+            for _ in model.stream("What is the capital of France?"): begun.set()
+    except UsageError: pass
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+model.close()
+"""
+
+
+@pytest.mark.parametrize("script", [AT_EXIT, CLOSED_AT_EXIT], ids=["open", "closed"])
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_python_ends_while_a_daemon_thread_computes(script: str, compute: str) -> None:
+    need(compute)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, compute], capture_output=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_forked_process_is_refused() -> None:
+    script = (
+        "import os, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "from apertus_mlx import UsageError, load\n"
+        "with load() as model:\n"
+        "    model.generate('Hi', max_tokens=2)\n"
+        "    if not (child := os.fork()):\n"
+        "        for call in (load, lambda: model.generate('Hi'), lambda: model.logprobs('Hi')):\n"
+        "            try: call()\n"
+        "            except UsageError as error: assert 'spawn' in str(error)\n"
+        "            else: os._exit(3)\n"
+        "        model.close()\n"
+        "        os._exit(5)\n"  # as multiprocessing does
+        "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5\n"
+        "    model.generate('Hi', max_tokens=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_ctrl_c_and_on() -> None:
@@ -360,23 +549,15 @@ def test_a_closed_model_says_so(model: Apertus) -> None:
     assert "closed" in repr(model)
 
 
-def test_closing_while_another_thread_computes(model: Apertus) -> None:
-    inside, closed = threading.Event(), threading.Event()
-    step = CachedPrefix._step
-
-    def held(prefix: CachedPrefix, token: mx.array) -> Any:
-        inside.set()
-        closed.wait()
-        return step(prefix, token)
-
+def test_closing_waits_until_another_thread_has_ended(model: Apertus) -> None:
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setattr(CachedPrefix, "_step", held)
+        # The step goes on when it is told to end; each turn has an event of its own.
+        inside = held_steps(patch, lambda: getattr(model, "_cancel").wait())  # noqa: B009
         asked = pool.submit(lambda: model.generate(QUESTION, temperature=0))
         inside.wait()
         model.close()
-        closed.set()
+        assert model._loaded is None
         assert asked.result().finish_reason == "cancelled"
-    assert model._loaded is None
 
 
 def test_limits_of_mlx_are_those_of_the_models_that_are_open() -> None:
