@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, Unpack, cast
+from typing import Annotated, Any, Self, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,7 +45,7 @@ from apertus_mlx.generation.options import (
 )
 from apertus_mlx.generation.run import Answer, Generation, Piece
 from apertus_mlx.memory import Fit
-from apertus_mlx.system.arguments import Option, Range, checked, expect
+from apertus_mlx.system.arguments import Option, Range, checked, expect, known
 from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
 from apertus_mlx.text.template import Message
@@ -58,13 +58,13 @@ logging.getLogger("apertus_mlx").addHandler(logging.NullHandler())
 # Positions whose logits are computed at a time for `logprobs`: 131,072 float32 numbers each.
 _LOGITS_STEP = 32
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 # A conversation; each message has a role and a content.
 Messages = Sequence[Mapping[str, object]]
 # Pieces of an answer, and the answer so far; both from a function that says whether to stop.
 _Work = Callable[
     [Callable[[], bool]], tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
 ]
-_T = TypeVar("_T")
 # The process whose models these are; MLX's threads are not there in a forked one.
 _process: int | None = None
 _models: weakref.WeakSet[Apertus] = weakref.WeakSet()
@@ -119,7 +119,7 @@ def load(
         UsageError: a value out of range.
     """
     _require_process()
-    settings = RunOptions(**options)
+    settings = RunOptions(**known(RunOptions, options))
     report = progress or (lambda _: None)
     folder = open_folder(
         hub.locate(model, revision=settings.revision, offline=settings.offline, progress=progress)
@@ -253,7 +253,7 @@ class Apertus:
         """Answer as `generate` does, piece by piece; other calls wait until the stream ends."""
         ids = self._prompt_ids("prompt", prompt, system, think, raw)
         self._folder.require_room(len(ids))
-        options = SamplingOptions(**sampling)
+        options = SamplingOptions(**known(SamplingOptions, sampling))
 
         def work(cancelled: Callable[[], bool]) -> Any:
             loaded = self._open()
@@ -287,7 +287,7 @@ class Apertus:
         ]
         for ids in every:
             self._folder.require_room(len(ids))
-        options = SamplingOptions(**sampling)
+        options = SamplingOptions(**known(SamplingOptions, sampling))
         answers = []
         with self._turn() as cancel, mx.stream(self._stream):
             loaded = self._open()
@@ -320,7 +320,7 @@ class Apertus:
             RejectedError: the model has no chat template.
             TypeError, UsageError: see `generate`.
         """
-        options = SamplingOptions(**sampling)
+        options = SamplingOptions(**known(SamplingOptions, sampling))
         with mx.stream(self._stream):
             return Chat(self, Conversation(self._open(), system, think, self._plan.form), options)
 
@@ -406,7 +406,11 @@ class Apertus:
     ) -> list[int]:
         expect(str | None, system=system)
         expect(bool, think=think, raw=raw)
+        if prompt == "":
+            raise UsageError(f"{name}: the prompt is empty")
         if isinstance(prompt, str):
+            if self._folder.template is None and (system is not None or think):
+                raise UsageError("this model has no chat template: neither system nor think")
             return self._folder.prompt_ids(prompt, system=system, think=think, raw=raw)
         messages = _messages(name, prompt)
         if raw:
@@ -420,6 +424,8 @@ class Apertus:
             return self._folder.render(messages, think)
         except TypeError as error:  # what a content may hold is known to the template alone
             raise TypeError(f"{name}: {error}") from None
+        except RecursionError:
+            raise UsageError(f"{name}: nested too deeply, or it holds itself") from None
 
     def _open(self) -> LoadedModel:
         _require_process()
@@ -604,7 +610,7 @@ class Chat:
     def _streamed(
         self, sampling: Mapping[str, Any], answer: Callable[..., Generator[Piece, None, None]]
     ) -> Stream:
-        options = replace(self._sampling, **sampling)
+        options = replace(self._sampling, **known(SamplingOptions, sampling))
 
         def work(cancelled: Callable[[], bool]) -> Any:
             before = self._conversation.run
@@ -659,7 +665,7 @@ def _messages(name: str, messages: Any) -> list[Message]:
 
     Raises:
         TypeError: it is no list of messages.
-        UsageError: it is empty, or a message lacks its role or content.
+        UsageError: it is empty, or a message lacks its content or a role that there is.
     """
     expect(Sequence[object], **{name: messages})
     if not messages:
@@ -669,5 +675,14 @@ def _messages(name: str, messages: Any) -> list[Message]:
         for key in ("role", "content"):
             if key not in message:
                 raise UsageError(f"{name}[{index}]: has no {key!r}")
-        expect(str, **{f"{name}[{index}]['role']": message["role"]})
+        role, content = message["role"], message["content"]
+        expect(str, **{f"{name}[{index}]['role']": role})
+        if role not in _ROLES:
+            raise UsageError(f"{name}[{index}]: role {role[:40]!r}: expected {', '.join(_ROLES)}")
+        where = f"{name}[{index}]['content']"
+        if content is not None or not message.get("tool_calls"):
+            expect(str | Mapping | Sequence, **{where: content})
+        for key in ("parts", "blocks"):
+            if isinstance(content, Mapping) and key in content:
+                expect(Sequence, **{f"{where}[{key!r}]": content[key]})
     return list(messages)

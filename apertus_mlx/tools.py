@@ -26,7 +26,7 @@ from apertus_mlx.generation.options import (
     Revision,
 )
 from apertus_mlx.hub import is_repo_id, locate
-from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of
+from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of, known
 from apertus_mlx.system.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def plan(
     from apertus_mlx.generation.memory_plan import find_device
     from apertus_mlx.memory.report import plan_for_device
 
-    options = CacheOptions(**cache)
+    options = CacheOptions(**known(CacheOptions, cache))
     target, on_gpu, precision = find_device(device)
     inventory = _inventory(model, revision, offline, progress)
     return plan_for_device(

@@ -13,6 +13,7 @@ from apertus_mlx.cli.output import print_json, print_pieces
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.prompt_text import read_prompt
 from apertus_mlx.cli.sink import note
+from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import format_bytes
@@ -46,6 +47,8 @@ def generate(
     from apertus_mlx.generation.run import Generation
 
     text = read_prompt() if prompt is None or prompt == "-" else prompt
+    if not text:
+        raise UsageError("the prompt is empty; pass it as an argument or on standard input")
     require_prompt(text, system, think, raw)
     started = time.perf_counter()
     folder = open_model(model, settings)

@@ -199,6 +199,6 @@ def require_prompt(text: str, system: str | None, think: bool, raw: bool) -> Non
         UsageError: an empty `text`, or `raw` together with what only a template can say.
     """
     if not text:
-        raise UsageError("the prompt is empty; pass it as an argument or on standard input")
+        raise UsageError("the prompt is empty")
     if raw and (system is not None or think):
         raise UsageError("--raw takes no chat template, so neither --system nor --think")

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
+from os import PathLike
+from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 from typing import get_type_hints as resolve
@@ -120,6 +122,8 @@ def expect(hint: Any, **arguments: object) -> None:
         if found is None:
             expected = " or ".join(dict.fromkeys(map(_name, kinds)))
             raise TypeError(f"{name}: expected {expected}, not {type(value).__name__}")
+        if value == "" and {Path, PathLike} & {get_origin(kind) or kind for kind in kinds}:
+            raise UsageError(f"{_flag(name)}: is empty, and names no file, folder or model")
         if get_origin(found) is Sequence:
             for each in _elements(value):
                 expect(get_args(found)[0], **{name: each})
@@ -132,6 +136,18 @@ def expect(hint: Any, **arguments: object) -> None:
             and not option.range.holds(cast(float, value))
         ):
             raise UsageError(f"{_flag(name)} {value}: expected {option.range}")
+
+
+def known(group: type, given: _T) -> _T:
+    """Keyword arguments, all of them fields of the dataclass `group`.
+
+    Raises:
+        TypeError: one is none; the message begins with its name.
+    """
+    for name in cast(Mapping[str, object], given):
+        if name not in hints_of(group):
+            raise TypeError(f"{name}: no such option")
+    return given
 
 
 def expect_one_of(allowed: Sequence[object], **arguments: object) -> None:

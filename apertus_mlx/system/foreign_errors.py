@@ -49,6 +49,8 @@ def explain(error: BaseException) -> ApertusError | None:
         return no_memory(error)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return UsageError(f"{error.object[:200]}: not UTF-8; give it another name")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return UsageError("a name of a file or folder has a NUL character; give it another name")
     if isinstance(error, OSError):
         return _explain_os_error(error)
     return None

@@ -52,7 +52,8 @@ def verify(directory: Path) -> Verification:
         NotFoundError: there is no such folder.
     """
     if not directory.is_dir():
-        raise NotFoundError(f"{directory}: no such folder")
+        what = "is a file; give its folder" if directory.exists() else "no such folder"
+        raise NotFoundError(f"{directory}: {what}")
     findings = list(_check_manifest(directory))
     findings += _check_model(directory)
     return Verification(directory, sum(1 for _ in directory.iterdir()), tuple(findings))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
@@ -180,6 +182,10 @@ def test_a_wrong_type_names_its_argument(
         model.stream(QUESTION, **arguments)
     with pytest.raises(TypeError, match=named):
         model.generate_all([QUESTION], **arguments)
+    if named == "nonsense":
+        for call in (load, model.chat, model.chat().ask, apertus_mlx.plan):
+            with pytest.raises(TypeError, match=r"^nonsense: no such option"):
+                call(*[QUESTION] * (call.__name__ == "ask"), **arguments)  # type: ignore[operator]
     if named != "raw":
         with pytest.raises(TypeError, match=named):
             model.chat(**arguments)
@@ -193,6 +199,34 @@ def test_messages_of_a_wrong_type(model: Apertus, messages: Any) -> None:
         model.generate(messages)
     with pytest.raises(TypeError, match=r"^prompts"):
         model.generate_all([messages])
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "words"),
+    [
+        ({"role": "robot", "content": "a"}, UsageError, r"^prompt\[1\]: role 'robot': expected"),
+        ({"role": "user", "content": None}, TypeError, r"^prompt\[1\]\['content'\]: expected str"),
+        ({"role": "user", "content": {"parts": 5}}, TypeError, r"^prompt\[1\].*'parts'\]: .*list"),
+        ({"role": "system", "content": "a"}, RejectedError, ": the chat template refuses these"),
+    ],
+    ids=["role", "content", "parts", "order"],
+)
+def test_messages_that_no_template_takes(
+    model: Apertus, message: Any, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        model.generate([{"role": "system", "content": "a"}, message])
+
+
+def test_messages_without_end(model: Apertus) -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    circle: list[Any] = []
+    circle.append(circle)
+    for parts in (deep, circle):
+        with pytest.raises(UsageError, match="prompt: nested too deeply"):
+            model.generate([{"role": "user", "content": {"parts": parts}}])
 
 
 @pytest.mark.parametrize("message", [{"role": 3, "content": "a"}, {"role": "user", "content": {3}}])
@@ -237,7 +271,9 @@ def test_wrong_values(model: Apertus, tmp_path: Path) -> None:
         (lambda: load(memory_limit="much"), UsageError, "'much'"),
         (lambda: load(memory_limit=0), UsageError, "memory-limit"),
         (lambda: load(memory_limit=10**6), ResourceError, "1.0 MB"),
-        (lambda: model.generate(""), UsageError, "empty"),
+        (lambda: load(""), UsageError, "model: is empty"),
+        (lambda: model.generate(""), UsageError, "the prompt is empty$"),
+        (lambda: model.generate_all(["a", ""]), UsageError, r"^prompts\[1\]: the prompt is empty$"),
         (lambda: model.generate([]), UsageError, "no message"),
         (lambda: model.generate([{"role": "user"}]), UsageError, "content"),
         (lambda: model.generate(MESSAGES, raw=True), UsageError, "raw"),
@@ -259,7 +295,10 @@ def test_a_model_without_a_template_continues_text(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, config_4x(num_hidden_layers=1))
     (folder / "chat_template.jinja").unlink()
     with load(str(folder)) as model:
-        assert any("no chat template" in note for note in model.notes)
+        assert sum("no chat template" in note for note in model.notes) == 1
+        for how in ({"system": "Be brief."}, {"think": True}):
+            with pytest.raises(UsageError, match="no chat template"):
+                model.generate("hello", **how)  # type: ignore[arg-type]
         answer = model.generate("hello", max_tokens=2)
         assert answer.prompt_token_ids == [1, *model.encode("hello")]
         with pytest.raises(RejectedError, match="no chat template"):
@@ -308,7 +347,7 @@ def test_importing_is_cheap_and_names_are_there() -> None:
         "from apertus_mlx import UsageError\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "from apertus_mlx import *\n"
-        "assert set(apertus_mlx.__all__) <= set(names) and load and Apertus\n"
+        "assert set(apertus_mlx.__all__) == set(names) and load and Apertus\n"
         "assert not {'transformers', 'torch', 'mlx_lm', 'huggingface_hub'} & set(sys.modules)\n"
         "with load() as model: model.generate('hi', max_tokens=1)\n"
         "assert not {'transformers', 'torch', 'mlx_lm', 'huggingface_hub'} & set(sys.modules)\n"
@@ -340,6 +379,31 @@ def test_a_program_may_end_without_closing(end: str) -> None:
 def test_keywords_are_the_fields(group: Any, keywords: Any) -> None:
     assert {field.name for field in fields(group)} == set(keywords.__annotations__)
     assert get_type_hints(group) == get_type_hints(keywords)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_model_is_not_copied(model: Apertus, way: Callable[[Apertus], object]) -> None:
+    with pytest.raises(TypeError, match="cannot be copied or pickled; load it again"):
+        way(model)
+
+
+@pytest.mark.parametrize("close", ["model.close()", "del model"])
+def test_no_file_stays_open(close: str) -> None:
+    pytest.importorskip("onnxruntime")
+    script = (
+        "import gc, os\n"
+        "from apertus_mlx import load\n"
+        "load(compute='cpu').close()\n"
+        "before = os.listdir('/dev/fd')\n"
+        "model = load(compute='cpu')\n"
+        "model.generate('Hi', max_tokens=2)\n"
+        f"{close}\n"
+        "gc.collect()\n"
+        "assert os.listdir('/dev/fd') == before\n"
+    )
+    command = [sys.executable, "-P", "-X", "dev", "-W", "error::ResourceWarning", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_piece_is_text() -> None:

@@ -323,6 +323,15 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (convert_model, {"calibration": [1]}, "calibration: expected"),
     (convert_model, {"method": None}, "method: expected str, not NoneType"),
     (convert_model, {"dtype": 16}, "dtype: expected str or None, not int"),
+    *(
+        (call, {"progress": 5, **needed}, "^progress: expected function or None, not int")
+        for call, needed in (
+            (convert_model, {}),
+            (plan, {}),
+            (evaluate, {"models": "x", "reference": "x"}),
+            (distill, {"teacher": "x", "student": "y"}),
+        )
+    ),
     (plan, {"model": 7}, "model: expected"),
     (plan, {"context": "9"}, "context: expected int or None, not str"),
     (plan, {"kv_rotate": 1}, "kv_rotate: expected bool or None, not int"),
@@ -359,6 +368,13 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[ApertusError], str]
     (convert_model, {"bits": 4, "device": "1MB", "plan": True}, ResourceError, "for the process"),
     (convert_model, {"bits": 4, "calibration": "x"}, UsageError, "only --method gptq"),
     (convert_model, {"source": "nowhere"}, NotFoundError, "no such folder"),
+    (convert_model, {"source": ""}, UsageError, "--source: is empty"),
+    (convert_model, {"out": "a\0b", "bits": 4}, UsageError, "a NUL character"),
+    (distill, {"teacher": "a\0b", "student": "y"}, ApertusError, "no such folder"),
+    (verify, {"directory": ""}, UsageError, "--directory: is empty"),
+    (verify, {"directory": __file__}, NotFoundError, "is a file; give its folder"),
+    (evaluate, {"models": "x", "reference": "x", "text": ""}, UsageError, "--text: is empty"),
+    (evaluate, {"models": ["x", ""], "reference": "x"}, UsageError, "--models: is empty"),
     (plan, {"model": "nowhere"}, NotFoundError, "no such folder"),
     (plan, {"context": 0}, UsageError, "--context 0: expected 1 to"),
     (plan, {"device": "iphone-99"}, UsageError, "unknown"),

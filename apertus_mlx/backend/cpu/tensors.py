@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable
 from typing import Literal
 
@@ -136,7 +137,9 @@ class Tensors:
     def _rows(self, name: str) -> Callable[[npt.NDArray[np.int64]], Array]:
         """A function that reads single rows of a matrix. Mapped, each would take 16 pages."""
         info = self._checkpoint.tensors[name]
-        file = open_file(self._checkpoint.path(info))
+        path = self._checkpoint.path(info)
+        with open_file(path) as file:
+            number = os.dup(file.fileno())
         kind = np.dtype(STORED_TYPES[info.dtype])
         count, columns = info.shape
         size_bytes = columns * kind.itemsize
@@ -147,12 +150,14 @@ class Tensors:
                 if not 0 <= index < count:
                     raise ValueError(f"token {index}: the vocabulary has {count}")
                 offset = info.offset + index * size_bytes
-                data = os.pread(file.fileno(), size_bytes, offset)
+                data = os.pread(number, size_bytes, offset)
                 if len(data) != size_bytes:
-                    raise RejectedError(f"{file.name}: has been changed while the model is in use")
+                    raise RejectedError(f"{path}: has been changed while the model is in use")
                 row[:] = np.frombuffer(data, kind)
             return rows
 
+        # At exit a thread may still read.
+        weakref.finalize(read, os.close, number).atexit = False
         return read
 
 

@@ -232,6 +232,10 @@ class ChatTemplate:
         reason = " ".join((reason or type(error).__name__).split())[:300]
         if isinstance(error, RecursionError):
             reason = "it calls itself without end"
+        if type(error) is jinja2.TemplateError:  # of `raise_exception`
+            return UnsupportedTemplateError(
+                f"{self.name}: the chat template refuses these messages: {reason}"
+            )
         line = ""
         kind: type[RejectedError] = UnsupportedTemplateError
         if isinstance(error, jinja2.TemplateSyntaxError):

@@ -242,7 +242,7 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _raise_exception(message: object) -> str:
-    raise jinja2.TemplateError(f"it refuses the messages: {str(message)[:300]}")
+    raise jinja2.TemplateError(str(message)[:300])
 
 
 def _strftime_now(form: str) -> str:
