@@ -65,6 +65,7 @@ Messages = Sequence[Mapping[str, object]]
 _Work = Callable[
     [Callable[[], bool]], tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
 ]
+_Turn = AbstractContextManager[threading.Event]
 # The process whose models these are; MLX's threads are not there in a forked one.
 _process: int | None = None
 _models: weakref.WeakSet[Apertus] = weakref.WeakSet()
@@ -78,10 +79,7 @@ def _require_process() -> None:
     global _process  # noqa: PLW0603
     _process = _process or os.getpid()
     if _process != os.getpid():
-        raise UsageError(
-            "MLX does not work in a forked process whose parent has loaded a model; start it with "
-            'multiprocessing.get_context("spawn")'
-        )
+        raise UsageError("MLX does not work in the fork of a process that used it; use spawn")
 
 
 @atexit.register
@@ -391,15 +389,14 @@ class Apertus:
         self._cancel.set()
 
     def close(self) -> None:
-        """End what is being computed, wait for that, and give back the memory.
-
-        A second time does nothing.
-        """
+        """End what is being computed, wait, give back the memory; a second time does nothing."""
         self._closed = True
         # A call of this thread, interrupted by this one, gives the memory back itself.
         if os.getpid() == _process and self._take(closing=True):
-            self._free()
-            self._lock.release()
+            try:
+                self._free()
+            finally:
+                self._lock.release()
 
     def _prompt_ids(
         self, name: str, prompt: str | Messages, system: str | None, think: bool, raw: bool
@@ -439,11 +436,7 @@ class Apertus:
         return self._open().folder
 
     @contextmanager
-    def _turn(
-        self,
-        cancel: threading.Event | None = None,
-        reading: Callable[[], Stream | None] = _nothing,
-    ) -> Iterator[threading.Event]:
+    def _turn(self, reading: Callable[[], Stream | None] = _nothing) -> Iterator[threading.Event]:
         """Wait until no other thread computes; yields the event that ends this turn."""
         self._open()
         if not self._take():
@@ -451,7 +444,7 @@ class Apertus:
         try:
             self._open()
             self._owner, self._reading = weakref.ref(threading.current_thread()), reading
-            self._cancel = cancel or threading.Event()
+            self._cancel = getattr(reading(), "_cancel", None) or threading.Event()
             with own_errors():
                 yield self._cancel
         finally:
@@ -474,8 +467,7 @@ class Apertus:
                 return False
             if not wait_s and _state(self._reading()) == inspect.GEN_SUSPENDED:
                 gc.collect()
-            # Nobody tells when a thread is gone.
-            wait_s = 0.1
+            wait_s = 0.1  # nobody tells when a thread is gone
         return True
 
     def _make_way(self, closing: bool) -> bool:
@@ -483,9 +475,8 @@ class Apertus:
         own = owner is threading.current_thread()
         if self._reading is _nothing:
             return not own
-        if stream is None or not (closing or own or owner is None or not owner.is_alive()):
-            return True
-        return stream._end(overtaken=not closing)
+        left = closing or own or owner is None or not owner.is_alive()
+        return stream is None or not left or stream._end(overtaken=not closing)
 
     def _free(self) -> None:
         """Give the weights back; for who has the lock."""
@@ -509,8 +500,7 @@ class Stream(Iterator[Piece]):
         self._cancel = threading.Event()
         self._reading = threading.RLock()
         self._overtaken = False
-        turn = model._turn(self._cancel, weakref.ref(self))
-        self._pieces = _pieces(model, turn, work, self._answers)
+        self._pieces = _pieces(model, model._turn(weakref.ref(self)), work, self._answers)
 
     def __iter__(self) -> Self:
         return self
@@ -539,11 +529,11 @@ class Stream(Iterator[Piece]):
         if not self._reading.acquire(blocking=False):
             return True
         try:
-            if _state(self) == inspect.GEN_RUNNING:
-                return False
-            self._overtaken = overtaken
-            self._pieces.close()
-            return True
+            state = _state(self)
+            if state != inspect.GEN_RUNNING:
+                self._overtaken = overtaken and state == inspect.GEN_SUSPENDED
+                self._pieces.close()
+            return state != inspect.GEN_RUNNING
         finally:
             self._reading.release()
 
@@ -625,10 +615,7 @@ class Chat:
 
 
 def _pieces(
-    model: Apertus,
-    turn: AbstractContextManager[threading.Event],
-    work: _Work,
-    answers: list[Callable[[], Answer | None]],
+    model: Apertus, turn: _Turn, work: _Work, answers: list[Callable[[], Answer | None]]
 ) -> Generator[Piece, None, None]:
     """Read an answer in turn; `answers` gets what tells the answer so far, at the end for good."""
     with turn as cancel:
@@ -675,14 +662,12 @@ def _messages(name: str, messages: Any) -> list[Message]:
         for key in ("role", "content"):
             if key not in message:
                 raise UsageError(f"{name}[{index}]: has no {key!r}")
-        role, content = message["role"], message["content"]
+        role, content, where = message["role"], message["content"], f"{name}[{index}]['content']"
         expect(str, **{f"{name}[{index}]['role']": role})
         if role not in _ROLES:
             raise UsageError(f"{name}[{index}]: role {role[:40]!r}: expected {', '.join(_ROLES)}")
-        where = f"{name}[{index}]['content']"
         if content is not None or not message.get("tool_calls"):
             expect(str | Mapping | Sequence, **{where: content})
-        for key in ("parts", "blocks"):
-            if isinstance(content, Mapping) and key in content:
-                expect(Sequence, **{f"{where}[{key!r}]": content[key]})
+        for key in {"parts", "blocks"} & set(content if isinstance(content, Mapping) else ()):
+            expect(Sequence, **{f"{where}[{key!r}]": content[key]})
     return list(messages)

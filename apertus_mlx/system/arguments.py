@@ -139,11 +139,7 @@ def expect(hint: Any, **arguments: object) -> None:
 
 
 def known(group: type, given: _T) -> _T:
-    """Keyword arguments, all of them fields of the dataclass `group`.
-
-    Raises:
-        TypeError: one is none; the message begins with its name.
-    """
+    """Keyword arguments; a TypeError names the first that is no field of a dataclass."""
     for name in cast(Mapping[str, object], given):
         if name not in hints_of(group):
             raise TypeError(f"{name}: no such option")
