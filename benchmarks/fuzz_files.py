@@ -206,7 +206,8 @@ class Readers:
             values = parse_object(data, "config.json")
             config = parse_config(values)
             layout.parameter_count(config)
-            swift_contract.decode(values)
+            if not swift_contract.check_config(values):
+                swift_contract.check_meaning(config, values)
             swift_contract.check_quantization(values)
             if config.head_dim <= 1024:
                 rotary_wavelengths(config.head_dim, config.rope)

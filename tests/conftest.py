@@ -30,3 +30,12 @@ def real_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     with FileLock(shared / "real_tokenizers.lock"):
         write_real_tokenizers(folders)
     return folders
+
+
+@pytest.fixture
+def no_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of MLX as if no other test of this process had left a model open."""
+    from apertus_mlx.backend import memory_limits
+
+    monkeypatch.setattr(memory_limits, "_runs", [])
+    monkeypatch.setattr(memory_limits, "_before", [])

@@ -85,7 +85,7 @@ def _typed(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
     if NoneType in kinds:
         kind = kind | None
     words: dict[str, Any] = {"help": option.words, "metavar": option.metavar}
-    if int in kinds and option.range is not None and option.range.most <= 2**31:
+    if int in kinds and option.range is not None and option.range.most <= 2**32:
         words |= {"min": option.range.least, "max": option.range.most}
     if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
         return parameter.replace(annotation=Annotated[kind, typer.Argument(**words)])

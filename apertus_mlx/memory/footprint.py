@@ -203,9 +203,13 @@ def _layer_kv_bytes(
 
 def _pair_bits(config: ModelConfig, form: CacheConfig, number_bytes: int) -> float:
     """Bits of a number of a key and of one of a value."""
-    scales = 2 * 8 * SCALE_BYTES / group_size(config.head_dim)
-    pair = (form.key_bits, form.value_bits)
-    return sum(8 * number_bytes if bits == FULL_BITS else bits + scales for bits in pair)
+    bits = 0.0
+    for stored in (form.key_bits, form.value_bits):
+        if stored == FULL_BITS:
+            bits += 8 * number_bytes
+        else:
+            bits += stored + 2 * 8 * SCALE_BYTES / group_size(config.head_dim)
+    return bits
 
 
 def _rows_copied(form: CacheConfig, context: int, length: int) -> int:

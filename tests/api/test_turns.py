@@ -560,6 +560,7 @@ def test_closing_waits_until_another_thread_has_ended(model: Apertus) -> None:
         assert asked.result().finish_reason == "cancelled"
 
 
+@pytest.mark.usefixtures("no_other_models")
 def test_limits_of_mlx_are_those_of_the_models_that_are_open() -> None:
     outside = mx.set_cache_limit(123_456_789)
     try:

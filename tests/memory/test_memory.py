@@ -313,6 +313,7 @@ def test_a_tight_limit_is_kept_and_told(tmp_path: Path) -> None:
     assert chosen["total_bytes"] <= full * 0.9
 
 
+@pytest.mark.usefixtures("no_other_models")
 def test_mlx_limits_are_restored_whatever_happens() -> None:
     before = mx.set_cache_limit(123_456)
     try:
@@ -323,6 +324,7 @@ def test_mlx_limits_are_restored_whatever_happens() -> None:
         mx.set_cache_limit(before)
 
 
+@pytest.mark.usefixtures("no_other_models")
 def test_the_wired_limit_stays_below_what_metal_recommends_and_is_restored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
