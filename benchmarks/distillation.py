@@ -31,7 +31,7 @@ from apertus_mlx.convert.evaluation.texts import Sample, read_texts
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.quant import metrics
 from apertus_mlx.quant.spec import QuantSpec
 from recipes.demo.corpus import documents

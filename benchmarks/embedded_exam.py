@@ -15,10 +15,10 @@ from pathlib import Path
 
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request
-from apertus_mlx.demo import model_dir
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.template import Message
 from recipes.demo import exam

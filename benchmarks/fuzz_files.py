@@ -283,7 +283,7 @@ class Readers:
         return [data, json.dumps(rich).encode()], read
 
     def template(self) -> tuple[list[bytes], Execute]:
-        from apertus_mlx.demo import model_dir
+        from apertus_mlx.hub.demo import model_dir
         from apertus_mlx.text.template import ChatTemplate, Message
         from apertus_mlx.text.tokenizer import Tokenizer
 

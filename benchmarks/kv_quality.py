@@ -23,7 +23,7 @@ import numpy as np
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.checkpoint.config import parse_config
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.apertus import Model
 
 EMBEDDED = model_dir()

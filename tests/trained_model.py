@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.convert.evaluation.products import product
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.apertus import Model
 from recipes.demo.corpus import documents
 from tests.builders import config_4x, write_checkpoint

@@ -98,7 +98,6 @@ class _Place:
 
 def _list(place: _Place) -> Iterator[_Listed]:
     from apertus_mlx.convert.write.manifest import MANIFEST
-    from apertus_mlx.demo import model_dir
     from apertus_mlx.hub.apertus_models import (
         RELEASED,
         cached_models,
@@ -106,6 +105,7 @@ def _list(place: _Place) -> Iterator[_Listed]:
         expected_inventory,
         is_estimate,
     )
+    from apertus_mlx.hub.demo import model_dir
 
     cached = {model.repo_id: model for model in cached_models()}
     for repo_id in [*RELEASED, *(name for name in cached if name not in RELEASED)]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, read_weight_map
-from apertus_mlx.demo import model_dir
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.hub.errors import UnreachableError
 from apertus_mlx.hub.listing import (
     COMMIT,

@@ -28,8 +28,8 @@ from apertus_mlx import (
     UsageError,
     load,
 )
-from apertus_mlx.demo import model_dir
 from apertus_mlx.generation import options
+from apertus_mlx.hub.demo import model_dir
 from tests.builders import config_4x, write_checkpoint
 
 QUESTION = "What is the capital of France?"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from tests.hub_server import point_client_at, serving
 
 ROOT = Path(__file__).parents[2]

@@ -17,12 +17,12 @@ from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.checkpoint.layout import matrices
 from apertus_mlx.cli.app import app
-from apertus_mlx.demo import model_dir
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.generation.memory_plan import plan_memory
 from apertus_mlx.generation.model_folder import open_folder
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.memory import fit, footprint, parse_size
 from apertus_mlx.memory.cpu import weights_bytes
 from apertus_mlx.memory.footprint import CPU_PATH, GPU_16_BIT, choose_backend

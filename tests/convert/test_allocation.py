@@ -40,8 +40,8 @@ from apertus_mlx.convert.plan.policy import Request, Rule, Target
 from apertus_mlx.convert.report import default_name
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.write.manifest import MANIFEST
-from apertus_mlx.demo import model_dir
 from apertus_mlx.errors import ApertusError, UsageError
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.quant import search
 from apertus_mlx.quant.affine import dequantize
 from apertus_mlx.quant.allocate import Choice, allocate

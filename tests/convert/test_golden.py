@@ -13,7 +13,7 @@ from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.write.golden import CONVERSATIONS, GOLDEN, TEXTS
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.quant.spec import QuantSpec
 
 

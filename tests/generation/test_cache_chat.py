@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from apertus_mlx.cache import CacheConfig, rewind
-from apertus_mlx.demo import model_dir
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.template import Message
 
 GREEDY = SamplingOptions(temperature=0)

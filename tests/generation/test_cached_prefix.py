@@ -13,12 +13,12 @@ import pytest
 from apertus_mlx.backend.choose import Compute
 from apertus_mlx.backend.metal.compiled_step import CompiledStep
 from apertus_mlx.cache import Cache, CacheConfig, FullCache
-from apertus_mlx.demo import model_dir
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.template import Message
 from tests.builders import config_4x, write_checkpoint

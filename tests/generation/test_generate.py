@@ -11,12 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from apertus_mlx.demo import model_dir
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generation.conversation import Conversation
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.text.template import Message
 from tests.builders import config_4x, random_weights, write_checkpoint

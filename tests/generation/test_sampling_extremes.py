@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from tests.commands import command, refusal
 
 QUESTION = "What is the capital of France?"

@@ -68,7 +68,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     assert all(name.startswith("apertus_mlx/") for name in names)
     data = {Path(name).suffix for name in names if name not in modules}
     assert data == {".json", ".jinja", ".md", ".metal", ".safetensors", ".txt", ".typed"}
-    assert {"apertus_mlx/py.typed", "apertus_mlx/demo/model/model.safetensors"} <= set(names)
+    assert {"apertus_mlx/py.typed", "apertus_mlx/hub/demo/model/model.safetensors"} <= set(names)
 
 
 def test_the_sdist_makes_the_same_wheel(wheel: Path, unpacked_sdist: Path, tmp_path: Path) -> None:

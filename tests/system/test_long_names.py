@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.system.beside import MAX_NAME_BYTES, beside
 from apertus_mlx.system.whole_file import UNFINISHED, unfinished_path
 from tests.commands import command, refusal

@@ -20,7 +20,7 @@ from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import load_tokenizer, write_tokenizer, written_by
 
 HERE = Path(__file__).parents[1]
-V1 = (HERE.parent / "apertus_mlx/demo/model/chat_template.jinja").read_text(encoding="utf-8")
+V1 = (HERE.parent / "apertus_mlx/hub/demo/model/chat_template.jinja").read_text(encoding="utf-8")
 V1_1 = (HERE / "templates/v1_1.jinja").read_text(encoding="utf-8")
 # v1 as released has a text for conversations without a system message.
 DATED_SYSTEM = (

@@ -8,8 +8,8 @@ import pytest
 
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.checkpoint.inventory import take_inventory
-from apertus_mlx.demo import model_dir
 from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.hub.demo import model_dir
 from benchmarks.embedded_exam import sit
 
 MAX_BYTES = 6_000_000

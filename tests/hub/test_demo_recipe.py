@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from apertus_mlx.demo import model_dir
+from apertus_mlx.hub.demo import model_dir
 from recipes.demo import exam
 from recipes.demo.corpus import documents, is_held_out, prompt
 from recipes.demo.facts import FACTS, KINDS, LANGUAGES
