@@ -97,7 +97,7 @@ def written_by(template: ChatTemplate, messages: Sequence[Message], **how: Any) 
     """What `template` writes, for reading; `how` as for `render`."""
     how = {"think": False, "tools": (), "add_generation_prompt": True, **how}
     pieces = template._render(messages, **how)
-    return "".join(each if isinstance(each, str) else template._name(each) for each in pieces)
+    return "".join(each if isinstance(each, str) else each.name for each in pieces)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

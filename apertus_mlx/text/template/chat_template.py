@@ -1,14 +1,14 @@
 """A checkpoint's own chat template: messages to the token ids of a prompt.
 
 Control tokens come from the template's text only. When the template is compiled, the special tokens
-written in it become marks that no message can hold; what messages contribute stays plain text,
+written in it become objects that no message can hold; what messages contribute stays plain text,
 whatever it spells.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -19,14 +19,11 @@ from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.system.model_files import exists, read_file
 from apertus_mlx.system.strict_json import read_object
 from apertus_mlx.text.template.budget import start_rendering
-from apertus_mlx.text.template.marks import ESCAPE, MARK, RESERVED, mark
-from apertus_mlx.text.template.sandbox import compile_template
+from apertus_mlx.text.template.control_text import ControlText, ControlToken, concat
+from apertus_mlx.text.template.sandbox import SandboxEnvironment
 from apertus_mlx.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 2**18
-_ESCAPED = re.compile(f"{ESCAPE}([012])")
-# In these a template's operations would see more than a name to move around.
-_UNMOVABLE = re.compile(r"[\s%{}]")
 
 
 class UnsupportedTemplateError(RejectedError):
@@ -79,13 +76,11 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         # v1.1 switches deliberation by a developer message, v1 by a variable.
         self._thinks_by_message = "has_thinking" in source
-        self._texts = {key: self._mark(value) for key, value in (texts or {}).items()}
+        self._texts = {key: self._constant(value) for key, value in (texts or {}).items()}
         if tokenizer.bos_id is not None:
-            self._texts["bos_token"] = mark(tokenizer.bos_id)
-        if RESERVED.search(source):
-            raise RejectedError(f"{name}: contains the noncharacters U+FDD0 to U+FDD2")
+            self._texts["bos_token"] = concat([self._token(tokenizer.bos_id)])
         try:
-            self._template = compile_template(source, self._mark)
+            self._sandbox = SandboxEnvironment(source, self._constant)
         except Exception as error:
             raise self._rejected(error) from None
 
@@ -138,10 +133,7 @@ class ChatTemplate:
             )
         ids: list[int] = []
         for piece in pieces:
-            if isinstance(piece, int):
-                ids.append(piece)
-            else:
-                ids += self._tokenizer.encode(piece)
+            ids += self._tokenizer.encode(piece) if isinstance(piece, str) else [piece.id]
         bos_id = self._tokenizer.bos_id
         if bos_id is None:
             return ids
@@ -154,8 +146,12 @@ class ChatTemplate:
         think: bool,
         tools: Sequence[Mapping[str, object]],
         add_generation_prompt: bool,
-    ) -> list[str | int]:
-        """Return the prompt's plain texts and special ids in order."""
+    ) -> list[str | ControlToken]:
+        """Return the prompt's plain texts and control tokens in order.
+
+        A control token that a plain text spells must stand in the messages in one piece. Another
+        one was put together from parts, by a template that cannot be followed here or by messages.
+        """
         plain: list[Any] = [dict(message) for message in messages]
         if self._thinks_by_message:
             if tools:
@@ -166,70 +162,36 @@ class ChatTemplate:
                 developer = {"role": "developer", "content": {"has_thinking": True}}
                 after_system = 1 if plain and plain[0].get("role") == "system" else 0
                 plain.insert(after_system, developer)
-        texts: list[str] = []
-        variables = {
-            **self._texts,
-            "messages": _escaped(plain, texts),
-            "tools": _escaped(tools, texts) or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            "enable_thinking": think,
-        }
-        context = self._template.new_context(variables)
         try:
-            start_rendering(texts)
-            text = "".join(self._template.root_render_func(context))
+            data = json.dumps([plain, tools or None], ensure_ascii=False, default=dict)
+            start_rendering(data)
+            variables = {"add_generation_prompt": add_generation_prompt, "enable_thinking": think}
+            variables["messages"], variables["tools"] = json.loads(data)
+            text = self._sandbox.write({**self._texts, **variables, "documents": None})
         except Exception as error:
             raise self._rejected(error) from None
-        return self._split(text, texts)
-
-    def _split(self, text: str, texts: list[str]) -> list[str | int]:
-        """Return the plain texts and special ids of what the template wrote.
-
-        A special token in a plain text must stand in a message in one piece. Another one was put
-        together from parts: by a template that this class cannot follow, or by messages that spell
-        it across a seam. Neither may become a token, and the first would give a prompt without its
-        control tokens.
-        """
-        pieces: list[str | int] = []
-        for index, part in enumerate(MARK.split(text)):
-            if index % 2:
-                if int(part) not in self._tokenizer.special_ids:
-                    raise RejectedError(f"{self.name}: writes a mark that is no control token's")
-                pieces.append(int(part))
-                continue
-            for piece in self._tokenizer.split_special(part):
-                if isinstance(piece, int) and not any(self._name(piece) in own for own in texts):
-                    raise RejectedError(
-                        f"{self.name}: the text of control token {piece} ({self._name(piece)!r}) "
-                        "is put together from parts, which is not supported"
-                    )
-            if part:
-                pieces.append(_ESCAPED.sub(lambda match: chr(0xFDD0 + int(match[1])), part))
+        pieces: list[str | ControlToken] = text.parts if isinstance(text, ControlText) else [text]
+        spelled = (self._pieces(piece) for piece in pieces if isinstance(piece, str))
+        for token in itertools.chain.from_iterable(spelled):
+            if isinstance(token, ControlToken) and _in_json(token.name) not in data:
+                raise RejectedError(
+                    f"{self.name}: the text of control token {token.id} ({token.name!r}) "
+                    "is put together from parts, which is not supported"
+                )
         return pieces
 
-    def _mark(self, text: str) -> str:
-        parts: list[str] = []
+    def _pieces(self, text: str) -> Iterator[str | ControlToken]:
         for piece in self._tokenizer.split_special(text):
-            if isinstance(piece, str):
-                parts.append(piece)
-            elif _UNMOVABLE.search(self._name(piece)):
-                raise RejectedError(
-                    f"{self.name}: control token {piece} ({self._name(piece)!r}) has a blank, a % "
-                    "or a brace in its name, which is not supported in templates"
-                )
-            else:
-                parts.append(mark(piece))
-        return "".join(parts)
+            yield piece if isinstance(piece, str) else self._token(piece)
 
-    def _name(self, token_id: int) -> str:
-        return self._tokenizer.id_to_token(token_id) or ""
+    def _constant(self, text: str) -> Any:
+        return concat(self._pieces(text))
+
+    def _token(self, token_id: int) -> ControlToken:
+        return ControlToken(token_id, self._tokenizer.id_to_token(token_id) or "")
 
     def _rejected(self, error: Exception) -> RejectedError:
-        if isinstance(error, RejectedError):
-            return error
-        reason = MARK.sub(lambda match: repr(self._name(int(match[1]))), str(error))
-        reason = " ".join((reason or type(error).__name__).split())[:300]
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
         if isinstance(error, RecursionError):
             reason = "it calls itself without end"
         if type(error) is jinja2.TemplateError:  # of `raise_exception`
@@ -246,21 +208,7 @@ class ChatTemplate:
         return kind(f"{self.name}{line}: the chat template failed: {reason}")
 
 
-def _escaped(value: object, texts: list[str]) -> Any:
-    """Return a copy of `value` as plain data that cannot write marks; list its texts."""
-    if isinstance(value, str):
-        texts.append(value)
-        return RESERVED.sub(lambda match: f"{ESCAPE}{ord(match[0]) - 0xFDD0}", str(value))
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {_escaped(key, texts): _escaped(item, texts) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_escaped(item, texts) for item in value]
-    raise TypeError(f"a message holds a {type(value).__name__}")
-
-
-def _holds(pieces: Sequence[str | int], message: Message) -> bool:
+def _holds(pieces: Sequence[str | ControlToken], message: Message) -> bool:
     """Return whether a prompt holds the text of `message`, as it is or as JSON, blanks aside.
 
     Of an assistant's text the last word is enough: a template may leave out thoughts.
@@ -270,14 +218,17 @@ def _holds(pieces: Sequence[str | int], message: Message) -> bool:
         texts = texts[-1:] and texts[-1].split()[-1:]
     prompt = _without_blanks("".join(piece for piece in pieces if isinstance(piece, str)))
     return all(
-        _without_blanks(text) in prompt
-        or _without_blanks(json.dumps(text, ensure_ascii=False)[1:-1]) in prompt
+        _without_blanks(text) in prompt or _without_blanks(_in_json(text)) in prompt
         for text in texts
     )
 
 
 def _without_blanks(text: str) -> str:
     return "".join(text.split())
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _texts(content: object) -> Iterator[str]:
@@ -307,13 +258,11 @@ def _find_source(directory: Path, config: Mapping[str, object]) -> tuple[str | N
         path = directory / "tokenizer_config.json"
     value = config.get("chat_template")
     if isinstance(value, list):
-        named = {
-            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
-        }
-        if "default" not in named:
+        named = [each for each in value if isinstance(each, dict) and each.get("name") == "default"]
+        if not named:
             raise RejectedError(f"{path}: chat_template has no template named 'default'")
-        value = named["default"]
-    if value is not None and not isinstance(value, str):
+        value = named[-1].get("template")
+    if not isinstance(value, str | None):
         raise RejectedError(f"{path}: chat_template must be a text or a list of named texts")
     return value, path
 
@@ -323,11 +272,9 @@ def _token_texts(config: Mapping[str, object], path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if value is None:
-            continue
-        if not isinstance(value, str):
+        value = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(value, str):
+            texts[key] = value
+        elif value is not None:
             raise RejectedError(f"{path}: {key} must be a text")
-        texts[key] = value
     return texts

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import BuiltinMethodType
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
@@ -11,21 +11,18 @@ import jinja2.ext
 import jinja2.nodes as nodes
 import jinja2.sandbox
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context, LoopContext, Macro, Undefined
+from jinja2.nativetypes import NativeCodeGenerator
+from jinja2.runtime import Context, Macro, Undefined
 
-from apertus_mlx.text.template.budget import LimitError, made, spend, weigh
-from apertus_mlx.text.template.marks import look_past
+from apertus_mlx.text.template.budget import STEP, LimitError, made, spend, weigh
+from apertus_mlx.text.template.control_text import ControlText, concat
 from apertus_mlx.text.template.operations import (
     FILTERS,
     GLOBALS,
     TESTS,
-    Formatter,
     as_text,
     call_method,
-    check_operator,
-    iterate,
     join,
-    percent,
 )
 from apertus_mlx.text.template.rewrite import rewrite_template
 
@@ -44,37 +41,29 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _looked(value: Any, doing: str, is_searched: bool = False) -> Any:
-    if doing == "a slice":
-        look_past(value, doing)
-    elif not (is_searched and isinstance(value, dict)):
-        weigh(value, doing)
-    return value
-
-
-# What `rewrite_template` puts around what Jinja runs itself.
-_GUARDS: dict[str, Callable[..., Any]] = {
-    "~iterate": iterate,
-    "~spend": spend,
-    "~made": made,
-    "~looked": _looked,
-    "~concat": lambda parts: join("", map(as_text, parts)),
-}
-_GLOBAL_IDS = frozenset(map(id, GLOBALS.values()))
-
-
 @jinja2.pass_context
-def _print(_: Context, value: Any) -> str:  # with a context, for Jinja not to print early
+def _print(_: Context, value: Any) -> Any:  # with a context, for Jinja not to print early
     return made(as_text(value))
 
 
+def _weighed(value: Any) -> Any:
+    weigh(value)
+    return value
+
+
 class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja as chat templates expect it, with a price on everything."""
+    """Jinja as chat templates expect it, with a price on everything, for one template."""
 
-    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+    intercepted_binops = frozenset(["+", "-", "*", "%"])
+    code_generator_class = NativeCodeGenerator  # which leaves a `ControlText` as it is
+    concat = staticmethod(concat)
 
-    def __init__(self) -> None:
-        """Make an environment; it may serve many templates, renderings and threads."""
+    def __init__(self, source: str, constant: Callable[[str], str | ControlText]):
+        """Compile `source`, in which `constant` replaces each text that the template writes.
+
+        Raises:
+            jinja2.TemplateError: it is no template, or uses a feature that is missing here.
+        """
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -82,65 +71,64 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=_print,
             extensions=[jinja2.ext.loopcontrols, _Generation],
         )
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise LimitError(
+                f"it has {len(source)} characters, more than the {MAX_SOURCE_CHARACTERS} allowed"
+            )
+        tree = self.parse(source)
+        texts, size = rewrite_template(tree)
+        self._pass_units = STEP + size  # of a loop or macro, whose body is no longer
+        guards = {
+            "~concat": lambda parts: join("", map(as_text, parts)),
+            "~iterate": self._iterate,
+            "~made": made,
+            "~text": [constant(text) for text in texts].__getitem__,
+            "~weighed": _weighed,
+        }
         self.globals = dict(GLOBALS)
-        self.filters = {**FILTERS, **_GUARDS}
+        self.filters = {**FILTERS, **guards}
         self.tests = dict(TESTS)
+        code = self.compile(tree)
+        self._template = self.template_class.from_code(self, code, self.globals)
+
+    def write(self, variables: dict[str, Any]) -> Any:
+        """Render the template: a `str`, or a `ControlText`."""
+        return concat(self._template.root_render_func(self._template.new_context(variables)))
+
+    def _iterate(self, value: Any) -> Iterator[Any]:
+        for item in value:
+            spend(self._pass_units)
+            yield item
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Get an attribute."""
-        spend(64)
+        spend()
+        if isinstance(obj, ControlText) and attribute not in obj.METHODS:
+            str(obj)  # which refuses
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Subscribe."""
-        look_past(obj, "a subscript")
-        weigh(argument, "a subscript")
+        weigh(argument)
         return super().getitem(obj, argument)
-
-    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a filter that a template names in a string, as in `map('upper')`."""
-        if name in _GUARDS:
-            raise SecurityError(f"no filter named {name}")
-        return super().call_filter(name, *args, **kwargs)
-
-    def wrap_str_format(self, value: Any) -> None:
-        """Leave `str.format` to `call`."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template may call."""
-        spend()
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(__obj, BuiltinMethodType):
-            kwargs.pop("_loop_vars", None)
-            kwargs.pop("_block_vars", None)
-            return call_method(__obj, args, kwargs, Formatter(__self))
-        if isinstance(__obj, LoopContext):
-            args = (iterate(*args[:1]), *args[1:])
-        elif isinstance(owner, LoopContext):
-            weigh(args, None if __obj.__name__ == "cycle" else f"loop.{__obj.__name__}")
-        elif not isinstance(__obj, Macro | Undefined) and id(__obj) not in _GLOBAL_IDS:
-            raise SecurityError(f"a {type(__obj).__name__} may not be called")
-        return __context.call(__obj, *args, **kwargs)
+        spend(__self._pass_units)
+        if isinstance(__obj, Macro | Undefined) or __obj in GLOBALS.values():
+            return __context.call(__obj, *args, **kwargs)
+        kwargs.pop("_loop_vars", None)
+        kwargs.pop("_block_vars", None)
+        return call_method(__obj, args, kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute a binary operator."""
-        if isinstance(left, str) and operator == "%":
-            return percent(left, right)
-        check_operator(operator, left, right)
+        spend(STEP + weigh([left, right]))
+        if operator == "%" and isinstance(left, str | ControlText):
+            raise SecurityError("% on a text is not available to chat templates")
+        if operator == "*":
+            for value, count in ((left, right), (right, left)):
+                if isinstance(count, int) and not isinstance(value, int | float):
+                    units = value.size if isinstance(value, ControlText) else sys.getsizeof(value)
+                    spend(units * max(count, 1))
         return made(super().call_binop(context, operator, left, right))
-
-
-def compile_template(source: str, constant: Callable[[str], str]) -> jinja2.Template:
-    """Compile `source`, in which `constant` has replaced each text that the template writes.
-
-    Raises:
-        jinja2.TemplateError: it is no template, or uses a feature that is missing here.
-    """
-    if len(source) > MAX_SOURCE_CHARACTERS:
-        raise LimitError(
-            f"it has {len(source)} characters, more than the {MAX_SOURCE_CHARACTERS} allowed"
-        )
-    environment = SandboxEnvironment()
-    tree = rewrite_template(environment.parse(source), constant)
-    code = environment.compile(tree)
-    return environment.template_class.from_code(environment, code, environment.globals)
