@@ -194,18 +194,13 @@ class ChatTemplate:
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         if isinstance(error, RecursionError):
             reason = "it calls itself without end"
-        if type(error) is jinja2.TemplateError:  # of `raise_exception`
-            return UnsupportedTemplateError(
-                f"{self.name}: the chat template refuses these messages: {reason}"
-            )
-        line = ""
-        kind: type[RejectedError] = UnsupportedTemplateError
-        if isinstance(error, jinja2.TemplateSyntaxError):
-            line = f", line {error.lineno}"
-            # A filter or test that is missing here is a TemplateAssertionError.
-            if not isinstance(error, jinja2.TemplateAssertionError):
-                kind = RejectedError
-        return kind(f"{self.name}{line}: the chat template failed: {reason}")
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        # A filter or test that is missing here is a TemplateAssertionError, a kind of this one.
+        damaged = type(error) is jinja2.TemplateSyntaxError
+        kind = RejectedError if damaged else UnsupportedTemplateError
+        refused = type(error) is jinja2.TemplateError  # of `raise_exception`
+        does = "refuses these messages" if refused else "failed"
+        return kind(f"{self.name}{line}: the chat template {does}: {reason}")
 
 
 def _holds(pieces: Sequence[str | ControlToken], message: Message) -> bool:
@@ -216,15 +211,10 @@ def _holds(pieces: Sequence[str | ControlToken], message: Message) -> bool:
     texts = list(_texts(message.get("content")))
     if message.get("role") == "assistant":
         texts = texts[-1:] and texts[-1].split()[-1:]
-    prompt = _without_blanks("".join(piece for piece in pieces if isinstance(piece, str)))
+    prompt = "".join("".join(piece for piece in pieces if isinstance(piece, str)).split())
     return all(
-        _without_blanks(text) in prompt or _without_blanks(_in_json(text)) in prompt
-        for text in texts
+        any("".join(form.split()) in prompt for form in (text, _in_json(text))) for text in texts
     )
-
-
-def _without_blanks(text: str) -> str:
-    return "".join(text.split())
 
 
 def _in_json(text: str) -> str:
@@ -233,12 +223,11 @@ def _in_json(text: str) -> str:
 
 def _texts(content: object) -> Iterator[str]:
     """Yield a message's texts: its content, or what is called `text` in a structure."""
+    if isinstance(content, Mapping):
+        items = content.items()
+        content = [each for key, each in items if key == "text" or not isinstance(each, str)]
     if isinstance(content, str):
         yield content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            if not isinstance(value, str) or key == "text":
-                yield from _texts(value)
     elif isinstance(content, Sequence):
         for part in content:
             yield from _texts(part)

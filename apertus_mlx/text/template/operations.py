@@ -63,10 +63,9 @@ def join(separator: Any, texts: Iterable[Any]) -> Any:
     return made(concat(parts[1:]))
 
 
-def operate(name: str, function: Callable[..., Any], first: Any, value: Any, *args: Any) -> Any:
-    """Run a filter, test or method `name` of `value`; `args` end with a dict of keywords."""
+def _operate(name: str, function: Any, value: Any, args: Any, kwargs: Any, first: Any = ()) -> Any:
+    """Run a filter, test or method."""
     spend()
-    *args, kwargs = args  # type: ignore[assignment]
     units = weigh([*args, *kwargs.values()])
     if name not in _SHALLOW:
         value = list(value) if isinstance(value, Iterator) else value
@@ -83,7 +82,7 @@ def call_method(method: Any, args: Any, kwargs: Any) -> Any:
         raise SecurityError(f"{name or type(method).__name__} is not available to chat templates")
     functions = {"join": join, "replace": _replace, "split": _split}
     function = functions.get(name, getattr(type(owner), name))
-    return operate(name, function, (), owner, *args, kwargs)
+    return _operate(name, function, owner, args, kwargs)
 
 
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,13 +91,13 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @jinja2.pass_context
     def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         passed = {"context": (context,), "environment": (context.environment,)}
-        return operate(name, function, passed.get(needs, ()), value, *args, kwargs)
+        return _operate(name, function, value, args, kwargs, passed.get(needs, ()))
 
     return run
 
 
 def _test(name: str, function: Any) -> Callable[..., Any]:
-    return lambda value, *args: operate(name, function, (), value, *args, {})
+    return lambda value, *args: _operate(name, function, value, args, {})
 
 
 def _of_text(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,14 +114,6 @@ def _replace(value: Any, old: Any, new: Any, count: int = -1) -> str:
 def _split(text: str, separator: str | None = None, most: int = -1) -> list[str]:
     spend(ITEM * (text.count(separator) if separator else len(text) // 2))
     return text.split(separator, most)
-
-
-def _trim(value: Any, *characters: Any) -> Any:
-    return as_text(value).strip(*characters)
-
-
-def _length(value: Any) -> int:
-    return len(value)
 
 
 @jinja2.pass_environment
@@ -167,15 +158,15 @@ _FILTERS: dict[str, Callable[..., Any]] = {
         )
     },
     **{name: _of_text(getattr(str, name)) for name in ("capitalize", "lower", "upper")},
-    "count": _length,
+    "count": len,
     "join": _join,
-    "length": _length,
+    "length": len,
     "list": list,
     "replace": _replace,
     "string": as_text,
     "title": _of_text(jinja2.filters.do_title),
     "tojson": _to_json,
-    "trim": _trim,
+    "trim": lambda value, *characters: as_text(value).strip(*characters),
 }
 FILTERS = {name: _filter(name, function) for name, function in _FILTERS.items()}
 TESTS: dict[str, Any] = {

@@ -66,15 +66,13 @@ class _Guards(NodeTransformer):
         node.iter = _guard("iterate", node.iter)
         return node
 
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
-        if node.name == "replace":
+    def visit_Call(self, node: Any) -> nodes.Node:
+        name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", "")
+        if name in _SEARCHES:
             self._searched.update(map(id, node.args[:1]))
         return self.generic_visit(node)
 
-    def visit_Call(self, node: nodes.Call) -> nodes.Node:
-        if isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES:
-            self._searched.update(map(id, node.args[:1]))
-        return self.generic_visit(node)
+    visit_Filter = visit_Call
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self._searched.update(map(id, (node.expr, *(operand.expr for operand in node.ops))))

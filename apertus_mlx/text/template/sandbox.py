@@ -14,16 +14,9 @@ from jinja2.exceptions import SecurityError
 from jinja2.nativetypes import NativeCodeGenerator
 from jinja2.runtime import Context, Macro, Undefined
 
+from apertus_mlx.text.template import operations
 from apertus_mlx.text.template.budget import STEP, LimitError, made, spend, weigh
 from apertus_mlx.text.template.control_text import ControlText, concat
-from apertus_mlx.text.template.operations import (
-    FILTERS,
-    GLOBALS,
-    TESTS,
-    as_text,
-    call_method,
-    join,
-)
 from apertus_mlx.text.template.rewrite import rewrite_template
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
@@ -43,12 +36,7 @@ class _Generation(jinja2.ext.Extension):
 
 @jinja2.pass_context
 def _print(_: Context, value: Any) -> Any:  # with a context, for Jinja not to print early
-    return made(as_text(value))
-
-
-def _weighed(value: Any) -> Any:
-    weigh(value)
-    return value
+    return made(operations.as_text(value))
 
 
 class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -79,15 +67,15 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         texts, size = rewrite_template(tree)
         self._pass_units = STEP + size  # of a loop or macro, whose body is no longer
         guards = {
-            "~concat": lambda parts: join("", map(as_text, parts)),
+            "~concat": lambda parts: operations.join("", map(operations.as_text, parts)),
             "~iterate": self._iterate,
             "~made": made,
             "~text": [constant(text) for text in texts].__getitem__,
-            "~weighed": _weighed,
+            "~weighed": lambda value: (weigh(value), value)[1],
         }
-        self.globals = dict(GLOBALS)
-        self.filters = {**FILTERS, **guards}
-        self.tests = dict(TESTS)
+        self.globals = dict(operations.GLOBALS)
+        self.filters = {**operations.FILTERS, **guards}
+        self.tests = dict(operations.TESTS)
         code = self.compile(tree)
         self._template = self.template_class.from_code(self, code, self.globals)
 
@@ -115,11 +103,11 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template may call."""
         spend(__self._pass_units)
-        if isinstance(__obj, Macro | Undefined) or __obj in GLOBALS.values():
+        if isinstance(__obj, Macro | Undefined) or __obj in operations.GLOBALS.values():
             return __context.call(__obj, *args, **kwargs)
         kwargs.pop("_loop_vars", None)
         kwargs.pop("_block_vars", None)
-        return call_method(__obj, args, kwargs)
+        return operations.call_method(__obj, args, kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute a binary operator."""
