@@ -454,6 +454,7 @@ HOSTILE = {
     "syntax": "{{ 'a' ",
     "undefined": "{{ no.such.thing }}",
     "undefined call": "{{ nothing() }}",
+    "json of nothing": "{{ nothing | tojson }}{{ messages[0].content }}",
     "refusal": "{{ raise_exception('no\nthanks') }}",
     "parentheses": "{{ " + "(" * 20_000 + ")" * 20_000 + " }}",
     "deep": "{% if x %}" * 5_000 + "{% endif %}" * 5_000,

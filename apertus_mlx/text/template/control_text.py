@@ -38,14 +38,15 @@ class ControlText:
         self.parts = parts
         self.size = sum(sys.getsizeof(part) for part in parts)
 
-    def _refuse(self, *_: object) -> NoReturn:
+    def refuse(self, *_: object) -> NoReturn:
+        """Raise the error for whatever looks at the text."""
         name = next(part.name for part in self.parts if isinstance(part, ControlToken))
         raise ControlTextError(
             f"it looks at the text of control token {name!r}, which is not supported"
         )
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
-    __contains__ = __getitem__ = __iter__ = __len__ = __str__ = __repr__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = refuse
+    __contains__ = __getitem__ = __iter__ = __len__ = __str__ = __repr__ = refuse
 
     def __bool__(self) -> bool:
         return True
@@ -79,7 +80,7 @@ class ControlText:
         if any(
             isinstance(part, ControlToken) and part.name.strip() != part.name for part in self.parts
         ):
-            self._refuse()
+            self.refuse()
         return strip(part) if isinstance(part, str) else part
 
     def shown(self) -> str:

@@ -128,8 +128,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) 
     if not 0 <= (indent or 0) <= 16:
         raise LimitError("it asks for a very wide field")
     spend(weigh(value) * (6 + (indent or 0)))
-    # A `ControlText` refuses to be a `str`.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, default=str)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, default=ControlText.refuse)
 
 
 def _raise_exception(message: Any) -> str:

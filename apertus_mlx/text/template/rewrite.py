@@ -50,7 +50,7 @@ def rewrite_template(tree: nodes.Template) -> tuple[list[str], int]:
 class _Guards(NodeTransformer):
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self._searched: set[int] = set()
+        self._searched: dict[int, nodes.Node] = {}  # held, for ids to stay theirs
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
         return self.visit_Const(nodes.Const(node.data, lineno=node.lineno))
@@ -69,17 +69,17 @@ class _Guards(NodeTransformer):
     def visit_Call(self, node: Any) -> nodes.Node:
         name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", "")
         if name in _SEARCHES:
-            self._searched.update(map(id, node.args[:1]))
+            self._searched.update((id(argument), argument) for argument in node.args[:1])
         return self.generic_visit(node)
 
     visit_Filter = visit_Call
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self._searched.update(map(id, (node.expr, *(operand.expr for operand in node.ops))))
+        compared: list[Any] = [node, *node.ops]
+        self._searched.update((id(each.expr), each.expr) for each in compared)
         self.generic_visit(node)
-        node.expr = _guard("weighed", node.expr)
-        for operand in node.ops:
-            operand.expr = _guard("weighed", operand.expr)
+        for each in compared:
+            each.expr = _guard("weighed", each.expr)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:

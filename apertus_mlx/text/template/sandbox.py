@@ -92,7 +92,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Get an attribute."""
         spend()
         if isinstance(obj, ControlText) and attribute not in obj.METHODS:
-            str(obj)  # which refuses
+            obj.refuse()
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
