@@ -65,7 +65,9 @@ MOVES = {
     "concatenation": "{{ bos_token ~ 'a' + eos_token }}",
     "repetition": "{{ bos_token * 2 }}",
     "truth": "{{ bos_token if eos_token and not none }}",
-    "kind": "{{ bos_token is string }} {{ bos_token is defined }} {{ bos_token is none }}",
+    "kind": "{{ bos_token is string }} {{ bos_token is defined }} {{ bos_token is none }}"
+    "{{ bos_token is sequence }}{{ bos_token is iterable }}{{ bos_token is mapping }}",
+    "kind of nothing": "{{ nothing is sequence }}{{ nothing is iterable }}{{ nothing is string }}",
     "default": "{{ nothing | default(bos_token) }}{{ bos_token | default('x') }}",
     "trim": "{{ (' ' + bos_token + '\n') | trim }}{{ (eos_token ~ ' ').strip() }}",
     "join": "{{ [bos_token, 'a'] | join(eos_token) }}{{ ', '.join(['a', bos_token]) }}",

@@ -35,7 +35,18 @@ _METHODS: dict[type, Iterable[str]] = {
 }
 # These look at no more than one item of a value.
 _SHALLOW = ("count", "d", "default", "first", "get", "items", "keys", "last", "length", "values")
-_KINDS = ("boolean", "defined", "false", "float", "integer", "none", "number", "true", "undefined")
+_KINDS = (
+    "boolean",
+    "defined",
+    "false",
+    "float",
+    "integer",
+    "mapping",
+    "none",
+    "number",
+    "true",
+    "undefined",
+)
 _COMPARISONS = (
     *("==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le", "in"),
     *(">", "gt", "greaterthan", ">=", "ge"),
@@ -98,6 +109,11 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _test(name: str, function: Any) -> Callable[..., Any]:
     return lambda value, *args: _operate(name, function, value, args, {})
+
+
+def _holds_for_texts(name: str) -> Callable[..., bool]:
+    test: Any = jinja2.tests.TESTS[name]
+    return lambda value: isinstance(value, ControlText) or test(value)
 
 
 def _of_text(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,8 +187,5 @@ FILTERS = {name: _filter(name, function) for name, function in _FILTERS.items()}
 TESTS: dict[str, Any] = {
     **{name: jinja2.tests.TESTS[name] for name in _KINDS},
     **{name: _test(name, jinja2.tests.TESTS[name]) for name in _COMPARISONS},
-    "iterable": lambda value: isinstance(value, str | ControlText | Iterable),
-    "mapping": jinja2.tests.TESTS["mapping"],
-    "sequence": lambda value: isinstance(value, str | ControlText | list | tuple | dict | range),
-    "string": lambda value: isinstance(value, str | ControlText),
+    **{name: _holds_for_texts(name) for name in ("iterable", "sequence", "string")},
 }
