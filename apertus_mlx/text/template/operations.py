@@ -35,18 +35,8 @@ _METHODS: dict[type, Iterable[str]] = {
 }
 # These look at no more than one item of a value.
 _SHALLOW = ("count", "d", "default", "first", "get", "items", "keys", "last", "length", "values")
-_KINDS = (
-    "boolean",
-    "defined",
-    "false",
-    "float",
-    "integer",
-    "mapping",
-    "none",
-    "number",
-    "true",
-    "undefined",
-)
+_CHOOSING = ("map", "reject", "rejectattr", "select", "selectattr")
+_KINDS = ("boolean", "defined", "false", "float", "integer", "none", "number", "true", "undefined")
 _COMPARISONS = (
     *("==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le", "in"),
     *(">", "gt", "greaterthan", ">=", "ge"),
@@ -165,13 +155,8 @@ GLOBALS: dict[str, Any] = {
     "strftime_now": _strftime_now,
 }
 _FILTERS: dict[str, Callable[..., Any]] = {
-    **{
-        name: jinja2.filters.FILTERS[name]
-        for name in (
-            *("d", "default", "first", "items", "last"),
-            *("map", "reject", "rejectattr", "select", "selectattr"),
-        )
-    },
+    **{name: jinja2.filters.FILTERS[name] for name in ("d", "default", "first", "items", "last")},
+    **{name: jinja2.filters.FILTERS[name] for name in _CHOOSING},
     **{name: _of_text(getattr(str, name)) for name in ("capitalize", "lower", "upper")},
     "count": len,
     "join": _join,
@@ -185,7 +170,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
 }
 FILTERS = {name: _filter(name, function) for name, function in _FILTERS.items()}
 TESTS: dict[str, Any] = {
-    **{name: jinja2.tests.TESTS[name] for name in _KINDS},
+    **{name: jinja2.tests.TESTS[name] for name in ("mapping", *_KINDS)},
     **{name: _test(name, jinja2.tests.TESTS[name]) for name in _COMPARISONS},
     **{name: _holds_for_texts(name) for name in ("iterable", "sequence", "string")},
 }
