@@ -62,6 +62,7 @@ LOOKS = {
 }
 # These move a token, or look at a message for one's text.
 MOVES = {
+    "safe": "{{ bos_token | safe }}",
     "concatenation": "{{ bos_token ~ 'a' + eos_token }}",
     "repetition": "{{ bos_token * 2 }}",
     "truth": "{{ bos_token if eos_token and not none }}",
@@ -98,7 +99,6 @@ MISSING = {
     "format filter": "{{ '%s<s>' | format(bos_token) }}",
     "indent": "{{ ('a\n' + bos_token) | indent(2) }}",
     "cycle": "{% for i in [1, 2] %}{{ loop.cycle(bos_token, eos_token) }}{% endfor %}",
-    "safe": "{{ bos_token | safe }}",
     "dictsort": "{{ {'a': 1} | dictsort }}",
     "sum": "{{ [1, 2] | sum }}",
     "groupby": "{{ messages | groupby('role') }}",

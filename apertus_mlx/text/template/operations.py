@@ -163,6 +163,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "length": len,
     "list": list,
     "replace": _replace,
+    "safe": as_text,  # nothing is escaped
     "string": as_text,
     "title": _of_text(jinja2.filters.do_title),
     "tojson": _to_json,
