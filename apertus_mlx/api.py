@@ -421,7 +421,7 @@ class Apertus:
             return self._folder.render(messages, think)
         except TypeError as error:  # what a content may hold is known to the template alone
             raise TypeError(f"{name}: {error}") from None
-        except RecursionError:
+        except (RecursionError, ValueError):  # the latter by `json`, of a circle
             raise UsageError(f"{name}: nested too deeply, or it holds itself") from None
 
     def _open(self) -> LoadedModel:

@@ -51,7 +51,11 @@ class Moments:
             self.count += 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    # The search for a target's allocation takes as long as all others together.
+    [pytest.param(kind, marks=[pytest.mark.nightly] * (kind == "target")) for kind in KINDS],
+)
 def test_a_kill_at_any_moment_loses_nothing(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

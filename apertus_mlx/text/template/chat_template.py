@@ -162,8 +162,8 @@ class ChatTemplate:
                 developer = {"role": "developer", "content": {"has_thinking": True}}
                 after_system = 1 if plain and plain[0].get("role") == "system" else 0
                 plain.insert(after_system, developer)
+        data = json.dumps([plain, tools or None], ensure_ascii=False, default=_plain)
         try:
-            data = json.dumps([plain, tools or None], ensure_ascii=False, default=dict)
             start_rendering(data)
             variables = {"add_generation_prompt": add_generation_prompt, "enable_thinking": think}
             variables["messages"], variables["tools"] = json.loads(data)
@@ -201,6 +201,15 @@ class ChatTemplate:
         refused = type(error) is jinja2.TemplateError  # of `raise_exception`
         does = "refuses these messages" if refused else "failed"
         return kind(f"{self.name}{line}: the chat template {does}: {reason}")
+
+
+def _plain(value: object) -> object:
+    """Return what is like a dictionary or a list as one; for `json`, which knows only these."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return list(value)
+    raise TypeError(f"a message holds a {type(value).__name__}")
 
 
 def _holds(pieces: Sequence[str | ControlToken], message: Message) -> bool:
