@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -9,18 +10,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from apertus_mlx import __version__
 from apertus_mlx.cli import sink
-from apertus_mlx.cli.bench import bench
-from apertus_mlx.cli.chat import chat
-from apertus_mlx.cli.convert import convert
-from apertus_mlx.cli.distill import distill
-from apertus_mlx.cli.doctor import doctor
-from apertus_mlx.cli.eval import evaluate
-from apertus_mlx.cli.generate import generate
-from apertus_mlx.cli.inspect import inspect
-from apertus_mlx.cli.models import models
-from apertus_mlx.cli.options import spread
-from apertus_mlx.cli.plan import plan
-from apertus_mlx.cli.verify import verify
+
+# Each in the module of its name; `eval` is a word of Python.
+COMMANDS = (
+    *("generate", "chat", "models", "inspect", "plan", "convert", "distill", "verify", "bench"),
+    *("doctor", "eval"),
+)
 
 
 class _HelpThroughSink:
@@ -38,7 +33,21 @@ class _Command(_HelpThroughSink, TyperCommand):
 
 
 class _Group(_HelpThroughSink, TyperGroup):
-    pass
+    """All commands; one is imported when it is asked for, since most are not."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the same in all contexts
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        from apertus_mlx.cli.options import spread
+
+        module = import_module(f"apertus_mlx.cli.{cmd_name}")
+        command = getattr(module, "evaluate" if cmd_name == "eval" else cmd_name)
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(cmd_name, cls=_Command)(spread(command))
+        return typer.main.get_command(single)
 
 
 def _show_help(context: Any, _: Any, wanted: bool) -> None:
@@ -55,9 +64,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, models, inspect, plan, convert, distill, verify, bench, doctor):
-    app.command(cls=_Command)(spread(command))
-app.command("eval", cls=_Command)(spread(evaluate))
 
 
 def _show_version(wanted: bool) -> None:
