@@ -253,17 +253,26 @@ def plan(
 @checked
 def verify(
     directory: Annotated[_File, Option("A folder that `convert` wrote.")],
+    *,
+    golden: Annotated[
+        bool,
+        Option("Compute the golden answers in float32: write them, or compare with the folder's."),
+    ] = False,
+    progress: OnProgress | None = None,
 ) -> Verification:
     """Check DIRECTORY: hashes, names, shapes and config, and what Swift apps need.
 
-    What is wrong stands in the result (`errors`, `findings`); it is not raised.
+    What is wrong stands in the result (`errors`, `findings`); it is not raised. `progress` is told
+    of the stages `loading` and `answering`, with `golden` alone.
 
     Raises:
         NotFoundError: there is no such folder.
+        RejectedError: with `golden`: the folder holds no tokenizer that makes prompts.
+        ResourceError: with `golden`: the weights in float32 do not fit this machine's memory.
     """
     from apertus_mlx.convert.check.verify import verify as run
 
-    return run(Path(directory))
+    return run(Path(directory), golden, progress)
 
 
 @checked

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from apertus_mlx.errors import ApertusError, UsageError
+from apertus_mlx.system.user_folders import CACHE_VARIABLE
 from tests.builders import LLAMA3, TEMPLATE, config_4x, config_5x, write_checkpoint
 
 HANG_S = 20.0
@@ -330,7 +331,7 @@ class Readers:
     def verdict(self) -> tuple[list[bytes], Execute]:
         from apertus_mlx.backend.metal import verdict
 
-        os.environ[verdict.CACHE_VARIABLE] = str(self.folder.parent)
+        os.environ[CACHE_VARIABLE] = str(self.folder.parent)
         seed = {"format": verdict.FORMAT, "verdicts": [{
             "machine": dict.fromkeys(("chip", "system", "mlx", "package"), "x"),
             "texts": "t", "model": "m", "date": "d", "tuned": True, "accepted": {"a": ["b"]},

@@ -46,6 +46,7 @@ from apertus_mlx.convert.write.golden import check_template, write_golden
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256, write_json
 from apertus_mlx.convert.write.output_config import output_config, quantization_block
 from apertus_mlx.convert.write.target import build
+from apertus_mlx.convert.write.tokenizer_table import write_tokenizer_table
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.system.strict_json import read_object
@@ -253,6 +254,7 @@ def _write_other_files(
     for original in copied_files(job.directory):
         if sha256(original) != sha256(path / original.name):
             raise ApertusError(f"{original.name}: the copy differs from the original; start again")
+    write_tokenizer_table(path)
     write_golden(path, plan.source.config)
     license_id = license_of(job.directory)
     quality = None

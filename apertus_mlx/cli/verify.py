@@ -6,13 +6,15 @@ from typing import Annotated, Any
 
 from apertus_mlx.cli.options import JsonOption
 from apertus_mlx.cli.output import print_report
+from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.tools import verify as run
 
 
 def verify(given: Annotated[dict[str, Any], run], *, json: JsonOption = False) -> None:
     """Check DIRECTORY: hashes, names, shapes and config, and what Swift apps need."""
-    result = run(**given)
+    with show_progress() as progress:
+        result = run(**given, progress=progress)
     words = [f"{finding.level}: {finding.where}: {finding.text}" for finding in result.findings]
     words = words or [f"{given['directory']}: {result.files} files, all as they should be"]
     print_report(json, result.as_json, lambda: words)

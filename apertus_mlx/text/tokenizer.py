@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import enum
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tokenizers
-
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.system.rust_panics import PanicError, guarded
-from apertus_mlx.text.byte_alphabet import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE
-from apertus_mlx.text.tokenizer_file import read_backend
+from apertus_mlx.system.rust_panics import PanicError
+from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.text.vocabulary import Vocabulary
+from apertus_mlx.text.vocabulary_file import read_vocabulary
 
 # Every kind of character that a tokenizer's patterns tell apart.
 PROBE = "The 12 Zürich-trains'll leave\n\n  at 7:30\t(日本, हिन्दी, العربية) 🏔️ \r\n"
@@ -57,15 +55,11 @@ class Tokenizer:
         special_ids: Ids that plain text can never become.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, *, name: str, vocab_size: int, bos_id: int | None
-    ):
-        """Wrap a loaded backend; use `load`, which checks it."""
-        added = backend.get_added_tokens_decoder()
-        self._backend = backend
+    def __init__(self, vocabulary: Vocabulary, *, name: str, vocab_size: int, bos_id: int | None):
+        """Wrap a vocabulary; use `load`, which checks it."""
+        self._vocabulary = vocabulary
         self._name = name
-        self._added_bytes = {i: token.content.encode() for i, token in added.items()}
-        self._special_by_text = {t.content: i for i, t in added.items() if t.special}
+        self._special_by_text = {t.content: i for i, t in vocabulary.added.items() if t.special}
         self._special_starts = re.compile(
             "[" + "".join(sorted({re.escape(text[0]) for text in self._special_by_text})) + "]"
         )
@@ -88,18 +82,17 @@ class Tokenizer:
                 control tokens, or has ids that the model has no embedding for.
         """
         path = directory / "tokenizer.json"
-        backend = read_backend(path)
-        added = backend.get_added_tokens_decoder()
-        size = backend.get_vocab_size(with_added_tokens=True)
-        largest = max([size - 1, *added])
-        if largest >= vocab_size:
+        vocabulary = read_vocabulary(path)
+        added = vocabulary.added
+        if vocabulary.size > vocab_size:
             raise RejectedError(
-                f"{path}: has ids up to {largest}, but vocab_size in config.json is {vocab_size}"
+                f"{path}: has ids up to {vocabulary.size - 1}, but vocab_size in config.json "
+                f"is {vocab_size}"
             )
         for token_id in CONTROL_IDS:
             if token_id not in added or not added[token_id].special:
                 raise RejectedError(
-                    f"{path}: id {token_id} ({backend.id_to_token(token_id)!r}) is not a special "
+                    f"{path}: id {token_id} ({vocabulary.name(token_id)!r}) is not a special "
                     "token; ids 61 to 72 are the control tokens of an Apertus vocabulary"
                 )
         if bos_token_id is not None and not (
@@ -108,7 +101,7 @@ class Tokenizer:
             raise RejectedError(
                 f"{path}: bos_token_id {bos_token_id} of the config is not a special token here"
             )
-        tokenizer = cls(backend, name=str(path), vocab_size=vocab_size, bos_id=bos_token_id)
+        tokenizer = cls(vocabulary, name=str(path), vocab_size=vocab_size, bos_id=bos_token_id)
         tokenizer.encode(PROBE)
         return tokenizer
 
@@ -162,42 +155,31 @@ class Tokenizer:
 
         Tells that a text does not fit a context in a hundredth of the time and memory of encoding.
         """
-        return -(-len(text.encode("utf-8", "surrogatepass")) // self._longest_token_bytes)
-
-    @functools.cached_property
-    def _longest_token_bytes(self) -> int:
-        # A token of the vocabulary has a character a byte; an added one, which is few, may not.
-        longest = max(map(len, self._backend.get_vocab(with_added_tokens=False)), default=1)
-        return max([longest, *map(len, self._added_bytes.values())])
+        return -(
+            -len(text.encode("utf-8", "surrogatepass")) // self._vocabulary.longest_token_bytes
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that `token_id` stands for, special tokens by their text.
 
         An id that the vocabulary leaves empty has none.
         """
-        added = self._added_bytes.get(token_id)
-        if added is not None:
-            return added
-        token = self._backend.id_to_token(token_id) or ""
-        try:
-            return bytes([BYTE_OF_CHARACTER[character] for character in token])
-        except KeyError:  # an entry that no text becomes
-            return token.encode()
+        return self._vocabulary.token_bytes(token_id)
 
     def id_to_token(self, token_id: int) -> str | None:
         """Return the vocabulary's name of `token_id`, None if it has none."""
-        return self._backend.id_to_token(token_id)
+        return self._vocabulary.name(token_id)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of the vocabulary's entry `token`, None if there is none."""
-        return self._backend.token_to_id(token)
+        return self._vocabulary.find(token)
 
     def _encode_valid(self, text: str) -> list[int]:
         """Encode a text without surrogates."""
         if not text:
             return []
         try:
-            ids = guarded(self._backend.encode, text, add_special_tokens=False).ids
+            ids = self._vocabulary.encode(text)
         except PanicError as error:
             raise self._not_encoded(text, error) from None
         if not self.special_ids.isdisjoint(ids) or max(ids, default=0) >= self.vocab_size:
@@ -205,7 +187,7 @@ class Tokenizer:
                 f"{self._name}: maps plain text to a special id or to one beyond vocab_size "
                 f"({self.vocab_size})"
             )
-        if self._backend.decode(ids, skip_special_tokens=False) != text != self.decode(ids):
+        if not self._vocabulary.keeps(ids, text):
             raise RejectedError(
                 f"{self._name}: changes or loses text that it encodes; Apertus tokenizers keep it"
             )
@@ -227,5 +209,5 @@ class Tokenizer:
     def _byte_tokens(self, surrogate: str) -> list[int]:
         escaped = "\udc80" <= surrogate <= "\udcff"
         data = surrogate.encode("utf-8", "surrogateescape" if escaped else "surrogatepass")
-        ids = [self._backend.token_to_id(CHARACTER_OF_BYTE[byte]) for byte in data]
+        ids = [self._vocabulary.find(CHARACTER_OF_BYTE[byte]) for byte in data]
         return [i for i in ids if i is not None]

@@ -30,37 +30,50 @@ def is_control_text(text: str) -> bool:
     return len(text) > 2 and text[0] + text[-1] in ("<>", "[]")
 
 
-def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """Read the tokenizer file `path`; control text in a text stays text.
+def read_tokenizer_file(path: Path) -> bytes:
+    """The bytes of the tokenizer file `path`.
 
     Raises:
-        RejectedError: the file is missing, damaged, no byte-level BPE, or changes texts.
+        RejectedError: it is missing, too large, or begins with a byte order mark.
     """
-    data = _with_text_unflagged(_read(path))
-    try:
-        backend = guarded(tokenizers.Tokenizer.from_buffer, data)
-    except MemoryError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise RejectedError(f"{path}: is not a tokenizer file ({reason})") from None
-    _check_parts(path, backend)
-    _check_added_tokens(path, backend)
-    backend.no_truncation()
-    backend.no_padding()
-    backend.model.dropout = None
-    backend.encode_special_tokens = True
-    return backend
-
-
-def _read(path: Path) -> bytes:
     data = read_file(path, MAX_TOKENIZER_BYTES)
     if data.startswith(b"\xef\xbb\xbf"):
         raise RejectedError(f"{path}: starts with a byte order mark; save it as plain UTF-8")
     return data
 
 
-def _with_text_unflagged(data: bytes) -> bytes:
+def parse_backend(path: Path, data: bytes) -> tokenizers.Tokenizer:
+    """Make a backend of the bytes of the tokenizer file `path`; control text in a text stays text.
+
+    Raises:
+        RejectedError: the file is damaged, no byte-level BPE, or changes texts.
+    """
+    try:
+        backend = guarded(tokenizers.Tokenizer.from_buffer, with_text_unflagged(data))
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise RejectedError(f"{path}: is not a tokenizer file ({reason})") from None
+    check_backend(path, backend)
+    return backend
+
+
+def check_backend(path: Path, backend: tokenizers.Tokenizer) -> None:
+    """Refuse a backend that changes texts; switch off what is a leftover of training.
+
+    Raises:
+        RejectedError: it is no byte-level BPE, or changes texts.
+    """
+    _check_parts(path, backend)
+    _check_added_tokens(path, backend)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.model.dropout = None
+    backend.encode_special_tokens = True
+
+
+def with_text_unflagged(data: bytes) -> bytes:
     """Return the file with the flag `special` taken from each added token that is text.
 
     Only the list of added tokens is parsed, a thousandth of the file. A file that is no JSON is

@@ -17,6 +17,7 @@ from apertus_mlx.convert.write.golden import GOLDEN, differing
 from apertus_mlx.convert.write.manifest import MANIFEST, read_manifest, sha256
 from apertus_mlx.errors import NotFoundError, RejectedError
 from apertus_mlx.system.model_files import checked, exists, read_file
+from apertus_mlx.system.progress import OnProgress
 from apertus_mlx.system.strict_json import read_object
 
 MAX_TEMPLATE_BYTES = 2**20
@@ -45,17 +46,25 @@ class Verification:
         }
 
 
-def verify(directory: Path) -> Verification:
+def verify(
+    directory: Path, golden: bool = False, progress: OnProgress | None = None
+) -> Verification:
     """Check the folder `directory` and everything in it.
+
+    With `golden` also compute how the weights answer the golden prompts, if nothing is wrong
+    so far, and compare that with what the folder says, or write it there where it says nothing.
 
     Raises:
         NotFoundError: there is no such folder.
+        ResourceError: the weights do not fit this machine's memory in float32.
     """
     if not directory.is_dir():
         what = "is a file; give its folder" if directory.exists() else "no such folder"
         raise NotFoundError(f"{directory}: {what}")
     findings = list(_check_manifest(directory))
     findings += _check_model(directory)
+    if golden and not any(finding.level == "error" for finding in findings):
+        findings += _check_answers(directory, progress)
     return Verification(directory, sum(1 for _ in directory.iterdir()), tuple(findings))
 
 
@@ -110,6 +119,25 @@ def _check_model(directory: Path) -> list[Finding]:
     tensors = {key: t for key, t in checkpoint.tensors.items() if key not in factors}
     findings += _check_swift(config, values, tensors)
     return findings + _check_tokenizer(directory)
+
+
+def _check_answers(directory: Path, progress: OnProgress | None) -> list[Finding]:
+    # Brings the model with it, which no other check needs.
+    from apertus_mlx.convert.write.golden_answers import (
+        GOLDEN_ANSWERS,
+        differing_answers,
+        write_golden_answers,
+    )
+
+    if not exists(directory / GOLDEN_ANSWERS):
+        write_golden_answers(directory, progress)
+        return []
+    text = "is answered otherwise on this machine: its arithmetic, or the file, is wrong"
+    try:
+        names = differing_answers(directory, progress)
+    except RejectedError as error:
+        return [Finding("error", GOLDEN_ANSWERS, str(error))]
+    return [Finding("error", GOLDEN_ANSWERS, f"{name[:60]!r} {text}") for name in names]
 
 
 def _check_swift(

@@ -46,6 +46,7 @@ from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
 from apertus_mlx.convert.write.golden import write_golden
 from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, read_manifest, write_json
 from apertus_mlx.convert.write.target import build
+from apertus_mlx.convert.write.tokenizer_table import write_tokenizer_table
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
@@ -272,6 +273,7 @@ def _write_model(source: Path, output: Path, tensors: dict[str, mx.array]) -> No
     for file in (*checkpoint.files, *others):
         copy_file(source / file, output / file, MAX_WEIGHTS_BYTES)
     copy_files(source, output)
+    write_tokenizer_table(output)
     for name, array in tensors.items():
         tensor = checkpoint.tensors[name]
         data = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).tobytes()

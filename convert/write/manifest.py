@@ -20,6 +20,7 @@ from apertus_mlx.checkpoint.config_keys import KeyReader
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.system.model_files import exists, is_plain_name, open_file
 from apertus_mlx.system.strict_json import read_object
+from apertus_mlx.system.whole_file import whole_file
 
 MANIFEST = "apertus_mlx_manifest.json"
 FORMAT_VERSION = 1
@@ -42,7 +43,7 @@ def make_manifest(
 ) -> dict[str, Any]:
     """Describe every file in `directory`; `figures` are copied in as they are."""
     files = {
-        path.name: {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.name: _record(path)
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST and not path.name.startswith(".")
     }
@@ -59,6 +60,23 @@ def make_manifest(
         "files": files,
         "quality": quality,
     }
+
+
+def add_file(directory: Path, path: Path) -> None:
+    """Enter a file of the finished folder `directory` into its manifest.
+
+    Raises:
+        RejectedError: the manifest is missing or damaged.
+    """
+    read_manifest(directory)
+    manifest = dict(read_object(directory / MANIFEST))
+    manifest["files"] = dict(sorted({**manifest["files"], path.name: _record(path)}.items()))
+    with whole_file(directory / MANIFEST) as file:
+        write_json(file, manifest)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:

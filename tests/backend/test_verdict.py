@@ -11,6 +11,7 @@ import pytest
 
 from apertus_mlx.backend.metal import enabled, verdict
 from apertus_mlx.errors import ResourceError
+from apertus_mlx.system.user_folders import CACHE_VARIABLE
 from tests.simulated_device import (
     MACHINE,
     accepted,
@@ -24,7 +25,7 @@ from tests.simulated_device import (
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     folder.mkdir()
-    monkeypatch.setenv(verdict.CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     monkeypatch.delenv(enabled.SWITCH_VARIABLE, raising=False)
     return folder / verdict.FILE_NAME
 
@@ -125,7 +126,7 @@ def test_one_doctor_at_a_time() -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(verdict.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     with pytest.raises(ResourceError, match="APERTUS_MLX_CACHE"), verdict.only_doctor():
         pass
     assert verdict.find_verdict(MACHINE, singles("good")) is None

@@ -341,6 +341,22 @@ def test_companions_are_copied_byte_for_byte_and_code_is_not(tmp_path: Path) -> 
     assert "license: apache-2.0" in (out / "README.md").read_text()
 
 
+def test_the_vocabulary_stands_there_as_a_table_too(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+
+    from apertus_mlx.hub.demo import model_dir
+    from apertus_mlx.text.tokenizer import Tokenizer
+    from apertus_mlx.text.vocabulary import TableVocabulary
+
+    out = tmp_path / "out"
+    convert(prepare(model_dir(), Request(QuantSpec(4, 64)), "embedded"), out)
+    tokenizer = Tokenizer.load(out, vocab_size=1792, bos_token_id=1)
+    assert isinstance(tokenizer._vocabulary, TableVocabulary)
+    library = Library.from_file(str(out / "tokenizer.json"))
+    text = "The capital of France is Paris. Grüezi, 3,50 €\n\t12"
+    assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
 def test_the_manifest_holds_the_hash_of_every_file(tmp_path: Path) -> None:
     source = build.write_checkpoint(tmp_path / "in")
     run(source, tmp_path / "out", Request(QuantSpec(4, 64)))

@@ -29,6 +29,7 @@ from apertus_mlx.measure.doctor.measure import REPEATS, measure
 from apertus_mlx.measure.doctor.mlx_device import MLXDevice
 from apertus_mlx.measure.doctor.race import ROUNDS, race
 from apertus_mlx.measure.doctor.visit import conclude, trace
+from apertus_mlx.system.user_folders import CACHE_VARIABLE
 from tests import metal_harness
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.simulated_device import (
@@ -197,7 +198,7 @@ def test_the_plain_form_must_be_the_same_function() -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     folder.mkdir()
-    monkeypatch.setenv(verdict.CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     monkeypatch.delenv(enabled.SWITCH_VARIABLE, raising=False)
     return folder / verdict.FILE_NAME
 

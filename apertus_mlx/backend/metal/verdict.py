@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import platform
 import plistlib
 import sys
@@ -23,9 +22,9 @@ from apertus_mlx.backend.metal.kernel import Kernel
 from apertus_mlx.errors import RejectedError, ResourceError
 from apertus_mlx.system.model_files import read_own_file
 from apertus_mlx.system.strict_json import parse_object
+from apertus_mlx.system.user_folders import CACHE_VARIABLE, cache_folder
 from apertus_mlx.system.whole_file import whole_file
 
-CACHE_VARIABLE = "APERTUS_MLX_CACHE"
 FILE_NAME, LOCK_NAME = "kernels.json", "doctor.lock"
 # Raised whenever the meaning of the file changes; others count as no verdict.
 FORMAT = 1
@@ -99,15 +98,6 @@ def text_hash(kernels: Sequence[Kernel]) -> str:
     """A hash of the kernels' keys and texts; their order does not matter."""
     texts = sorted([kernel.key, *map(str, asdict(kernel.text()).values())] for kernel in kernels)
     return sha256(json.dumps(texts).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where this user's caches of ours are; `APERTUS_MLX_CACHE` names another place."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "apertus-mlx"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apertus-mlx"
 
 
 def find_verdict(machine: Machine, kernels: Sequence[Kernel]) -> Verdict | None:
