@@ -33,6 +33,8 @@ LLAMA3 = {
 }
 # hidden, layers, heads, kv heads, MLP, tied, context, rope theta, rope scaling
 GEOMETRIES = {
+    # A few layers behind the released vocabulary.
+    "tiny": (64, 4, 4, 2, 256, True, 4096, 500_000.0, None),
     "0.5B": (1024, 20, 16, 4, 6144, True, 4096, 500_000.0, None),
     "1.5B": (2048, 16, 32, 8, 12288, False, 4096, 500_000.0, None),
     "4B": (3072, 24, 24, 8, 16384, False, 4096, 500_000.0, None),
