@@ -97,7 +97,8 @@ def written_by(template: ChatTemplate, messages: Sequence[Message], **how: Any) 
     """What `template` writes, for reading; `how` as for `render`."""
     how = {"think": False, "tools": (), "add_generation_prompt": True, **how}
     pieces = template._render(messages, **how)
-    return "".join(each if isinstance(each, str) else each.name for each in pieces)
+    names = template._tokenizer.id_to_token
+    return "".join(each if isinstance(each, str) else names(each) or "" for each in pieces)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -20,13 +20,12 @@ from tests.chat_tokenizers import load_tokenizer, write_tokenizer, written_by
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi <s> there"}]
 TEXTS = {"bos_token": "<s>", "eos_token": "</s>"}
 ARGUMENTS = ("", "'<s>'", "2", "'b', '<s>'", "attribute='<s>'")
-# Each writes something else where a mark stands for the token's text.
+# Each writes something else where another text stands for the token's.
 LOOKS = {
     "comparison": "{{ bos_token == '<s>' }}",
     "order": "{{ 'a' < bos_token }}",
     "chain": "{{ 'a' < 'b' < bos_token }}",
     "two tokens": "{{ bos_token < eos_token }}",
-    "comparison deep in a list": "{{ [[bos_token]] == [['<s>']] }}",
     "in": "{{ 's' in bos_token }}",
     "in a list": "{{ '<s>' in [bos_token] }}",
     "not in": "{{ '<' not in eos_token }}",
@@ -37,8 +36,6 @@ LOOKS = {
     "filter block": "{% filter upper %}{{ bos_token }}{% endfilter %}",
     "block with a filter": "{% set x | upper %}{{ bos_token }}{% endset %}{{ x }}",
     "map": "{{ [bos_token] | map('upper') | join }}",
-    "select": "{{ [bos_token] | select('equalto', '<s>') | list | length }}",
-    "attribute": "{{ [{'a': bos_token}] | selectattr('a', 'equalto', '<s>') | list | length }}",
     "characters": "{% for c in bos_token %}{{ c }},{% endfor %}",
     "characters as a list": "{{ bos_token | list | length }}",
     "characters joined": "{{ bos_token | join('-') }}",
@@ -51,7 +48,6 @@ LOOKS = {
     "replace what a message has": "{% set t = '<s>' %}{{ messages[0].content.replace(t, '') }}",
     "startswith": "{{ bos_token.startswith('<s') }}",
     "a key": "{% set d = {'<s>': 'yes'} %}{{ d[messages[0].content[3:6]] }}",
-    "get": "{{ {'a': 1}.get(bos_token, 'no') == {}.get('<s>', 'no') }}",
     "representation": "{{ [bos_token] }}",
     "representation by string": "{{ [bos_token] | string }}",
     "json": "{{ bos_token | tojson(ensure_ascii=true) }}",
@@ -60,7 +56,7 @@ LOOKS = {
     "prompt by the text": "{% if bos_token == '<s>' %}{{ bos_token }}<|user_start|>"
     "{{ messages[0].content }}<|user_end|>{% else %}{{ messages[0].content }}{% endif %}",
 }
-# These move a token, or look at a message for one's text.
+# These move a token, compare it with itself, or look at a message for one's text.
 MOVES = {
     "safe": "{{ bos_token | safe }}",
     "concatenation": "{{ bos_token ~ 'a' + eos_token }}",
@@ -75,7 +71,13 @@ MOVES = {
     "list": "{{ [bos_token, 'a'] | list | first }}{{ [bos_token, eos_token][::-1] | last }}",
     "list of lists": "{% for a, b in [[bos_token, 1]] %}{{ a }}{{ b }}{% endfor %}",
     "dict": "{% for k, v in {'a': bos_token}.items() %}{{ k }}{{ v }}{% endfor %}",
+    "comparison deep in a list": "{{ [[bos_token]] == [['<s>']] }}",
+    "select": "{{ [bos_token] | select('equalto', '<s>') | list | length }}",
+    "attribute": "{{ [{'a': bos_token}] | selectattr('a', 'equalto', '<s>') | list | length }}",
+    "get": "{{ {'a': 1}.get(bos_token, 'no') == {}.get('<s>', 'no') }}",
     "length of a list": "{{ [bos_token] | length }}",
+    "arguments from a list": "{{ 'a'.strip(*['a']) }}",
+    "a key that is computed": "{{ {messages[0].role: 1} }}",
     "seen in a message": "{{ '<s>' in messages[0].content }}{{ messages[0].content[:2] == '<s>' }}",
     "split at": "{{ messages[0].content.split('<s>') | join('|') }}",
     "taken from a message": "{{ messages[0].content | replace('<s>', '') }}"
@@ -83,6 +85,7 @@ MOVES = {
 }
 # What chat templates do not have.
 MISSING = {
+    "recursive loop": "{% for a in [[]] recursive %}{{ loop(a) }}{% endfor %}",
     "subscript in a format": "{{ '{0[0]}'.format(bos_token) }}",
     "sort": "{{ ['x', bos_token] | sort | first }}",
     "unique": "{{ ['<S>', bos_token] | unique | list | length }}",
@@ -106,8 +109,6 @@ MISSING = {
     "rsplit": "{{ 'a b'.rsplit(' ') }}",
     "rfind": "{{ 'ab'.rfind('b') }}",
     "partition": "{{ 'a-b'.partition('-') }}",
-    "arguments from a list": "{{ 'a'.strip(*['a']) }}",
-    "a key that is computed": "{{ {messages[0].role: 1} }}",
 }
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -143,6 +144,14 @@ def test_a_look_at_a_control_token_is_refused_by_its_name(name: str) -> None:
         ours(LOOKS[name])
     assert info.value.exit_code == 3
     assert "\n" not in str(info.value)
+
+
+def test_the_token_that_is_looked_at_is_named_among_others() -> None:
+    tokens = "".join(f"<|{role}_start|>" for role in ("system", "developer", "user", "assistant"))
+    with pytest.raises(RejectedError, match=r"looks at the text of control token '</s>',"):
+        ours(f"{{{{ bos_token }}}}{tokens}{{{{ eos_token | length }}}}")
+    with pytest.raises(RejectedError, match=r"looks at the text of control token '<\|user_start"):
+        ours(f"{{{{ bos_token ~ eos_token }}}}{tokens}{{{{ '<|user_start|>' | upper }}}}")
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -208,7 +217,7 @@ def test_names_take_a_value_apart_as_in_jinja(source: str) -> None:
     assert ours(source) == plain_jinja(source)
 
 
-@pytest.mark.parametrize("source", ["{% for a in [1] recursive %}{% endfor %}", *MISSING.values()])
+@pytest.mark.parametrize("source", MISSING.values())
 def test_what_chat_templates_do_not_have_is_refused(source: str) -> None:
     says = "not available to chat templates|No (filter|test) named|'dict' is undefined"
     with pytest.raises(RejectedError, match=says):
@@ -216,5 +225,5 @@ def test_what_chat_templates_do_not_have_is_refused(source: str) -> None:
 
 
 def test_a_refusal_of_the_template_names_the_token_it_names() -> None:
-    with pytest.raises(RejectedError, match="no '<s>' here"):
+    with pytest.raises(RejectedError, match="refuses these messages: no <s> here"):
         ours("{{ raise_exception('no ' ~ bos_token ~ ' here') }}")

@@ -7,7 +7,7 @@ messages end the same way on every machine.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import NoneType
 from typing import TypeVar
@@ -15,16 +15,12 @@ from typing import TypeVar
 import jinja2
 from jinja2.runtime import Undefined
 
-from apertus_mlx.text.template.control_text import ControlText
-
 BASE_UNITS = 16 * 2**20
 UNITS_PER_TEXT = 4096
 UNITS_PER_BYTE = 32
 STEP = 128  # a call, filter, test or operator
 ITEM = 80  # an item of a list
-MAX_DEPTH = 64
-MAX_INTEGER_BITS = 256
-_SCALARS = (bool, int, float, NoneType, Undefined)
+_NO_PARTS = (bool, int, float, NoneType, Undefined, Iterator)
 _LEFT: ContextVar[list[int]] = ContextVar("left")
 _T = TypeVar("_T")
 
@@ -47,36 +43,25 @@ def spend(units: int = STEP) -> None:
         raise LimitError("it takes too much work or memory")
 
 
-def made(value: _T) -> _T:
-    """Charge for `value`, which was just made; its parts were there before."""
-    if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
-        raise LimitError("it makes a very large number")
-    spend(value.size if isinstance(value, ControlText) else sys.getsizeof(value))
-    if isinstance(value, list | tuple | dict):
-        spend(ITEM * len(value))
-    return value
+def charged(items: Iterable[_T], units: int = ITEM) -> Iterator[_T]:
+    """Yield `items`, charging for each before it is used."""
+    for item in items:
+        spend(units)
+        yield item
 
 
-def weigh(value: object) -> int:
-    """Charge for going through `value`, shared parts as often as they occur; return its bytes."""
+def weigh(*values: object) -> int:
+    """Charge for going through data, shared parts as often as they occur; return their bytes."""
     size = 0
-    level = [value]
-    for depth in range(MAX_DEPTH):
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, ControlText):
-                size += item.size
-            elif isinstance(item, str):
-                size += sys.getsizeof(item)
-            elif isinstance(item, Collection):
-                spend(ITEM * len(item))
-                size += ITEM * len(item)
-                inner += item
-                inner += item.values() if isinstance(item, Mapping) else ()
-            elif depth and not isinstance(item, _SCALARS):
-                raise LimitError(f"it puts a {type(item).__name__} into a list")
-        level = inner
-        if not level:
-            spend(size >> 1)
-            return size
-    raise LimitError(f"it nests data more than {MAX_DEPTH} deep")
+    for value in values:
+        if isinstance(value, Collection):
+            units = sys.getsizeof(value) if isinstance(value, str) else ITEM * (1 + len(value))
+            spend(units)
+            size += units
+            if not isinstance(value, str):
+                size += weigh(*value)
+            if isinstance(value, Mapping):
+                size += weigh(*value.values())
+        elif not isinstance(value, _NO_PARTS):
+            raise LimitError(f"it takes a {type(value).__name__} for data")
+    return size

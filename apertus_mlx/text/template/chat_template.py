@@ -1,13 +1,11 @@
 """A checkpoint's own chat template: messages to the token ids of a prompt.
 
-Control tokens come from the template's text only. When the template is compiled, the special tokens
-written in it become objects that no message can hold; what messages contribute stays plain text,
+Control tokens come from the template's text only; what messages contribute stays plain text,
 whatever it spells.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +14,9 @@ from typing import Any, NotRequired, TypedDict
 import jinja2
 
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.system.model_files import exists, read_file
-from apertus_mlx.system.strict_json import read_object
-from apertus_mlx.text.template.budget import start_rendering
-from apertus_mlx.text.template.control_text import ControlText, ControlToken, concat
-from apertus_mlx.text.template.sandbox import SandboxEnvironment
+from apertus_mlx.text.template.marks import MarkedTemplate
+from apertus_mlx.text.template.template_file import read_source, read_token_texts
 from apertus_mlx.text.tokenizer import Tokenizer
-
-MAX_TEMPLATE_BYTES = 2**18
 
 
 class UnsupportedTemplateError(RejectedError):
@@ -76,11 +69,11 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         # v1.1 switches deliberation by a developer message, v1 by a variable.
         self._thinks_by_message = "has_thinking" in source
-        self._texts = {key: self._constant(value) for key, value in (texts or {}).items()}
+        own_texts = dict(texts or {})
         if tokenizer.bos_id is not None:
-            self._texts["bos_token"] = concat([self._token(tokenizer.bos_id)])
+            own_texts["bos_token"] = tokenizer.id_to_token(tokenizer.bos_id) or ""
         try:
-            self._sandbox = SandboxEnvironment(source, self._constant)
+            self._template = MarkedTemplate(source, tokenizer, own_texts)
         except Exception as error:
             raise self._rejected(error) from None
 
@@ -88,21 +81,16 @@ class ChatTemplate:
     def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         """Find and compile the template of the checkpoint in `directory`.
 
-        `chat_template.jinja` wins over `chat_template.json`, and that over the `chat_template` of
-        `tokenizer_config.json`: one text, or a list of named ones, of which `default` counts.
-
         Returns:
             The template; None for a checkpoint without one, as base models are.
 
         Raises:
             RejectedError: a file is damaged, or the template unusable.
         """
-        config_path = directory / "tokenizer_config.json"
-        config = read_object(config_path) if exists(config_path) else {}
-        source, path = _find_source(directory, config)
+        source, path = read_source(directory)
         if source is None:
             return None
-        return cls(source, tokenizer, name=str(path), texts=_token_texts(config, config_path))
+        return cls(source, tokenizer, name=str(path), texts=read_token_texts(directory))
 
     def render(
         self,
@@ -133,7 +121,7 @@ class ChatTemplate:
             )
         ids: list[int] = []
         for piece in pieces:
-            ids += self._tokenizer.encode(piece) if isinstance(piece, str) else [piece.id]
+            ids += self._tokenizer.encode(piece) if isinstance(piece, str) else [piece]
         bos_id = self._tokenizer.bos_id
         if bos_id is None:
             return ids
@@ -146,12 +134,8 @@ class ChatTemplate:
         think: bool,
         tools: Sequence[Mapping[str, object]],
         add_generation_prompt: bool,
-    ) -> list[str | ControlToken]:
-        """Return the prompt's plain texts and control tokens in order.
-
-        A control token that a plain text spells must stand in the messages in one piece. Another
-        one was put together from parts, by a template that cannot be followed here or by messages.
-        """
+    ) -> list[str | int]:
+        """Return the prompt's plain texts and control tokens in order."""
         plain: list[Any] = [dict(message) for message in messages]
         if self._thinks_by_message:
             if tools:
@@ -163,37 +147,16 @@ class ChatTemplate:
                 after_system = 1 if plain and plain[0].get("role") == "system" else 0
                 plain.insert(after_system, developer)
         data = json.dumps([plain, tools or None], ensure_ascii=False, default=_plain)
+        variables = {"add_generation_prompt": add_generation_prompt, "enable_thinking": think}
         try:
-            start_rendering(data)
-            variables = {"add_generation_prompt": add_generation_prompt, "enable_thinking": think}
-            variables["messages"], variables["tools"] = json.loads(data)
-            text = self._sandbox.write({**self._texts, **variables, "documents": None})
+            return self._template.write(data, variables)
         except Exception as error:
             raise self._rejected(error) from None
-        pieces: list[str | ControlToken] = text.parts if isinstance(text, ControlText) else [text]
-        spelled = (self._pieces(piece) for piece in pieces if isinstance(piece, str))
-        for token in itertools.chain.from_iterable(spelled):
-            if isinstance(token, ControlToken) and _in_json(token.name) not in data:
-                raise RejectedError(
-                    f"{self.name}: the text of control token {token.id} ({token.name!r}) "
-                    "is put together from parts, which is not supported"
-                )
-        return pieces
-
-    def _pieces(self, text: str) -> Iterator[str | ControlToken]:
-        for piece in self._tokenizer.split_special(text):
-            yield piece if isinstance(piece, str) else self._token(piece)
-
-    def _constant(self, text: str) -> Any:
-        return concat(self._pieces(text))
-
-    def _token(self, token_id: int) -> ControlToken:
-        return ControlToken(token_id, self._tokenizer.id_to_token(token_id) or "")
 
     def _rejected(self, error: Exception) -> RejectedError:
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         if isinstance(error, RecursionError):
-            reason = "it calls itself without end"
+            reason = "it nests calls or data without end"
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         # A filter or test that is missing here is a TemplateAssertionError, a kind of this one.
         damaged = type(error) is jinja2.TemplateSyntaxError
@@ -212,7 +175,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"a message holds a {type(value).__name__}")
 
 
-def _holds(pieces: Sequence[str | ControlToken], message: Message) -> bool:
+def _holds(pieces: Sequence[str | int], message: Message) -> bool:
     """Return whether a prompt holds the text of `message`, as it is or as JSON, blanks aside.
 
     Of an assistant's text the last word is enough: a template may leave out thoughts.
@@ -240,39 +203,3 @@ def _texts(content: object) -> Iterator[str]:
     elif isinstance(content, Sequence):
         for part in content:
             yield from _texts(part)
-
-
-def _find_source(directory: Path, config: Mapping[str, object]) -> tuple[str | None, Path]:
-    path = directory / "chat_template.jinja"
-    if exists(path):
-        try:
-            return read_file(path, MAX_TEMPLATE_BYTES).decode("utf-8-sig"), path
-        except UnicodeDecodeError:
-            raise RejectedError(f"{path}: is not UTF-8 text") from None
-    path = directory / "chat_template.json"
-    if exists(path):
-        config = read_object(path)
-    else:
-        path = directory / "tokenizer_config.json"
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        named = [each for each in value if isinstance(each, dict) and each.get("name") == "default"]
-        if not named:
-            raise RejectedError(f"{path}: chat_template has no template named 'default'")
-        value = named[-1].get("template")
-    if not isinstance(value, str | None):
-        raise RejectedError(f"{path}: chat_template must be a text or a list of named texts")
-    return value, path
-
-
-def _token_texts(config: Mapping[str, object], path: Path) -> dict[str, str]:
-    """Return the `*_token` variables that templates may use."""
-    texts: dict[str, str] = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(value, str):
-            texts[key] = value
-        elif value is not None:
-            raise RejectedError(f"{path}: {key} must be a text")
-    return texts

@@ -33,84 +33,81 @@ def rewrite_template(tree: nodes.Template) -> tuple[list[str], int]:
     Raises:
         jinja2.TemplateError: it is too large, or uses a feature that is missing here.
     """
-    size = 0
-    for node in tree.find_all(nodes.Node):
-        size += 1
-        if size > MAX_NODES:
-            raise LimitError(f"it has more than {MAX_NODES} parts")
-        if _is_missing(node):
-            raise SecurityError(
-                f"line {node.lineno}: {type(node).__name__} is not available to chat templates"
-            )
     guards = _Guards()
     guards.visit(tree)
-    return guards.texts, size
+    return guards.texts, guards.size
 
 
 class _Guards(NodeTransformer):
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self._searched: dict[int, nodes.Node] = {}  # held, for ids to stay theirs
+        self.size = 0
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        self.size += 1
+        if self.size > MAX_NODES:
+            raise LimitError(f"it has more than {MAX_NODES} parts")
+        unknown = isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS)
+        if unknown or isinstance(node, nodes.Pow):
+            raise SecurityError(
+                f"line {node.lineno}: {type(node).__name__} is not available to chat templates"
+            )
+        return super().visit(node, *args, **kwargs)
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
         return self.visit_Const(nodes.Const(node.data, lineno=node.lineno))
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        if not isinstance(node.value, str) or id(node) in self._searched:
+        if not isinstance(node.value, str):
             return node
         self.texts.append(node.value)
-        return _guard("text", nodes.Const(len(self.texts) - 1, lineno=node.lineno))
+        return _guard("~text", nodes.Const(len(self.texts) - 1, lineno=node.lineno))
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _guard("iterate", node.iter)
+        node.iter = _guard("~iterate", node.iter)
         return node
 
-    def visit_Call(self, node: Any) -> nodes.Node:
+    def visit_Call(self, node: Any) -> Any:
         name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", "")
-        if name in _SEARCHES:
-            self._searched.update((id(argument), argument) for argument in node.args[:1])
-        return self.generic_visit(node)
+        first = node.args[:1] if name in _SEARCHES else []
+        searched = [each for each in first if isinstance(each, nodes.Const)]
+        node.args = node.args[len(searched) :]
+        self.generic_visit(node)
+        node.args = searched + node.args
+        return node
 
     visit_Filter = visit_Call
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         compared: list[Any] = [node, *node.ops]
-        self._searched.update((id(each.expr), each.expr) for each in compared)
-        self.generic_visit(node)
         for each in compared:
-            each.expr = _guard("weighed", each.expr)
+            # A constant is a text to look for.
+            expr = each.expr if isinstance(each.expr, nodes.Const) else self.visit(each.expr)
+            each.expr = _guard("~weigh", expr)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        node.key = _guard("~weigh", node.key)  # it is hashed
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _guard("concat", nodes.List(node.nodes, lineno=node.lineno))
+        return _guard("join", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice):
-            return node
-        node.node = _guard("weighed", node.node)
-        return _guard("made", node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _guard("~weigh", node.node)
+        return node
 
     def visit_List(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else _guard("made", node)
+        return node if getattr(node, "ctx", "load") != "load" else _guard("~weigh", node)
 
     visit_Dict = visit_Tuple = visit_List
 
 
-def _is_missing(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.Call | nodes.Filter | nodes.Test):
-        return node.dyn_args is not None or node.dyn_kwargs is not None
-    if isinstance(node, nodes.Pair):  # other keys are slow to hash
-        return not isinstance(node.key, nodes.Const)
-    return (
-        isinstance(node, nodes.Pow)
-        or (isinstance(node, nodes.For) and node.recursive)
-        or (isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS))
-    )
-
-
 def _guard(name: str, value: Any) -> nodes.Filter:
-    return nodes.Filter(value, f"~{name}", [], [], None, None, lineno=value.lineno)
+    return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)

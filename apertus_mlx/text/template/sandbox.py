@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -11,15 +12,15 @@ import jinja2.ext
 import jinja2.nodes as nodes
 import jinja2.sandbox
 from jinja2.exceptions import SecurityError
-from jinja2.nativetypes import NativeCodeGenerator
 from jinja2.runtime import Context, Macro, Undefined
 
 from apertus_mlx.text.template import operations
-from apertus_mlx.text.template.budget import STEP, LimitError, made, spend, weigh
-from apertus_mlx.text.template.control_text import ControlText, concat
+from apertus_mlx.text.template.budget import STEP, LimitError, charged, spend, weigh
 from apertus_mlx.text.template.rewrite import rewrite_template
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
+MAX_INTEGER_BITS = 256
+_TEXTS = "~texts"  # no name that a template can say
 
 
 class _Generation(jinja2.ext.Extension):
@@ -34,20 +35,17 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
-@jinja2.pass_context
-def _print(_: Context, value: Any) -> Any:  # with a context, for Jinja not to print early
-    return made(operations.as_text(value))
-
-
 class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja as chat templates expect it, with a price on everything, for one template."""
+    """Jinja as chat templates expect it, with a price on everything, for one template.
+
+    Attributes:
+        texts: What the template's source writes, or compares with what it writes.
+    """
 
     intercepted_binops = frozenset(["+", "-", "*", "%"])
-    code_generator_class = NativeCodeGenerator  # which leaves a `ControlText` as it is
-    concat = staticmethod(concat)
 
-    def __init__(self, source: str, constant: Callable[[str], str | ControlText]):
-        """Compile `source`, in which `constant` replaces each text that the template writes.
+    def __init__(self, source: str):
+        """Compile `source`.
 
         Raises:
             jinja2.TemplateError: it is no template, or uses a feature that is missing here.
@@ -56,7 +54,8 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
-            finalize=_print,
+            # With a context, for Jinja not to print early.
+            finalize=jinja2.pass_context(lambda _, value: operations.as_text(value)),
             extensions=[jinja2.ext.loopcontrols, _Generation],
         )
         if len(source) > MAX_SOURCE_CHARACTERS:
@@ -64,14 +63,12 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 f"it has {len(source)} characters, more than the {MAX_SOURCE_CHARACTERS} allowed"
             )
         tree = self.parse(source)
-        texts, size = rewrite_template(tree)
+        self.texts, size = rewrite_template(tree)
         self._pass_units = STEP + size  # of a loop or macro, whose body is no longer
         guards = {
-            "~concat": lambda parts: operations.join("", map(operations.as_text, parts)),
-            "~iterate": self._iterate,
-            "~made": made,
-            "~text": [constant(text) for text in texts].__getitem__,
-            "~weighed": lambda value: (weigh(value), value)[1],
+            "~iterate": lambda value: charged(value, self._pass_units),
+            "~text": jinja2.pass_context(lambda context, index: context[_TEXTS][index]),
+            "~weigh": lambda value: (weigh(value), value)[1],
         }
         self.globals = dict(operations.GLOBALS)
         self.filters = {**operations.FILTERS, **guards}
@@ -79,44 +76,41 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         code = self.compile(tree)
         self._template = self.template_class.from_code(self, code, self.globals)
 
-    def write(self, variables: dict[str, Any]) -> Any:
-        """Render the template: a `str`, or a `ControlText`."""
-        return concat(self._template.root_render_func(self._template.new_context(variables)))
-
-    def _iterate(self, value: Any) -> Iterator[Any]:
-        for item in value:
-            spend(self._pass_units)
-            yield item
+    def write(self, variables: Mapping[str, Any], texts: Sequence[str]) -> str:
+        """Return what the template writes if it has `texts` in place of its own."""
+        context = self._template.new_context({**variables, _TEXTS: texts})
+        return "".join(self._template.root_render_func(context))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Get an attribute."""
         spend()
-        if isinstance(obj, ControlText) and attribute not in obj.METHODS:
-            obj.refuse()
-        return super().getattr(obj, attribute)
+        method = operations.METHODS.get(type(obj), {}).get(attribute)
+        return functools.partial(method, obj) if method else super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Subscribe."""
-        weigh(argument)
+        spend(STEP + weigh(argument))
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template may call."""
-        spend(__self._pass_units)
-        if isinstance(__obj, Macro | Undefined) or __obj in operations.GLOBALS.values():
-            return __context.call(__obj, *args, **kwargs)
-        kwargs.pop("_loop_vars", None)
-        kwargs.pop("_block_vars", None)
-        return operations.call_method(__obj, args, kwargs)
+        spend(__self._pass_units + STEP * (len(args) + len(kwargs)))
+        allowed = isinstance(__obj, functools.partial | Macro | Undefined)
+        if not allowed and __obj not in operations.GLOBALS.values():
+            name = getattr(__obj, "__name__", type(__obj).__name__)
+            raise SecurityError(f"{name} is not available to chat templates")
+        return __context.call(__obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute a binary operator."""
-        spend(STEP + weigh([left, right]))
-        if operator == "%" and isinstance(left, str | ControlText):
+        spend(STEP + weigh(left, right))
+        if operator == "%" and isinstance(left, str):
             raise SecurityError("% on a text is not available to chat templates")
         if operator == "*":
             for value, count in ((left, right), (right, left)):
                 if isinstance(count, int) and not isinstance(value, int | float):
-                    units = value.size if isinstance(value, ControlText) else sys.getsizeof(value)
-                    spend(units * max(count, 1))
-        return made(super().call_binop(context, operator, left, right))
+                    spend(sys.getsizeof(value) * max(count, 1))
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, int) and result.bit_length() > MAX_INTEGER_BITS:
+            raise LimitError("it makes a very large number")
+        return result
