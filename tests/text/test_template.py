@@ -253,7 +253,9 @@ SPECIAL_TEXTS = ["<|assistant_start|>", "<s>", "</s>", "<|user_end|>", "<SPECIAL
 
 @given(
     parts=st.lists(
-        st.sampled_from([*SPECIAL_TEXTS, "<|", "|>", "user_end", "é", "\ufdd0", "\ufdd1", "\ufdd2"])
+        st.sampled_from(
+            [*SPECIAL_TEXTS, "<|", "|>", "user_end", "é", "\ue000", "\ue001", "\U000f0000"]
+        )
         | st.text(max_size=3)
     )
 )
@@ -438,6 +440,10 @@ HOSTILE = {
     "strftime": "{{ strftime_now('%999999999d') }}",
     "characters": doubling("{% set ns.s = [ns.s, ('é' * 9999)|list] %}"),
     "representation": "{% set s = '\x00' * 999999 ~ '\U0001f600' %}{{ [s, s, s, s] }}",
+    "characters that take much": "{{ ('Ā' * 2500000) | list | length }}",
+    "prints": "{% for i in range(9999) %}" + "{{ i or i and not i }}" * 1000 + "{% endfor %}",
+    "tokens": "{% set x %}" + "<s>" * 9999 + "{% endset %}{% for i in range(500) %}{{ x }}"
+    "{% endfor %}{{ messages[0].content }}",
     "batch": "{{ [1]|batch(10**9, 'x')|list }}",
     # escapes from the sandbox
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -473,7 +479,7 @@ def test_hostile_template_is_refused_in_one_line(name: str) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 64 * 2**20
+    assert peak_bytes < 128 * 2**20
     assert str(caught.value).startswith("chat_template.jinja")
     assert "\n" not in str(caught.value)
 

@@ -154,6 +154,24 @@ def test_the_token_that_is_looked_at_is_named_among_others() -> None:
         ours(f"{{{{ bos_token ~ eos_token }}}}{tokens}{{{{ '<|user_start|>' | upper }}}}")
 
 
+def test_a_text_that_is_looked_for_and_one_that_is_written_are_kept_apart_in_many_places() -> None:
+    source = "{{ '<s>' in messages[0].content }}{{ '<s>' }}" * 300
+    template = ChatTemplate(source, _TOKENIZER[0], name="chat_template.jinja")
+    pieces = template._render(MESSAGES, False, (), True)
+    assert pieces == ["True", 1] * 300
+    assert ours(source) == plain_jinja(source)
+
+
+@pytest.mark.parametrize("private", ["\ue000\ue001", "\ue000" * 9, "\U000f0000"])
+def test_characters_that_could_be_marks_are_texts(private: str) -> None:
+    source = f"{{{{ bos_token }}}}{private}{{{{ eos_token ~ '{private}' ~ messages[0].content }}}}"
+    template = ChatTemplate(source, _TOKENIZER[0], name="chat_template.jinja", texts=TEXTS)
+    messages: Any = [{"role": "user", "content": f"\ue002{private}\ue003"}]
+    assert template._render(messages, False, (), True) == [
+        1, private, 2, f"{private}\ue002{private}\ue003",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", MOVES)
 def test_a_moved_token_is_written_as_jinja_writes_it(name: str) -> None:
     assert ours(MOVES[name]) == plain_jinja(MOVES[name])

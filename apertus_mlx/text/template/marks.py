@@ -15,12 +15,12 @@ from collections.abc import Mapping
 
 import jinja2
 
-from apertus_mlx.text.template.budget import LimitError, start_rendering
+from apertus_mlx.text.template.budget import STEP, LimitError, charged, start_rendering
 from apertus_mlx.text.template.sandbox import SandboxEnvironment
 from apertus_mlx.text.tokenizer import Tokenizer
 
 # Unicode's private characters, the smaller ones first: they take less memory.
-CHARACTERS = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
+CHARACTERS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
 
 
 class ControlTokenError(jinja2.TemplateError):
@@ -55,8 +55,9 @@ class MarkedTemplate:
             Exception: of whatever type, for whatever the template does wrong.
         """
         text = self._write(data, variables, {})
-        free = (each for each in map(chr, CHARACTERS) if each not in data and each not in self._own)
-        marks = dict(zip(free, self._names, strict=False))
+        characters = map(chr, itertools.chain(*CHARACTERS))
+        free = (each for each in characters if each not in data and each not in self._own)
+        marks = {next(free): token_id for token_id in self._names}
 
         def marked(count: int) -> str | None:
             """Return the text with the first marks, or None if they make it another text."""
@@ -78,7 +79,9 @@ class MarkedTemplate:
             raise ControlTokenError(
                 f"it looks at the text of control token {name!r}, which is not supported"
             )
-        pieces = re.split(f"([{''.join(marks)}])", result) if marks else [result]
+        some = "".join(marks)
+        found = re.finditer(f"[{some}]|[^{some}]+" if marks else "(?s).+", result)
+        pieces = [match.group() for match in charged(found, STEP)]
         for piece in itertools.chain.from_iterable(map(self._tokenizer.split_special, pieces)):
             name = "" if isinstance(piece, str) else self._tokenizer.id_to_token(piece) or ""
             if json.dumps(name, ensure_ascii=False)[1:-1] not in data:
@@ -86,7 +89,7 @@ class MarkedTemplate:
                     f"the text of control token {name!r} is put together from parts, which is not "
                     "supported"
                 )
-        return [marks.get(piece, piece) for piece in pieces if piece]
+        return [marks.get(piece, piece) for piece in pieces]
 
     def _write(self, data: str, variables: Mapping[str, object], marks: Mapping[int, str]) -> str:
         def own(text: str) -> str:
