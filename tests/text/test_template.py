@@ -441,9 +441,6 @@ HOSTILE = {
     "characters": doubling("{% set ns.s = [ns.s, ('é' * 9999)|list] %}"),
     "representation": "{% set s = '\x00' * 999999 ~ '\U0001f600' %}{{ [s, s, s, s] }}",
     "characters that take much": "{{ ('Ā' * 2500000) | list | length }}",
-    "prints": "{% for i in range(9999) %}" + "{{ i or i and not i }}" * 1000 + "{% endfor %}",
-    "tokens": "{% set x %}" + "<s>" * 9999 + "{% endset %}{% for i in range(500) %}{{ x }}"
-    "{% endfor %}{{ messages[0].content }}",
     "batch": "{{ [1]|batch(10**9, 'x')|list }}",
     # escapes from the sandbox
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -482,6 +479,19 @@ def test_hostile_template_is_refused_in_one_line(name: str) -> None:
     assert peak_bytes < 128 * 2**20
     assert str(caught.value).startswith("chat_template.jinja")
     assert "\n" not in str(caught.value)
+
+
+MANY_STEPS = {
+    "prints": "{% for i in range(9999) %}" + "{{ i or i and not i }}" * 1000 + "{% endfor %}",
+    "tokens": "{% set x %}" + "<s>" * 9999 + "{% endset %}{% for i in range(500) %}{{ x }}"
+    "{% endfor %}{{ messages[0].content }}",
+}
+
+
+@pytest.mark.parametrize("name", MANY_STEPS)
+def test_what_is_written_in_many_pieces_is_limited(name: str) -> None:
+    with pytest.raises(RejectedError, match="too much work or memory"):
+        chat_template(MANY_STEPS[name]).render([USER])
 
 
 def test_limits_grow_with_the_conversation() -> None:

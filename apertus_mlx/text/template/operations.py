@@ -38,8 +38,7 @@ def as_text(value: Any) -> str:
     """Return `value` as a template prints it."""
     if not isinstance(value, _PRINTED):
         raise LimitError(f"it prints a {type(value).__name__}")
-    if not isinstance(value, str):
-        spend(10 * weigh(value))
+    spend(STEP if isinstance(value, str) else STEP + 10 * weigh(value))
     text = str(value)
     weigh(text)
     return text
