@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,18 +16,14 @@ from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
 from apertus_mlx.generation.sampling import Sampler, resolve_params
+from apertus_mlx.text.pieces import CallPiece, Piece, ToolCall
+from apertus_mlx.text.roles import Role
 from apertus_mlx.text.stream import TextStream
-from apertus_mlx.text.tokenizer import Role, Tokenizer
+from apertus_mlx.text.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+__all__ = ["Answer", "CallPiece", "FinishReason", "Generation", "Piece", "ToolCall"]
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that has become certain, of the answer or of the deliberation before it."""
-
-    text: str
-    is_thought: bool = False
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +35,18 @@ class Answer:
         thought: the deliberation before it; empty if there was none.
         token_ids: all that were generated, a stop id included.
         prompt_token_ids: the prompt's.
-        finish_reason: `stop`: the model or a stop string ended it; `length`: it reached
-            `max_tokens` or the model's context; `cancelled`: someone ended it.
+        finish_reason: `stop`: the model or a stop string ended it; `tool_calls`: so, and the model
+            asks for tools; `length`: it reached `max_tokens` or the model's context;
+            `cancelled`: someone ended it.
         reused_prompt_tokens: tokens of the prompt that had been computed before.
         prefill_tokens_per_s: prompt tokens computed in a second; 0 if there was nothing to time.
         decode_tokens_per_s: tokens generated in a second after the first one; 0 likewise.
         time_to_first_token_s: seconds from the start to the first token.
         peak_memory_bytes: the most memory that the process has held.
         seed: with which the same prompt gives the same answer again.
+        tool_calls: the tools that the model asks for, in order; one that was cut by `max_tokens`
+            is the last.
+        malformed_tool_calls: how many calls were no valid JSON; what the model wrote is text.
     """
 
     text: str
@@ -60,6 +60,8 @@ class Answer:
     time_to_first_token_s: float
     peak_memory_bytes: int
     seed: int
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    malformed_tool_calls: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,6 +90,9 @@ class Generation:
         on_prefill: is told how many tokens of the prompt are done, those reused included.
         on_prefix: is called once, when `prefix` holds all of the prompt but its last token.
         cancelled: is asked after each token, and chunk of the prompt, whether to end here.
+        tool_names: of the tools that the prompt declares. With them, an answer that is nothing but
+            a list of calls of these tools is one, though no control token says so; None where
+            there are no tools or the answer's form is prescribed.
         reused: tokens of the prompt that were not computed; known once the run has begun.
 
     Raises:
@@ -102,6 +107,7 @@ class Generation:
     on_prefill: Callable[[int], None] | None = None
     on_prefix: Callable[[CachedPrefix], None] | None = None
     cancelled: Callable[[], bool] | None = None
+    tool_names: Collection[str] | None = None
     reused: int = field(default=0, init=False)
     token_ids: list[int] = field(default_factory=list, init=False)
 
