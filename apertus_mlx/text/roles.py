@@ -7,7 +7,7 @@ is `<|system_start|>` in v1 and `<SPECIAL_61>` in v1.1.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from apertus_mlx.errors import RejectedError
@@ -36,6 +36,7 @@ class Role(enum.Enum):
 
 CONTROL_IDS = range(Role.SYSTEM.start, Role.TOOLS.end + 1)
 
+_TURN_IDS = range(Role.SYSTEM.start, Role.ASSISTANT.end + 1)
 # v1.5 writes thoughts and results between ids that v1 has no use for.
 _SECOND_INNER = (32, 33)
 _INNER_NAMES = (("<think>", "</think>"), ("<|inner_prefix|>", "<|inner_suffix|>"))
@@ -66,6 +67,15 @@ class Roles:
     thought_starts: frozenset[int] = frozenset({Role.INNER.start})
     thought_ends: frozenset[int] = frozenset({Role.INNER.end})
     results: tuple[int, int] | None = None
+
+    def leaves_thought_open(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends within a deliberation of the turn that is to be continued."""
+        for token_id in reversed(prompt):
+            if token_id in self.thought_starts:
+                return True
+            if token_id in self.thought_ends or token_id in _TURN_IDS:
+                return False
+        return False
 
 
 def find_roles(special: Mapping[int, str], path: str) -> Roles:
