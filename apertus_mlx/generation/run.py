@@ -18,6 +18,7 @@ from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
 from apertus_mlx.generation.sampling import Sampler, resolve_params
 from apertus_mlx.text.answer_parser import AnswerParser, new_call_id
+from apertus_mlx.text.filtered_pieces import PieceFilter
 from apertus_mlx.text.pieces import CallPiece, Piece, ToolCall
 
 __all__ = ["Answer", "CallPiece", "FinishReason", "Generation", "Piece", "ToolCall"]
@@ -34,7 +35,7 @@ class Answer:
     Attributes:
         text: the answer alone, without control tokens, deliberation or what follows a stop string.
         thought: the deliberation before it; empty if there was none.
-        token_ids: all that were generated, a stop id included.
+        token_ids: all that were generated, a stop id included; no output filter changes them.
         prompt_token_ids: the prompt's.
         finish_reason: `stop`: the model or a stop string ended it; `tool_calls`: so, and the model
             asks for tools; `length`: it reached `max_tokens` or the model's context;
@@ -125,6 +126,8 @@ class Generation:
         self._thought: list[str] = []
         self._calls: dict[int, list[CallPiece]] = {}
         self._parser = self._new_parser()
+        chosen = self.loaded.output_filter
+        self._filter = None if chosen is None else PieceFilter(chosen)
         self._finish: FinishReason = "cancelled"
         self._started = self._first = self._last = 0.0
 
@@ -176,7 +179,7 @@ class Generation:
             if token in stop_ids:
                 self._finish = "stop"
                 break
-            yield from self._kept(parser.push(token))
+            yield from self._kept(self._filtered(parser.push(token)))
             if parser.stopped:
                 self._finish = "stop"
                 break
@@ -184,7 +187,9 @@ class Generation:
                 break
         else:
             self._finish = "length"
-        yield from self._kept(parser.finish(cut=self._finish != "stop"))
+        yield from self._kept(self._filtered(parser.finish(cut=self._finish != "stop")))
+        if self._filter is not None:
+            yield from self._kept(self._filter.finish())
         if parser.malformed:
             _log.warning("the model wrote a tool call that is no valid JSON; it is kept as text")
 
@@ -197,6 +202,9 @@ class Generation:
             tool_names=self.tool_names,
             new_id=self.new_call_id,
         )
+
+    def _filtered(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        return pieces if self._filter is None else self._filter.push(pieces)
 
     def _kept(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
