@@ -7,24 +7,17 @@ a string with the text of an object. A block is a list of calls, or one call alo
 from __future__ import annotations
 
 import enum
-import json
 import re
 from collections.abc import Callable, Collection
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.system.strict_json import parse_object
+from apertus_mlx.text.json_ends import BLANKS, JsonObject, JsonString, end_of, require_object
 from apertus_mlx.text.pieces import CallPiece
 
 MAX_BLOCK_BYTES = 2**20
-MAX_DEPTH = 64
 
-_BLANKS = " \t\r\n"
-_SPACE = re.compile(f"[{_BLANKS}]*")
-_STRING = re.compile(r'[^"\\]*')
-_OUTSIDE = re.compile(r'[^"{}\[\]]*')
-_WHOLE_CHARACTERS = re.compile(r"(?:[^\\]|\\u[0-9a-fA-F]{4}|\\[^u])*")
-_HALF_OF_PAIR = re.compile("[\ud800-\udbff]$")
-_PAIRS = {"}": "{", "]": "["}
+_SPACE = re.compile(f"[{BLANKS}]*")
 
 
 class _Expects(enum.Enum):
@@ -57,84 +50,6 @@ _STEPS = {
     _Expects.COMMA: {",": _Expects.CALL, "]": _Expects.NOTHING},
     _Expects.NOTHING: {},
 }
-
-
-class _Object:
-    """Finds the end of a JSON object: brackets and strings, not yet whether it is valid."""
-
-    def __init__(self) -> None:
-        self._open: list[str] = []
-        self._string: _String | None = None
-        self.is_wrong = False
-
-    @property
-    def closed(self) -> bool:
-        return not self._open
-
-    def read(self, text: str, start: int) -> int:
-        """Go on at `start`; returns where the object ends, or what is wrong, or the text."""
-        while start < len(text):
-            if self._string is not None:
-                start = self._string.read(text, start)
-                if self._string.closed:
-                    self._string = None
-                continue
-            start = _end(_OUTSIDE, text, start)
-            if start == len(text):
-                break
-            character = text[start]
-            start += 1
-            if character == '"':
-                self._string = _String()
-            elif character in "{[":
-                self._open.append(character)
-                self.is_wrong = len(self._open) > MAX_DEPTH
-            else:
-                self.is_wrong = self._open.pop() != _PAIRS[character]
-            if self.is_wrong or not self._open:
-                break
-        return start
-
-
-class _String:
-    """Finds the end of a JSON string; begins after its quote."""
-
-    def __init__(self) -> None:
-        self._escaped = False
-        self._parts: list[str] = []
-        self.closed = False
-
-    def read(self, text: str, start: int) -> int:
-        """Go on at `start`; returns where the string, or the text, ends."""
-        begin = start
-        while start < len(text) and not self.closed:
-            if self._escaped:
-                self._escaped = False
-            else:
-                start = _end(_STRING, text, start)
-                if start == len(text):
-                    break
-                self._escaped = text[start] == "\\"
-                self.closed = not self._escaped
-            start += 1
-        self._parts.append(text[begin : start - self.closed])
-        return start
-
-    def value(self) -> str:
-        """What it says; of a string that is not closed, the characters that are whole.
-
-        Raises:
-            ValueError: it is no valid JSON, or no text.
-        """
-        text = "".join(self._parts)
-        if not self.closed:
-            whole = _WHOLE_CHARACTERS.match(text)
-            text = whole[0] if whole else ""
-        value: str = json.loads(f'"{text}"')
-        if not self.closed:
-            value = _HALF_OF_PAIR.sub("", value)
-        value.encode()
-        return value
 
 
 class CallScanner:
@@ -175,8 +90,8 @@ class CallScanner:
     def _begin(self, name: str) -> None:
         self._name = name
         self._opened = False
-        self._object: _Object | None = None
-        self._string = _String()
+        self._object: JsonObject | None = None
+        self._string = JsonString()
         self._value: list[str] = []
         self._null = ""
 
@@ -228,7 +143,7 @@ class CallScanner:
             elif self._null == "null":
                 self._expects = _Expects.CALL_END
             return start + 1
-        start = _end(_SPACE, text, start)
+        start = end_of(_SPACE, text, start)
         return self._step(text[start], start, pieces) if start < len(text) else start
 
     def _step(self, character: str, start: int, pieces: list[CallPiece]) -> int:
@@ -244,7 +159,7 @@ class CallScanner:
         elif following is _Expects.NAME:
             self._begin("")
         elif following is _Expects.OBJECT:
-            self._object = _Object()
+            self._object = JsonObject()
             self._open(pieces)
         elif before is _Expects.CALL_END:
             self._close(pieces)
@@ -297,7 +212,7 @@ class CallScanner:
                 last = "{}"
             else:
                 last = self._string.value()
-                _require_object(last)
+                require_object(last)
         except (RejectedError, ValueError):
             self._fail(pieces)
             return
@@ -317,7 +232,7 @@ class CallScanner:
             except ValueError:
                 self._fail(pieces)
                 return
-            if text.strip(_BLANKS) and not text.lstrip(_BLANKS).startswith("{"):
+            if text.strip(BLANKS) and not text.lstrip(BLANKS).startswith("{"):
                 self._fail(pieces)
                 return
             self._open(pieces)
@@ -332,23 +247,3 @@ class CallScanner:
             pieces.append(CallPiece(self.index, withdrawn=True))
             self.index += 1
             self._opened = False
-
-
-def _require_object(text: str) -> None:
-    """Refuse a text that is no JSON object.
-
-    Raises:
-        RejectedError, ValueError: it is none.
-    """
-    inner = text.strip(_BLANKS)
-    scanned = _Object()
-    if not inner.startswith("{") or scanned.read(inner, 0) < len(inner) or not scanned.closed:
-        raise ValueError("no object")
-    if scanned.is_wrong:
-        raise ValueError("nested too deeply")
-    parse_object(inner.encode(), "arguments")
-
-
-def _end(pattern: re.Pattern[str], text: str, start: int) -> int:
-    found = pattern.match(text, start)
-    return found.end() if found else start

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apertus_mlx.text import answer_parser, call_scanner
+from apertus_mlx.text import answer_parser, call_scanner, json_ends
 from apertus_mlx.text.answer_parser import AnswerParser, new_call_id
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.text.pieces import Piece
@@ -150,9 +150,11 @@ ROWS: list[Row] = [
     ('⟨71⟩[{"f": {}}, {"g": {"b": [', True, "", "", [("f", "{}"), ("g", '{"b": [')], "length", 0),
     ('⟨71⟩[{"f": {}', True, "", "", [("f", "{}")], "length", 0),
     ('⟨71⟩[{"f": "{\\"a\\": \\"\\u00', True, "", "", [("f", '{"a": "')], "length", 0),
+    ('⟨71⟩[{"f": "{\\"a\\": \\"\\\\', True, "", "", [("f", '{"a": "\\')], "length", 0),
+    ('⟨71⟩[{"f": "{\\"a\\": \\"\\\\u12', True, "", "", [("f", '{"a": "\\u12')], "length", 0),
+    ('⟨71⟩[{"f": "{\\"a\\": \\', True, "", "", [("f", '{"a": ')], "length", 0),
+    ('⟨71⟩[{"f": "{\\"a\\": \\"\\ud83d', True, "", "", [("f", '{"a": "')], "length", 0),
     ('⟨71⟩[{"f": "no object', True, '[{"f": "no object', "", [], "length", 1),
-    # A character whose bytes the limit cuts is not there yet.
-    ("Z\xfcri"[:1], True, "Z", "", [], "length", 0),
     # Malformed in other ways; a whole call before stands.
     ('⟨71⟩[{"f": {}}, {"g": 1}]⟨72⟩', False, ', {"g": 1}]', "", [("f", "{}")], "tool_calls", 1),
     ('⟨71⟩[{"f": {"a": 1, "a": 2}}]⟨72⟩', False, '[{"f": {"a": 1, "a": 2}}]', "", [], "stop", 1),
@@ -186,6 +188,14 @@ def test_worked_answers(row: Row, tokens: str) -> None:
     found = read(merged(ids) if tokens == "words" else ids, cut, tool_names={"f", "g"})
     assert (found.text, found.thought, found.named) == (text, thought, calls)
     assert (found.finish(cut), found.malformed) == (finish, malformed)
+
+
+def test_a_character_whose_bytes_are_cut_is_not_there_yet() -> None:
+    for start, shown in (("Zü", "Z"), ('⟨71⟩[{"f": {"a": "ü', '{"a": "'), ("⟨69⟩Zü", "Z")):
+        found = read(ids_of(start)[:-1], cut=True)
+        assert [found.text or found.thought or found.calls[0][2]] == [shown]
+    # At an end that is none of the limit's, the byte is no text.
+    assert read(ids_of("Zü")[:-1]).text == "Z\ufffd"
 
 
 def test_calls_without_control_token_are_text_where_no_tool_is_declared() -> None:
@@ -239,7 +249,7 @@ def test_limits_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     def nested(depth: int) -> str:
         return '{"a":' * (depth - 1) + "{}" + "}" * (depth - 1)
 
-    deep, deeper = nested(call_scanner.MAX_DEPTH), nested(call_scanner.MAX_DEPTH + 1)
+    deep, deeper = nested(json_ends.MAX_DEPTH), nested(json_ends.MAX_DEPTH + 1)
     for value, quoted in ((deep, False), (deep, True)):
         shown = json.dumps(value) if quoted else value
         assert read(ids_of(f'⟨71⟩[{{"f": {shown}}}]')).named == [("f", value)]
@@ -410,7 +420,7 @@ def test_what_is_no_list_of_calls_for_a_json_parser_is_malformed(block: str) -> 
 
 def steps_of(ids: Sequence[int], **options: Any) -> int:
     """How many lines of the parser's own code run: time, but always the same."""
-    files = {answer_parser.__file__, call_scanner.__file__}
+    files = {answer_parser.__file__, call_scanner.__file__, json_ends.__file__}
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
