@@ -100,7 +100,7 @@ class AnswerParser:
         self._stops = StopStrings(self._stop_strings)
         self._block = block
         self._bare: _BareCalls | None = None
-        if self._names and block is None and not self._thinking:
+        if self._names and block is None:
             self._bare = _BareCalls(CallScanner(self._calls, self._new_id, self._names))
 
     def _take(self, text: str) -> list[Piece]:

@@ -114,9 +114,7 @@ def require_object(text: str) -> None:
     inner = text.strip(BLANKS)
     scanned = JsonObject()
     if not inner.startswith("{") or scanned.read(inner, 0) < len(inner) or not scanned.closed:
-        raise ValueError("no object")
-    if scanned.is_wrong:
-        raise ValueError("nested too deeply")
+        raise ValueError("no object, or nested too deeply")
     parse_object(inner.encode(), "arguments")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ def read(ids: Iterable[int], cut: bool = False, **options: Any) -> Read:
             break
         found.pieces += parser.push(token_id)
     found.pieces += parser.finish(cut)
+    indices: set[int] = set()
     found.malformed, found.ended_with_calls = parser.malformed, parser.ended_with_calls
     for piece in found.pieces:
         call = piece.call
@@ -103,6 +105,8 @@ def read(ids: Iterable[int], cut: bool = False, **options: Any) -> Read:
             found.calls[call.index][2] += call.arguments
         else:
             assert call.id and call.name and not call.arguments
+            assert call.index == len(indices)
+            indices.add(call.index)
             found.calls[call.index] = [call.id, call.name, ""]
     return found
 
@@ -165,6 +169,10 @@ ROWS: list[Row] = [
     ('⟨71⟩[{"": {}}]⟨72⟩', False, '[{"": {}}]', "", [], "stop", 1),
     ('⟨71⟩[{"\\ud800": {}}]⟨72⟩', False, '[{"\\ud800": {}}]', "", [], "stop", 1),
     ("⟨69⟩Hm⟨71⟩[f()]⟨70⟩So.⟨68⟩", False, "So.", "Hm[f()]", [], "stop", 1),
+    (
+        '⟨71⟩[{"f": {"a": 1]⟨71⟩[{"g": {}}]',
+        False, '[{"f": {"a": 1]', "", [("g", "{}")], "tool_calls", 1,
+    ),
     # Two blocks, and a thought that begins within one.
     ('⟨71⟩[{"f": {}}]⟨71⟩{"g": {}}', False, "", "", [("f", "{}"), ("g", "{}")], "tool_calls", 0),
     ('⟨71⟩[{"f": {}}]⟨69⟩T⟨70⟩.', False, ".", "T", [("f", "{}")], "tool_calls", 0),
@@ -176,6 +184,7 @@ ROWS: list[Row] = [
     ('[{"f": {}}] is it⟨68⟩', False, '[{"f": {}}] is it', "", [], "stop", 0),
     ('I say [{"f": {}}]⟨68⟩', False, 'I say [{"f": {}}]', "", [], "stop", 0),
     ('[{"f": {"a": 1', True, '[{"f": {"a": 1', "", [], "length", 0),
+    ('[{"f": {}}]⟨69⟩T⟨70⟩', False, '[{"f": {}}]', "T", [], "stop", 0),
     ("[]⟨68⟩", False, "[]", "", [], "stop", 0),
 ]  # fmt: skip
 
@@ -272,20 +281,29 @@ def test_an_id_is_new_each_time() -> None:
     assert all(len(one) == 29 and one[:5] == "call_" and one[5:].isalnum() for one in ids)
 
 
-_WRITTEN = st.lists(
-    st.sampled_from(
-        [67, 69, 70, 71, 3, 32, 33]
-    ).map(lambda i: f"⟨{i}⟩")
-    | st.sampled_from(
-        ["[", "]", "{", "}", '"', ":", ",", "\\", "null", '"f"', '{"f": {}}', '[{"g": {"é": 1}}]',
-         " ", "é", "🏔", "\\u00e9", "\\ud83d", "1e5", '{"f": "{}"}', '{"f": {"a": ', "stop", "Hello"]
-    ),
-    max_size=14,
-).map("".join)  # fmt: skip
+_FRAGMENTS = [
+    *(f"⟨{token_id}⟩" for token_id in (67, 69, 70, 71, 71, 3, 32, 33)),
+    "[", "]", "{", "}", '"', ":", ",", "\\", "null", '"f"', '{"f": {}}', '[{"g": {"é": 1}}]', " ",
+    "é", "🏔", "\\u00e9", "\\ud83d", "1e5", '{"f": "{}"}', '{"f": {"a": ', "}}]", "stop", "Hello",
+]  # fmt: skip
+_WRITTEN = st.lists(st.sampled_from(_FRAGMENTS), max_size=14).map("".join)
 
 
 def whole(found: Read) -> tuple[str, str, list[list[str]], int]:
     return found.text, found.thought, [call[1:] for call in found.calls.values()], found.malformed
+
+
+@pytest.mark.nightly
+def test_many_answers_in_any_split() -> None:
+    rng = random.Random(0)
+    for _ in range(5_000):
+        written = "".join(rng.choices(_FRAGMENTS, k=rng.randrange(1, 16)))
+        options: dict[str, Any] = {"tool_names": {"f"}} if rng.random() < 0.5 else {}
+        options["stop_strings"] = rng.choice([[], ["stop", "}]"]])
+        ids, cut = ids_of(written), rng.random() < 0.5
+        one, other = (read(which, cut, **options) for which in (ids, merged(ids)))
+        assert whole(one) == whole(other), written
+        assert one.finish(cut) == other.finish(cut), written
 
 
 @settings(max_examples=120, deadline=None)
