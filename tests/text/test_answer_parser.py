@@ -306,7 +306,7 @@ def test_many_answers_in_any_split() -> None:
         assert one.finish(cut) == other.finish(cut), written
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(written=_WRITTEN, cut=st.booleans(), declared=st.booleans(), stop=st.booleans())
 def test_any_split_into_tokens_gives_the_same_answer(
     written: str, cut: bool, declared: bool, stop: bool
@@ -363,7 +363,7 @@ _STYLES = st.fixed_dictionaries(
 _NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     calls=st.lists(st.tuples(_NAMES, _ARGUMENTS, _STYLES, st.booleans()), min_size=1, max_size=3),
     space=st.sampled_from(["", " ", "\n\t"]),
@@ -388,7 +388,7 @@ def test_well_formed_calls_are_what_a_json_parser_reads(
         assert json.loads(arguments) == (json.loads(value) if isinstance(value, str) else value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     block=st.lists(
         st.sampled_from(

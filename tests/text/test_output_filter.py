@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("rules")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     rules=st.lists(st.sampled_from(RULES), min_size=1, max_size=4),
     parts=st.lists(st.text("abAB1- éÉſıKİ", max_size=6), max_size=8),
