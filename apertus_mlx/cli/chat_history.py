@@ -1,0 +1,98 @@
+"""What was typed in chats before: a private file, whose faults are notes and never errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from apertus_mlx.errors import ApertusError
+from apertus_mlx.system.foreign_errors import explain
+from apertus_mlx.system.model_files import exists, read_own_file
+from apertus_mlx.system.whole_file import whole_file
+
+FILE_NAME = "chat-history.jsonl"
+# Of the newest entries; the file grows to twice as many before it is cut.
+MAX_ENTRIES = 1000
+MAX_BYTES = 16 * 2**20
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
+
+
+class ChatHistory:
+    """A file with one JSON text a line, the oldest first; `note` is told what is wrong with it.
+
+    Nobody but its owner can read it. Several chats may add to it at the same time.
+    """
+
+    def __init__(self, path: Path, note: Callable[[str], None]) -> None:
+        self._path = path
+        self._note = note
+        self._usable = True
+
+    def read(self) -> list[str]:
+        """All entries, the oldest first; none if the file cannot be used."""
+        try:
+            return self._read()
+        except (OSError, ApertusError) as error:
+            self._give_up(error)
+            return []
+
+    def add(self, text: str) -> None:
+        """Keep `text` for the next chat."""
+        if not self._usable:
+            return
+        try:
+            self._path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+            # One write of a whole line, which no other chat's can fall into.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(self._path, flags, PRIVATE_FILE)
+            try:
+                os.fchmod(file, PRIVATE_FILE)
+                os.write(file, _line(text))
+            finally:
+                os.close(file)
+        except OSError as error:
+            self._give_up(error)
+
+    def _read(self) -> list[str]:
+        if not exists(self._path):
+            return []
+        lines = read_own_file(self._path, MAX_BYTES).splitlines()
+        entries = [entry for line in lines if (entry := _entry(line)) is not None]
+        if damaged := len(lines) - len(entries):
+            left_out = "a line is" if damaged == 1 else f"{damaged} lines are"
+            self._note(f"{self._path}: {left_out} damaged and left out of the history")
+        if damaged or len(lines) > 2 * MAX_ENTRIES:
+            with whole_file(self._path, durable=False) as new:
+                new.chmod(PRIVATE_FILE)
+                new.write_bytes(b"".join(map(_line, entries[-MAX_ENTRIES:])))
+        return entries[-MAX_ENTRIES:]
+
+    def _give_up(self, error: Exception) -> None:
+        self._usable = False
+        self._note(f"{explain(error) or error}; the history of this chat is not kept")
+
+
+def history_path() -> Path:
+    """Where this user's history is: in the state folder, on a Mac in Application Support."""
+    if sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Application Support"
+    else:
+        stated = os.environ.get("XDG_STATE_HOME", "")
+        # By the XDG specification a relative one does not count.
+        folder = Path(stated) if stated.startswith("/") else Path.home() / ".local" / "state"
+    return folder / "apertus-mlx" / FILE_NAME
+
+
+def _line(text: str) -> bytes:
+    return json.dumps(text).encode("ascii") + b"\n"
+
+
+def _entry(line: bytes) -> str | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, str) else None
