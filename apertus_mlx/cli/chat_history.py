@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.system.foreign_errors import explain
-from apertus_mlx.system.model_files import exists, read_own_file
+from apertus_mlx.system.model_files import read_own_file
 from apertus_mlx.system.whole_file import whole_file
 
 FILE_NAME = "chat-history.jsonl"
@@ -57,7 +57,7 @@ class ChatHistory:
             self._give_up(error)
 
     def _read(self) -> list[str]:
-        if not exists(self._path):
+        if not self._path.exists():
             return []
         lines = read_own_file(self._path, MAX_BYTES).splitlines()
         entries = [entry for line in lines if (entry := _entry(line)) is not None]
