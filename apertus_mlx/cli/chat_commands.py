@@ -15,8 +15,9 @@ from apertus_mlx.system.model_files import exists
 if TYPE_CHECKING:
     from apertus_mlx.generation.conversation import Conversation
 
-KEYS = """A line that ends with \\ goes on, and so it does after Alt-Enter. // at the front sends a
-message that begins with a slash. Ctrl-C stops an answer, Ctrl-D on an empty line ends."""
+KEYS = r"""\ at the end of a line, or Alt-Enter, begins another line of the message.
+// at the front sends a message that begins with a slash.
+Ctrl-C stops an answer, or clears the line; Ctrl-D on an empty line leaves."""
 
 
 class Request(NamedTuple):

@@ -6,10 +6,9 @@ import json
 import stat
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.endless_model import write_endless_model
 from tests.terminal import ALT_ENTER, BACKSPACE, CTRL_C, CTRL_D, ENTER, LEFT, TAB, UP, Terminal
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -23,29 +22,7 @@ HISTORY = Path("apertus-mlx") / "chat-history.jsonl"
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that begins every answer with an order to the terminal, and then never stops."""
-    vocabulary = 400
-    config = config_4x(
-        hidden_size=512, num_attention_heads=8, num_hidden_layers=1, head_dim=64,
-        vocab_size=vocabulary, max_position_embeddings=1_000_000,
-    )  # fmt: skip
-    weights = random_weights(config)
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] = np.zeros_like(weights[name])
-    weights["model.norm.weight"] = np.ones(512, np.float32)
-    weights["model.embed_tokens.weight"] = np.eye(vocabulary, 512, dtype=np.float32)
-    folder = tmp_path_factory.mktemp("talker")
-    write_checkpoint(folder, config, weights)
-    from apertus_mlx.text.tokenizer import Role, Tokenizer
-
-    tokenizer = Tokenizer.load(folder, vocab_size=vocabulary, bos_token_id=1)
-    start, said, ring = (Role.ASSISTANT.start, tokenizer.encode(ORDER), tokenizer.encode(RING))
-    pairs = [*zip([start, *said], [*said, ring[0]], strict=True),
-             *zip(ring, [*ring[1:], ring[0]], strict=True)]  # fmt: skip
-    head = np.zeros((vocabulary, 512), np.float32)
-    for token, after in pairs:
-        head[after, token] = 1
-    return write_checkpoint(folder, config, {**weights, "lm_head.weight": head})
+    return write_endless_model(tmp_path_factory.mktemp("talker"), RING, ORDER)
 
 
 def saved(path: Path) -> list[tuple[str, str]]:
