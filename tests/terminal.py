@@ -33,6 +33,7 @@ class Terminal:
     """`apertus-mlx` with `arguments` in a terminal of its own; a context that ends it.
 
     Attributes:
+        stdout: where standard output goes instead.
         output: all that the program has written, with the seconds since it started.
     """
 
@@ -41,6 +42,7 @@ class Terminal:
     rows: int = 24
     environment: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
+    stdout: Path | None = None
     output: list[tuple[float, bytes]] = field(default_factory=list, init=False)
 
     def __enter__(self) -> Terminal:
@@ -53,7 +55,7 @@ class Terminal:
         self._start = time.monotonic()
         self._process = subprocess.Popen(
             [*COMMAND, *self.arguments],
-            preexec_fn=lambda: os.login_tty(os.dup(theirs)),  # noqa: PLW1509
+            preexec_fn=lambda: self._take(theirs),  # noqa: PLW1509
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm-256color", **self.environment},
             cwd=self.cwd,
         )
@@ -69,6 +71,11 @@ class Terminal:
         self._process.kill()
         self._process.wait()
         os.close(self._ours)
+
+    def _take(self, terminal: int) -> None:
+        os.login_tty(os.dup(terminal))
+        if self.stdout is not None:
+            os.dup2(os.open(self.stdout, os.O_WRONLY | os.O_CREAT), 1)
 
     def send(self, keys: str) -> None:
         """Press keys."""

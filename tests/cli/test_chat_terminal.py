@@ -143,11 +143,15 @@ def test_typing_commands_and_history(tmp_path: Path) -> None:
         terminal.press(CTRL_C, ">")
         terminal.send(CTRL_D)
         assert terminal.end() == 0
-    with Terminal(["chat", "--no-history"], environment=home, cwd=here) as terminal:
+    # Standard output carries the model's text and nothing else, wherever it goes.
+    arguments, out = ["chat", "--no-history", "-t", "0"], tmp_path / "out"
+    with Terminal(arguments, environment=home, cwd=here, stdout=out) as terminal:
         terminal.wait_for_prompt()
         terminal.press(f"{UP}never kept", "> never kept")
         terminal.enter()
+        terminal.enter(QUESTION)
         terminal.send(CTRL_D)
         assert terminal.end() == 0
+    assert out.read_text().splitlines()[1:] == [ANSWER]
     assert history.read_bytes() == kept
     assert holders(tmp_path, "never kept") == []
