@@ -49,8 +49,8 @@ def chat(
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
         loaded = load_weights(folder, settings)
         conversation = Conversation(loaded, system, think, plan.form)
-        lines = open_chat_lines(lambda: note("Ctrl-D ends the chat"), not no_history)
-        _Talk(conversation, lines, sampling, plan.prefill_step).run()
+        with open_chat_lines(lambda: note("Ctrl-D ends the chat"), not no_history) as lines:
+            _Talk(conversation, lines, sampling, plan.prefill_step).run()
 
 
 class _Talk:
@@ -68,16 +68,6 @@ class _Talk:
 
     def run(self) -> None:
         note("type a message; /help for more")
-        before = signal.getsignal(signal.SIGINT)
-        if sys.stdin.isatty():
-            # At the prompt Ctrl-C is a key; just before and behind it ends nothing.
-            signal.signal(signal.SIGINT, lambda *_: None)
-        try:
-            self._converse()
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _converse(self) -> None:
         while not self._commands.ended and (line := self._lines.read()) is not None:
             request = read_request(line)
             if request.command is not None:
@@ -103,7 +93,6 @@ class _Talk:
     def _answer(self, start: Callable[..., Generator[Piece, None, None]]) -> None:
         try:
             with (
-                self._lines.aside(),
                 self._interruptible() as interrupted,
                 suppress(KeyboardInterrupt),
                 closing(start(*self._how, interrupted)) as pieces,

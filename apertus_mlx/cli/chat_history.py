@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 from apertus_mlx.errors import ApertusError
@@ -14,9 +15,12 @@ from apertus_mlx.system.model_files import read_own_file
 from apertus_mlx.system.whole_file import whole_file
 
 FILE_NAME = "chat-history.jsonl"
-# Of the newest entries; the file grows to twice as many before it is cut.
-MAX_ENTRIES = 1000
-MAX_BYTES = 16 * 2**20
+# What is kept when the file is cut, which happens at twice as many entries or bytes.
+MAX_ENTRIES, MAX_BYTES = 1000, 4 * 2**20
+# A longer text, such as a pasted book, is not kept.
+MAX_ENTRY_BYTES = 2**16
+# A file that is larger is none of ours.
+MAX_FILE_BYTES = 64 * 2**20
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 
@@ -41,7 +45,8 @@ class ChatHistory:
 
     def add(self, text: str) -> None:
         """Keep `text` for the next chat."""
-        if not self._usable:
+        line = _line(text)
+        if not self._usable or len(line) > MAX_ENTRY_BYTES:
             return
         try:
             self._path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
@@ -50,7 +55,7 @@ class ChatHistory:
             file = os.open(self._path, flags, PRIVATE_FILE)
             try:
                 os.fchmod(file, PRIVATE_FILE)
-                os.write(file, _line(text))
+                os.write(file, line)
             finally:
                 os.close(file)
         except OSError as error:
@@ -59,15 +64,17 @@ class ChatHistory:
     def _read(self) -> list[str]:
         if not self._path.exists():
             return []
-        lines = read_own_file(self._path, MAX_BYTES).splitlines()
+        data = read_own_file(self._path, MAX_FILE_BYTES)
+        lines = data.splitlines()
         entries = [entry for line in lines if (entry := _entry(line)) is not None]
         if damaged := len(lines) - len(entries):
             left_out = "a line is" if damaged == 1 else f"{damaged} lines are"
             self._note(f"{self._path}: {left_out} damaged and left out of the history")
-        if damaged or len(lines) > 2 * MAX_ENTRIES:
+        if damaged or len(lines) > 2 * MAX_ENTRIES or len(data) > 2 * MAX_BYTES:
+            entries = _newest(entries)
             with whole_file(self._path, durable=False) as new:
                 new.chmod(PRIVATE_FILE)
-                new.write_bytes(b"".join(map(_line, entries[-MAX_ENTRIES:])))
+                new.write_bytes(b"".join(map(_line, entries)))
         return entries[-MAX_ENTRIES:]
 
     def _give_up(self, error: Exception) -> None:
@@ -84,6 +91,13 @@ def history_path() -> Path:
         # By the XDG specification a relative one does not count.
         folder = Path(stated) if stated.startswith("/") else Path.home() / ".local" / "state"
     return folder / "apertus-mlx" / FILE_NAME
+
+
+def _newest(entries: list[str]) -> list[str]:
+    """The newest ones that `MAX_ENTRIES` and `MAX_BYTES` have room for."""
+    sizes = accumulate(len(_line(entry)) for entry in reversed(entries[-MAX_ENTRIES:]))
+    count = sum(size <= MAX_BYTES for size in sizes)
+    return entries[len(entries) - count :]
 
 
 def _line(text: str) -> bytes:

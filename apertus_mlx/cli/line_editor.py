@@ -6,7 +6,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import run_in_terminal
@@ -66,22 +66,28 @@ class LineEditor:
     def read(self) -> str | None:
         """The next message; None at the end (Ctrl-D on an empty line)."""
         try:
-            return self._session.prompt()
+            # A signal, unlike the key, may come when the prompt is about to end: it is not ours.
+            return self._session.prompt(handle_sigint=False)
         except EOFError:
             return None
+        finally:
+            self._mark_pastes()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Keep for the next `read` what is typed or pasted meanwhile, without showing it."""
+    def open(self) -> Iterator[Self]:
+        """Keep for the next `read` what is typed or pasted between two, without showing it."""
         with _quiet(sys.stdin):
-            # The terminal marks a paste, so that its lines do not look like typed ones.
-            self._output.enable_bracketed_paste()
-            self._output.flush()
+            self._mark_pastes()
             try:
-                yield
+                yield self
             finally:
                 self._output.disable_bracketed_paste()
                 self._output.flush()
+
+    def _mark_pastes(self) -> None:
+        """Have the terminal say what is a paste; its lines would look like typed ones."""
+        self._output.enable_bracketed_paste()
+        self._output.flush()
 
 
 @contextmanager
@@ -156,7 +162,6 @@ def _keys(on_interrupt: Callable[[], None]) -> KeyBindings:
         event.current_buffer.newline(copy_margin=False)
 
     @keys.add("c-c", filter=typing)
-    @keys.add("<sigint>", filter=typing)
     def interrupt(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +180,6 @@ class Typed:
 
     def read(self) -> str | None:
         return next(self._lines, None)
-
-    def aside(self) -> Any:
-        return nullcontext()
 
 
 @pytest.fixture

@@ -52,6 +52,12 @@ def test_it_does_not_grow_for_ever(
     assert len(path.read_text().splitlines()) == 7
     assert history.read() == ["4", "5", "6"]
     assert len(path.read_text().splitlines()) == 3
+    # Nor by bytes: here one line of 10 and the line feed fit.
+    monkeypatch.setattr(chat_history, "MAX_BYTES", 11)
+    history.add("12345678")
+    assert history.read() == ["12345678"]
+    history.add("x" * chat_history.MAX_ENTRY_BYTES)
+    assert history.read() == ["12345678"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [path]
     assert not notes
@@ -76,7 +82,7 @@ def test_one_that_cannot_be_used_is_one_note(
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to(tmp_path / "away" / "file")
     with (tmp_path / "large").open("wb") as large:
-        large.truncate(chat_history.MAX_BYTES + 1)
+        large.truncate(chat_history.MAX_FILE_BYTES + 1)
     for name in ("file/history", "folder", "fifo", "link", "large", "x" * 300):
         notes.clear()
         history = ChatHistory(tmp_path / name, notes.append)

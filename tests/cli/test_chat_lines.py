@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
-from apertus_mlx.cli.chat_lines import PlainLines, open_chat_lines
+from apertus_mlx.cli.chat_lines import PlainLines, TerminalLines, open_chat_lines
 
 
 def stdin(monkeypatch: pytest.MonkeyPatch, terminal: bool, *lines: str | None) -> None:
@@ -17,7 +18,8 @@ def stdin(monkeypatch: pytest.MonkeyPatch, terminal: bool, *lines: str | None) -
     def readline() -> str:
         line = next(left, "")
         if line is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
+            return ""
         return line
 
     double = SimpleNamespace(isatty=lambda: terminal, readline=readline)
@@ -32,9 +34,9 @@ def test_lines_that_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stdin(monkeypatch, False, "one\n", "two\\\n", "lines\\\n", "\n", "\n", "end\\\n")
-    lines = open_chat_lines(lambda: None, history=True)
-    assert isinstance(lines, PlainLines)
-    assert read_all(lines.read) == ["one", "two\nlines\n", "", "end"]
+    with open_chat_lines(lambda: None, history=True) as lines:
+        assert isinstance(lines, PlainLines)
+        assert read_all(lines.read) == ["one", "two\nlines\n", "", "end"]
     assert capsys.readouterr() == ("", "")
 
 
@@ -45,15 +47,17 @@ def test_a_terminal_that_cannot_move_its_cursor(
     stdin(monkeypatch, True, "one\n", "lost\\\n", None, "two\\\n", "lines\n")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")
-    lines = open_chat_lines(lambda: told.append("interrupt"), history=True)
-    assert isinstance(lines, PlainLines)
-    with lines.aside():
+    with open_chat_lines(lambda: told.append("interrupt"), history=True) as lines:
+        assert isinstance(lines, TerminalLines)
         assert read_all(lines.read) == ["one", "two\nlines"]
+        # Between two messages it does nothing.
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert told == ["interrupt"]
     assert capsys.readouterr() == ("", "> >   \n>   > ")
 
 
 def test_an_interrupt_ends_what_nobody_types(monkeypatch: pytest.MonkeyPatch) -> None:
     stdin(monkeypatch, False, None)
-    with pytest.raises(KeyboardInterrupt):
-        PlainLines(lambda: None).read()
+    with open_chat_lines(lambda: None, history=True) as lines, pytest.raises(KeyboardInterrupt):
+        lines.read()
