@@ -93,15 +93,16 @@ class _Talk:
     def _answer(self, start: Callable[..., Generator[Piece, None, None]]) -> None:
         try:
             with (
-                self._interruptible() as interrupted,
                 suppress(KeyboardInterrupt),
+                self._interruptible() as interrupted,
                 closing(start(*self._how, interrupted)) as pieces,
             ):
                 print_pieces(pieces)
         except Exception as error:
             known = explain(error)
             if isinstance(known, UsageError):
-                note(f"error: {known}; /undo or /reset makes room")
+                way_out = "; /undo or /reset makes room" if self._conversation.questions else ""
+                note(f"error: {known}{way_out}")
                 return
             # Whoever sits there can still save what has been said.
             if known is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -125,7 +126,8 @@ class _Talk:
 
         def interrupt(*_: Any) -> None:
             self._interrupts += 1
-            if self._interrupts > 1:
+            # One more could come while this one is on its way out.
+            if self._interrupts == 2:
                 raise KeyboardInterrupt
 
         self._interrupts = 0

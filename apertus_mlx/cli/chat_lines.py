@@ -41,7 +41,7 @@ def open_chat_lines(on_interrupt: Callable[[], None], history: bool) -> Iterator
         from apertus_mlx.cli.line_editor import LineEditor
 
         editor = LineEditor(COMPLETIONS, on_interrupt, _open_history() if history else None)
-        with editor.open():
+        with editor.attached():
             yield editor
     finally:
         signal.signal(signal.SIGINT, before)

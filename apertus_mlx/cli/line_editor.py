@@ -16,10 +16,14 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import History
 from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
+from apertus_mlx.cli import sink
+
 if TYPE_CHECKING:
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
     from prompt_toolkit.key_binding import KeyPressEvent
 
     from apertus_mlx.cli.chat_history import ChatHistory
@@ -56,6 +60,7 @@ class LineEditor:
             prompt_continuation=CONTINUATION,
             key_bindings=_keys(on_interrupt),
             history=_History(history),
+            input_processors=[_Shown()],
             completer=_Completer(words),
             complete_style=CompleteStyle.READLINE_LIKE,
             complete_while_typing=False,
@@ -74,7 +79,7 @@ class LineEditor:
             self._mark_pastes()
 
     @contextmanager
-    def open(self) -> Iterator[Self]:
+    def attached(self) -> Iterator[Self]:
         """Keep for the next `read` what is typed or pasted between two, without showing it."""
         with _quiet(sys.stdin):
             self._mark_pastes()
@@ -120,6 +125,24 @@ class _History(History):
     def store_string(self, string: str) -> None:
         if self._file is not None:
             self._file.add(string)
+
+
+class _Shown(Processor):
+    """Shows what would change the order of a line, or end it, as a replacement character.
+
+    A pasted text then looks as it is read by the model. Controls are shown by the line editor.
+    """
+
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        shown: StyleAndTextTuples = [
+            (style, sink.ORDERS.sub(lambda found: _as_one(found[0]), text))
+            for style, text, *_ in transformation_input.fragments
+        ]
+        return Transformation(shown)
+
+
+def _as_one(character: str) -> str:
+    return character if character < "\xa0" else "\ufffd"
 
 
 class _Completer(Completer):

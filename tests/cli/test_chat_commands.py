@@ -189,7 +189,7 @@ def handler() -> Iterator[None]:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, 2, 3])
 def test_an_interrupt_ends_the_answer_and_a_second_one_at_once(
     talk: Conversation,
     times: int,
@@ -204,8 +204,14 @@ def test_an_interrupt_ends_the_answer_and_a_second_one_at_once(
         nonlocal steps
         steps += 1
         if steps == 4:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            try:
+                for _ in range(times > 1):
+                    signal.raise_signal(signal.SIGINT)
+            finally:
+                # While the second is on its way out.
+                for _ in range(times > 2):
+                    signal.raise_signal(signal.SIGINT)
         return step(*arguments)
 
     monkeypatch.setattr(type(talk._prefix), "_step", interrupted)
@@ -228,9 +234,13 @@ def test_errors_of_a_turn(
     talk: Conversation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that does not fit is told; after others the chat goes on only where somebody sits."""
-    _Talk(talk, Typed("word " * 9999, QUESTION), GREEDY, 512).run()
+    long = "word " * 9999
+    _Talk(talk, Typed(long, QUESTION, long), GREEDY, 512).run()
     out, err = capsys.readouterr()
-    assert out == f"{ANSWER}\n" and "/undo or /reset makes room" in err
+    assert out == f"{ANSWER}\n"
+    # With nothing to forget there is no room to be made.
+    rooms = ["/undo or /reset makes room" in line for line in err.splitlines()]
+    assert rooms == [False, False, True] and err.count("error: the prompt has") == 2
 
     def fail(*_: Any) -> Any:
         raise MemoryError

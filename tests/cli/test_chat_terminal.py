@@ -141,6 +141,10 @@ def test_typing_commands_and_history(tmp_path: Path) -> None:
         terminal.press(CTRL_C, ">")
         terminal.press("日本語日本語", "> 日本語日本", "  語")
         terminal.press(CTRL_C, ">")
+        # Neither a paste nor what an earlier run kept can turn a line around or give orders.
+        terminal.paste("a\u202eb\x1b[2J")
+        terminal.press("", "> a\ufffdb^[[2J")
+        terminal.press(CTRL_C, ">")
         terminal.send(CTRL_D)
         assert terminal.end() == 0
     # Standard output carries the model's text and nothing else, wherever it goes.
