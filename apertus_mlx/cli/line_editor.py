@@ -53,13 +53,14 @@ class LineEditor:
     ) -> None:
         # The prompt is no data: stdout carries only the model's text.
         self._output = create_output(sys.stderr if sys.stderr.isatty() else sys.stdout)
+        self._history = _History(history)
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             # Enter is ours; this makes Up and Down move between the lines of a message first.
             multiline=True,
             prompt_continuation=CONTINUATION,
             key_bindings=_keys(on_interrupt),
-            history=_History(history),
+            history=self._history,
             input_processors=[_Shown()],
             completer=_Completer(words),
             complete_style=CompleteStyle.READLINE_LIKE,
@@ -77,6 +78,7 @@ class LineEditor:
             return None
         finally:
             self._mark_pastes()
+            self._history.save()
 
     @contextmanager
     def attached(self) -> Iterator[Self]:
@@ -113,18 +115,25 @@ def _quiet(terminal: TextIO) -> Iterator[None]:
 
 
 class _History(History):
-    """Entries of this run, and those of earlier ones if there is a file."""
+    """Entries of earlier runs and of this one; the file is touched only where no prompt stands."""
 
     def __init__(self, file: ChatHistory | None) -> None:
         super().__init__()
         self._file = file
+        self._earlier = [] if file is None else file.read()
+        self._new: list[str] = []
 
     def load_history_strings(self) -> Iterable[str]:
-        return [] if self._file is None else reversed(self._file.read())
+        return reversed(self._earlier)
 
     def store_string(self, string: str) -> None:
-        if self._file is not None:
-            self._file.add(string)
+        self._new.append(string)
+
+    def save(self) -> None:
+        while self._new:
+            text = self._new.pop(0)
+            if self._file is not None:
+                self._file.add(text)
 
 
 class _Shown(Processor):

@@ -48,9 +48,14 @@ def test_an_answer_is_stopped_and_stays(talker: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(json.dumps([{"role": ORDER, "content": "x"}]))
     system = {"role": "system", "content": f"{ORDER}be\nbrief"}
     (tmp_path / "told.json").write_text(json.dumps([system]))
-    arguments = ["chat", "-m", talker, "-t", "0", "-n", "1000000", "--no-history"]
-    with Terminal(arguments, columns=40, cwd=tmp_path) as terminal:
+    # A history that cannot be used is told once, and is no error.
+    home = at_home(tmp_path)
+    (tmp_path / "state" / HISTORY).mkdir(parents=True)
+    arguments = ["chat", "-m", talker, "-t", "0", "-n", "1000000"]
+    with Terminal(arguments, columns=40, environment=home, cwd=tmp_path) as terminal:
         terminal.wait_for_prompt()
+        told = "the history of this chat is not kept"
+        assert terminal.text.replace("\n", "").count(told) == 1
         terminal.send(f"go{ENTER}")
         terminal.wait_for(RING * 3)
         terminal.send(CTRL_C)
@@ -84,6 +89,7 @@ def test_an_answer_is_stopped_and_stays(talker: Path, tmp_path: Path) -> None:
         assert rf"the system message is: {SHOWN}be\nbrief" in terminal.text.replace("\n", "")
         terminal.send(CTRL_D)
         assert terminal.end() == 0
+        assert terminal.text.replace("\n", "").count(told) == 1
         assert ORDER.encode() not in terminal.raw
 
 
