@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from apertus_mlx.generation.run import Piece
 
 NoHistoryOption = Annotated[
-    bool, Option("Neither read nor keep what is typed; else a private file keeps it.")
+    bool, Option("Do not keep what is typed for the next run, nor read what is kept.")
 ]
 
 

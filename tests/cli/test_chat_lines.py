@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from apertus_mlx.cli.chat_lines import PlainLines, TerminalLines, open_chat_lines
+from tests.house.test_house import loaded_after
 
 
 def stdin(monkeypatch: pytest.MonkeyPatch, terminal: bool, *lines: str | None) -> None:
@@ -61,3 +62,8 @@ def test_an_interrupt_ends_what_nobody_types(monkeypatch: pytest.MonkeyPatch) ->
     stdin(monkeypatch, False, None)
     with open_chat_lines(lambda: None, history=True) as lines, pytest.raises(KeyboardInterrupt):
         lines.read()
+
+
+def test_the_line_editor_is_imported_for_a_terminal_alone() -> None:
+    loaded = loaded_after("import apertus_mlx.cli.chat")
+    assert not loaded & {"prompt_toolkit", "mlx", "numpy", "jinja2", "tokenizers"}
