@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,18 +59,23 @@ class ModelFolder:
             notes.append("the model has no chat template (a base model?); it continues text")
         return notes
 
-    def render(self, messages: Sequence[Message], think: bool = False) -> list[int]:
-        """The prompt of a conversation, by the model's own chat template.
+    def render(
+        self,
+        messages: Sequence[Message],
+        think: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> list[int]:
+        """The prompt of a conversation, by the model's own chat template; see its `render`.
 
         Raises:
             RejectedError: there is no template, or it refuses the messages.
-            UsageError: a message cannot fit the context.
+            UsageError: a message or tool is wrong, or cannot fit the context.
         """
         template = self.require_template()
         for message in messages:
             if isinstance(content := message.get("content"), str):
                 self.require_short(content)
-        return template.render(messages, think=think)
+        return template.render(messages, think=think, tools=tools)
 
     def require_template(self) -> ChatTemplate:
         """The model's chat template.

@@ -204,10 +204,14 @@ def test_messages_of_a_wrong_type(model: Apertus, messages: Any) -> None:
 @pytest.mark.parametrize(
     ("message", "kind", "words"),
     [
-        ({"role": "robot", "content": "a"}, UsageError, r"^prompt\[1\]: role 'robot': expected"),
-        ({"role": "user", "content": None}, TypeError, r"^prompt\[1\]\['content'\]: expected str"),
-        ({"role": "user", "content": {"parts": 5}}, TypeError, r"^prompt\[1\].*'parts'\]: .*list"),
-        ({"role": "system", "content": "a"}, RejectedError, ": the chat template refuses these"),
+        ({"role": "robot", "content": "a"}, UsageError, r"^prompt\[1\]\.role: 'robot': expected"),
+        ({"role": "user", "content": None}, TypeError, r"^prompt\[1\]\.content: expected a text"),
+        (
+            {"role": "user", "content": {"parts": 5}},
+            TypeError,
+            r"^prompt\[1\]\.content\.parts: .*list",
+        ),
+        ({"role": "tool", "content": "a"}, UsageError, r"^prompt\[1\]\.role: a result follows"),
     ],
     ids=["role", "content", "parts", "order"],
 )
@@ -224,9 +228,10 @@ def test_messages_without_end(model: Apertus) -> None:
         deep = [deep]
     circle: list[Any] = []
     circle.append(circle)
-    for parts in (deep, circle):
-        with pytest.raises(UsageError, match="prompt: nested too deeply"):
-            model.generate([{"role": "user", "content": {"parts": parts}}])
+    for endless in ({"a": deep}, {"a": circle}):
+        call = {"id": "c", "function": {"name": "f", "arguments": endless}}
+        with pytest.raises(UsageError, match=r"^prompt\[0\]\.tool_calls\[0\].*deep"):
+            model.generate([{"role": "assistant", "tool_calls": [call]}])
 
 
 @pytest.mark.parametrize("message", [{"role": 3, "content": "a"}, {"role": "user", "content": {3}}])
