@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,13 +54,18 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def render_with_jinja(source: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """What plain Jinja makes of a template, with the settings and functions of transformers."""
+@functools.cache
+def _compiled(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def render_with_jinja(source: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """What plain Jinja makes of a template, with the settings and functions of transformers."""
     variables = {"bos_token": "<s>", "tools": None, **variables}
-    return environment.from_string(source).render(messages=messages, **variables)
+    return _compiled(source).render(messages=messages, **variables)
