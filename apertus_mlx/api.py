@@ -322,15 +322,27 @@ class Apertus:
         with mx.stream(self._stream):
             return Chat(self, Conversation(self._open(), system, think, self._plan.form), options)
 
-    def render(self, messages: Messages, *, think: bool = False) -> list[int]:
+    def render(
+        self,
+        messages: Messages,
+        *,
+        think: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> list[int]:
         """The token ids of the prompt that the model's chat template makes of a conversation.
+
+        Args:
+            messages: as OpenAI's API takes them.
+            think: whether the model deliberates before it answers.
+            tools: what it may call, as OpenAI's API takes it, or each
+                `{name, description, parameters}`.
 
         Raises:
             RejectedError: there is no template, or it refuses the messages.
             TypeError, UsageError: see `generate`.
         """
         expect(bool, think=think)
-        return self._folder.render(_messages("messages", messages), think)
+        return self._folder.render(_messages("messages", messages), think, tools)
 
     @checked
     def encode(self, text: str) -> list[int]:

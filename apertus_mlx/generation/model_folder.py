@@ -16,6 +16,7 @@ from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.prompt_cache import PromptCache
 from apertus_mlx.model.language_model import LanguageModel
+from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.template import ChatTemplate, Message
 from apertus_mlx.text.tokenizer import Role, Tokenizer
 
@@ -72,9 +73,9 @@ class ModelFolder:
             UsageError: a message or tool is wrong, or cannot fit the context.
         """
         template = self.require_template()
-        for message in messages:
-            if isinstance(content := message.get("content"), str):
-                self.require_short(content)
+        for turn in read_messages(messages):
+            for text in turn.texts:
+                self.require_short(text)
         return template.render(messages, think=think, tools=tools)
 
     def require_template(self) -> ChatTemplate:

@@ -54,6 +54,15 @@ class Turn:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     structured: bool = False
 
+    @property
+    def texts(self) -> list[str]:
+        """The texts in it but for calls, and thoughts, which may be left out."""
+        if isinstance(self.content, Mapping):
+            return [part["text"] for part in self.content.get("parts", ())]
+        outputs = [each for block in self.blocks for each in block.get("outputs", ())]
+        texts = [block["text"] for block in self.blocks if block["type"] == "response"]
+        return [self.content, *texts, *(each["output"] for each in outputs)]
+
 
 def read_messages(messages: object, name: str = "messages") -> list[Turn]:
     """Return the turns of a conversation.
@@ -87,8 +96,7 @@ def read_messages(messages: object, name: str = "messages") -> list[Turn]:
         elif role == "user":
             turns.append(Turn("user", _user(message["content"])))
         elif role == "developer" and _is_object(message["content"]):
-            message["content"].json()
-            turns.append(Turn("developer", message["content"].value))
+            turns.append(Turn("developer", json.loads(message["content"].json())))
         else:
             _instruct(turns, _instruction(message["content"]))
     return turns + (results.turns(at_end=True) if results else [])

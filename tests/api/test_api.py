@@ -234,6 +234,35 @@ def test_messages_without_end(model: Apertus) -> None:
             model.generate([{"role": "assistant", "tool_calls": [call]}])
 
 
+def test_messages_as_openai_writes_them(model: Apertus) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages: list[Any] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Briefly."}]},
+        {"role": "user", "content": QUESTION, "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "Paris"},
+    ]
+    function = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}
+    tools = [{"type": "function", "function": function}]
+    text = model.decode(model.render(messages, tools=tools))
+    assert "Tool Capabilities:\n// f\ntype f = (_: {\na?: number\n}) => any;" in text
+    assert text.endswith(f'{QUESTION}[{{"f": {{"a": 1}}}}][Paris]')
+    answer = model.generate(messages, max_tokens=1)
+    assert answer.prompt_token_ids == model.render(messages)
+    assert model.generate_all([messages], max_tokens=1)[0].prompt_token_ids == model.render(
+        messages
+    )
+    with pytest.raises(UsageError, match=r"^prompts\[0\]\[3\]\.tool_call_id: 'd'"):
+        model.generate_all([[*messages[:3], {**messages[3], "tool_call_id": "d"}]])
+    with pytest.raises(UsageError, match=r"^tools\[0\]\.function\.name: 'a b'"):
+        model.render(messages, tools=[{"type": "function", "function": {"name": "a b"}}])
+    for index in (0, 1, 3):
+        long = [dict(message) for message in messages]
+        long[index]["content"] = [{"type": "text", "text": "word " * 9000}]
+        with pytest.raises(UsageError, match="tokens or more"):
+            model.render(long)
+
+
 @pytest.mark.parametrize("message", [{"role": 3, "content": "a"}, {"role": "user", "content": {3}}])
 def test_messages_that_hold_a_wrong_type(model: Apertus, message: Any) -> None:
     with pytest.raises(TypeError, match=r"^messages"):
