@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
+from apertus_mlx.errors import UsageError
+from apertus_mlx.text.call_results import CallResults
 from apertus_mlx.text.given import Given
 
-# After thoughts this call hands over the final answer; no result follows it.
-FINAL_CALL = "display_answers"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What would change the prompt. Other keys, such as `name` and `refusal`, have no place in it.
 _UNSUPPORTED = ("audio", "function_call", "images", "partial", "prefix")
@@ -79,16 +79,16 @@ def read_messages(messages: object, name: str = "messages") -> list[Turn]:
             `WrongTypeError` for values of a wrong type.
     """
     turns: list[Turn] = []
-    results: _Results | None = None
+    results: CallResults | None = None
     given = Given(messages, name).list("a list of messages")
     for message in given:
         role = _role(message)
         if role == "tool":
             if results is None:
                 message["role"].refuse("a result follows the assistant's message with its call")
-            results.add(message)
+            results.add(message, _text(message["content"]))
             continue
-        turns += results.turns() if results else ()
+        turns += [Turn("tool", text) for text in results.texts()] if results else []
         results = None
         if role == "assistant":
             turn, results = _assistant(message)
@@ -99,7 +99,19 @@ def read_messages(messages: object, name: str = "messages") -> list[Turn]:
             turns.append(Turn("developer", json.loads(message["content"].json())))
         else:
             _instruct(turns, _instruction(message["content"]))
-    return turns + (results.turns(at_end=True) if results else [])
+    return turns + [Turn("tool", text) for text in (results.texts(at_end=True) if results else [])]
+
+
+def require_answer(messages: object, name: str = "messages") -> None:
+    """Refuse a conversation that does not end with an answer, which could go on.
+
+    Raises:
+        UsageError: see `read_messages`; or the last message is no assistant's, or makes calls.
+    """
+    turns = read_messages(messages, name)
+    last = turns[-1] if turns else Turn("user")
+    if last.role != "assistant" or (last.blocks and last.blocks[-1]["type"] == "tool_calls"):
+        raise UsageError(f"{name}: the last one is no text of an assistant that could go on")
 
 
 def _role(message: Given) -> str:
@@ -161,7 +173,7 @@ def _is_object(content: Given) -> bool:
     return isinstance(content.value, Mapping)
 
 
-def _assistant(message: Given) -> tuple[Turn, _Results | None]:
+def _assistant(message: Given) -> tuple[Turn, CallResults | None]:
     content = message["content"]
     structured = _is_object(content)
     blocks: list[dict[str, Any]] = []
@@ -179,10 +191,10 @@ def _assistant(message: Given) -> tuple[Turn, _Results | None]:
     if calls:
         functions = [_function(call) for call in calls]
         blocks.append({"type": "tool_calls", "calls": functions})
-        return Turn("assistant", "", blocks, structured), _Results(message, functions, calls)
+        return Turn("assistant", "", blocks, structured), CallResults(message, functions, calls)
     turn = Turn("assistant", "", blocks, structured)
     if blocks and blocks[-1]["type"] == "tool_calls":
-        return turn, _Results(message, blocks[-1]["calls"], [])
+        return turn, CallResults(message, blocks[-1]["calls"], [])
     return turn, None
 
 
@@ -228,64 +240,3 @@ def _block(block: Given) -> dict[str, Any]:
         kind.refuse("expected thoughts, tool_calls, tool_outputs or response")
     outputs = [{"output": each["output"].text()} for each in block["outputs"].list()]
     return {"type": kind.value, "outputs": outputs}
-
-
-class _Results:
-    """The results of one message's calls, which may come in any order."""
-
-    def __init__(
-        self, message: Given, functions: Sequence[Mapping[str, str]], calls: Sequence[Given]
-    ) -> None:
-        self._where = message.place
-        self._functions = functions
-        self._ids: list[Given] = [call["id"] for call in calls]
-        self._named = any(each.value is not None for each in self._ids)
-        self._found: dict[int, tuple[str, str]] = {}  # of a call: its result and the place
-        if self._named:
-            seen: set[str] = set()
-            for each in self._ids:
-                if each.value is None:
-                    each.refuse("is missing; either all calls of a message have one or none has")
-                if each.text() in seen:
-                    each.refuse(f"{each.value[:64]!r} is also the id of an earlier call")
-                seen.add(each.value)
-
-    def add(self, message: Given) -> None:
-        """Take the result that `message` is."""
-        given = message["tool_call_id"]
-        if self._named:
-            index = self._find(given)
-        elif given.value is not None:
-            given.refuse(f"the calls of {self._where} have no ids")
-        else:
-            index = len(self._found)
-            if index == len(self._functions):
-                message["role"].refuse(f"there are only {index} calls in {self._where}")
-        self._found[index] = _text(message["content"]), message.place
-
-    def _find(self, given: Given) -> int:
-        if given.value is None:
-            given.refuse(f"is missing; it says which call of {self._where} this answers")
-        wanted = given.text()
-        found = next((i for i, each in enumerate(self._ids) if each.value == wanted), None)
-        if found is None:
-            given.refuse(f"{wanted[:64]!r} is the id of no call of {self._where}")
-        if found in self._found:
-            given.refuse(f"{wanted[:64]!r} has its result already, {self._found[found][1]}")
-        return found
-
-    def turns(self, at_end: bool = False) -> list[Turn]:
-        """Return the results in the order of their calls."""
-        final = all(each["name"] == FINAL_CALL for each in self._functions)
-        if self._found or not (at_end or final):
-            for index in range(len(self._functions)):
-                if index not in self._found:
-                    self._miss(index)
-        return [Turn("tool", self._found[index][0]) for index in sorted(self._found)]
-
-    def _miss(self, index: int) -> None:
-        if self._named:
-            each = self._ids[index]
-            each.refuse(f"{each.value[:64]!r} has no result; it needs a message of role 'tool'")
-        place = f"{self._where}.tool_calls[{index}]"
-        Given(None, place).refuse("has no result; it needs a message of role 'tool'")

@@ -281,6 +281,21 @@ def test_two_calls_and_their_results() -> None:
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_that_is_to_go_on(family: str) -> None:
+    begun = {"role": "assistant", "content": "A and"}
+    how: Any = {"family": family, "continue_final_message": True}
+    assert prompt([USER, begun], **how) == f"{before()}{ASKED}{OURS}A and"
+    last = {"role": "assistant", "content": "", "reasoning": "T"}
+    inner = "<think>T" if family == "v1.5" else "<|inner_prefix|>T"
+    assert prompt([USER, last], think=True, **how) == (
+        f"{before(thinking='enabled')}{ASKED}{OURS}{inner}"
+    )
+    for messages in ([], [USER], [USER, ONE], [USER, ONE, result("b", "7")]):
+        with pytest.raises(UsageError, match="messages: the last one is no text of an assistant"):
+            prompt(messages, **how)
+
+
 # v1.1, by the renderings that are known of its template
 
 ZURICH: Any = {

@@ -19,12 +19,12 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.system.model_files import exists, read_file
 from apertus_mlx.system.strict_json import read_object
 from apertus_mlx.text.chat_form import write_turns
-from apertus_mlx.text.messages import Message, read_messages
+from apertus_mlx.text.messages import Message, read_messages, require_answer
 from apertus_mlx.text.template.budget import start_rendering
 from apertus_mlx.text.template.control_text import ControlText, ControlToken, concat
 from apertus_mlx.text.template.probes import ProbedForm
 from apertus_mlx.text.template.sandbox import SandboxEnvironment
-from apertus_mlx.text.tokenizer import Tokenizer
+from apertus_mlx.text.tokenizer import Role, Tokenizer
 from apertus_mlx.text.tool_definitions import read_tools
 
 MAX_TEMPLATE_BYTES = 2**18
@@ -100,6 +100,7 @@ class ChatTemplate:
         think: bool = False,
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Return the token ids of the prompt, with exactly one BOS at its front.
 
@@ -109,6 +110,8 @@ class ChatTemplate:
                 turns are left out.
             tools: What it may call, see `read_tools`.
             add_generation_prompt: Whether the prompt ends where the assistant begins.
+            continue_final_message: Whether it ends within the last message instead, an answer that
+                is to go on.
 
         Raises:
             RejectedError: the template refuses the messages, leaves the last one out, looks at the
@@ -116,6 +119,9 @@ class ChatTemplate:
             UsageError: a message or tool is wrong, see `read_messages` and `read_tools`, or the
                 template has no way to do what is asked for.
         """
+        if continue_final_message:
+            require_answer(messages)
+            add_generation_prompt = False
         pieces = self._render(messages, think, tools, add_generation_prompt)
         if messages and not _holds(pieces, messages[-1]):
             raise RejectedError(
@@ -125,6 +131,8 @@ class ChatTemplate:
         ids: list[int] = []
         for piece in pieces:
             ids += self._tokenizer.encode(piece) if isinstance(piece, str) else [piece.id]
+        if continue_final_message and ids[-1:] == [Role.ASSISTANT.end]:
+            del ids[-1]
         bos_id = self._tokenizer.bos_id
         if bos_id is None:
             return ids
