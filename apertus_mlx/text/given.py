@@ -67,7 +67,10 @@ class Given:
     def json(self) -> str:
         """Return the value in JSON, if it is data: no deeper than `MAX_DEPTH`, without NaN."""
         self._weigh()
-        text = json.dumps(self.value, ensure_ascii=False, allow_nan=False, default=_plain)
+        try:
+            text = json.dumps(self.value, ensure_ascii=False, allow_nan=False, default=_plain)
+        except ValueError:
+            self.refuse("holds an integer of thousands of digits")
         if found := _SURROGATE.search(text):
             self.refuse(f"holds a lone surrogate ({found.group()!r}), which is no character")
         return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NoReturn, NotRequired, TypedDict
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.text.call_results import CallResults
@@ -219,7 +219,8 @@ def _arguments(arguments: Given) -> str:
         return arguments.json()
     text = arguments.text("a text in JSON, or an object")
     try:
-        value = json.loads(text)
+        # Numbers of any length are valid; NaN is none.
+        value = json.loads(text, parse_int=float, parse_constant=_refuse_constant)
     except RecursionError:
         arguments.refuse("is nested too deeply")
     except ValueError as error:
@@ -227,6 +228,10 @@ def _arguments(arguments: Given) -> str:
     if not isinstance(value, dict):
         arguments.refuse("expected an object in JSON")
     return text
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _block(block: Given) -> dict[str, Any]:

@@ -83,6 +83,8 @@ OURS = "<|assistant_start|>"
 CALL = '<|tools_prefix|>[{"f": {"city": "Bern"}}]<|tools_suffix|>'
 CALLS = '<|tools_prefix|>[{"f": {"city": "Bern"}}, {"f": {"city": "Zug"}}]<|tools_suffix|>'
 
+LONG_NUMBER = f'{{"a": {"9" * 5000}}}'
+
 # What is written in a conversation, and what v1 makes of it after the developer block.
 MAPPED: dict[str, tuple[list[Any], str]] = {
     "absent content": ([USER, {"role": "assistant", "tool_calls": [BERN]}], ASKED + OURS + CALL),
@@ -121,6 +123,10 @@ MAPPED: dict[str, tuple[list[Any], str]] = {
             },
         ],
         f'{ASKED}{OURS}<|tools_prefix|>[{{"f": {{ "a":1e2,\n"b":"\\u00fc"}}}}]<|tools_suffix|>',
+    ),
+    "a long number": (
+        [USER, {**ONE, "tool_calls": [{"function": {"name": "f", "arguments": LONG_NUMBER}}]}],
+        f'{ASKED}{OURS}<|tools_prefix|>[{{"f": {LONG_NUMBER}}}]<|tools_suffix|>',
     ),
     "no arguments": (
         [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}],
@@ -441,6 +447,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "arguments that are NaN": (
         calling(arguments={"a": float("nan")}),
         "messages[1].tool_calls[0].function.arguments.a: nan is no number",
+    ),
+    "arguments that are not quite JSON": (
+        calling(arguments='{"a": NaN}'),
+        "messages[1].tool_calls[0].function.arguments: is not valid JSON (NaN",
+    ),
+    "an endless number": (
+        calling(arguments={"a": 10**5000}),
+        "messages[1].tool_calls[0].function.arguments: holds an integer of thousands",
     ),
     "a name with a quote": (calling(name='f"'), "messages[1].tool_calls[0].function.name: 'f\"'"),
     "an empty name": (calling(name=""), "messages[1].tool_calls[0].function.name: ''"),
