@@ -66,13 +66,24 @@ def random_tools(random_source: random.Random) -> list[dict[str, Any]]:
     return tools
 
 
+def by_template(tools: list[dict[str, Any]]) -> str:
+    text = render_with_jinja(V1, [], tools=json.loads(json.dumps(tools)))
+    return text.split("Tool Capabilities:\n", 1)[1].removesuffix("<|developer_end|>")
+
+
 def test_the_form_is_that_of_the_v1_template() -> None:
     random_source = random.Random(0)
     for _ in range(400):
         tools = read_tools(random_tools(random_source))
-        text = render_with_jinja(V1, [], tools=json.loads(json.dumps(tools)))
-        wanted = text.split("Tool Capabilities:\n", 1)[1].removesuffix("<|developer_end|>")
-        assert format_tools(tools) == wanted
+        assert format_tools(tools) == by_template(tools)
+
+
+@pytest.mark.parametrize("size", [50, 51])
+def test_a_long_type_of_an_element_is_any(size: int) -> None:
+    array = {"type": "array", "items": {"type": ["x" * size]}}
+    tools = read_tools([{"name": "f", "parameters": {"properties": {"a": array}}}])
+    assert format_tools(tools) == by_template(tools)
+    assert ("any[]" in format_tools(tools)) is (size > 50)
 
 
 def test_worked_strings() -> None:
