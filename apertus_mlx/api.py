@@ -263,7 +263,13 @@ class Apertus:
             loaded = self._open()
             prefix = CachedPrefix(loaded.model, self._plan.form)
             run = Generation(
-                loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancelled
+                loaded,
+                ids,
+                options,
+                self._plan.prefill_step,
+                prefix,
+                cancelled=cancelled,
+                think=think,
             )
             return iter(run), lambda: run.answer
 
@@ -298,7 +304,13 @@ class Apertus:
             prefix = CachedPrefix(loaded.model, self._plan.form)
             for ids in every:
                 run = Generation(
-                    loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancel.is_set
+                    loaded,
+                    ids,
+                    options,
+                    self._plan.prefill_step,
+                    prefix,
+                    cancelled=cancel.is_set,
+                    think=think,
                 )
                 if not cancel.is_set():
                     deque(run, maxlen=0)
