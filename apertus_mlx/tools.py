@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from apertus_mlx.convert.plan.plan import Plan
     from apertus_mlx.convert.plan.policy import Request
     from apertus_mlx.memory import Device
+    from apertus_mlx.memory.overview import Overview
     from apertus_mlx.memory.report import MemoryPlan
 
 EMBEDDED_NAME = "apertus-demo"
@@ -218,7 +219,7 @@ def plan(
     *,
     device: Annotated[
         str | None,
-        Option("iphone-15-pro, m1-8gb, m4-pro-24gb, ... or a size as 6GB; default: this machine."),
+        Option("iphone-15-pro, 'M3 Max', m1-8gb, a size as 6GB, or all; default: this machine."),
     ] = None,
     context: Annotated[
         int | None, Option("Tokens of prompt and answer; default: 4096.", Range(1, 2**31))
@@ -230,9 +231,9 @@ def plan(
 ) -> MemoryPlan:
     """Show what MODEL takes in memory, whether it fits a device, and the best settings there.
 
-    A Hub id is planned from its headers; no weights are downloaded. `cache` is the fields of
-    `CacheOptions`. `progress` is told of the stage `downloading`, where `offline` is not given and
-    the Hub is not asked for headers alone.
+    A Hub id is planned from its headers; no weights are downloaded. `plan_overview` plans for all
+    devices, or all models. `cache` is the fields of `CacheOptions`. `progress` is told of the stage
+    `downloading`, where `offline` is not given and the Hub is not asked for headers alone.
 
     Raises:
         UsageError: an unknown device, or a context beyond the model's.
@@ -248,6 +249,57 @@ def plan(
     return plan_for_device(
         inventory, target, context, options.form, options.prefill_step, on_gpu, precision
     )
+
+
+@checked
+def plan_overview(
+    model: _Name | None = None,
+    *,
+    all_models: bool = False,
+    device: str | None = None,
+    context: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: OnProgress | None = None,
+    **cache: Unpack[CacheKeywords],
+) -> Overview:
+    """What one model takes on every known device, or all released models take on one `device`.
+
+    With `all_models` nothing is downloaded: their sizes are those that `apertus-mlx models` shows;
+    without it `device` is left out or `all`. The other options are those of `plan`; of a model with
+    a shorter context its own is planned.
+
+    Raises:
+        UsageError: an unknown device, a model beside `all_models`, or all models on all devices.
+        NotFoundError: there is no such model, or it cannot be reached.
+        RejectedError: the checkpoint is damaged or has to be converted first.
+    """
+    from apertus_mlx.generation.memory_plan import find_device
+    from apertus_mlx.hub.apertus_models import RELEASED, expected_inventory, is_estimate
+    from apertus_mlx.memory.devices import known_devices
+    from apertus_mlx.memory.footprint import choose_backend
+    from apertus_mlx.memory.overview import Overview, plan_row
+
+    options = CacheOptions(**known(CacheOptions, cache))
+    settings = context, options.form, options.prefill_step
+    if all_models:
+        if model is not None:
+            raise UsageError(f"--all: plans every released model; leave out {str(model)!r}")
+        if device == "all":
+            raise UsageError("--all: leave out --device all: one model, or one device")
+        target, on_gpu, precision = find_device(device)
+        rows = []
+        for repo_id in RELEASED:
+            inventory = expected_inventory(repo_id)
+            backend = choose_backend(inventory, on_gpu, cpu=precision)
+            rows.append(plan_row(inventory, target, *settings, backend, is_estimate(repo_id)))
+        return Overview(rows)
+    if device not in (None, "all"):
+        raise UsageError(f"--device {device}: an overview of one model is over all devices")
+    inventory = _inventory(model, revision, offline, progress)
+    # All of them are Apple's, so MLX computes on the GPU.
+    backend = choose_backend(inventory, on_gpu=True)
+    return Overview([plan_row(inventory, each, *settings, backend) for each in known_devices()])
 
 
 @checked
@@ -413,7 +465,7 @@ def _inventory(
         _log.info(f"{model}: reading config and headers")
         return fetch_headers(model, revision or "main").inventory()
     folder = locate(model, revision=revision, offline=offline, progress=progress)
-    return take_inventory(folder, None if model is None else str(model))
+    return take_inventory(folder, EMBEDDED_NAME if model is None else str(model))
 
 
 def _labels(models: Sequence[str | Path]) -> list[str]:

@@ -147,7 +147,7 @@ def _measure(
                 taken[task] = time_task(sides, task, workload, update)
     # Only now: on Linux a process's peak begins with that of the one that started it.
     machine = gather_facts()
-    bandwidth = find_bandwidth(machine.identity.chip)
+    bandwidth = find_bandwidth(machine.identity.chip, machine.memory_bytes)
     reports = []
     for index, side in enumerate(sides):
         # The options about caches are for our side; mlx-lm's stays as it comes.
