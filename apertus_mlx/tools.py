@@ -12,8 +12,9 @@ All functions raise TypeError for an argument of a wrong type, and otherwise `Ap
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -27,7 +28,7 @@ from apertus_mlx.generation.options import (
 )
 from apertus_mlx.hub import is_repo_id, locate
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of, known
-from apertus_mlx.system.progress import OnProgress, Progress
+from apertus_mlx.system.progress import OnLayers, OnProgress, Progress
 
 if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory
@@ -175,7 +176,8 @@ def convert_model(
     """Convert SOURCE to MLX weights in the folder OUT, quantized where bits are given.
 
     A plan of a source on the Hub is made from its headers. `progress` is told of the stages
-    `downloading`, `measuring`, `calibrating` and `converting`.
+    `downloading`, `measuring`, `comparing sizes`, `comparing methods`, `calibrating`, `converting`
+    and `evaluating`, as far as there is something to do.
 
     Raises:
         UsageError: options that exclude each other, or an output that is taken.
@@ -365,12 +367,15 @@ def evaluate(
             name,
             revision=revision if remote or not any(on_hub) else None,
             offline=offline,
-            progress=progress,
+            progress=_naming(progress, name),
         )
         for name, remote in zip(names, on_hub, strict=True)
     ]
-    origin = locate(reference, revision=reference_revision, offline=offline, progress=progress)
-    found = measure_all(folders, origin, texts, tokens, _stage(progress, "measuring"))
+    origin = locate(
+        reference, revision=reference_revision, offline=offline,
+        progress=_naming(progress, reference),
+    )  # fmt: skip
+    found = measure_all(folders, origin, texts, tokens, partial(_layers(progress), "measuring"))
     return Comparison(dict(zip(labels, found, strict=True)))
 
 
@@ -488,11 +493,15 @@ def _labels(models: Sequence[str | Path]) -> list[str]:
 # --- progress
 
 
-def _stage(progress: OnProgress | None, stage: str) -> Callable[[float, float | None], None]:
-    """What is told layers done, and how many there are."""
+def _layers(progress: OnProgress | None) -> OnLayers:
     if progress is None:
-        return lambda done, total: None
-    return lambda done, total: progress(Progress(stage, done, total, "layers"))
+        return lambda stage, done, total: None
+    return lambda stage, done, total: progress(Progress(stage, done, total, "layers"))
+
+
+def _naming(progress: OnProgress | None, model: str | Path) -> OnProgress | None:
+    """Of several downloads each says what is downloaded."""
+    return progress and (lambda told: progress(replace(told, detail=str(model))))
 
 
 def _observer(progress: OnProgress | None) -> Observer:
@@ -513,7 +522,7 @@ def _observer(progress: OnProgress | None) -> Observer:
     return Observer(
         lambda done, total: tell(Progress("asking the teacher", done, total, "tokens")),
         learning,
-        _stage(progress, "measuring"),
+        partial(_layers(progress), "measuring"),
     )
 
 
@@ -554,7 +563,7 @@ def _prepare(
     earlier = not resume and partial.is_dir()
     job = prepare(
         folder, request, name, commit, calibration_texts=calibration,
-        progress=_stage(progress, "measuring"), target=target, resume=resume,
+        progress=_layers(progress), target=target, resume=resume,
     )  # fmt: skip
     if job.is_begun and earlier:
         _log.info(f"{partial}: what was measured there for the same request is used")
@@ -591,7 +600,7 @@ def _write(job: Job, target: Path, resume: bool, progress: OnProgress | None) ->
         target,
         resume,
         lambda done: tell(Progress("converting", done, total, "bytes")),
-        _stage(progress, "calibrating"),
+        _layers(progress),
     )
     _log.info(
         f"{format_bytes(total)} -> {format_bytes(job.plan.weight_bytes)}, "

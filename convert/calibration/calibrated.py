@@ -98,8 +98,7 @@ def make_codes(
     windows = calibration.sample.windows
     with Reader(source) as reader:
         depth = plan.source.config.num_hidden_layers
-        before = depth if plan.request.smooth else 0
-        total = before + (2 * depth if specs else 0)
+        before, total = depth if plan.request.smooth else 0, layer_runs(plan)
         if plan.request.smooth and load_arrays(folder / SCALES) is None:
             keep = Keep(folder / SMOOTHING)
             scales = smoothing_scales(
@@ -120,6 +119,13 @@ def make_codes(
     with whole_file(folder / DONE) as beside:
         beside.touch()
     (folder / calibrate.STREAMS).unlink(missing_ok=True)
+
+
+def layer_runs(plan: Plan) -> int:
+    """How often `make_codes` runs through a layer."""
+    depth = plan.source.config.num_hidden_layers
+    with_codes = any(step.method == "gptq" for step in plan.steps)
+    return (depth if plan.request.smooth else 0) + (2 * depth if with_codes else 0)
 
 
 def kept_bytes(plan: Plan, tokens: int) -> int:

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,36 @@ def test_a_plan_writes_nothing_and_says_what_would_be_written(
     }
 
 
+def assert_each_part_runs_once_to_its_end(told: list[Progress]) -> None:
+    """Nothing goes back or begins again under a name that has been at its end."""
+    parts = [list(part) for _, part in groupby(told, lambda each: (each.stage, each.detail))]
+    assert len(parts) == len({(part[0].stage, part[0].detail) for part in parts})
+    for part in parts:
+        assert len({each.total for each in part}) == 1
+        assert all(before.done <= after.done for before, after in pairwise(part))
+        assert part[-1].done == part[-1].total
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("silent")
+def test_progress_of_a_conversion_to_a_size(source: Path, tmp_path: Path, text: Path) -> None:
+    """Of 2 layers: both ways; the original, two plans with scales, codes and predictions.
+
+    Of so little text methods are compared, too: the original, all that, predictions alone.
+    """
+    options = {"target_bpw": 6.5, "method": "gptq", "smooth": True, "calibration": text}
+    _, told = seen_by(
+        lambda progress: convert_model(source, tmp_path / "out", **options, progress=progress)
+    )
+    assert_each_part_runs_once_to_its_end(told)
+    runs = {each.stage: each.total for each in told if each.unit == "layers"}
+    assert runs == {
+        "measuring": 2 * 2, "comparing sizes": 2 + 2 * 2 * (1 + 2 + 1),
+        "comparing methods": 2 + 2 * (1 + 2 + 1) + 2, "calibrating": 2 * (1 + 2),
+        "evaluating": 2 * 3,
+    }  # fmt: skip
+
+
 @pytest.mark.usefixtures("silent")
 def test_progress_of_a_conversion(source: Path, tmp_path: Path, text: Path) -> None:
     done, told = seen_by(
@@ -141,6 +172,7 @@ def test_progress_of_a_conversion(source: Path, tmp_path: Path, text: Path) -> N
         )
     )
     assert {"calibrating", "converting"} <= {each.stage for each in told}
+    assert_each_part_runs_once_to_its_end(told)
     last = [each for each in told if each.stage == "converting"][-1]
     assert (last.done, last.unit) == (last.total, "bytes")
     assert last.total == done.plan.source_bytes
