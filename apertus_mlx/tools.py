@@ -29,6 +29,7 @@ from apertus_mlx.generation.options import (
 from apertus_mlx.hub import is_repo_id, locate
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of, known
 from apertus_mlx.system.progress import OnLayers, OnProgress, Progress
+from apertus_mlx.system.sizes import counted
 
 if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory
@@ -439,8 +440,8 @@ def distill(
         _log.info("learning from the small text in the package; --text takes one for your use")
     windows, length = job.sample.windows.shape
     _log.info(
-        f"{windows * length:,} tokens in windows of {length}, {epochs} times; "
-        f"{len(job.held_out)} windows held out; the teacher names {top_k} tokens each"
+        f"{counted(windows * length, 'token')} in windows of {length}, {counted(epochs, 'time')}; "
+        f"{counted(len(job.held_out), 'window')} held out; the teacher names {top_k} tokens each"
     )
     target = Path(out) if out is not None else Path(f"{Path(student).resolve().name}-distilled")
     outcome = run(job, target, resume, _observer(progress))

@@ -15,7 +15,7 @@ from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.system.arguments import Option, Range
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import counted, format_binary, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +142,7 @@ def _measure(
             sides.append(stack.enter_context(closing(Side(side_name, command, settings))))
         taken = {}
         for task in workload.tasks:
-            note(f"{task}: {workload.rounds} rounds")
+            note(f"{task}: {counted(workload.rounds, 'round')}")
             with token_progress(str(task), total_tokens(count, task, workload)) as update:
                 taken[task] = time_task(sides, task, workload, update)
     # Only now: on Linux a process's peak begins with that of the one that started it.
@@ -181,8 +181,15 @@ def _draw(report: Report, path: Path) -> None:
             [one.tokens_per_s.spread for one in found],
         )
 
+    ours = report.sides[0].measurements
+    known = [(one.task.tokens, one.roofline_tokens_per_s) for one in ours]
+    roofline = [(depth, rate) for depth, rate in known if rate is not None]
+    lines = [series(side) for side in report.sides]
+    lines.append(
+        Series("roofline", [d for d, _ in roofline], [r for _, r in roofline], is_limit=True)
+    )
     title = f"{Path(report.model.name).name} on {report.machine.identity.chip}, {report.date[:10]}"
-    save_plot(path, [series(side) for side in report.sides], "depth", "tokens/s", title)
+    save_plot(path, lines, "depth, tokens", "decoded tokens/s", title, from_zero=True)
 
 
 def _words(report: Report) -> Iterator[str | Table]:
@@ -191,7 +198,7 @@ def _words(report: Report) -> Iterator[str | Table]:
         f"{model.name}: {model.parameters / 1e6:.0f} M parameters, {model.bits_per_weight:.2f} "
         f"bits per weight; a token reads {format_bytes(model.weights_read_bytes)} of weights"
     )
-    yield f"{machine.identity}; {machine.memory_bytes / 2**30:.0f} GiB; {report.date}"
+    yield f"{machine.identity}; {format_binary(machine.memory_bytes)}; {report.date}"
     stated = f"{format_bytes(bandwidth.published)}/s published, " if bandwidth.published else ""
     yield f"bandwidth: {stated}{format_bytes(bandwidth.measured)}/s measured"
     for side in report.sides:

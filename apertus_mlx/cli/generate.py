@@ -16,7 +16,7 @@ from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import counted, format_bytes
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.run import Answer, Generation
@@ -117,8 +117,9 @@ def summary(answer: Answer) -> str:
     """One line about what a run took."""
     reused = f" ({answer.reused_prompt_tokens} reused)" if answer.reused_prompt_tokens else ""
     return (
-        f"prompt {answer.prompt_tokens} tokens{reused}, {answer.prefill_tokens_per_s:.1f} "
-        f"tokens/s; answer {answer.generated_tokens} tokens, "
+        f"prompt {counted(answer.prompt_tokens, 'token')}{reused}, "
+        f"{answer.prefill_tokens_per_s:.1f} tokens/s; "
+        f"answer {counted(answer.generated_tokens, 'token')}, "
         f"{answer.decode_tokens_per_s:.1f} tokens/s; "
         f"first token after {answer.time_to_first_token_s:.2f} s; "
         f"peak memory {format_bytes(answer.peak_memory_bytes)}"

@@ -11,7 +11,7 @@ from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.generation.options import CacheOptions
 from apertus_mlx.system.arguments import Option
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import counted, format_binary, format_bytes
 from apertus_mlx.tools import plan as run
 from apertus_mlx.tools import plan_overview
 
@@ -50,12 +50,12 @@ def _overview(report: Overview) -> Iterator[str | Table]:
         context = max(row.context for row in report.rows)
         yield (
             f"{first.device.name}: {format_bytes(first.device.memory_bytes)} for the process; "
-            f"{context:,} tokens of context, or the model's own"
+            f"{counted(context, 'token')} of context, or the model's own"
         )
     else:
         yield (
             f"{first.model}: weights {format_bytes(first.weights_bytes)}; "
-            f"{first.context:,} tokens of context"
+            f"{counted(first.context, 'token')} of context"
         )
     yield ""
     own = ["model", "weights"] if by_model else ["device", "RAM", "per process", "GB/s"]
@@ -70,7 +70,7 @@ def _overview(report: Overview) -> Iterator[str | Table]:
             sign + format_bytes(row.weights_bytes),
         ] if by_model else [
             place.name,
-            f"{(place.ram_bytes or 0) / 2**30:.0f} GiB",
+            format_binary(place.ram_bytes or 0),
             format_bytes(place.memory_bytes),
             "-" if place.bandwidth is None else f"{place.bandwidth / 1e9:g}",
         ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from apertus_mlx.cli.options import JsonOption
 from apertus_mlx.cli.output import print_report
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.system.sizes import counted
 from apertus_mlx.tools import verify as run
 
 
@@ -14,12 +15,13 @@ def verify(given: Annotated[dict[str, Any], run], *, json: JsonOption = False) -
     """Check DIRECTORY: hashes, names, shapes and config, and what Swift apps need."""
     result = run(**given)
     words = [f"{finding.level}: {finding.where}: {finding.text}" for finding in result.findings]
-    words = words or [f"{given['directory']}: {result.files} files, all as they should be"]
+    words = words or [
+        f"{given['directory']}: {counted(result.files, 'file')}, all as they should be"
+    ]
     print_report(json, result.as_json, lambda: words)
     if result.errors:
         first = result.errors[0]
         count = len(result.errors)
         raise RejectedError(
-            f"{given['directory']}: {count} problem{'s' if count > 1 else ''}, first: "
-            f"{first.where}: {first.text}"
+            f"{given['directory']}: {counted(count, 'problem')}, first: {first.where}: {first.text}"
         )

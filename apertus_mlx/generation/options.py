@@ -93,7 +93,9 @@ class CacheOptions:
     max_kv: Annotated[
         int | None, Option("Keep at most this many positions: the first few, the latest.")
     ] = None
-    kv_sink: Annotated[int | None, Option("First positions that always stay; default: 4.")] = None
+    kv_sink: Annotated[
+        int | None, Option("First positions that stay under --max-kv or --kv-bits; default: 4.")
+    ] = None
     kv_rotate: Annotated[
         bool | None, Option("Rotate keys before they are quantized; default: where heads allow it.")
     ] = None

@@ -34,6 +34,7 @@ from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.allocate import Choice, allocate
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
 from apertus_mlx.system.progress import OnLayers
+from apertus_mlx.system.sizes import format_bytes
 
 # Groups that are tried where the user names none: the larger ones often buy a bit elsewhere.
 GROUP_SIZES = (DEFAULT_GROUP_SIZE, 128)
@@ -231,7 +232,7 @@ def _check_reach(target: Target, units: Sequence[Unit], fixed_bytes: int, parame
         low, high = (8 * size / parameters for size in ends)
         raise UsageError(
             f"{target}: out of reach; this model takes from {low:.2f} to {high:.2f} bits per "
-            f"weight, {ends[0] / 1e6:,.1f} to {ends[1] / 1e6:,.1f} MB"
+            f"weight, {format_bytes(ends[0], round_up=True)} to {format_bytes(ends[1])}"
         )
 
 

@@ -21,6 +21,7 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import unpack
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import open_file
+from apertus_mlx.system.sizes import counted
 
 # How activations are rounded in products with quantized weights.
 Precision = Literal["auto", "float32", "int8"]
@@ -87,8 +88,10 @@ class Tensors:
         """A floating-point tensor in float32."""
         values = _widened(self._read(name))
         if not np.isfinite(values).all():
-            count = np.count_nonzero(~np.isfinite(values))
-            raise RejectedError(f"{self._checkpoint.directory}: {name}: {count} values not finite")
+            count = int(np.count_nonzero(~np.isfinite(values)))
+            raise RejectedError(
+                f"{self._checkpoint.directory}: {name}: {counted(count, 'value')} not finite"
+            )
         return values
 
     def scalar(self, name: str) -> float:
