@@ -398,7 +398,7 @@ def distill(
     epochs: Annotated[int, Option("How often each text is seen.", Range(1, 10_000))] = 1,
     window: Annotated[int, Option("Tokens that are read in one piece.", Range(2, 2**16))] = 256,
     train: Annotated[
-        str, Option("weights, or scales (and norms) with codes as they are.")
+        str, Option("weights: codes, scales and norms; scales: all but the codes.")
     ] = "weights",
     learning_rate: Annotated[float, Option("Highest rate, relative to a typical scale.")] = 1e-3,
     text_share: Annotated[
@@ -425,7 +425,7 @@ def distill(
     from apertus_mlx.convert.distill.run import distill as run
     from apertus_mlx.convert.distill.run import prepare
     from apertus_mlx.convert.distill.student import TRAINED
-    from apertus_mlx.convert.distill.training import Options, best
+    from apertus_mlx.convert.distill.training import Options, best, codes_reach
 
     if not 0 < learning_rate <= 1:
         raise UsageError(f"--learning-rate {learning_rate}: expected above 0 and at most 1")
@@ -443,6 +443,12 @@ def distill(
         f"{counted(windows * length, 'token')} in windows of {length}, {counted(epochs, 'time')}; "
         f"{counted(len(job.held_out), 'window')} held out; the teacher names {top_k} tokens each"
     )
+    batches = epochs * -(-windows // job.resources.batch_windows)
+    if trained == "weights" and codes_reach(options, batches) < 0.5:
+        _log.info(
+            f"{counted(batches, 'batch', 'batches')} of text are too few for any code to change: "
+            "this trains what --train scales trains; more --text or --epochs reach the codes"
+        )
     target = Path(out) if out is not None else Path(f"{Path(student).resolve().name}-distilled")
     outcome = run(job, target, resume, _observer(progress))
     first, kept = outcome.history[0], best(outcome.history)

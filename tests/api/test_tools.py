@@ -316,8 +316,14 @@ def test_progress_of_an_evaluation(source: Path, model: Path, text: Path) -> Non
 
 
 def test_a_distillation_is_that_of_the_command(
-    source: Path, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "apertus_mlx")
     done, told = seen_by(
         lambda progress: distill(
             source, model, tmp_path / "a", text=text, **LEARNING, progress=progress
@@ -334,6 +340,13 @@ def test_a_distillation_is_that_of_the_command(
     learning = [each for each in told if each.stage == "learning"][-1]
     assert learning.done == learning.total == 256
     assert learning.detail.startswith("loss ") and done.history[-1].tokens == 256
+    # Of so little text codes learn nothing, which is said and true.
+    assert "too few for any code to change" in caplog.text
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (model, done.output))
+    codes = [name for name, array in before.items() if array.dtype == mx.uint32]
+    assert codes and all(mx.array_equal(before[name], after[name]) for name in codes)
+    scales = [name for name in before if name.endswith(".scales")]
+    assert not all(mx.array_equal(before[name], after[name]) for name in scales)
 
 
 # --- what is refused
