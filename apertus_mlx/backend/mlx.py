@@ -143,7 +143,8 @@ def _read_arrays(
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
                 count = cast(int, mx.sum(~mx.isfinite(array)).item())
                 raise RejectedError(
-                    f"{checkpoint.directory}: {key}: {counted(count, 'value')} not finite"
+                    f"{checkpoint.directory}: {key}: {counted(count, 'value is', 'values are')} "
+                    "not finite; the weights are damaged"
                 )
             done += checkpoint.tensors[key].size_bytes
             if on_bytes is not None:

@@ -37,15 +37,16 @@ def bench(
     model: options.ModelArgument = None,
     *,
     prompt_tokens: Annotated[
-        str | None, Option("Lengths of prompts; default: 128,512,2048, '' for none.")
+        str | None, Option("Lengths of prompts to read; default: 128,512,2048; '' for none.")
     ] = None,
     depths: Annotated[
-        str | None, Option("Tokens before those decoded; default: 0,1024,4096, '' for none.")
+        str | None, Option("Tokens that stand before; default: 0,1024,4096; '' for none.")
     ] = None,
     new_tokens: Annotated[int, Option("Tokens decoded at a depth.", Range(1, MAX_COUNT))] = 64,
     rounds: Annotated[int, Option("How often all is measured.", Range(1, MAX_COUNT))] = 5,
     against: Annotated[
-        Literal["mlx-lm"] | None, Option("Measure this in turn, in a process of its own: mlx-lm.")
+        Literal["mlx-lm"] | None,
+        Option("Measure mlx-lm as well, turn by turn, in a process of its own."),
     ] = None,
     seed: Annotated[int, Option("Same seed, same random prompts.", Range(0, 2**32))] = 0,
     plot: options.PlotOption = None,
@@ -71,7 +72,7 @@ def bench(
     if plot is not None:
         check_plot(plot)
         if depths is not None and not depths.strip():
-            raise UsageError("--plot draws speed against depth: --depths must not be empty")
+            raise UsageError("--plot: draws speed against depth, of which --depths has none")
     if against is not None and not has_library("mlx_lm"):
         raise UsageError("--against mlx-lm: install it: pip install mlx-lm")
     if settings.form is None:  # the planner must not change what is compared
@@ -79,7 +80,7 @@ def bench(
     directory = locate_model(model, settings.revision, settings.offline)
     inventory = take_inventory(directory)
     if against is not None and "model_file" in inventory.config.asks_for_code:
-        raise RejectedError(f"{directory}: config.json: model_file: mlx-lm would run that code")
+        raise RejectedError(f"{directory}: config.json: model_file names code, which mlx-lm runs")
     if against is not None:
         check_folder(directory)  # mlx-lm follows links and opens whatever has the right name
     workload = make_workload(

@@ -41,7 +41,9 @@ def measuring(
         needed: bytes of the output, and of what lies beside it until it is done.
     """
     if target is None:
-        raise UsageError(f"{directory}: something has to be measured for it beside the output")
+        raise UsageError(
+            f"{directory}: its plan needs measurements, which lie beside the output; name one"
+        )
     if resume and is_published(target, fingerprint):
         yield partial_path(target) / MEASURED / name
         return

@@ -147,7 +147,9 @@ def read_codes(folder: Path, step: Step) -> tuple[mx.array, ...]:
     """
     kept = load_arrays(_code_file(folder, step.path))
     if kept is None:
-        raise ResourceError(f"{step.path}: its codes were damaged or taken away meanwhile")
+        raise ResourceError(
+            f"{step.path}: its codes were damaged or taken away meanwhile; start again"
+        )
     weight, *others = (mx.array(kept[part]) for part in PARTS)
     return weight, *(array.astype(MLX_TYPES[step.dtype]) for array in others)
 

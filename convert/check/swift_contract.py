@@ -151,7 +151,7 @@ def check_tensors(
             Finding(
                 "warning",
                 wide[0],
-                f"{counted(len(wide), 'tensor')} in float32 makes MLX compute in it",
+                f"{counted(len(wide), 'tensor is', 'tensors are')} float32, so MLX computes in it",
             )
         )
     return found

@@ -146,7 +146,7 @@ def _matrix_step(
         method, loss = request.method, None
         if method != "rtn" and wanted.mode != "affine":
             raise UsageError(
-                f"--method {method}: {matrix.path} is to be {wanted}; only affine has it"
+                f"--method {method}: {matrix.path} is to be {wanted}; it is for affine formats"
             )
         transform = "quantize"
         if source.is_quantized:

@@ -88,9 +88,9 @@ class Tensors:
         """A floating-point tensor in float32."""
         values = _widened(self._read(name))
         if not np.isfinite(values).all():
-            count = int(np.count_nonzero(~np.isfinite(values)))
+            wrong = counted(int(np.count_nonzero(~np.isfinite(values))), "value is", "values are")
             raise RejectedError(
-                f"{self._checkpoint.directory}: {name}: {counted(count, 'value')} not finite"
+                f"{self._checkpoint.directory}: {name}: {wrong} not finite; the weights are damaged"
             )
         return values
 
@@ -155,7 +155,9 @@ class Tensors:
                 offset = info.offset + index * size_bytes
                 data = os.pread(number, size_bytes, offset)
                 if len(data) != size_bytes:
-                    raise RejectedError(f"{path}: has been changed while the model is in use")
+                    raise RejectedError(
+                        f"{path}: was changed while the model is in use; load it again"
+                    )
                 row[:] = np.frombuffer(data, kind)
             return rows
 
