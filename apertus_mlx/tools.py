@@ -161,7 +161,7 @@ def convert_model(
     dtype: Annotated[DType | None, Option("Type of everything that is not codes.")] = None,
     plan: Annotated[bool, Option("Show what would be done, and stop.")] = False,
     device: Annotated[
-        str | None, Option("Refuse what would not fit it: iphone-15-pro, 6GB, ...")
+        str | None, Option("Refuse an output that would not fit: iphone-15-pro, 6GB, ...")
     ] = None,
     resume: Annotated[bool, Option("Continue an interrupted conversion.")] = False,
     revision: Revision = None,
@@ -332,7 +332,7 @@ def evaluate(
         _File | Sequence[_File] | None,
         Option("Text, JSONL or chat file, or folder of such; default: built in."),
     ] = None,
-    tokens: Annotated[int, Option("Most tokens per language.", Range(2, 2**24))] = 2048,
+    tokens: Annotated[int, Option("Most tokens to compare per language.", Range(2, 2**24))] = 2048,
     revision: Annotated[
         str | None, Option("Branch, tag or commit of the models from the Hub.")
     ] = None,

@@ -57,6 +57,9 @@ def bench(
 
     Tokens are random, drawing them and reading them back is included, a first go does not count.
     ± is half of what lies between the slowest and the fastest turn.
+
+    KV read: keys and values that a decoded token reads. roofline: the share of the speed at which
+    the memory could deliver them and the weights.
     """
     from apertus_mlx.backend.hardware import has_library
     from apertus_mlx.cache.config import FULL_BITS

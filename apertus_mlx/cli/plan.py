@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from apertus_mlx.memory.report import MemoryPlan
 
 
+HEADER = ("cache", "KV/token", "weights", "KV", "prefill", "logits", "peak", "fits", "max ctx")
+SPEED = "tok/s *"
+
+
 def plan(
     given: Annotated[dict[str, Any], run],
     cache: CacheOptions,
@@ -31,6 +35,12 @@ def plan(
 
     A Hub id is planned from its headers; no weights are downloaded. `--device all` plans for every
     iPhone and iPad that runs MLX and every Mac with an M1 to M5, one line for each.
+
+    KV/token: what a token adds to the cache, KV: the cache of the whole context. prefill, logits:
+    working memory while the prompt is read, and while a token is drawn. peak: the most at once.
+
+    max ctx: the longest context that fits. tok/s: tokens a second decoded, an estimate from the
+    bytes that a token reads and the bandwidth of the device's memory.
     """
     with show_progress() as progress:
         options = {**given, **asdict(cache), "progress": progress}
@@ -59,7 +69,7 @@ def _overview(report: Overview) -> Iterator[str | Table]:
         )
     yield ""
     own = ["model", "weights"] if by_model else ["device", "RAM", "per process", "GB/s"]
-    header = [*own, "peak", "fits", "cache", "prefill step", "max ctx", "tok/s *"]
+    header = [*own, "peak", "fits", "cache", "prefill step", "max ctx", SPEED]
     rows = []
     for row in report.rows:
         speed = "-" if row.decode_tokens_per_s is None else f"{row.decode_tokens_per_s:.0f}"
@@ -96,9 +106,9 @@ def _words(report: MemoryPlan) -> Iterator[str | Table]:
         f"{report.context} tokens of context"
     )
     yield ""
-    header = ["cache", "KV/token", "weights", "KV", "prefill", "logits", "peak", "fits", "max ctx"]
+    header = list(HEADER)
     with_speed = any(row.decode_tokens_per_s is not None for row in report.forms)
-    header += ["tok/s *"] if with_speed else []
+    header += [SPEED] if with_speed else []
     rows = []
     for row in report.forms:
         cells = [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import pytest
 
+from apertus_mlx.cli import eval as evaluation
 from apertus_mlx.cli import main
+from apertus_mlx.cli.app import app
 
 
 def said(
@@ -44,12 +47,17 @@ def test_wrong_usage(
     assert words in line and "Value error" not in line
 
 
-def test_help_explains_the_columns_of_eval(capsys: pytest.CaptureFixture[str]) -> None:
-    from apertus_mlx.cli.app import app
-    from apertus_mlx.cli.eval import HEADER
-
-    app(["eval", "--help"], standalone_mode=False)
-    shown = " ".join(capsys.readouterr().out.split())
-    explained = shown.split("Arguments:")[0]
-    for column in HEADER:
-        assert column in explained
+@pytest.mark.parametrize(
+    ("command", "columns"),
+    [
+        ("eval", evaluation.HEADER),
+        ("plan", ("KV/token:", "KV:", "prefill", "logits:", "peak:", "max ctx:", "tok/s:")),
+        ("bench", ("KV read:", "roofline:", "±")),
+    ],
+)
+def test_help_explains_the_columns(
+    capsys: pytest.CaptureFixture[str], command: str, columns: Sequence[str]
+) -> None:
+    app([command, "--help"], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split()).split("Arguments:")[0]
+    assert [column for column in columns if column not in shown] == []
