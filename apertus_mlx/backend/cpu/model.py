@@ -191,7 +191,7 @@ def _slopes(tensors: Tensors, path: str) -> tuple[float, float, float]:
     raw_p, raw_n = (tensors.scalar(f"{path}.{name}") for name in layout.ALPHAS)
     if abs(eps) > MAX_EPS:
         raise RejectedError(
-            f"{path}.eps: {eps:g} is not near 0, for which the CPU path takes it; use --compute mlx"
+            f"{path}.eps: {eps:g} is not near 0; the CPU path leaves it out: use --compute mlx"
         )
     return _softplus(raw_p), beta + _softplus(raw_n), beta
 
