@@ -35,7 +35,7 @@ def generate(
     sampling: SamplingOptions,
     settings: RunOptions,
     prompt_cache: Annotated[
-        Path | None, Option("Resume the prompt from this file; it is made if not there.")
+        Path | None, Option("Keep what a prompt computes in this file, and go on from it.")
     ] = None,
     json: options.JsonOption = False,
 ) -> None:
