@@ -279,7 +279,7 @@ def plan_overview(
     """
     from apertus_mlx.generation.memory_plan import find_device
     from apertus_mlx.hub.apertus_models import RELEASED, expected_inventory, is_estimate
-    from apertus_mlx.memory.devices import known_devices
+    from apertus_mlx.memory.devices import is_all, known_devices
     from apertus_mlx.memory.footprint import choose_backend
     from apertus_mlx.memory.overview import Overview, plan_row
 
@@ -288,7 +288,7 @@ def plan_overview(
     if all_models:
         if model is not None:
             raise UsageError(f"--all: plans every released model; leave out {str(model)!r}")
-        if device == "all":
+        if is_all(device):
             raise UsageError("--all: leave out --device all: one model, or one device")
         target, on_gpu, precision = find_device(device)
         rows = []
@@ -297,7 +297,7 @@ def plan_overview(
             backend = choose_backend(inventory, on_gpu, cpu=precision)
             rows.append(plan_row(inventory, target, *settings, backend, is_estimate(repo_id)))
         return Overview(rows)
-    if device not in (None, "all"):
+    if device is not None and not is_all(device):
         raise UsageError(f"--device {device}: an overview of one model is over all devices")
     inventory = _inventory(model, revision, offline, progress)
     # All of them are Apple's, so MLX computes on the GPU.

@@ -42,9 +42,11 @@ def plan(
     max ctx: the longest context that fits. tok/s: tokens a second decoded, an estimate from the
     bytes that a token reads and the bandwidth of the device's memory.
     """
+    from apertus_mlx.memory.devices import is_all
+
     with show_progress() as progress:
         options = {**given, **asdict(cache), "progress": progress}
-        if all or given["device"] == "all":
+        if all or is_all(given["device"]):
             rows = plan_overview(**options, all_models=all)
             print_report(json, rows.as_json, lambda: _overview(rows))
             return

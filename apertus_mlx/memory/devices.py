@@ -59,6 +59,11 @@ def known_devices() -> list[Device]:
     return [device for _, device in _rows()]
 
 
+def is_all(name: str | None) -> bool:
+    """Whether a `--device` means every one of them."""
+    return name is not None and name.strip().lower() == "all"
+
+
 def parse_device(text: str) -> Device:
     """A device by name, or one that gives a process so much memory.
 

@@ -173,7 +173,7 @@ def test_all_released_models_on_one_device() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--all", "--device", "all"), "leave out --device all"),
+        (("--all", "--device", "All"), "leave out --device all"),
         (("some/model", "--all"), "leave out 'some/model'"),
     ],
 )
