@@ -15,7 +15,7 @@ from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.system.arguments import Option, Range
-from apertus_mlx.system.sizes import counted, format_binary, format_bytes
+from apertus_mlx.system.sizes import counted, format_binary, format_bytes, format_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,8 +199,8 @@ def _draw(report: Report, path: Path) -> None:
 def _words(report: Report) -> Iterator[str | Table]:
     machine, model, bandwidth = report.machine, report.model, report.bandwidth_bytes_per_s
     yield (
-        f"{model.name}: {model.parameters / 1e6:.0f} M parameters, {model.bits_per_weight:.2f} "
-        f"bits per weight; a token reads {format_bytes(model.weights_read_bytes)} of weights"
+        f"{model.name}: {format_parameters(model.parameters)} parameters, "
+        f"{model.bits_per_weight:.2f} bits per weight; a token reads {format_bytes(model.weights_read_bytes)} of weights"
     )
     yield f"{machine.identity}; {format_binary(machine.memory_bytes)}; {report.date}"
     stated = f"{format_bytes(bandwidth.published)}/s published, " if bandwidth.published else ""

@@ -11,7 +11,7 @@ from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.generation.options import CacheOptions
 from apertus_mlx.system.arguments import Option
-from apertus_mlx.system.sizes import counted, format_binary, format_bytes
+from apertus_mlx.system.sizes import counted, format_binary, format_bytes, format_parameters
 from apertus_mlx.tools import plan as run
 from apertus_mlx.tools import plan_overview
 
@@ -100,7 +100,7 @@ def _overview(report: Overview) -> Iterator[str | Table]:
 
 def _words(report: MemoryPlan) -> Iterator[str | Table]:
     yield (
-        f"{report.model}: {report.parameters / 1e6:.0f} M parameters, "
+        f"{report.model}: {format_parameters(report.parameters)} parameters, "
         f"files {format_bytes(report.file_bytes)} ({report.file_bytes:,} bytes)"
     )
     yield (

@@ -26,6 +26,11 @@ def format_binary(size_bytes: int) -> str:
     return f"{size_bytes / scale:.0f} {unit}"
 
 
+def format_parameters(count: int) -> str:
+    """How many weights a model has: `438 M`, `8.05 B`."""
+    return f"{count / 10**6:.0f} M" if count < 10**9 else f"{count / 10**9:.2f} B"
+
+
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """`1 value`, `2 values`, `1,024 tokens`; `plural` where it is not the noun and an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

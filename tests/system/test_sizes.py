@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from apertus_mlx.memory import parse_size
-from apertus_mlx.system.sizes import counted, format_binary, format_bytes
+from apertus_mlx.system.sizes import counted, format_binary, format_bytes, format_parameters
 from tests.house.test_house import MODULES
 
 UNIT = re.compile(r"\s?([kKMGT]i?)?B\b(?!/)")
@@ -59,4 +59,5 @@ def test_nobody_formats_sizes_by_hand() -> None:
 def test_counts_and_memory() -> None:
     assert [counted(n, "value") for n in (0, 1, 2)] == ["0 values", "1 value", "2 values"]
     assert [counted(n, "matrix", "matrices") for n in (1, 1200)] == ["1 matrix", "1,200 matrices"]
+    assert [format_parameters(n) for n in (2_820_864, 8_053_338_176)] == ["3 M", "8.05 B"]
     assert [format_binary(n * 2**20) for n in (64, 16 * 1024)] == ["64 MiB", "16 GiB"]
