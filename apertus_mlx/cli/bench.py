@@ -200,7 +200,8 @@ def _words(report: Report) -> Iterator[str | Table]:
     machine, model, bandwidth = report.machine, report.model, report.bandwidth_bytes_per_s
     yield (
         f"{model.name}: {format_parameters(model.parameters)} parameters, "
-        f"{model.bits_per_weight:.2f} bits per weight; a token reads {format_bytes(model.weights_read_bytes)} of weights"
+        f"{model.bits_per_weight:.2f} bits per weight; "
+        f"a token reads {format_bytes(model.weights_read_bytes)} of weights"
     )
     yield f"{machine.identity}; {format_binary(machine.memory_bytes)}; {report.date}"
     stated = f"{format_bytes(bandwidth.published)}/s published, " if bandwidth.published else ""

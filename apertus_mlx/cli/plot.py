@@ -83,14 +83,20 @@ def save_plot(
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    bottom, top = axes.get_ylim()
     ends = [
         axes.annotate(
-            line.label, (line.x[-1], line.y[-1]), xytext=(7, -3), textcoords="offset points",
-            color=points.get_color(), annotation_clip=False,
+            line.label,
+            # A logarithm has no place for 0, which is then at the bottom.
+            (line.x[-1], min(max(line.y[-1], bottom), top)),
+            xytext=(7, -3),
+            textcoords="offset points",
+            color=points.get_color(),
+            annotation_clip=False,
         )
         for line, points in zip(series, drawn, strict=True)
         if len(line.x)
-    ]  # fmt: skip
+    ]
     _set_apart(figure, axes, ends)
     # Without a date in the file, the same figures give the same bytes.
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None

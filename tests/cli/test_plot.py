@@ -51,6 +51,19 @@ def test_lines_have_their_labels_at_their_ends(tmp_path: Path, figures: list[Any
     assert all(box.x1 <= right + 1 for box in boxes)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_divergence_of_0_has_its_label_at_the_bottom(tmp_path: Path, figures: list[Any]) -> None:
+    lines = [Series("q4", [300.0], [0.02]), Series("itself", [900.0], [0.0])]
+    lines.append(Series("noise floor", [300.0, 900.0], [1e-4, 1e-4], is_limit=True))
+    save_plot(tmp_path / "kl.svg", lines, "MB", "KL", "kl", log_y=True)
+    [axes] = figures[0].axes
+    labels = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    frame = axes.get_window_extent()
+    assert frame.height > 100 and list(labels) == ["q4", "itself", "noise floor"]
+    assert abs(labels["itself"].y0 - frame.y0) < 30
+    assert not any(one.overlaps(other) for one, other in combinations(labels.values(), 2))
+
+
 def test_a_limit_is_a_broken_line_and_other_axes_fit_the_data(
     tmp_path: Path, figures: list[Any]
 ) -> None:
