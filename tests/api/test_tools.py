@@ -422,7 +422,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[ApertusError], str]
     (evaluate, {"models": ["x", ""], "reference": "x"}, UsageError, "--models: is empty"),
     (plan, {"model": "nowhere"}, NotFoundError, "no such folder"),
     (plan, {"context": 0}, UsageError, "--context 0: expected 1 to"),
-    (plan, {"device": "iphone-99"}, UsageError, "unknown"),
+    (plan, {"device": "iphone-99"}, UsageError, "is no known device"),
     (plan, {"kv_bits": 5}, UsageError, "--kv-bits"),
     (verify, {"directory": "nowhere"}, NotFoundError, "no such folder"),
     (evaluate, {"models": [], "reference": "x"}, UsageError, "give at least one"),
