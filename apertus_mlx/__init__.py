@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from apertus_mlx.system.progress import Progress
-    from apertus_mlx.tools import convert_model, distill, evaluate, plan, verify
+    from apertus_mlx.tools import convert_model, distill, evaluate, plan, plan_overview, verify
 
 __version__ = "0.1.0"
 
@@ -26,14 +26,14 @@ _NAMES = {
     "api": ("Answer", "Apertus", "Chat", "Message", "Piece", "Stream", "load"),
     "errors": ("ApertusError", "NotFoundError", "RejectedError", "ResourceError", "UsageError"),
     "system.progress": ("Progress",),
-    "tools": ("convert_model", "distill", "evaluate", "plan", "verify"),
+    "tools": ("convert_model", "distill", "evaluate", "plan", "plan_overview", "verify"),
 }
 # name -> the module that defines it.
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = [
     "Answer", "Apertus", "ApertusError", "Chat", "Message", "NotFoundError", "Piece", "Progress",
     "RejectedError", "ResourceError", "Stream", "UsageError", "__version__", "convert_model",
-    "distill", "evaluate", "load", "plan", "verify",
+    "distill", "evaluate", "load", "plan", "plan_overview", "verify",
 ]  # fmt: skip
 
 

@@ -12,8 +12,9 @@ All functions raise TypeError for an argument of a wrong type, and otherwise `Ap
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -27,7 +28,8 @@ from apertus_mlx.generation.options import (
 )
 from apertus_mlx.hub import is_repo_id, locate
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of, known
-from apertus_mlx.system.progress import OnProgress, Progress
+from apertus_mlx.system.progress import OnLayers, OnProgress, Progress
+from apertus_mlx.system.sizes import counted
 
 if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from apertus_mlx.convert.plan.plan import Plan
     from apertus_mlx.convert.plan.policy import Request
     from apertus_mlx.memory import Device
+    from apertus_mlx.memory.overview import Overview
     from apertus_mlx.memory.report import MemoryPlan
 
 EMBEDDED_NAME = "apertus-demo"
@@ -158,7 +161,7 @@ def convert_model(
     dtype: Annotated[DType | None, Option("Type of everything that is not codes.")] = None,
     plan: Annotated[bool, Option("Show what would be done, and stop.")] = False,
     device: Annotated[
-        str | None, Option("Refuse what would not fit it: iphone-15-pro, 6GB, ...")
+        str | None, Option("Refuse an output that would not fit: iphone-15-pro, 6GB, ...")
     ] = None,
     resume: Annotated[bool, Option("Continue an interrupted conversion.")] = False,
     revision: Revision = None,
@@ -174,7 +177,8 @@ def convert_model(
     """Convert SOURCE to MLX weights in the folder OUT, quantized where bits are given.
 
     A plan of a source on the Hub is made from its headers. `progress` is told of the stages
-    `downloading`, `measuring`, `calibrating` and `converting`.
+    `downloading`, `measuring`, `comparing sizes`, `comparing methods`, `calibrating`, `converting`
+    and `evaluating`, as far as there is something to do.
 
     Raises:
         UsageError: options that exclude each other, or an output that is taken.
@@ -218,7 +222,7 @@ def plan(
     *,
     device: Annotated[
         str | None,
-        Option("iphone-15-pro, m1-8gb, m4-pro-24gb, ... or a size as 6GB; default: this machine."),
+        Option("iphone-15-pro, 'M3 Max', m1-8gb, a size as 6GB, or all; default: this machine."),
     ] = None,
     context: Annotated[
         int | None, Option("Tokens of prompt and answer; default: 4096.", Range(1, 2**31))
@@ -230,9 +234,9 @@ def plan(
 ) -> MemoryPlan:
     """Show what MODEL takes in memory, whether it fits a device, and the best settings there.
 
-    A Hub id is planned from its headers; no weights are downloaded. `cache` is the fields of
-    `CacheOptions`. `progress` is told of the stage `downloading`, where `offline` is not given and
-    the Hub is not asked for headers alone.
+    A Hub id is planned from its headers; no weights are downloaded. `plan_overview` plans for all
+    devices, or all models. `cache` is the fields of `CacheOptions`. `progress` is told of the stage
+    `downloading`, where `offline` is not given and the Hub is not asked for headers alone.
 
     Raises:
         UsageError: an unknown device, or a context beyond the model's.
@@ -248,6 +252,57 @@ def plan(
     return plan_for_device(
         inventory, target, context, options.form, options.prefill_step, on_gpu, precision
     )
+
+
+@checked
+def plan_overview(
+    model: _Name | None = None,
+    *,
+    all_models: bool = False,
+    device: str | None = None,
+    context: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: OnProgress | None = None,
+    **cache: Unpack[CacheKeywords],
+) -> Overview:
+    """What one model takes on every known device, or all released models take on one `device`.
+
+    With `all_models` nothing is downloaded: their sizes are those that `apertus-mlx models` shows;
+    without it `device` is left out or `all`. The other options are those of `plan`; of a model with
+    a shorter context its own is planned.
+
+    Raises:
+        UsageError: an unknown device, a model beside `all_models`, or all models on all devices.
+        NotFoundError: there is no such model, or it cannot be reached.
+        RejectedError: the checkpoint is damaged or has to be converted first.
+    """
+    from apertus_mlx.generation.memory_plan import find_device
+    from apertus_mlx.hub.apertus_models import RELEASED, expected_inventory, is_estimate
+    from apertus_mlx.memory.devices import is_all, known_devices
+    from apertus_mlx.memory.footprint import choose_backend
+    from apertus_mlx.memory.overview import Overview, plan_row
+
+    options = CacheOptions(**known(CacheOptions, cache))
+    settings = context, options.form, options.prefill_step
+    if all_models:
+        if model is not None:
+            raise UsageError(f"--all: plans every released model; leave out {str(model)!r}")
+        if is_all(device):
+            raise UsageError("--all: leave out --device all: one model, or one device")
+        target, on_gpu, precision = find_device(device)
+        rows = []
+        for repo_id in RELEASED:
+            inventory = expected_inventory(repo_id)
+            backend = choose_backend(inventory, on_gpu, cpu=precision)
+            rows.append(plan_row(inventory, target, *settings, backend, is_estimate(repo_id)))
+        return Overview(rows)
+    if device is not None and not is_all(device):
+        raise UsageError(f"--device {device}: an overview of one model is over all devices")
+    inventory = _inventory(model, revision, offline, progress)
+    # All of them are Apple's, so MLX computes on the GPU.
+    backend = choose_backend(inventory, on_gpu=True)
+    return Overview([plan_row(inventory, each, *settings, backend) for each in known_devices()])
 
 
 @checked
@@ -286,7 +341,7 @@ def evaluate(
         _File | Sequence[_File] | None,
         Option("Text, JSONL or chat file, or folder of such; default: built in."),
     ] = None,
-    tokens: Annotated[int, Option("Most tokens per language.", Range(2, 2**24))] = 2048,
+    tokens: Annotated[int, Option("Most tokens to compare per language.", Range(2, 2**24))] = 2048,
     revision: Annotated[
         str | None, Option("Branch, tag or commit of the models from the Hub.")
     ] = None,
@@ -322,12 +377,15 @@ def evaluate(
             name,
             revision=revision if remote or not any(on_hub) else None,
             offline=offline,
-            progress=progress,
+            progress=_naming(progress, name),
         )
         for name, remote in zip(names, on_hub, strict=True)
     ]
-    origin = locate(reference, revision=reference_revision, offline=offline, progress=progress)
-    found = measure_all(folders, origin, texts, tokens, _stage(progress, "measuring"))
+    origin = locate(
+        reference, revision=reference_revision, offline=offline,
+        progress=_naming(progress, reference),
+    )  # fmt: skip
+    found = measure_all(folders, origin, texts, tokens, partial(_layers(progress), "measuring"))
     return Comparison(dict(zip(labels, found, strict=True)))
 
 
@@ -349,7 +407,7 @@ def distill(
     epochs: Annotated[int, Option("How often each text is seen.", Range(1, 10_000))] = 1,
     window: Annotated[int, Option("Tokens that are read in one piece.", Range(2, 2**16))] = 256,
     train: Annotated[
-        str, Option("weights, or scales (and norms) with codes as they are.")
+        str, Option("weights: codes, scales and norms; scales: all but the codes.")
     ] = "weights",
     learning_rate: Annotated[float, Option("Highest rate, relative to a typical scale.")] = 1e-3,
     text_share: Annotated[
@@ -376,7 +434,7 @@ def distill(
     from apertus_mlx.convert.distill.run import distill as run
     from apertus_mlx.convert.distill.run import prepare
     from apertus_mlx.convert.distill.student import TRAINED
-    from apertus_mlx.convert.distill.training import Options, best
+    from apertus_mlx.convert.distill.training import Options, best, codes_reach
 
     if not 0 < learning_rate <= 1:
         raise UsageError(f"--learning-rate {learning_rate}: expected above 0 and at most 1")
@@ -391,9 +449,15 @@ def distill(
         _log.info("learning from the small text in the package; --text takes one for your use")
     windows, length = job.sample.windows.shape
     _log.info(
-        f"{windows * length:,} tokens in windows of {length}, {epochs} times; "
-        f"{len(job.held_out)} windows held out; the teacher names {top_k} tokens each"
+        f"{counted(windows * length, 'token')} in windows of {length}, {counted(epochs, 'time')}; "
+        f"{counted(len(job.held_out), 'window')} held out; the teacher names {top_k} tokens each"
     )
+    batches = epochs * -(-windows // job.resources.batch_windows)
+    if trained == "weights" and codes_reach(options, batches) < 0.5:
+        _log.info(
+            f"{counted(batches, 'batch', 'batches')} of text are too few for any code to change: "
+            "this trains what --train scales trains; more --text or --epochs reach the codes"
+        )
     target = Path(out) if out is not None else Path(f"{Path(student).resolve().name}-distilled")
     outcome = run(job, target, resume, _observer(progress))
     first, kept = outcome.history[0], best(outcome.history)
@@ -422,7 +486,7 @@ def _inventory(
         _log.info(f"{model}: reading config and headers")
         return fetch_headers(model, revision or "main").inventory()
     folder = locate(model, revision=revision, offline=offline, progress=progress)
-    return take_inventory(folder, None if model is None else str(model))
+    return take_inventory(folder, EMBEDDED_NAME if model is None else str(model))
 
 
 def _labels(models: Sequence[str | Path]) -> list[str]:
@@ -445,11 +509,15 @@ def _labels(models: Sequence[str | Path]) -> list[str]:
 # --- progress
 
 
-def _stage(progress: OnProgress | None, stage: str) -> Callable[[float, float | None], None]:
-    """What is told layers done, and how many there are."""
+def _layers(progress: OnProgress | None) -> OnLayers:
     if progress is None:
-        return lambda done, total: None
-    return lambda done, total: progress(Progress(stage, done, total, "layers"))
+        return lambda stage, done, total: None
+    return lambda stage, done, total: progress(Progress(stage, done, total, "layers"))
+
+
+def _naming(progress: OnProgress | None, model: str | Path) -> OnProgress | None:
+    """Of several downloads each says what is downloaded."""
+    return progress and (lambda told: progress(replace(told, detail=str(model))))
 
 
 def _observer(progress: OnProgress | None) -> Observer:
@@ -470,7 +538,7 @@ def _observer(progress: OnProgress | None) -> Observer:
     return Observer(
         lambda done, total: tell(Progress("asking the teacher", done, total, "tokens")),
         learning,
-        _stage(progress, "measuring"),
+        partial(_layers(progress), "measuring"),
     )
 
 
@@ -511,7 +579,7 @@ def _prepare(
     earlier = not resume and partial.is_dir()
     job = prepare(
         folder, request, name, commit, calibration_texts=calibration,
-        progress=_stage(progress, "measuring"), target=target, resume=resume,
+        progress=_layers(progress), target=target, resume=resume,
     )  # fmt: skip
     if job.is_begun and earlier:
         _log.info(f"{partial}: what was measured there for the same request is used")
@@ -548,7 +616,7 @@ def _write(job: Job, target: Path, resume: bool, progress: OnProgress | None) ->
         target,
         resume,
         lambda done: tell(Progress("converting", done, total, "bytes")),
-        _stage(progress, "calibrating"),
+        _layers(progress),
     )
     _log.info(
         f"{format_bytes(total)} -> {format_bytes(job.plan.weight_bytes)}, "

@@ -21,7 +21,7 @@ from typing import Any
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig, parse_config
-from apertus_mlx.memory.devices import CHIPS, GB
+from apertus_mlx.memory.devices import parse_device
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x
 from tests.decode_step import build, mlx_lm_dispatches, our_dispatches
@@ -31,11 +31,11 @@ GROUP_SIZE = 64
 EFFICIENCY = 0.85
 # Bandwidth in bytes per second, and microseconds of a dependent kernel.
 DEVICES = {
-    "M1": (CHIPS["m1"] * GB, 5.0),
-    "M2": (CHIPS["m2"] * GB, 3.5),
-    "M4": (CHIPS["m4"] * GB, 3.0),
-    "M4 Pro": (CHIPS["m4-pro"] * GB, 3.0),
-    "M4 Max": (CHIPS["m4-max"] * GB, 2.6),
+    "M1": (parse_device("m1-8gb").bandwidth or 0, 5.0),
+    "M2": (parse_device("m2-8gb").bandwidth or 0, 3.5),
+    "M4": (parse_device("m4-16gb").bandwidth or 0, 3.0),
+    "M4 Pro": (parse_device("m4-pro-24gb").bandwidth or 0, 3.0),
+    "M4 Max": (parse_device("m4-max-64gb").bandwidth or 0, 2.6),
 }
 # layers, hidden, MLP, heads, key heads, tied
 SHAPES = {

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from apertus_mlx.convert.write.target import build
 from apertus_mlx.convert.write.tokenizer_table import write_tokenizer_table
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import ApertusError, RejectedError
+from apertus_mlx.system.progress import OnLayers
 from apertus_mlx.system.strict_json import read_object
 
 # Of the files from which an interrupted run resumes; a run of another version starts again.
@@ -108,7 +110,7 @@ def prepare(
     commit: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     calibration_texts: Sequence[Path] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnLayers | None = None,
     *,
     target: Path | None = None,
     resume: bool = False,
@@ -126,7 +128,8 @@ def prepare(
         max_shard_bytes: most bytes of a file of weights.
         calibration_texts: files and folders for the method gptq, for `smooth` and for a size;
             without any they take the project's own.
-        progress: told layers done and how many there are, where something has to be measured.
+        progress: told of what has to be measured: `measuring`, `comparing sizes` and `comparing
+            methods`.
         target: the output folder; may be left out where nothing has to be measured.
         resume: whether to go on with what an interrupted run to `target` has measured.
 
@@ -153,7 +156,7 @@ def prepare(
         for matrix in source.matrices.values():
             matrix.check(reader)
         size = files[TOKENIZER].size_bytes
-        report = progress or (lambda done, total: None)
+        report = progress or (lambda stage, done, total: None)
         calibration = chosen = None
         identity = [repr(request), str(max_shard_bytes), repr(sorted(files.items()))]
         if request.target is not None:
@@ -187,8 +190,8 @@ def prepare(
                 needed = space_for_plan(planned, texts)
                 with measuring(directory, target, _digest(identity), begun, CHOICE, needed) as to:
                     weights = SourceWeights(source, reader)
-                    comparison = HeldOutComparison(weights, directory, texts, report, to)
-                    return [comparison.divergence(each) for each in plans]
+                    tell = partial(report, "comparing methods")
+                    return HeldOutComparison(weights, directory, texts, tell, to).divergences(plans)
 
             plan, note = choose(plan, make, calibration, judge)
             notes += [note] if note else []
@@ -213,25 +216,27 @@ def convert(
     target: Path,
     resume: bool = False,
     progress: Callable[[int], None] | None = None,
-    calibration_progress: Callable[[int, int], None] | None = None,
+    layer_progress: OnLayers | None = None,
 ) -> Path:
     """Do what `job` plans; `target` appears complete or not at all.
 
-    `progress` is told source bytes dealt with; `calibration_progress`, before and after that,
-    layers done and how many there are.
+    `progress` is told source bytes dealt with; `layer_progress` of the stage `calibrating` before
+    that, and of `evaluating` after it.
 
     Raises:
         ApertusError: see `build`; also the source is damaged.
     """
-    on_layer = calibration_progress or (lambda done, total: None)
+    on_layers = layer_progress or (lambda stage, done, total: None)
 
     def make(workspace: Workspace) -> None:
         codes = None
         if job.calibration is not None and job.plan.calibrates:
             codes = workspace.kept_folder(CALIBRATION)
-            make_codes(job.plan, job.directory, job.calibration, codes, on_layer)
+            make_codes(
+                job.plan, job.directory, job.calibration, codes, partial(on_layers, "calibrating")
+            )
         execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
-        _write_other_files(job, target.name, workspace, on_layer)
+        _write_other_files(job, target.name, workspace, partial(on_layers, "evaluating"))
 
     build(
         target, (job.fingerprint, job.plan.fingerprint()), {job.directory: job.files},
@@ -245,7 +250,7 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def _write_other_files(
-    job: Job, name: str, workspace: Workspace, on_layer: Callable[[int, int], None]
+    job: Job, name: str, workspace: Workspace, progress: Callable[[int, int], None]
 ) -> None:
     plan, path = job.plan, workspace.path
     write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
@@ -261,7 +266,7 @@ def _write_other_files(
     if job.calibration is not None:
         quality = evaluate.measure(
             path, job.directory, job.calibration.judged,
-            progress=on_layer, folder=workspace.kept_folder(EVALUATION),
+            progress=progress, folder=workspace.kept_folder(EVALUATION),
         )  # fmt: skip
     card = make_card(plan, name, job.source_name, job.commit, license_id, quality)
     (path / CARD).write_text(card, encoding="utf-8")

@@ -10,6 +10,7 @@ from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan, Step
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.transforms import names as transforms
 from apertus_mlx.convert.write.manifest import MANIFEST
+from apertus_mlx.system.sizes import counted
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -52,8 +53,8 @@ def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
     lines = [
         "",
         f"source            {plan.source.name} ({plan.source.format})",
-        f"output            {plan.weight_bytes:,} bytes of weights in {len(plan.files)} "
-        f"file{'s' if len(plan.files) > 1 else ''}",
+        f"output            {plan.weight_bytes:,} bytes of weights in "
+        f"{counted(len(plan.files), 'file')}",
         f"bits per weight   {plan.bits_per_weight:.3f}",
         f"peak memory       about {plan.peak_memory_bytes:,} bytes",
         *(f"note              {note}" for note in plan.notes),

@@ -62,11 +62,11 @@ class Work:
             conversion = prepare(
                 self.source, REQUESTS[self.kind], "source", max_shard_bytes=60_000,
                 calibration_texts=[self.text], target=target, resume=resume,
-                progress=lambda done, _: progress(f"measuring {done}"),
+                progress=lambda _, done, __: progress(f"measuring {done}"),
             )  # fmt: skip
         convert(
             conversion, target, resume, lambda done: progress(f"writing {done}"),
-            lambda done, _: progress(f"calibrating {done}"),
+            lambda _, done, __: progress(f"calibrating {done}"),
         )  # fmt: skip
 
 

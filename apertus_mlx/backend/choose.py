@@ -67,7 +67,7 @@ def load_for(
         missing = isinstance(error, ImportError)
         if missing and compute == "cpu":
             raise UsageError(
-                f"--compute cpu: {error}; install it: pip install 'apertus-mlx[cpu]'"
+                f"--compute cpu: {error}; it needs pip install onnx onnxruntime"
             ) from None
         # Another version of onnxruntime may lack a kernel; what it raises has no common base.
         foreign = missing or type(error).__module__.startswith("onnxruntime")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,7 @@ from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.linear import ScaledLinear
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import checked
+from apertus_mlx.system.sizes import counted
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -140,8 +141,11 @@ def _read_arrays(
             with _cut_files_named(path, checkpoint):
                 mx.eval(array)
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-                count = mx.sum(~mx.isfinite(array)).item()
-                raise RejectedError(f"{checkpoint.directory}: {key}: {count} values not finite")
+                count = cast(int, mx.sum(~mx.isfinite(array)).item())
+                raise RejectedError(
+                    f"{checkpoint.directory}: {key}: {counted(count, 'value is', 'values are')} "
+                    "not finite; the weights are damaged"
+                )
             done += checkpoint.tensors[key].size_bytes
             if on_bytes is not None:
                 on_bytes(done, checkpoint.size_bytes)

@@ -146,7 +146,7 @@ def read_cache_form(
     """The form of cache that the options describe; None if none of them was given.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range, or one that would do nothing.
     """
     given = {
         "key_bits": kv_bits,
@@ -156,4 +156,14 @@ def read_cache_form(
         "rotate": kv_rotate,
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return CacheConfig(**chosen) if chosen else None
+    form = CacheConfig(**chosen) if chosen else None
+    if form is None:
+        return None
+    if kv_rotate and form.key_bits == FULL_BITS:
+        raise UsageError("--kv-rotate: keys are rotated to be quantized; give --kv-bits, too")
+    if kv_sink is not None and form.bound is None and not form.quantized:
+        raise UsageError(
+            "--kv-sink: without a bound or bits all positions stay as they are; give --max-kv "
+            "or --kv-bits, too"
+        )
+    return form

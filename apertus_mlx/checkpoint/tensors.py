@@ -13,6 +13,7 @@ from typing import Any
 from apertus_mlx.checkpoint.header import TensorInfo, read_header
 from apertus_mlx.errors import NotFoundError, RejectedError
 from apertus_mlx.system.model_files import exists, is_plain_name, open_file
+from apertus_mlx.system.sizes import counted
 from apertus_mlx.system.strict_json import read_object
 
 COMPARE_BLOCK_BYTES = 2**22
@@ -118,7 +119,8 @@ def merge_headers(
         if wrong:
             key = wrong[0]
             raise RejectedError(
-                f"{name}: {INDEX_FILE} and the files disagree on {len(wrong)} tensors, first "
+                f"{name}: {INDEX_FILE} and the files disagree on "
+                f"{counted(len(wrong), 'tensor')}, first "
                 f"{key[:80]!r}: index {weight_map.get(key)}, files {found.get(key)}"
             )
     if not tensors:

@@ -70,7 +70,9 @@ def _command() -> int:
 
 def _usage_message(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "apertus-mlx"
-    return f"{error.format_message().rstrip('.')}; see `{command} --help`"
+    # Of pydantic, which checks values for some versions of typer.
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    return f"{message}; see `{command} --help`"
 
 
 def _failed(error: Exception) -> int:

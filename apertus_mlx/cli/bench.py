@@ -15,7 +15,7 @@ from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.system.arguments import Option, Range
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import counted, format_binary, format_bytes, format_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,15 +37,16 @@ def bench(
     model: options.ModelArgument = None,
     *,
     prompt_tokens: Annotated[
-        str | None, Option("Lengths of prompts; default: 128,512,2048, '' for none.")
+        str | None, Option("Lengths of prompts to read; default: 128,512,2048; '' for none.")
     ] = None,
     depths: Annotated[
-        str | None, Option("Tokens before those decoded; default: 0,1024,4096, '' for none.")
+        str | None, Option("Tokens that stand before; default: 0,1024,4096; '' for none.")
     ] = None,
     new_tokens: Annotated[int, Option("Tokens decoded at a depth.", Range(1, MAX_COUNT))] = 64,
     rounds: Annotated[int, Option("How often all is measured.", Range(1, MAX_COUNT))] = 5,
     against: Annotated[
-        Literal["mlx-lm"] | None, Option("Measure this in turn, in a process of its own: mlx-lm.")
+        Literal["mlx-lm"] | None,
+        Option("Measure mlx-lm as well, turn by turn, in a process of its own."),
     ] = None,
     seed: Annotated[int, Option("Same seed, same random prompts.", Range(0, 2**32))] = 0,
     plot: options.PlotOption = None,
@@ -56,6 +57,9 @@ def bench(
 
     Tokens are random, drawing them and reading them back is included, a first go does not count.
     ± is half of what lies between the slowest and the fastest turn.
+
+    KV read: keys and values that a decoded token reads. roofline: the share of the speed at which
+    the memory could deliver them and the weights.
     """
     from apertus_mlx.backend.hardware import has_library
     from apertus_mlx.cache.config import FULL_BITS
@@ -71,7 +75,7 @@ def bench(
     if plot is not None:
         check_plot(plot)
         if depths is not None and not depths.strip():
-            raise UsageError("--plot draws speed against depth: --depths must not be empty")
+            raise UsageError("--plot: draws speed against depth, of which --depths has none")
     if against is not None and not has_library("mlx_lm"):
         raise UsageError("--against mlx-lm: install it: pip install mlx-lm")
     if settings.form is None:  # the planner must not change what is compared
@@ -79,7 +83,7 @@ def bench(
     directory = locate_model(model, settings.revision, settings.offline)
     inventory = take_inventory(directory)
     if against is not None and "model_file" in inventory.config.asks_for_code:
-        raise RejectedError(f"{directory}: config.json: model_file: mlx-lm would run that code")
+        raise RejectedError(f"{directory}: config.json: model_file names code, which mlx-lm runs")
     if against is not None:
         check_folder(directory)  # mlx-lm follows links and opens whatever has the right name
     workload = make_workload(
@@ -142,12 +146,12 @@ def _measure(
             sides.append(stack.enter_context(closing(Side(side_name, command, settings))))
         taken = {}
         for task in workload.tasks:
-            note(f"{task}: {workload.rounds} rounds")
+            note(f"{task}: {counted(workload.rounds, 'round')}")
             with token_progress(str(task), total_tokens(count, task, workload)) as update:
                 taken[task] = time_task(sides, task, workload, update)
     # Only now: on Linux a process's peak begins with that of the one that started it.
     machine = gather_facts()
-    bandwidth = find_bandwidth(machine.identity.chip)
+    bandwidth = find_bandwidth(machine.identity.chip, machine.memory_bytes)
     reports = []
     for index, side in enumerate(sides):
         # The options about caches are for our side; mlx-lm's stays as it comes.
@@ -181,17 +185,25 @@ def _draw(report: Report, path: Path) -> None:
             [one.tokens_per_s.spread for one in found],
         )
 
+    ours = report.sides[0].measurements
+    known = [(one.task.tokens, one.roofline_tokens_per_s) for one in ours]
+    roofline = [(depth, rate) for depth, rate in known if rate is not None]
+    lines = [series(side) for side in report.sides]
+    lines.append(
+        Series("roofline", [d for d, _ in roofline], [r for _, r in roofline], is_limit=True)
+    )
     title = f"{Path(report.model.name).name} on {report.machine.identity.chip}, {report.date[:10]}"
-    save_plot(path, [series(side) for side in report.sides], "depth", "tokens/s", title)
+    save_plot(path, lines, "depth, tokens", "decoded tokens/s", title, from_zero=True)
 
 
 def _words(report: Report) -> Iterator[str | Table]:
     machine, model, bandwidth = report.machine, report.model, report.bandwidth_bytes_per_s
     yield (
-        f"{model.name}: {model.parameters / 1e6:.0f} M parameters, {model.bits_per_weight:.2f} "
-        f"bits per weight; a token reads {format_bytes(model.weights_read_bytes)} of weights"
+        f"{model.name}: {format_parameters(model.parameters)} parameters, "
+        f"{model.bits_per_weight:.2f} bits per weight; "
+        f"a token reads {format_bytes(model.weights_read_bytes)} of weights"
     )
-    yield f"{machine.identity}; {machine.memory_bytes / 2**30:.0f} GiB; {report.date}"
+    yield f"{machine.identity}; {format_binary(machine.memory_bytes)}; {report.date}"
     stated = f"{format_bytes(bandwidth.published)}/s published, " if bandwidth.published else ""
     yield f"bandwidth: {stated}{format_bytes(bandwidth.measured)}/s measured"
     for side in report.sides:

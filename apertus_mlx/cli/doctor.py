@@ -11,7 +11,7 @@ from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.sink import note
 from apertus_mlx.generation.options import DType, Offline, Revision
 from apertus_mlx.system.arguments import Option
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import counted, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -104,7 +104,7 @@ def _words(report: Report) -> Iterator[str | Table]:
         places = _one_of_each_place(report.kernels)
         yield (
             f"{report.model} in {report.dtype} has {len(places)} places for kernels, and "
-            f"{len(report.kernels)} kernels for them:"
+            f"{counted(len(report.kernels), 'kernel')} for them:"
         )
         shown = report.kernels if report.examined else places
         header = ["kernel", "result", "error", "bound", "time/plain"]

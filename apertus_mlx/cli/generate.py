@@ -16,7 +16,7 @@ from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import counted, format_bytes
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.run import Answer, Generation
@@ -36,7 +36,7 @@ def generate(
     settings: RunOptions,
     output_filter: options.OutputFilterOption = None,
     prompt_cache: Annotated[
-        Path | None, Option("Resume the prompt from this file; it is made if not there.")
+        Path | None, Option("Keep what a prompt computes in this file, and go on from it.")
     ] = None,
     json: options.JsonOption = False,
 ) -> None:
@@ -125,8 +125,9 @@ def summary(answer: Answer) -> str:
     """One line about what a run took."""
     reused = f" ({answer.reused_prompt_tokens} reused)" if answer.reused_prompt_tokens else ""
     return (
-        f"prompt {answer.prompt_tokens} tokens{reused}, {answer.prefill_tokens_per_s:.1f} "
-        f"tokens/s; answer {answer.generated_tokens} tokens, "
+        f"prompt {counted(answer.prompt_tokens, 'token')}{reused}, "
+        f"{answer.prefill_tokens_per_s:.1f} tokens/s; "
+        f"answer {counted(answer.generated_tokens, 'token')}, "
         f"{answer.decode_tokens_per_s:.1f} tokens/s; "
         f"first token after {answer.time_to_first_token_s:.2f} s; "
         f"peak memory {format_bytes(answer.peak_memory_bytes)}"

@@ -14,7 +14,7 @@ from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.generation.options import Offline
 from apertus_mlx.system.arguments import Option, Range
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import counted, format_bytes
 
 if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory
@@ -156,8 +156,9 @@ def _words(place: _Place, found: list[_Listed]) -> Iterator[str | Table]:
     yield Table(["model", "on disk", "download", "memory", "fits"], [_row(each) for each in found])
     yield ""
     yield (
-        f"memory: peak of a run with {place.context:,} tokens of context; {place.device.name}: "
-        f"{format_bytes(place.device.memory_bytes)} for the process; ~ is an estimate"
+        f"memory: peak of a run with {counted(place.context, 'token')} of context; "
+        f"{place.device.name}: {format_bytes(place.device.memory_bytes)} for the process; "
+        "~ is an estimate"
     )
     for each in found:
         if each.problem is not None:

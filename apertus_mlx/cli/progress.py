@@ -14,7 +14,7 @@ from apertus_mlx.system.progress import OnProgress, Progress
 
 # Seconds: before a stage is shown at all, between two drawings, between two lines in a log.
 DELAY_S, DRAWING_INTERVAL_S, LINE_INTERVAL_S = 1.0, 0.1, 10.0
-_UNITS = {"bytes": "B", "layers": " layers", "tokens": " tokens"}
+_UNITS = {"bytes": "B", "layers": " layer runs", "tokens": " tokens"}
 
 
 @contextmanager
@@ -50,15 +50,16 @@ class _Printer:
         )
         self._stage = ""
         self._began = self._shown = 0.0
-        self._initial = 0.0
+        self._initial = self._latest = 0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if progress.stage != self._stage:
+        if progress.stage != self._stage or progress.done < self._latest:
             sink.clear()
             # The rate counts from the first report: other work may have come before it.
             self._stage, self._initial = progress.stage, progress.done
             self._began = self._shown = now
+        self._latest = progress.done
         interval = DRAWING_INTERVAL_S if self._terminal else LINE_INTERVAL_S
         if now - self._began < DELAY_S or now - self._shown < interval:
             return
@@ -72,16 +73,17 @@ class _Printer:
             sink.note(line)
 
 
-def _line(progress: Progress, elapsed_s: float, initial: float, columns: int | None) -> str:
+def _line(progress: Progress, elapsed_s: float, initial: int, columns: int | None) -> str:
     from tqdm import tqdm
 
     form = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}{postfix}"
     if progress.total:
         bar = "|{bar}| " if columns is not None else ""
         form = f"{{desc}}: {bar}{{n_fmt}}/{{total_fmt}}{{unit}}, {{rate_noinv_fmt}}"
-        form += ", {remaining} left{postfix}"
+        # What comes after the last unit, as after the last layer the head, has no time known.
+        form += ", {remaining} left{postfix}" if progress.done < progress.total else "{postfix}"
     line: str = tqdm.format_meter(
-        round(progress.done, 1),
+        progress.done,
         progress.total,
         elapsed_s,
         columns,

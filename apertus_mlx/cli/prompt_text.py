@@ -7,6 +7,7 @@ import sys
 
 from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
+from apertus_mlx.system.sizes import format_binary
 
 # Some 15 million tokens; what goes on is no prompt.
 MAX_PROMPT_BYTES = 64 * 2**20
@@ -24,8 +25,8 @@ def read_prompt() -> str:
     data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise UsageError(
-            f"standard input: more than {MAX_PROMPT_BYTES >> 20} MiB, which no model can read; "
-            "shorten the prompt"
+            f"standard input: more than {format_binary(MAX_PROMPT_BYTES)}, which no model can "
+            "read; shorten the prompt"
         )
     try:
         return data.decode("utf-8")

@@ -13,6 +13,7 @@ import sys
 from typing import TextIO
 
 from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.system.sizes import format_binary
 
 # Variables that switch something, and those that hold whole numbers, of ours and of the Hub's.
 SWITCHES = ("APERTUS_MLX_DEBUG", "APERTUS_MLX_KERNELS")
@@ -108,8 +109,8 @@ def _require_addresses() -> None:
     needed = LIBRARY_BYTES + threads * BLAS_THREAD_BYTES
     if limit < needed:
         raise ResourceError(
-            f"memory is limited to {limit >> 20} MiB of addresses (ulimit -v), the libraries alone "
-            f"take {needed >> 20}; raise the limit"
+            f"memory is limited to {format_binary(limit)} of addresses (ulimit -v), the "
+            f"libraries alone take {format_binary(needed)}; raise the limit"
             + ("" if threads == 1 else ", or set OPENBLAS_NUM_THREADS=1")
         )
 

@@ -8,6 +8,7 @@ from apertus_mlx.cli.options import JsonOption
 from apertus_mlx.cli.output import print_report
 from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.system.sizes import counted
 from apertus_mlx.tools import verify as run
 
 
@@ -16,12 +17,13 @@ def verify(given: Annotated[dict[str, Any], run], *, json: JsonOption = False) -
     with show_progress() as progress:
         result = run(**given, progress=progress)
     words = [f"{finding.level}: {finding.where}: {finding.text}" for finding in result.findings]
-    words = words or [f"{given['directory']}: {result.files} files, all as they should be"]
+    words = words or [
+        f"{given['directory']}: {counted(result.files, 'file')}, all as they should be"
+    ]
     print_report(json, result.as_json, lambda: words)
     if result.errors:
         first = result.errors[0]
         count = len(result.errors)
         raise RejectedError(
-            f"{given['directory']}: {count} problem{'s' if count > 1 else ''}, first: "
-            f"{first.where}: {first.text}"
+            f"{given['directory']}: {counted(count, 'problem')}, first: {first.where}: {first.text}"
         )

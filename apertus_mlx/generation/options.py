@@ -48,10 +48,10 @@ class SamplingOptions:
         ),
     ] = None
     top_p: Annotated[
-        float | None, Option("Keep the likeliest tokens up to this mass.", RANGES["top_p"])
+        float | None, Option("Draw from the likeliest with this share in all.", RANGES["top_p"])
     ] = None
     top_k: Annotated[
-        int | None, Option("Keep this many tokens; 0 keeps all.", Range(0, 2**63 - 1))
+        int | None, Option("Draw from so many likeliest; 0 from all.", Range(0, 2**63 - 1))
     ] = None
     min_p: Annotated[
         float | None, Option("Drop tokens below this share of the likeliest.", RANGES["min_p"])
@@ -157,7 +157,9 @@ class CacheOptions:
     max_kv: Annotated[
         int | None, Option("Keep at most this many positions: the first few, the latest.")
     ] = None
-    kv_sink: Annotated[int | None, Option("First positions that always stay; default: 4.")] = None
+    kv_sink: Annotated[
+        int | None, Option("First positions that stay under --max-kv or --kv-bits; default: 4.")
+    ] = None
     kv_rotate: Annotated[
         bool | None, Option("Rotate keys before they are quantized; default: where heads allow it.")
     ] = None
@@ -195,7 +197,7 @@ class RunOptions(CacheOptions):
     ] = "auto"
     memory_limit: Annotated[
         str | int | None,
-        Option("Stay below this, as 1.2GB or bytes; default: what the machine can give."),
+        Option("Most memory, as 1.2GB or in bytes; default: what the machine can give."),
     ] = None
     force: Annotated[bool, Option("Try even where the memory will not suffice.")] = False
     revision: Revision = None

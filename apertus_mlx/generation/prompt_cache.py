@@ -41,6 +41,8 @@ from apertus_mlx.system.whole_file import whole_file
 
 FORMAT, FORMAT_VERSION = "apertus-mlx prompt cache", "2"
 TOKENS = "tokens"
+# What is wrong with a file of the right kind, and the way out.
+DAMAGED = "the file is damaged; delete it and let it be made anew"
 SAMPLE_BYTES = 256
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
@@ -240,11 +242,10 @@ def load_prompt_cache(
                 f"{path}: was made with another {_SPOKEN.get(name, name)}; "
                 "delete it and let it be made anew"
             )
-    saved_form, wanted = metadata.get("form", ""), json.dumps(asdict(form))
-    if saved_form != wanted:
+    if metadata.get("form") != json.dumps(asdict(form)):
         raise RejectedError(
-            f"{path}: holds a cache of another form ({saved_form[:200]!r}, now {wanted!r}); "
-            "give the same --kv options or delete it"
+            f"{path}: holds a cache of another form than {form}; give the --kv options that it "
+            "was made with, or delete it"
         )
     positions = _parse_positions(metadata.get("positions", ""), config, path)
     _require_arrays(path, tensors, dict(_expected(config, form, positions, dtype)))
@@ -252,11 +253,11 @@ def load_prompt_cache(
     assert isinstance(arrays, dict)
     tokens = [int(token) for token in np.array(arrays.pop(TOKENS))]
     if _tokens_digest(tokens) != metadata.get("tokens"):
-        raise RejectedError(f"{path}: tokens do not match their fingerprint: damaged")
+        raise RejectedError(f"{path}: tokens do not match their fingerprint; {DAMAGED}")
     layers: list[dict[str, mx.array]] = [{} for _ in range(config.num_hidden_layers)]
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-            raise RejectedError(f"{path}: {name}: values not finite: damaged")
+            raise RejectedError(f"{path}: {name}: has values that are not finite; {DAMAGED}")
         _, index, own_name = name.split(".", 2)
         layers[int(index)][own_name] = array
     return Saved(tokens, layers, metadata.get("arithmetic", ""))
@@ -308,17 +309,17 @@ def _require_arrays(
             # Of the last block nothing is left after a rewind.
             if name.endswith(".departed"):
                 continue
-            raise RejectedError(f"{path}: {name} is missing")
+            raise RejectedError(f"{path}: {name} is missing; {DAMAGED}")
         if tensor.dtype != dtype:
             raise RejectedError(
                 f"{path}: {name}: type {tensor.dtype}, expected {dtype}; made with another --dtype?"
             )
         if tensor.shape != shape:
             raise RejectedError(
-                f"{path}: {name}: shape {list(tensor.shape)}, expected {list(shape)}"
+                f"{path}: {name}: shape {list(tensor.shape)}, expected {list(shape)}; {DAMAGED}"
             )
     if tensors:
-        raise RejectedError(f"{path}: unexpected array {min(tensors)[:80]!r}")
+        raise RejectedError(f"{path}: unexpected array {min(tensors)[:80]!r}; {DAMAGED}")
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
@@ -334,7 +335,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
 def _parse_positions(text: str, config: ModelConfig, path: Path) -> int:
     most = config.max_position_embeddings
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
-        raise RejectedError(f"{path}: positions {text[:20]!r}: expected 1 to {most}")
+        raise RejectedError(f"{path}: positions {text[:20]!r}: expected 1 to {most}; {DAMAGED}")
     return int(text)
 
 

@@ -59,6 +59,8 @@ def locate(
             "using the small demonstration model in the package, since no other is named"
         )
         return model_dir()
+    if not os.fspath(source):
+        raise UsageError("the model's name is empty; leave it out for the embedded model")
     try:
         folder = Path(source).expanduser()
         exists, is_folder = folder.exists(), folder.is_dir()

@@ -1,74 +1,114 @@
 """Apple devices: memory that one process may use, and memory bandwidth.
 
-Apple publishes no table of the memory. People measured (RAM of the device -> what an app got, with
-the increased-memory-limit entitlement): 4 GB -> 2.4 (allenai/OLMoE.swift#38), 6 GB -> 4.2
-(pocketpal-ai#651), 8 GB -> 6 (introlab/rtabmap#1446, mlx-swift-lm#343); 12 GB phones are killed
-well below 12 (boardsesh#5524). The plan keeps below all of them. Macs: Metal recommends a working
-set of 2/3 of the RAM up to 32 GB (21,845 MB of 32 GB) and more above (40,200 MB of 48 GB).
-Bandwidth: Apple's figures as published in the press; A17 Pro, A18, M1, M2 and M3 from memory.
+`apple_devices.json` holds every iPhone and iPad whose GPU MLX can use (Apple's family 7, from A14
+and M1 on; all of them run iOS 17) and every Mac with an M1 to M5, each figure with its source.
+Apple publishes no table of the memory that an app gets: the plan stays below what people measured
+with the increased-memory-limit entitlement.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from apertus_mlx.errors import UsageError
 
 GB = 10**9
-# Shares of a Mac's RAM that one process may use.
+# Shares of a Mac's RAM that one process may use; the table's source `metal` says why.
 SMALL_MAC_SHARE, LARGE_MAC_SHARE, LARGE_MAC_GB = 2 / 3, 3 / 4, 36
-
-# name -> (GB that an app may use, GB/s)
-PHONES: dict[str, tuple[float, float | None]] = {
-    "iphone-12-mini": (2.0, None), "iphone-13-pro": (3.8, None), "iphone-15": (3.8, 51.2),
-    "iphone-15-pro": (5.5, 51.2), "iphone-16": (5.5, 60.0), "iphone-16-pro": (5.5, 60.0),
-    "iphone-17": (5.5, 68.3), "iphone-air": (8.0, 75.8), "iphone-17-pro": (8.0, 75.8),
-}  # fmt: skip
-# Chip -> GB/s; a Mac is named by chip and RAM: m1-8gb, m4-pro-24gb. M4 Max with 40 GPU cores; the
-# one with 32 has 410. M3 Max is left out: its two kinds have 300 and 400.
-CHIPS: dict[str, float] = {
-    "m1": 68.0, "m1-pro": 200.0, "m1-max": 400.0, "m1-ultra": 800.0,
-    "m2": 100.0, "m2-pro": 200.0, "m2-max": 400.0, "m2-ultra": 800.0,
-    "m3": 100.0, "m3-pro": 150.0, "m3-ultra": 819.0,
-    "m4": 120.0, "m4-pro": 273.0, "m4-max": 546.0,
-    "m5": 153.0,
-}  # fmt: skip
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+# Of a device's name: what says nothing, and the Mac that a chip is in.
+_NOISE = re.compile(r"\b(apple|generation|gen|chip|bionic|ram|memory|with)\b")
+_SCREEN = re.compile(r"\b(11|12\.9|13|14|15|16)[ -]?(inch|in)\b")
+_MAC = re.compile(r"^(macbookair|macbookpro|macmini|macstudio|macpro|imac)(?=m\d)")
+_log = logging.getLogger("apertus_mlx")
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A machine as the planner sees it; `bandwidth` in bytes per second, None where unknown."""
+    """A machine as the planner sees it.
+
+    Attributes:
+        memory_bytes: what one process may use.
+        bandwidth: of the memory, in bytes per second; None where unknown.
+        chip: its name; None for a machine that is only a size.
+        ram_bytes: of the whole device.
+        ram_source: where `ram_bytes` is from, and so on for the others.
+    """
 
     name: str
     memory_bytes: int
     bandwidth: float | None = None
+    chip: str | None = None
+    ram_bytes: int | None = None
+    ram_source: str | None = None
+    memory_source: str | None = None
+    bandwidth_source: str | None = None
+
+
+def known_devices() -> list[Device]:
+    """All of the table, in its order: a device with several sizes of memory once for each."""
+    return [device for _, device in _rows()]
+
+
+def is_all(name: str | None) -> bool:
+    """Whether a `--device` means every one of them."""
+    return name is not None and name.strip().lower() == "all"
 
 
 def parse_device(text: str) -> Device:
     """A device by name, or one that gives a process so much memory.
 
+    Case, spaces and hyphens do not matter: `iphone-15-pro`, `iPhone 15 Pro`, `M3 Max 48GB`. Without
+    a memory it is the smallest that there is.
+
     Raises:
         UsageError: neither a known name nor a size.
     """
-    name = text.strip().lower()
-    if name in PHONES:
-        memory_gb, bandwidth_gb = PHONES[name]
-        return Device(name, int(memory_gb * GB), bandwidth_gb and bandwidth_gb * GB)
-    mac = re.fullmatch(r"(m\d(?:-(?:pro|max|ultra))?)-(\d{1,4})gb", name)
-    if mac and mac[1] in CHIPS:
-        # RAM is sold in binary units.
-        ram_gib = int(mac[2])
-        share = SMALL_MAC_SHARE if ram_gib < LARGE_MAC_GB else LARGE_MAC_SHARE
-        return Device(name, int(ram_gib * 2**30 * share), CHIPS[mac[1]] * GB)
-    if re.match(r"[\d.]", name):
+    key, names = _key(text), _names()
+    if key in names:
+        found = names[key]
+        if len(found) > 1:
+            names_of_all = ", ".join(each.name for each in found[1:])
+            _log.info(f"{text.strip()}: taken as {found[0].name}; there are also {names_of_all}")
+        return found[0]
+    if re.match(r"[\d.]", text.strip()):
         return Device(text.strip(), parse_size(text, "--device"))
+    if key in {_key(name) for name in _table()["too_old"]}:
+        raise UsageError(
+            f"--device {text[:40]!r}: MLX needs Apple's GPU family 7 (A14, M1 and later), which "
+            f"this device does not have"
+        )
+    near = [names[each][0].name for each in get_close_matches(key, names, 3, 0.7)]
+    meant = f"the nearest are {', '.join(dict.fromkeys(near))}; " if near else ""
     raise UsageError(
-        f"--device {text[:40]!r}: unknown; phones: {', '.join(PHONES)}; Macs: chip and memory as "
-        f"m1-8gb (chips {', '.join(CHIPS)}); or a size as 6GB"
+        f"--device {text[:40]!r}: is no known device; {meant}apertus-mlx plan --device all lists "
+        f"them, or give a size as 6GB"
     )
+
+
+def published_bandwidth(chip: str, ram_bytes: int | None = None) -> float | None:
+    """Bytes per second of a Mac's chip by the name that Metal gives it, as `Apple M4 Pro`.
+
+    None for an unknown chip, and for one of two kinds where `ram_bytes` does not tell which.
+    """
+    maker, _, name = chip.partition(" ")
+    kinds = [
+        device
+        for row, device in _rows()
+        if row["name"] == name and maker == "Apple" and not _is_mobile(name)
+    ]
+    fitting = {each.bandwidth for each in kinds if each.ram_bytes == ram_bytes}
+    found = fitting or {each.bandwidth for each in kinds}
+    return found.pop() if len(found) == 1 else None
 
 
 def parse_size(text: str, option: str) -> int:
@@ -83,3 +123,59 @@ def parse_size(text: str, option: str) -> int:
         if 1 <= size < 2**60:
             return int(size)
     raise UsageError(f"{option} {text[:40]!r}: expected a size as 1.2GB, 800MB or 2GiB")
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = Path(__file__).with_name("apple_devices.json").read_text("utf-8")
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+@cache
+def _rows() -> list[tuple[dict[str, Any], Device]]:
+    return list(_read_rows())
+
+
+def _read_rows() -> Iterator[tuple[dict[str, Any], Device]]:
+    table = _table()
+    sources, chips = table["sources"], {chip["name"]: chip for chip in table["chips"]}
+    allowed = {each["ram_gb"]: each for each in table["process_memory"]}
+    for row in table["devices"]:
+        chip, mobile = chips[row["chip"]], _is_mobile(row["name"])
+        for ram_gb in row["ram_gb"]:
+            # RAM is sold in binary units.
+            ram_bytes = ram_gb * 2**30
+            share = SMALL_MAC_SHARE if ram_gb < LARGE_MAC_GB else LARGE_MAC_SHARE
+            memory = allowed[ram_gb]["process_gb"] * GB if mobile else ram_bytes * share
+            process_source = allowed[ram_gb]["source"] if mobile else "metal"
+            name = row["name"].lower().replace(" ", "-")
+            if len(row["ram_gb"]) > 1 or re.match(r"m\d", name):
+                name += f"-{ram_gb}gb"
+            cited = (sources[key] for key in (row["source"], process_source, chip["source"]))
+            bandwidth = chip["gb_per_s"] * GB
+            yield row, Device(name, int(memory), bandwidth, row["chip"], ram_bytes, *cited)
+
+
+@cache
+def _names() -> dict[str, list[Device]]:
+    """Everything that a device answers to; several devices differ in memory, the least first."""
+    names: dict[str, list[Device]] = {}
+    for row, device in _rows():
+        for name in (row["name"], *row.get("also", ())):
+            ram_gb = (device.ram_bytes or 0) // 2**30
+            names.setdefault(_key(name), []).append(device)
+            names[_key(f"{name} {ram_gb}GB")] = [device]
+    return {
+        name: sorted(found, key=lambda each: each.ram_bytes or 0) for name, found in names.items()
+    }
+
+
+def _is_mobile(name: str) -> bool:
+    return name.startswith(("iPhone", "iPad"))
+
+
+def _key(text: str) -> str:
+    """A name without what people write differently: case, spaces, hyphens, the screen's size."""
+    name = re.sub(r"[^a-z0-9.]+", " ", text.lower())
+    name = _SCREEN.sub(" ", re.sub(r"\b(\d+)(st|nd|rd|th)\b", r"\1", name))
+    return _MAC.sub("", _NOISE.sub(" ", name).replace(" ", ""))

@@ -51,7 +51,10 @@ class ProductEmbedding(nn.QuantizedEmbedding):
             # The product is rounded once, the embedding's own row may be twice.
             margin = mx.finfo(embedding.scales.dtype).eps * mx.max(mx.abs(expected))
             if not mx.all(mx.abs(found - expected) <= margin).item():
-                _log.warning("MLX's product with one row is wrong here; rows are gathered")
+                _log.warning(
+                    "MLX's fast product with one row of the embedding is wrong here; a slower way "
+                    "is taken"
+                )
                 return False
         return True
 

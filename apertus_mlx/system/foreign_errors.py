@@ -94,7 +94,7 @@ def _explain_os_error(error: OSError) -> ApertusError | None:
     if error.filename is None:
         where = ""
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error.strerror):
-        return ResourceError(f"{error.strerror}; TMPDIR names another")
+        return ResourceError(f"{error.strerror}; set TMPDIR to a folder that can be written")
     for codes, kind, words in _MEANINGS:
         if code in codes:
             return kind(f"{where}{words.format(error.strerror)}")

@@ -13,17 +13,20 @@ class Progress:
 
     Attributes:
         stage: what is being done, such as `downloading` or `converting`.
-        done: units that are done, in layers also parts of one.
+        done: units that are done.
         total: how many there are; None where that is not known.
-        unit: what is counted.
+        unit: what is counted; `layers` counts runs through a layer, forwards or backwards: a layer
+            counts each time.
         detail: more about the stage, such as a loss; may be empty.
     """
 
     stage: str
-    done: float
-    total: float | None
+    done: int
+    total: int | None
     unit: Literal["bytes", "layers", "tokens"]
     detail: str = ""
 
 
 OnProgress = Callable[[Progress], None]
+# Told a stage, runs through layers that are done, and how many there are.
+OnLayers = Callable[[str, int, int], None]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from apertus_mlx.convert.transforms.weights import unscaled_weights
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.allocate import Choice, allocate
 from apertus_mlx.quant.spec import AFFINE_BITS, QuantSpec
+from apertus_mlx.system.progress import OnLayers
+from apertus_mlx.system.sizes import format_bytes
 
 # Groups that are tried where the user names none: the larger ones often buy a bit elsewhere.
 GROUP_SIZES = (DEFAULT_GROUP_SIZE, 128)
@@ -41,7 +44,6 @@ WINDOWS = 16
 TOLERANCE = 0.01
 _JOINED = re.compile(r"\.[qkv]_proj$")
 
-Progress = Callable[[int, int], None]
 # The plans of all uniform widths; their steps come in one order.
 Plans = Mapping[QuantSpec, Plan]
 
@@ -69,7 +71,7 @@ def allocate_bits(
     directory: Path,
     calibration: Calibration,
     folder: Path,
-    progress: Progress | None = None,
+    progress: OnLayers | None = None,
 ) -> Allocation:
     """Choose formats so that the weights come to the target of `request`.
 
@@ -81,7 +83,7 @@ def allocate_bits(
         directory: of the source.
         calibration: texts to measure on, and others to judge by.
         folder: where an interrupted run with the same arguments has kept what it measured.
-        progress: told layers done and how many there are, in each part of the work.
+        progress: told of the stages `measuring` and `comparing sizes`.
 
     Raises:
         UsageError: the target is out of reach.
@@ -89,7 +91,7 @@ def allocate_bits(
     """
     target = request.target
     assert target is not None
-    report = progress or (lambda done, total: None)
+    report = progress or (lambda stage, done, total: None)
     with Reader(directory) as reader:
         plans = _uniform_plans(source, request, target, reader)
         base = next(iter(plans.values()))
@@ -105,12 +107,11 @@ def allocate_bits(
         judged: dict[str, float] = {}
         if rival is not None and any(spec != rival for spec in formats.values()):
             comparison = HeldOutComparison(
-                SourceWeights(source, reader), directory, calibration, report, folder
-            )
-            judged = {
-                "allocated": comparison.divergence(plan),
-                "uniform": comparison.divergence(plans[rival]),
-            }
+                SourceWeights(source, reader), directory, calibration,
+                partial(report, "comparing sizes"), folder,
+            )  # fmt: skip
+            found = comparison.divergences([plan, plans[rival]])
+            judged = dict(zip(("allocated", "uniform"), found, strict=True))
             if judged["uniform"] < judged["allocated"]:
                 plan, formats = plans[rival], dict.fromkeys(formats, rival)
     record = {
@@ -231,7 +232,7 @@ def _check_reach(target: Target, units: Sequence[Unit], fixed_bytes: int, parame
         low, high = (8 * size / parameters for size in ends)
         raise UsageError(
             f"{target}: out of reach; this model takes from {low:.2f} to {high:.2f} bits per "
-            f"weight, {ends[0] / 1e6:,.1f} to {ends[1] / 1e6:,.1f} MB"
+            f"weight, {format_bytes(ends[0], round_up=True)} to {format_bytes(ends[1])}"
         )
 
 
@@ -241,7 +242,7 @@ def _measure(
     reader: Reader,
     calibration: Calibration,
     folder: Path,
-    report: Progress,
+    report: OnLayers,
 ) -> Divergences:
     base = next(iter(plans.values()))
     depth = base.source.config.num_hidden_layers
@@ -258,7 +259,7 @@ def _measure(
                     with_gptq.add(step.path)
     return predict_divergences(
         unscaled_weights(base, reader), roundings, spread(calibration.sample.windows, WINDOWS),
-        folder, with_gptq, base.dtype, lambda done: report(done, 2 * depth),
+        folder, with_gptq, base.dtype, lambda done: report("measuring", done, 2 * depth),
     )  # fmt: skip
 
 

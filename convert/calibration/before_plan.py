@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.convert.write.target import check_space, check_target
 from apertus_mlx.convert.write.workspace import MEASURED, is_published, open_workspace, partial_path
 from apertus_mlx.errors import UsageError
+from apertus_mlx.system.progress import OnLayers
 
 
 @contextmanager
@@ -40,7 +41,9 @@ def measuring(
         needed: bytes of the output, and of what lies beside it until it is done.
     """
     if target is None:
-        raise UsageError(f"{directory}: something has to be measured for it beside the output")
+        raise UsageError(
+            f"{directory}: its plan needs measurements, which lie beside the output; name one"
+        )
     if resume and is_published(target, fingerprint):
         yield partial_path(target) / MEASURED / name
         return
@@ -59,7 +62,7 @@ def allocate_once(
     directory: Path,
     calibration: Calibration,
     folder: Path,
-    progress: Callable[[int, int], None],
+    progress: OnLayers,
 ) -> Allocation:
     """Formats for a size: chosen now, or by an earlier run that left its choice in `folder`."""
     keep = Keep(folder / "allocation.npz")

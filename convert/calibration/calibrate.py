@@ -93,7 +93,7 @@ def quantize_model(
         specs: affine formats by module path; modules without one stay as they are.
         windows: calibration tokens `[windows, length]`.
         scale_type: what scales and biases will be stored in.
-        progress: told how many of twice the layers are done.
+        progress: told runs through layers that are done, of twice as many as there are layers.
         correction: see `CORRECTION`.
         row_share: see `ROW_SHARE`.
         folder: where the streams are kept, at most once a minute; None keeps nothing.

@@ -98,8 +98,7 @@ def make_codes(
     windows = calibration.sample.windows
     with Reader(source) as reader:
         depth = plan.source.config.num_hidden_layers
-        before = depth if plan.request.smooth else 0
-        total = before + (2 * depth if specs else 0)
+        before, total = depth if plan.request.smooth else 0, layer_runs(plan)
         if plan.request.smooth and load_arrays(folder / SCALES) is None:
             keep = Keep(folder / SMOOTHING)
             scales = smoothing_scales(
@@ -122,6 +121,13 @@ def make_codes(
     (folder / calibrate.STREAMS).unlink(missing_ok=True)
 
 
+def layer_runs(plan: Plan) -> int:
+    """How often `make_codes` runs through a layer."""
+    depth = plan.source.config.num_hidden_layers
+    with_codes = any(step.method == "gptq" for step in plan.steps)
+    return (depth if plan.request.smooth else 0) + (2 * depth if with_codes else 0)
+
+
 def kept_bytes(plan: Plan, tokens: int) -> int:
     """Most that `make_codes` has on disk at once: all codes, and what it goes on from."""
     config = plan.source.config
@@ -141,7 +147,9 @@ def read_codes(folder: Path, step: Step) -> tuple[mx.array, ...]:
     """
     kept = load_arrays(_code_file(folder, step.path))
     if kept is None:
-        raise ResourceError(f"{step.path}: its codes were damaged or taken away meanwhile")
+        raise ResourceError(
+            f"{step.path}: its codes were damaged or taken away meanwhile; start again"
+        )
     weight, *others = (mx.array(kept[part]) for part in PARTS)
     return weight, *(array.astype(MLX_TYPES[step.dtype]) for array in others)
 

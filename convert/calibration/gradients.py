@@ -134,7 +134,9 @@ def trace_layers(
         layer = Layer(weights, index)
         kept = load_arrays(streams[index])
         if kept is None:
-            raise ResourceError(f"{streams[index]}: was damaged or taken away meanwhile")
+            raise ResourceError(
+                f"{streams[index]}: was damaged or taken away meanwhile; start again"
+            )
         before, pieces = kept["stream"], []
         for part in batches(len(windows), windows.shape[1], BACKWARD_TOKENS):
             earlier, traces = backward(layer, mx.array(before[part]), mx.array(gradient[part]))

@@ -6,7 +6,7 @@ Written is only what an interrupted run goes on from.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from apertus_mlx.convert.calibration.calibrated import (
     SEED,
     WINDOW_TOKENS,
     Calibration,
+    layer_runs,
     make_codes,
     read_codes,
 )
@@ -77,6 +78,7 @@ class HeldOutComparison:
         folder: Path,
     ) -> None:
         self._source, self._directory, self._progress = source, directory, progress
+        self._before = self._total = 0
         self._folder = folder
         sample = calibration.sample
         few = replace(sample, windows=spread(sample.windows, WINDOWS))
@@ -86,34 +88,52 @@ class HeldOutComparison:
         )
         self._windows = sample.windows
 
-    def divergence(self, plan: Plan) -> float:
-        """Mean divergence of the predictions from those of the source, in nats."""
+    def divergences(self, plans: Sequence[Plan]) -> list[float]:
+        """Mean divergence of each plan's predictions from those of the source, in nats."""
+        depth = self._source.config.num_hidden_layers
+        self._before, self._total = 0, depth + sum(map(_layer_runs, plans))
+        found = []
+        for plan in plans:
+            found.append(self._divergence(plan))
+            self._before += _layer_runs(plan)
+        return found
+
+    def _divergence(self, plan: Plan) -> float:
         name = plan.fingerprint()[:16]
         keep = Keep(self._folder / f"{name}.npz")
         kept = keep.load()
         if kept is not None:
             return float(kept[0]["divergence"])
         expected = hidden_states(
-            self._source, [self._windows], progress=self._layers,
+            self._source, [self._windows], progress=self._report,
             keep=Keep(self._folder / "expected.npz"),
         )  # fmt: skip
-        folder = self._folder / name
+        folder, depth = self._folder / name, plan.source.config.num_hidden_layers
         folder.mkdir(exist_ok=True)
         if plan.calibrates:
-            make_codes(plan, self._directory, self._calibration, folder, self._progress)
+            make_codes(
+                plan, self._directory, self._calibration, folder,
+                lambda done, _: self._report(depth + done),
+            )  # fmt: skip
         weights = transformed_weights(plan, self._source.reader, folder)
         planned = Planned(weights, plan, folder)
         found = hidden_states(
-            planned, [self._windows], progress=self._layers, keep=Keep(folder / "states.npz")
-        )
+            planned, [self._windows],
+            progress=lambda done: self._report(depth + layer_runs(plan) + done),
+            keep=Keep(folder / "states.npz"),
+        )  # fmt: skip
         errors = token_errors(self._source, expected, planned, found, [self._windows])
         divergence = summarise(errors[0]).kl_mean
         keep.save({"divergence": divergence}, {})
         shutil.rmtree(folder)
         return divergence
 
-    def _layers(self, done: int) -> None:
-        self._progress(done, self._source.config.num_hidden_layers)
+    def _report(self, done: int) -> None:
+        self._progress(self._before + done, self._total)
+
+
+def _layer_runs(plan: Plan) -> int:
+    return layer_runs(plan) + plan.source.config.num_hidden_layers
 
 
 def kept_bytes(config: ModelConfig, codes_bytes: int) -> int:

@@ -51,7 +51,7 @@ def predict_divergences(
         folder: where an interrupted run with the same arguments has kept what it measured.
         gptq_paths: matrices that GPTQ will quantize: what it gains over rounding is counted.
         scale_type: what scales and biases will be stored in.
-        progress: told how many of twice the layers are done.
+        progress: told runs through layers that are done, of twice as many as there are layers.
     """
     config = weights.config
     keep = Keep(folder / "damages.npz")

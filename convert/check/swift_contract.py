@@ -15,6 +15,7 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.quant.spec import QuantSpec
+from apertus_mlx.system.sizes import counted
 
 Level = Literal["error", "warning"]
 
@@ -147,7 +148,11 @@ def check_tensors(
     wide = [key for key, tensor in tensors.items() if tensor.dtype == "F32"]
     if wide:
         found.append(
-            Finding("warning", wide[0], f"{len(wide)} tensors in float32 make MLX compute in it")
+            Finding(
+                "warning",
+                wide[0],
+                f"{counted(len(wide), 'tensor is', 'tensors are')} float32, so MLX computes in it",
+            )
         )
     return found
 

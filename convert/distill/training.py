@@ -175,6 +175,15 @@ class Training:
         _save(self._folder / BEST_FILE, self._parameters(), {})
 
 
+def codes_reach(options: Options, steps: int) -> float:
+    """How far codes can move in so many batches, in steps of a code, if all of them agree.
+
+    Adam moves a number by its rate at most, but for gradients that are mostly nothing. Below half
+    a step no code changes.
+    """
+    return CODES_FACTOR * options.learning_rate * (steps / 2 + 1)
+
+
 def _make_optimizer(options: Options, steps: int) -> optimizers.Optimizer:
     def adam(peak: float) -> optimizers.Optimizer:
         warmup = max(1, round(WARMUP_SHARE * steps))

@@ -10,7 +10,6 @@ are computed once. Memory holds one layer at a time, two heads and two sets of s
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -100,7 +99,7 @@ def measure_all(
         reference: likewise; its tokenizer and chat template are used.
         texts: what to predict.
         tokens_per_language: most tokens of each language.
-        progress: told layers done, and how many there are.
+        progress: told runs through layers that are done, and how many there are.
         folder: where an interrupted measurement of the same models and texts goes on from; None
             keeps nothing.
 
@@ -135,16 +134,17 @@ def measure_all(
                     f"has {expected.config.vocab_size}"
                 )
         layers = [weights.config.num_hidden_layers for weights in (expected, expected, *models)]
-        count = itertools.count(1)
+        report = progress or (lambda done, total: None)
 
-        def done(_: int) -> None:
-            if progress is not None:
-                progress(next(count), sum(layers))
+        def done(number: int) -> Callable[[int], None]:
+            """What the measurement with that number tells its layers."""
+            before = sum(layers[:number])
+            return lambda done: report(before + done, sum(layers))
 
         def kept(name: str) -> Keep:
             return Keep(folder / f"{name}.npz" if folder is not None else None)
 
-        hidden = hidden_states(expected, windows, None, done, kept("expected"))
+        hidden = hidden_states(expected, windows, None, done(0), kept("expected"))
 
         def divergences(found: Weights, states: list[Float32]) -> dict[str | None, Divergence]:
             """Of each language, and of all languages under None."""
@@ -157,13 +157,13 @@ def measure_all(
             }
             return {**by_label, None: summarise(join(errors))}
 
-        rounded = hidden_states(expected, windows, to_bfloat16, done, kept("rounded"))
+        rounded = hidden_states(expected, windows, to_bfloat16, done(1), kept("rounded"))
         floors = divergences(expected, rounded)
         del rounded
         evaluations = []
         for number, found in enumerate(models):
             keep = kept(f"model-{number}")
-            states = hidden_states(found, windows, None, done, keep)
+            states = hidden_states(found, windows, None, done(number + 2), keep)
             own = divergences(found, states)
             del states
             languages = {label: (own[label], floors[label]) for label in by_language}

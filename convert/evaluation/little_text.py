@@ -17,6 +17,7 @@ from dataclasses import replace
 from apertus_mlx.convert.calibration.calibrated import Calibration
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.policy import Method, Request
+from apertus_mlx.system.sizes import counted
 
 ENOUGH_TOKENS = 4096
 
@@ -41,7 +42,7 @@ def choose(
     request = plan.request
     method: Method = "search" if request.method == "gptq" else request.method
     plain = make(replace(request, method=method, smooth=False))
-    text = f"{calibration.sample.name}: {tokens:,} tokens"
+    text = f"{calibration.sample.name}: {counted(tokens, 'token')}"
     if not held_out:
         return plain, (
             f"{text}, of which no part could be held out to judge by; not calibrated, method "

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.system.model_files import checked, open_file
+from apertus_mlx.system.sizes import counted
 
 # Source bytes that are in memory at once, unless one row is larger.
 BLOCK_BYTES = 8 * 2**20
@@ -98,7 +99,8 @@ class Reader(ExitStack):
             if magnitudes.size and magnitudes.max() >= limit:
                 count = int((magnitudes >= limit).sum())
                 raise RejectedError(
-                    f"{tensor.file}: {tensor.name}: {count} values are NaN or infinite (rows "
+                    f"{tensor.file}: {tensor.name}: "
+                    f"{counted(count, 'value is', 'values are')} NaN or infinite (rows "
                     f"{start} to {stop}); the checkpoint is damaged or its training diverged"
                 )
         return _as_stored(tensor, values)

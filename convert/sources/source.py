@@ -20,6 +20,7 @@ from apertus_mlx.checkpoint.matching import Unmatched
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.spec import QuantSpec
+from apertus_mlx.system.sizes import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,8 @@ def refuse_nan(tensor: TensorInfo, broken: npt.NDArray[np.bool_]) -> None:
     """Refuse codes or scales of which some mean NaN."""
     if broken.any():
         raise RejectedError(
-            f"{tensor.file}: {tensor.name}: {broken.sum()} values are NaN; the checkpoint is "
+            f"{tensor.file}: {tensor.name}: "
+            f"{counted(int(broken.sum()), 'value is', 'values are')} NaN; the checkpoint is "
             "damaged or its training diverged"
         )
 

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,36 @@ def test_a_plan_writes_nothing_and_says_what_would_be_written(
     }
 
 
+def assert_each_part_runs_once_to_its_end(told: list[Progress]) -> None:
+    """Nothing goes back or begins again under a name that has been at its end."""
+    parts = [list(part) for _, part in groupby(told, lambda each: (each.stage, each.detail))]
+    assert len(parts) == len({(part[0].stage, part[0].detail) for part in parts})
+    for part in parts:
+        assert len({each.total for each in part}) == 1
+        assert all(before.done <= after.done for before, after in pairwise(part))
+        assert part[-1].done == part[-1].total
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("silent")
+def test_progress_of_a_conversion_to_a_size(source: Path, tmp_path: Path, text: Path) -> None:
+    """Of 2 layers: both ways; the original, two plans with scales, codes and predictions.
+
+    Of so little text methods are compared, too: the original, all that, predictions alone.
+    """
+    options = {"target_bpw": 6.5, "method": "gptq", "smooth": True, "calibration": text}
+    _, told = seen_by(
+        lambda progress: convert_model(source, tmp_path / "out", **options, progress=progress)
+    )
+    assert_each_part_runs_once_to_its_end(told)
+    runs = {each.stage: each.total for each in told if each.unit == "layers"}
+    assert runs == {
+        "measuring": 2 * 2, "comparing sizes": 2 + 2 * 2 * (1 + 2 + 1),
+        "comparing methods": 2 + 2 * (1 + 2 + 1) + 2, "calibrating": 2 * (1 + 2),
+        "evaluating": 2 * 3,
+    }  # fmt: skip
+
+
 @pytest.mark.usefixtures("silent")
 def test_progress_of_a_conversion(source: Path, tmp_path: Path, text: Path) -> None:
     done, told = seen_by(
@@ -141,6 +172,7 @@ def test_progress_of_a_conversion(source: Path, tmp_path: Path, text: Path) -> N
         )
     )
     assert {"calibrating", "converting"} <= {each.stage for each in told}
+    assert_each_part_runs_once_to_its_end(told)
     last = [each for each in told if each.stage == "converting"][-1]
     assert (last.done, last.unit) == (last.total, "bytes")
     assert last.total == done.plan.source_bytes
@@ -284,8 +316,14 @@ def test_progress_of_an_evaluation(source: Path, model: Path, text: Path) -> Non
 
 
 def test_a_distillation_is_that_of_the_command(
-    source: Path, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "apertus_mlx")
     done, told = seen_by(
         lambda progress: distill(
             source, model, tmp_path / "a", text=text, **LEARNING, progress=progress
@@ -302,6 +340,13 @@ def test_a_distillation_is_that_of_the_command(
     learning = [each for each in told if each.stage == "learning"][-1]
     assert learning.done == learning.total == 256
     assert learning.detail.startswith("loss ") and done.history[-1].tokens == 256
+    # Of so little text codes learn nothing, which is said and true.
+    assert "too few for any code to change" in caplog.text
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (model, done.output))
+    codes = [name for name, array in before.items() if array.dtype == mx.uint32]
+    assert codes and all(mx.array_equal(before[name], after[name]) for name in codes)
+    scales = [name for name in before if name.endswith(".scales")]
+    assert not all(mx.array_equal(before[name], after[name]) for name in scales)
 
 
 # --- what is refused
@@ -377,7 +422,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[ApertusError], str]
     (evaluate, {"models": ["x", ""], "reference": "x"}, UsageError, "--models: is empty"),
     (plan, {"model": "nowhere"}, NotFoundError, "no such folder"),
     (plan, {"context": 0}, UsageError, "--context 0: expected 1 to"),
-    (plan, {"device": "iphone-99"}, UsageError, "unknown"),
+    (plan, {"device": "iphone-99"}, UsageError, "is no known device"),
     (plan, {"kv_bits": 5}, UsageError, "--kv-bits"),
     (verify, {"directory": "nowhere"}, NotFoundError, "no such folder"),
     (evaluate, {"models": [], "reference": "x"}, UsageError, "give at least one"),

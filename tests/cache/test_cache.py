@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +21,7 @@ from apertus_mlx.cache import (
 )
 from apertus_mlx.cache import attention as segmented
 from apertus_mlx.cache.codes import quantize
-from apertus_mlx.cache.config import STEP
+from apertus_mlx.cache.config import STEP, read_cache_form
 from apertus_mlx.cache.protocol import Cache
 from apertus_mlx.cache.segments import rotate
 from apertus_mlx.cache.store import capacity_for
@@ -334,6 +335,29 @@ def test_a_model_computes_the_same_in_chunks(form: CacheConfig) -> None:
 def test_impossible_forms_are_refused(values: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CacheConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((None, None, None, 8, None), "--kv-sink: .* give --max-kv or --kv-bits"),
+        ((16, None, None, 8, None), "--kv-sink"),
+        ((None, None, 100, None, True), "--kv-rotate: .* give --kv-bits"),
+        ((16, 4, None, None, True), "--kv-rotate"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        read_cache_form(*options)
+
+
+def test_options_that_do_something_are_taken() -> None:
+    assert read_cache_form(None, None, 100, 8, False) == CacheConfig(
+        bound=100, sinks=8, rotate=False
+    )
+    assert read_cache_form(4, None, None, 8, None) == CacheConfig(4, 4, sinks=8)
+    assert read_cache_form(None, 4, None, 0, None) == CacheConfig(16, 4, sinks=0)
+    assert read_cache_form(4, None, None, None, True) == CacheConfig(4, 4, rotate=True)
 
 
 def test_heads_that_do_not_divide_are_refused_at_the_start() -> None:

@@ -266,7 +266,7 @@ def test_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
     def spoil(w: dict[str, Any]) -> None:
         w[UP][3, 4] = w[UP][5, 6] = value
 
-    with pytest.raises(RejectedError, match=f"{UP}: 2 values not finite"):
+    with pytest.raises(RejectedError, match=f"{UP}: 2 values are not finite; the"):
         load_model(write_with(tmp_path, spoil))
 
 

@@ -82,12 +82,15 @@ def test_a_log_gets_few_plain_lines(clock: Clock, monkeypatch: pytest.MonkeyPatc
 
 
 def test_units_and_stages_without_an_end(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    for unit, expected in (("layers", "measuring: 3.3/24 layers"), ("tokens", "3.30/24.0 tokens")):
+    for unit, expected in (
+        ("layers", "measuring: 3/24 layer runs"),
+        ("tokens", "3.00/24.0 tokens"),
+    ):
         monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
         with show_progress() as progress:
             progress(Progress("measuring", 0, 24, unit))  # type: ignore[arg-type]
             clock.now += 11
-            progress(Progress("measuring", 3.3000001, 24, unit))  # type: ignore[arg-type]
+            progress(Progress("measuring", 3, 24, unit))  # type: ignore[arg-type]
         assert expected in stream.getvalue()
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     with show_progress() as progress:
@@ -95,6 +98,21 @@ def test_units_and_stages_without_an_end(clock: Clock, monkeypatch: pytest.Monke
         clock.now += 11
         progress(Progress("loading", 22_000_000, None, "bytes"))
     assert stream.getvalue() == "loading: 22.0MB, 2.00MB/s\n"
+
+
+def test_nothing_is_left_at_the_end_and_what_begins_again_counts_anew(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with show_progress() as progress:
+        for done in (0, 10, 20, 2, 4):
+            progress(Progress("downloading", done * 10**6, 20 * 10**6, "bytes"))
+            clock.now += 10
+    assert stream.getvalue().splitlines() == [
+        "downloading: 10.0M/20.0MB, 1.00MB/s, 00:10 left",
+        "downloading: 20.0M/20.0MB, 1.00MB/s",
+        "downloading: 4.00M/20.0MB, 200kB/s, 01:20 left",
+    ]
 
 
 def test_streams_that_are_closed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,7 @@ REJECTED: dict[str, tuple[Change, str]] = {
     ),
     "26 two alphas": (tensor_change(ALPHA, build.raw(np.zeros(2), "BF16")), "alpha_p"),
     "26 no alpha": (tensor_change(ALPHA, None), "alpha_p"),
-    "27 NaN": (tensor_change(UP, with_value((256, 128), np.nan)), "up_proj.*1 values are NaN"),
+    "27 NaN": (tensor_change(UP, with_value((256, 128), np.nan)), "up_proj.*1 value is NaN"),
     "27 infinity": (tensor_change(NORM, with_value((128,), np.inf)), "norm.*NaN or infinite"),
     "29 missing shard": (missing_shard, "missing"),
     "29 extra shard": (extra_shard, "not named"),

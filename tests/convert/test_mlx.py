@@ -172,6 +172,6 @@ def test_nan_in_a_float_format_is_refused(
     values = mx.dequantize(*parts, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
     assert not mx.isfinite(values).all()
     build.write_safetensors(folder / "model.safetensors", tensors)
-    with pytest.raises(RejectedError, match=rf"{name}: 1 values are NaN"):
+    with pytest.raises(RejectedError, match=rf"{name}: 1 value is NaN"):
         convert(prepare(folder, request_, "x"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

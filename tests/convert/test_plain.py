@@ -120,6 +120,35 @@ def test_float32_weights_are_rounded_once_and_then_quantized(tmp_path: Path) -> 
     assert {tensor.dtype for tensor in found.values()} == {"U32", "BF16"}
 
 
+def test_what_the_plan_says_of_rounding_holds(tmp_path: Path) -> None:
+    """Also of a row so small that float16 has nothing for it."""
+    values = build.config()
+    tensors = build.random_tensors(values, "BF16")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = build.floats(tensors[name])
+    weight[0], weight[1] = 2e-8, np.linspace(1e-8, 1e-4, weight.shape[1])
+    tensors[name] = build.raw(weight, "BF16")
+    source = build.write_checkpoint(tmp_path / "in", values, tensors)
+    job = prepare(source, Request(dtype="F16"), "x")
+    [note] = [each for each in job.plan.notes if "BF16 rounded to F16" in each]
+    assert "error up to 0.05 %; below 6.1e-5 absolute, up to 3e-8" in note
+    found = run(source, tmp_path / "out", Request(dtype="F16"))
+    before, after = build.floats(tensors[name]), build.floats(found[name])
+    error, small = np.abs(after - before), np.abs(before) < 6.1e-5
+    assert not after[0].any() and small.any() and not small.all()
+    assert (error[~small] <= 0.0005 * np.abs(before[~small])).all()
+    assert (error[small] <= 3e-8).all() and error.max() > 1e-8
+
+
+def test_one_thing_is_named_in_the_singular(tmp_path: Path) -> None:
+    values = build.config()
+    tensors = build.random_tensors(values)
+    del tensors["model.layers.0.mlp.act_fn.beta"]
+    source = build.write_checkpoint(tmp_path / "in", values, tensors)
+    notes = prepare(source, Request(), "x").plan.notes
+    assert "1 xIELU constant is absent: beta 0.5 and eps -1e-6 are written" in notes
+
+
 def test_shards_and_index_describe_each_other(tmp_path: Path) -> None:
     source = build.write_checkpoint(tmp_path / "in")
     found = run(source, tmp_path / "out", Request(QuantSpec(4, 64)), max_shard_bytes=40_000)

@@ -28,7 +28,6 @@ from apertus_mlx.memory import (
     footprint,
     largest_context,
     parse_device,
-    parse_size,
 )
 from apertus_mlx.memory.footprint import (
     GPU_16_BIT,
@@ -115,21 +114,6 @@ def test_planned_cache_bytes_are_those_allocated(positions: int, form: CacheConf
         cache.update_and_fetch(rows, rows)
         done += length
     assert cache.nbytes * config.num_hidden_layers == kv_bytes(config, form, positions, 4)
-
-
-def test_devices() -> None:
-    assert parse_device("iphone-15-pro").memory_bytes == 5_500_000_000
-    assert parse_device("M1-8GB").memory_bytes == pytest.approx(2 / 3 * 8 * 2**30, rel=1e-6)
-    # What Metal recommended on real machines.
-    assert parse_device("m5-32gb").memory_bytes == pytest.approx(21_845 * 2**20, rel=1e-4)
-    assert parse_device("m4-pro-48gb").bandwidth == 273e9
-    assert parse_device("1.5 GiB").memory_bytes == 3 * 2**29
-    for wrong in ("iphone-99", "m9-8gb", "", "-5GB", "5 apples", "nan", "1e9GB", "0GB"):
-        with pytest.raises(UsageError):
-            parse_device(wrong)
-    for wrong in ("GB", "-1", "inf", "1_0", "9" * 30):
-        with pytest.raises(UsageError, match="--memory-limit"):
-            parse_size(wrong, "--memory-limit")
 
 
 def test_more_context_less_precision_then_refusal() -> None:

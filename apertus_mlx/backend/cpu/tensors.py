@@ -21,6 +21,7 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import unpack
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import open_file
+from apertus_mlx.system.sizes import counted
 
 # How activations are rounded in products with quantized weights.
 Precision = Literal["auto", "float32", "int8"]
@@ -87,8 +88,10 @@ class Tensors:
         """A floating-point tensor in float32."""
         values = _widened(self._read(name))
         if not np.isfinite(values).all():
-            count = np.count_nonzero(~np.isfinite(values))
-            raise RejectedError(f"{self._checkpoint.directory}: {name}: {count} values not finite")
+            wrong = counted(int(np.count_nonzero(~np.isfinite(values))), "value is", "values are")
+            raise RejectedError(
+                f"{self._checkpoint.directory}: {name}: {wrong} not finite; the weights are damaged"
+            )
         return values
 
     def scalar(self, name: str) -> float:
@@ -152,7 +155,9 @@ class Tensors:
                 offset = info.offset + index * size_bytes
                 data = os.pread(number, size_bytes, offset)
                 if len(data) != size_bytes:
-                    raise RejectedError(f"{path}: has been changed while the model is in use")
+                    raise RejectedError(
+                        f"{path}: was changed while the model is in use; load it again"
+                    )
                 row[:] = np.frombuffer(data, kind)
             return rows
 

@@ -15,7 +15,7 @@ from apertus_mlx.cache.config import CacheConfig
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import Inventory
-from apertus_mlx.memory.devices import CHIPS, GB
+from apertus_mlx.memory.devices import published_bandwidth
 from apertus_mlx.memory.footprint import kv_bytes_per_position
 
 # More than any cache holds; moved so many times, of which the fastest counts.
@@ -35,16 +35,9 @@ class Bandwidth:
         return self.published or self.measured
 
 
-def find_bandwidth(chip: str) -> Bandwidth:
+def find_bandwidth(chip: str, ram_bytes: int) -> Bandwidth:
     """Of this machine, whose chip MLX calls `chip`; measuring takes a second."""
-    return Bandwidth(published_bandwidth(chip), _on_gpu() if has_gpu() else _on_cpu())
-
-
-def published_bandwidth(chip: str) -> float | None:
-    """Bytes per second of a chip by the name that Metal gives it, as `Apple M4 Pro`."""
-    maker, _, name = chip.partition(" ")
-    known = CHIPS.get(name.lower().replace(" ", "-")) if maker == "Apple" else None
-    return known and known * GB
+    return Bandwidth(published_bandwidth(chip, ram_bytes), _on_gpu() if has_gpu() else _on_cpu())
 
 
 def _on_gpu() -> float:

@@ -69,7 +69,9 @@ def make_workload(
     """
     room = context_length - new_tokens - 1
     if room < 1:
-        raise UsageError(f"--new-tokens {new_tokens}: the model's context is {context_length}")
+        raise UsageError(
+            f"--new-tokens {new_tokens}: the model's context is {context_length}; give fewer"
+        )
     workload = Workload(
         _counts("--prompt-tokens", prompt_tokens, 1, (128, 512, 2048), context_length - 1),
         _counts("--depths", depths, 0, (0, 1024, 4096), room),
