@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -288,3 +289,24 @@ def test_code_in_the_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
     assert take_inventory(folder).config.asks_for_code == ("auto_map", "model_file")
     load_model(folder)
     assert not canary.exists()
+
+
+def test_variants_are_left_alone(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "single", config_4x())
+    whole = open_checkpoint(folder)
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    assert open_checkpoint(folder) == whole
+    folder = write_checkpoint(tmp_path / "sharded", config_4x(), shards=2)
+    whole = open_checkpoint(folder)
+    for number in (1, 2):
+        (folder / f"model.fp16-0000{number}-of-00002.safetensors").write_bytes(b"")
+    assert open_checkpoint(folder) == whole
+
+
+def test_a_variant_alone_is_the_model(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, config_4x())
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    assert open_checkpoint(folder).files == ("model.fp16.safetensors",)
+    shutil.copy(folder / "model.fp16.safetensors", folder / "model.bf16.safetensors")
+    with pytest.raises(RejectedError, match="which are the model's"):
+        open_checkpoint(folder)
