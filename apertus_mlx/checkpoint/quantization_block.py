@@ -14,11 +14,16 @@ from apertus_mlx.quant.spec import FLOAT_MODES, QuantSpec
 # A method's name, and the block that says how.
 Foreign = tuple[str, Mapping[str, Any]]
 
+# Methods whose weights `convert` reads.
+CONVERTIBLE = ("compressed-tensors", "gptq", "awq", "auto-round", "fp8")
+# Methods that compress plain weights when they are loaded: their block may stand beside such.
+AT_LOADING = ("bitsandbytes",)
+
 # What stands beside bits, group size and mode in an MLX block.
 _MLX_EXTRAS = frozenset({"quant_method", "linear_class", "quantization_mode"})
 _MLX_KEYS = frozenset({"bits", "group_size", "mode"}) | _MLX_EXTRAS
 # Methods whose blocks may hold no other keys than MLX's.
-_NEVER_MLX = frozenset({"gptq", "awq", "auto-round"})
+_NEVER_MLX = frozenset({*CONVERTIBLE, *AT_LOADING, "intel/auto-round"})
 # What MLX takes where affine weights say nothing.
 _AFFINE_DEFAULTS = 4, 64
 
@@ -48,11 +53,20 @@ def parse_quantization(keys: KeyReader, name: str) -> tuple[Quantization | None,
     if block is not None and other is not None and dict(block) != dict(other):
         raise RejectedError(f"{name}: quantization and quantization_config disagree")
     if block is None and other is not None and _is_foreign(other):
-        return None, (str(other["quant_method"]), other)
+        return None, (str(other["quant_method"]).removeprefix("intel/"), other)
     block = block if block is not None else other
     if block is None:
         return None, None
     return _parse_mlx(block, f"{name}: quantization"), None
+
+
+def unread(name: str, method: str) -> RejectedError:
+    """The error for weights of a method that nothing here reads."""
+    return RejectedError(
+        f"{name}: quantized by {method[:40]!r}, which is not read; use the checkpoint that it was "
+        "made from (of a fine-tune: merged in 16 bits), or a compressed-tensors, GPTQ, AWQ or "
+        "AutoRound version"
+    )
 
 
 def _is_foreign(block: Mapping[str, Any]) -> bool:

@@ -281,7 +281,7 @@ def test_reordered_columns_are_refused_by_name(tmp_path: Path) -> None:
     prepare(source, Request(), "x")
     tensors[f"{MODULES[0]}.weight_g_idx"] = build.raw(order[::-1].copy())
     build.write_safetensors(source / "model.safetensors", tensors)
-    with pytest.raises(RejectedError, match=r"up_proj.weight_g_idx.*act-order"):
+    with pytest.raises(RejectedError, match=r"up_proj.*act-order"):
         prepare(source, Request(), "x")
 
 
