@@ -57,5 +57,10 @@ def quantized(base: Path, folder: Path, form: str, scheme: str, options: dict[st
         return values_of_mlx(folder)
     if "FP" in scheme and form == "auto_round":
         return {}  # its kernels for these need a GPU; llm_compressor holds the same tensors
-    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    unpacked = {}
+    if form == "llm_compressor":
+        from transformers import CompressedTensorsConfig
+
+        unpacked = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **unpacked)
     return values_of(loaded)

@@ -310,3 +310,23 @@ def test_a_variant_alone_is_the_model(tmp_path: Path) -> None:
     shutil.copy(folder / "model.fp16.safetensors", folder / "model.bf16.safetensors")
     with pytest.raises(RejectedError, match="which are the model's"):
         open_checkpoint(folder)
+
+
+BITSANDBYTES = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+}  # fmt: skip
+
+
+def test_a_block_about_loading_beside_plain_weights(tmp_path: Path) -> None:
+    """A fine-tune that was loaded in 4 bits, then merged and saved in 16."""
+    plain = config_4x()
+    folder = write_checkpoint(tmp_path / "merged", {**plain, "quantization_config": BITSANDBYTES})
+    ours = load_model(folder)(mx.array([[1, 2, 3]]))
+    theirs = load_model(write_checkpoint(tmp_path / "plain", plain))(mx.array([[1, 2, 3]]))
+    assert mx.array_equal(ours, theirs)
+    weights = random_weights(plain)
+    weights["lm_head.weight"] = np.zeros((384, 64), np.uint8)
+    block = {**plain, "quantization_config": BITSANDBYTES}
+    folder = write_checkpoint(tmp_path / "packed", block, weights)
+    with pytest.raises(RejectedError, match=r"'bitsandbytes', which is not read; use the"):
+        take_inventory(folder)
