@@ -55,6 +55,10 @@ def quantized(base: Path, folder: Path, form: str, scheme: str, options: dict[st
         from benchmarks.neighbours.with_mlx_lm import values_of as values_of_mlx
 
         return values_of_mlx(folder)
+    if form == "auto_gptq":
+        from benchmarks.neighbours.with_gptqmodel import values_of as values_of_gptq
+
+        return values_of_gptq(folder)
     if "FP" in scheme and form == "auto_round":
         return {}  # its kernels for these need a GPU; llm_compressor holds the same tensors
     unpacked = {}

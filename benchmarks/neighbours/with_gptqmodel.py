@@ -36,25 +36,34 @@ def cases() -> list[Case]:
 
 
 def quantized(base: Path, folder: Path, options: dict[str, Any]) -> Values:
-    import os
-
-    # It divides the processors among pools of which each wants two.
-    os.cpu_count = lambda: 4
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    _enough_processors()
+    from gptqmodel import GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(str(base), QuantizeConfig(**options), device="cpu")
     model.quantize(TEXTS, batch_size=1)
     model.save(str(folder))
-    loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu")
-    return _values(loaded.model)
+    return values_of(folder)
 
 
-def _values(model: Any) -> Values:
+def _enough_processors() -> None:
+    """Let it think that there are four: it divides them among pools of which each wants two."""
+    import os
+
+    os.cpu_count = lambda: 4
+
+
+def values_of(folder: Path) -> Values:
+    """What each module of a folder means, by the library's loader and its `dequantize_weight`."""
+    _enough_processors()
     import numpy as np
     import torch
+    from gptqmodel import BACKEND, GPTQModel
 
+    loaded = GPTQModel.load(
+        str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16
+    )
     found = {}
-    for path, module in model.named_modules():
+    for path, module in loaded.model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             values = module.weight
         elif hasattr(module, "dequantize_weight"):

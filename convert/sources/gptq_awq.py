@@ -158,9 +158,14 @@ def _packing(method: str, block: Mapping[str, Any], where: str) -> Packing:
         size,
         symmetric and all(entry.get("sym", True) is True for entry in exceptions),
         offset,
-        any(entry.get("desc_act") is True for entry in (block, *exceptions)),
+        any(map(_reorders, (block, *exceptions))),
         bool(exceptions),
     )
+
+
+def _reorders(entry: Mapping[str, Any]) -> bool:
+    """Whether columns may lie apart from their group; static groups are made before the order."""
+    return entry.get("desc_act") is True and entry.get("static_groups") is not True
 
 
 def _exceptions(block: Mapping[str, Any]) -> list[Mapping[str, Any]]:

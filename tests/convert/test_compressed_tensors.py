@@ -272,6 +272,20 @@ def test_bits_need_a_decision(tmp_path: Path) -> None:
     assert steps["model.embed_tokens"] == "quantize"
 
 
+@pytest.mark.parametrize("name", ["float8_channel", "float8_tensor", "nvfp4"])
+def test_what_was_kept_with_a_factor_converts_again(name: str, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "in", name)
+    convert(prepare(source, Request(), "x"), tmp_path / "kept")
+    convert(prepare(tmp_path / "kept", Request(), "x"), tmp_path / "again")
+    assert build.read_folder(tmp_path / "kept") == build.read_folder(tmp_path / "again")
+    request = Request(dequantize=True, dtype="F32")
+    convert(prepare(tmp_path / "kept", request, "x"), tmp_path / "plain")
+    found = build.read_folder(tmp_path / "plain")
+    for module in MODULES:
+        values = build.floats(found[f"{module}.weight"])
+        assert np.allclose(values, reference(name, module), rtol=2**-22, atol=0)
+
+
 def test_activation_order_is_named_and_its_values_are_kept(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "in", "int4_symmetric_64")
     tensors = build.read_folder(source)
