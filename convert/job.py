@@ -153,8 +153,7 @@ def prepare(
                 "head"
             )
     with Reader(directory) as reader:
-        for matrix in source.matrices.values():
-            matrix.check(reader)
+        source = source.settled(reader)
         size = files[TOKENIZER].size_bytes
         report = progress or (lambda stage, done, total: None)
         calibration = chosen = None

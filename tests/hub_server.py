@@ -77,6 +77,7 @@ class HubServer(ThreadingHTTPServer):
         self.ignore_range = False
         self.lie_about_range = False
         self.status: Callable[[Request], int | None] = lambda request: None
+        self.status_headers: dict[str, str] = {}  # beside such a status
         self.stall: Callable[[Request], bool] = lambda request: False
         self.after_request: Callable[[Request], None] = lambda request: None
         self.token: str | None = None  # the only one accepted
@@ -124,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         status = hub.status(request)
         if status is not None:
-            self._send(status, b'{"error": "injected"}')
+            self._send(status, b'{"error": "injected"}', hub.status_headers)
         else:
             self._route([unquote(part) for part in urlsplit(self.path).path.split("/")[1:]])
         hub.after_request(request)

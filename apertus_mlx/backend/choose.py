@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from apertus_mlx.backend import hardware
+from apertus_mlx.backend.cpu.limits import CPUCannotError
 from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ApertusError, UsageError
@@ -42,7 +43,8 @@ def load_for(
     Args:
         inventory: the checkpoint.
         compute: `mlx`; `cpu` for the CPU path; `auto`: that one where MLX has no GPU, unless
-            another `dtype` than float32 is asked for or it cannot be had (then with a note).
+            another `dtype` than float32 is asked for or it cannot be had or cannot run this
+            checkpoint (then with a note).
         dtype: see `load_model`.
         precision: of activations on the CPU path; see `CPUModel`.
         on_bytes: is told the bytes read so far and in all.
@@ -59,6 +61,10 @@ def load_for(
         from apertus_mlx.backend.cpu.model import CPUModel
 
         return CPUModel(inventory, precision, on_bytes)
+    except CPUCannotError as error:
+        if compute == "cpu":
+            raise
+        reason = str(error)
     except ApertusError:
         raise
     except Exception as error:
@@ -73,6 +79,6 @@ def load_for(
         foreign = missing or type(error).__module__.startswith("onnxruntime")
         if compute == "cpu" or not foreign:
             raise
-        reason = " ".join(str(error).split())[:200]
-    _log.warning("slow: MLX has no GPU here and onnxruntime cannot be used (%s)", reason)
+        reason = f"onnxruntime cannot be used ({' '.join(str(error).split())[:200]})"
+    _log.warning("slow: MLX has no GPU here, and %s", reason)
     return load_inventory(inventory, dtype, on_bytes)

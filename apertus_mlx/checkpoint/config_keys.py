@@ -67,6 +67,13 @@ class KeyReader:
         """A JSON string, or None where the key is absent or null."""
         return self._typed(key, str, "a string")
 
+    def either_text(self, key: str, older: str) -> str | None:
+        """A text under one of two keys, or the same under both."""
+        new, old = self.optional_text(key), self.optional_text(older)
+        if new and old and new != old:
+            raise RejectedError(f"{self._name}: {key} {new!r} and {older} {old!r} disagree")
+        return new or old
+
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         """A JSON object, or None where the key is absent or null."""
         return self._typed(key, dict, "an object or null")
@@ -87,8 +94,12 @@ class KeyReader:
         self._read.update(keys)
 
     def unread(self) -> list[str]:
-        """The keys that nothing has read, but for comments (`_...`)."""
-        return sorted(key for key in self._values.keys() - self._read if not key.startswith("_"))
+        """The keys that nothing has read, but for comments (`_...`) and those that are null."""
+        return sorted(
+            key
+            for key in self._values.keys() - self._read
+            if not key.startswith("_") and self._values[key] is not None
+        )
 
     def refuse_unread(self) -> None:
         """Refuse the first keys that nothing has read: they may change the model's meaning."""

@@ -73,7 +73,8 @@ def header_length(first_bytes: bytes, file_size: int, name: str) -> int:
         raise RejectedError(f"{name}: declares a header of {length} bytes; not a safetensors file")
     if length < 2 or 8 + length > file_size:
         raise RejectedError(
-            f"{name}: declares a header of {length} bytes in a file of {file_size}: truncated?"
+            f"{name}: declares a header of {length} bytes in a file of {file_size}: truncated? "
+            "Fetch the file again"
         )
     return length
 
@@ -100,6 +101,7 @@ def parse_header(raw: bytes, file_size: int, file: str, name: str) -> list[Tenso
         position += tensor.size_bytes
     if position != file_size:
         problem = "truncated" if position > file_size else "followed by other bytes"
+        problem += "; fetch the file again"
         raise RejectedError(
             f"{name}: holds {file_size} bytes where its header describes {position}: {problem}"
         )

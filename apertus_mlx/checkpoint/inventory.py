@@ -12,7 +12,8 @@ from pathlib import Path
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig, read_config
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.checkpoint.matching import FLOAT_DTYPES, Unmatched
+from apertus_mlx.checkpoint.matching import FLOAT_DTYPES, Unmatched, without_left_over
+from apertus_mlx.checkpoint.quantization_block import CONVERTIBLE, unread
 from apertus_mlx.checkpoint.slopes import check_slopes
 from apertus_mlx.checkpoint.tensors import Checkpoint, open_checkpoint
 from apertus_mlx.errors import RejectedError
@@ -136,10 +137,13 @@ def match_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         RejectedError: see `take_inventory`.
     """
     name = checkpoint.name
+    config = without_left_over(config, checkpoint.tensors)
     if config.foreign_quantization is not None:
+        method = config.foreign_quantization[0]
+        if method not in CONVERTIBLE:
+            raise unread(name, method)
         raise RejectedError(
-            f"{name}: weights are quantized by {config.foreign_quantization[0]!r}; "
-            "convert them first: apertus-mlx convert"
+            f"{name}: weights are quantized by {method!r}; convert them first: apertus-mlx convert"
         )
     if config.family != "apertus":
         raise RejectedError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.quantization_block import AT_LOADING
 from apertus_mlx.errors import RejectedError
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -18,6 +20,18 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 MAX_NAMES_SHOWN = 10
 
 T = TypeVar("T")
+
+
+def without_left_over(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+    """The config without a block that only says how weights are to be loaded.
+
+    A model that was loaded compressed, then merged and saved in 16 bits, may still carry it.
+    """
+    if config.foreign_quantization is None or config.foreign_quantization[0] not in AT_LOADING:
+        return config
+    if any(tensor.dtype not in FLOAT_DTYPES for tensor in tensors.values()):
+        return config
+    return replace(config, foreign_quantization=None)
 
 
 class Unmatched:

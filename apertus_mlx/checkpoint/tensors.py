@@ -5,6 +5,7 @@ Nothing outside the folder is opened, apart from the blobs that a Hugging Face c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from apertus_mlx.system.strict_json import read_object
 
 COMPARE_BLOCK_BYTES = 2**22
 INDEX_FILE = "model.safetensors.index.json"
+_VARIANT = re.compile(r"model\.[A-Za-z0-9_-]+\.safetensors")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.gguf", "*.npz", "*.npy", "*.h5", "*.msgpack")
 
 
@@ -76,7 +78,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
     With an index, exactly the files that it names are read, and it must agree with their headers;
     without one, all `model*.safetensors` (else the only `*.safetensors`), which must not share a
-    tensor.
+    tensor. Variants (`model.fp16.safetensors`) beside them are left alone.
 
     Raises:
         NotFoundError: there is no such folder.
@@ -143,10 +145,22 @@ def read_weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
     return weight_map
 
 
+def without_variants(names: Iterable[str]) -> list[str]:
+    """The weight files of the model itself: variants are left out where there are others.
+
+    A variant is the same model once more, in another type or split otherwise; transformers puts
+    its name between `model` and the rest: `model.fp16.safetensors`,
+    `model.fp16-00001-of-00002.safetensors`.
+    """
+    files = sorted(names)
+    return [name for name in files if not _VARIANT.fullmatch(name)] or files
+
+
 def _weight_files(directory: Path) -> list[str]:
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    names = without_variants(path.name for path in directory.glob("*.safetensors"))
     files = [name for name in names if name.startswith("model")] or names
-    if files and len(files) > 1 and not files[0].startswith("model"):
+    which = not files or not files[0].startswith("model") or _VARIANT.fullmatch(files[0])
+    if which and len(files) > 1:
         raise RejectedError(
             f"{directory}: {len(files)} *.safetensors files without {INDEX_FILE}: "
             "which are the model's?"
@@ -164,6 +178,7 @@ def _weight_files(directory: Path) -> list[str]:
 
 def _refuse_stray_shards(directory: Path, files: list[str]) -> None:
     stray = {path.name for path in directory.glob("model*.safetensors")} - set(files)
+    stray = {name for name in stray if not _VARIANT.fullmatch(name)}
     if stray:
         raise RejectedError(
             f"{directory}: {sorted(stray)[0]} is not named in {INDEX_FILE}; "

@@ -6,16 +6,29 @@ Owns the wording of every failure of the network, of access and of the cache fol
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 from apertus_mlx.errors import ApertusError, NotFoundError, ResourceError
 
+_LIMIT_LIFTED = re.compile(r"\bt=(\d{1,9})")
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 class UnreachableError(NotFoundError):
-    """The Hub did not answer, or not properly; the same request may work later."""
+    """The Hub did not answer, or not properly; the same request may work later.
+
+    Attributes:
+        wait_s: where the Hub says that it is busy or fails for the moment, the seconds after which
+            it wants to be asked again, 0 where it names none; else None.
+    """
+
+    def __init__(self, message: str, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
 
 
 @contextmanager
@@ -56,7 +69,8 @@ def _explain(error: BaseException, repo_id: str, revision: str) -> Exception | N
             f"if it is private, {login}"
         )
     if isinstance(cause, errors.HfHubHTTPError):
-        return _explain_status(cause.response.status_code, repo_id, hub, login)
+        status, headers = cause.response.status_code, cause.response.headers
+        return _explain_status(status, headers, repo_id, hub, login)
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return NotFoundError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to reach {hub}")
     if "LocalProtocolError" in kinds:  # its text may quote the token
@@ -91,17 +105,41 @@ def not_the_hub(repo_id: str) -> UnreachableError:
     )
 
 
-def _explain_status(status: int, repo_id: str, hub: str, login: str) -> NotFoundError:
+def _explain_status(
+    status: int, headers: Mapping[str, str], repo_id: str, hub: str, login: str
+) -> NotFoundError:
+    wait_s = seconds_to_wait(headers)
+    moment = f"wait {wait_s:.0f} s" if wait_s else "wait some minutes"
     words = {
         401: f"refuses the token (HTTP 401); {login}",
         403: f"forbids access (HTTP 403); {login}, or ask for it",
         404: "lacks a file (HTTP 404)",
-        429: f"had too many requests (HTTP 429); wait some minutes, or {login}",
+        429: f"had too many requests (HTTP 429); {moment}, or {login}",
     }.get(status, f"refuses the request (HTTP {status})")
     if status >= 500:
-        words = f"fails (HTTP {status}); try again later"
-    later = status == 429 or status >= 500
-    return (UnreachableError if later else NotFoundError)(f"{repo_id}: {hub} {words}")
+        words = f"fails (HTTP {status}); {f'wait {wait_s:.0f} s' if wait_s else 'try again later'}"
+    message = f"{repo_id}: {hub} {words}"
+    if status == 429 or status >= 500:
+        return UnreachableError(message, wait_s)
+    return NotFoundError(message)
+
+
+def seconds_to_wait(headers: Mapping[str, str]) -> float:
+    """The seconds that `Retry-After` or `RateLimit` name; 0 where neither does.
+
+    `Retry-After` holds seconds or a date (RFC 9110); `RateLimit` ends with `t=` and the seconds
+    after which the limit is lifted.
+    """
+    after = headers.get("Retry-After", "").strip()
+    if after.isdecimal():
+        return float(after[:9])
+    try:
+        date = parsedate_to_datetime(after)
+    except ValueError:
+        limit = _LIMIT_LIFTED.search(headers.get("RateLimit", ""))
+        return float(limit[1]) if limit else 0.0
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max(0.0, (date - datetime.now(UTC)).total_seconds())
 
 
 def _explain_os_error(error: OSError, repo_id: str, reason: str) -> Exception | None:

@@ -10,10 +10,15 @@ import re
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from apertus_mlx.checkpoint.tensors import without_variants
 from apertus_mlx.errors import UsageError
-from apertus_mlx.hub.errors import explained, not_the_hub
+from apertus_mlx.hub.errors import not_the_hub
+from apertus_mlx.hub.patience import patiently
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 _NAMES = frozenset(
     {
@@ -116,10 +121,11 @@ def list_files(repo_id: str, revision: str | None = None) -> Listing:
 
     check_request(repo_id, revision)
     wanted = revision or "main"
-    with explained(repo_id, wanted):
-        api = HfApi(endpoint=constants.ENDPOINT, library_name="apertus-mlx")
+    api = HfApi(endpoint=constants.ENDPOINT, library_name="apertus-mlx")
+
+    def ask() -> ModelInfo:
         try:
-            info = api.model_info(
+            return api.model_info(
                 repo_id,
                 revision=wanted,
                 files_metadata=True,
@@ -127,13 +133,16 @@ def list_files(repo_id: str, revision: str | None = None) -> Listing:
             )
         except (LookupError, TypeError, AttributeError, JSONDecodeError) as error:
             raise not_the_hub(repo_id) from error
+
+    info = patiently(repo_id, wanted, ask)
     commit = info.sha or ""
     if not COMMIT.fullmatch(commit):
         raise not_the_hub(repo_id)
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    weights = without_variants(filter(is_weights, siblings))
     files = []
-    for sibling in info.siblings or ():
-        name = sibling.rfilename
-        if name not in _NAMES and not is_weights(name) and not _LICENSE.fullmatch(name):
+    for name, sibling in siblings.items():
+        if name not in _NAMES and name not in weights and not _LICENSE.fullmatch(name):
             continue
         sha256 = sibling.lfs.sha256 if sibling.lfs is not None else None
         if sibling.size is None or not _is_digest(sha256, sibling.blob_id):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from apertus_mlx.checkpoint import header
 from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, parse_config
@@ -16,8 +18,9 @@ from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.inventory import Inventory, match_inventory
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, Checkpoint, merge_headers, read_weight_map
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.hub.errors import UnreachableError, explained
+from apertus_mlx.hub.errors import UnreachableError
 from apertus_mlx.hub.listing import Listing, RemoteFile, is_weights, list_files
+from apertus_mlx.hub.patience import patiently
 from apertus_mlx.system.strict_json import parse_object
 
 _JSON_NAMES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -27,6 +30,8 @@ _FIRST_BYTES = 64 * 2**10
 _READ_BYTES = 16 * 2**10
 _WORKERS = 8
 _DEADLINE_S = 60.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,13 @@ def fetch_headers(repo_id: str, commit: str) -> RemoteCheckpoint:
     listing = list_files(repo_id, commit)
     json_files = [file for file in listing.files if file.name in _JSON_NAMES]
     weights = [file for file in listing.files if is_weights(file.name)]
-    with explained(repo_id, commit), ThreadPoolExecutor(_WORKERS) as pool:
-        files = list(pool.map(lambda file: _fetch_json(listing, file), json_files))
-        headers = list(pool.map(lambda file: _fetch_header(listing, file), weights))
+
+    def ask(fetch: Callable[[Listing, RemoteFile], T], file: RemoteFile) -> T:
+        return patiently(repo_id, commit, lambda: fetch(listing, file))
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        files = list(pool.map(lambda file: ask(_fetch_json, file), json_files))
+        headers = list(pool.map(lambda file: ask(_fetch_header, file), weights))
     return RemoteCheckpoint(
         repo_id=repo_id,
         commit=listing.commit,

@@ -9,11 +9,13 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.hub.errors import UnreachableError, explained
 from apertus_mlx.hub.listing import Listing, RemoteFile, size_of
+from apertus_mlx.hub.patience import patiently
 from apertus_mlx.system.progress import OnProgress, Progress
 from apertus_mlx.system.sizes import format_bytes
 
@@ -46,7 +48,8 @@ def download(
         _check_disk_space(folder, repo_id, files)
         with _reported(folder, files, progress):
             for file in files:
-                _download_file(folder, listing, file)
+                fetch = partial(_download_file, folder, listing, file)
+                patiently(repo_id, listing.commit, fetch)
 
 
 def _download_file(folder: Path, listing: Listing, file: RemoteFile) -> None:
@@ -94,28 +97,29 @@ def _download_blob(folder: Path, listing: Listing, file: RemoteFile) -> None:
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     blob = folder / "blobs" / file.digest
-    partial = blob.with_name(f"{file.digest}.incomplete")
+    unfinished = blob.with_name(f"{file.digest}.incomplete")
     lock = folder.parent / ".locks" / folder.name / f"{file.digest}.lock"
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if size_of(blob) == file.size_bytes:
             return
-        if size_of(partial) > file.size_bytes:
-            partial.unlink()
-        resumed = partial.exists()
+        if size_of(unfinished) > file.size_bytes:
+            unfinished.unlink()
+        resumed = unfinished.exists()
         # What was there may be no beginning of the file: a page of a proxy, say.
-        if not _fetch(partial, listing, file) and not (resumed and _fetch(partial, listing, file)):
+        intact = _fetch(unfinished, listing, file)
+        if not intact and not (resumed and _fetch(unfinished, listing, file)):
             raise _damaged(listing, file)
-        partial.replace(blob)
+        unfinished.replace(blob)
 
 
-def _fetch(partial: Path, listing: Listing, file: RemoteFile) -> bool:
-    """Append to `partial` what it lacks of `file`; return if it is intact, else it is removed."""
+def _fetch(unfinished: Path, listing: Listing, file: RemoteFile) -> bool:
+    """Append what is lacking of `file`; return if it is intact, else `unfinished` is removed."""
     from huggingface_hub.file_download import http_get
 
     url, headers = listing.request(file)
-    with partial.open("ab") as stream:
+    with unfinished.open("ab") as stream:
         http_get(
             url,
             stream,
@@ -124,10 +128,10 @@ def _fetch(partial: Path, listing: Listing, file: RemoteFile) -> bool:
             expected_size=file.size_bytes,
             displayed_filename=file.name,
         )
-    with partial.open("rb") as stream:
+    with unfinished.open("rb") as stream:
         intact = file.describes(stream)
     if not intact:
-        partial.unlink()
+        unfinished.unlink()
     return intact
 
 

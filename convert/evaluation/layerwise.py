@@ -247,4 +247,4 @@ def open_weights(directory: Path, reader: Reader) -> SourceWeights:
     checkpoint = open_checkpoint(directory)
     source = recognise(config, checkpoint.tensors, str(directory))
     check_slopes(checkpoint)
-    return SourceWeights(source, reader)
+    return SourceWeights(source.settled(reader), reader)

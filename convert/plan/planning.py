@@ -136,8 +136,8 @@ def _matrix_step(
     stored = source.stored
     if source.is_quantized and wanted is None and stored is None and not request.dequantize:
         raise RejectedError(
-            f"{source.tensors[0].file}: {matrix.path}: MLX has no form for these codes; "
-            "--dequantize gives plain weights"
+            f"{source.tensors[0].file}: {matrix.path}: {source.no_form}; --dequantize gives plain "
+            "weights, --requantize with --bits quantizes again with a loss"
         )
     if stored is not None and not request.dequantize and wanted in (None, stored.spec):
         return _keep_step(matrix, source, stored, dtype, request)

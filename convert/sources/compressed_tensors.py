@@ -1,49 +1,43 @@
 """Checkpoints of the compressed-tensors library (vLLM, llm-compressor).
 
 `pack-quantized` integers become MLX's affine format, `float-quantized` E4M3 becomes mxfp8 with unit
-scales and a factor per row, `nvfp4-pack-quantized` becomes nvfp4 with one divisor per matrix. What
-a module is stored as is read off its tensors, then looked up among the config's groups: patterns
-from a checkpoint are never run as regular expressions.
+scales and a factor per row, `nvfp4-pack-quantized` becomes nvfp4 with one divisor per matrix;
+`mxfp4-pack-quantized` and `mxfp8-quantized` are MLX's formats already. What a module is stored as
+is read off its tensors, then looked up among the config's groups: patterns from a checkpoint are
+never run as regular expressions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.checkpoint.config_keys import KeyReader
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.layout import Matrix
 from apertus_mlx.checkpoint.matching import FLOAT_DTYPES, Unmatched
+from apertus_mlx.convert.sources.compressed_tensors_config import Group, float_blocks, parse_groups
 from apertus_mlx.convert.sources.hugging_face import open_tensors, plain_matrix
 from apertus_mlx.convert.sources.integer_codes import IntegerMatrix, signed_to_unsigned
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.sources.scaled_floats import Float8Matrix, NvFloat4Matrix
+from apertus_mlx.convert.sources.scaled_floats import (
+    Float8Matrix,
+    MxFloatMatrix,
+    NvFloat4Matrix,
+    float8_blocks,
+)
 from apertus_mlx.convert.sources.source import MatrixSource, Source, match_source
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import aligned_width, dense_width, unpack, unpack_aligned
+from apertus_mlx.quant.spec import QuantSpec
 
-INTEGER_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
-FORMATS = (*INTEGER_FORMATS, "float-quantized", "nvfp4-pack-quantized", "mixed-precision")
 # What quantized activations need; weights alone are converted.
 ACTIVATION_SUFFIXES = (".input_scale", ".input_zero_point", ".input_global_scale")
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """How one of the config's groups stores weights."""
-
-    bits: int
-    kind: str
-    strategy: str
-    group_size: int | None
-    symmetric: bool
 
 
 @dataclass(frozen=True)
@@ -86,8 +80,8 @@ class PackedInts(IntegerMatrix):
         zeros = self._unpack(np.ascontiguousarray(packed.T), self.rows).T
         return zeros[start:stop].astype(np.int32)
 
-    def check(self, reader: Reader) -> None:
-        """Refuse reordered columns and a stored shape that is not the config's."""
+    def settled(self, reader: Reader) -> IntegerMatrix:
+        """The same matrix; refuses a stored shape that is not the config's."""
         if self.shape is not None:
             stored = reader.raw(self.shape, 0, self.shape.shape[0]).tolist()
             if stored != [self.rows, self.columns]:
@@ -95,14 +89,7 @@ class PackedInts(IntegerMatrix):
                     f"{self.name}.weight_shape: {stored}, the config says "
                     f"{[self.rows, self.columns]}"
                 )
-        if self.order is not None:
-            found = reader.raw(self.order, 0, self.columns)
-            plain = np.arange(self.columns) // self.group_size
-            if not (found == plain).all() and not (found == -1).all():
-                raise RejectedError(
-                    f"{self.name}.weight_g_idx: columns are reordered (act-order), which MLX "
-                    "cannot express; use a checkpoint made without it"
-                )
+        return super().settled(reader)
 
     def _unpack(self, packed: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.uint8]:
         return (unpack_aligned if self.aligned else unpack)(packed, self.bits, count)
@@ -116,62 +103,74 @@ def source(
     Raises:
         RejectedError: a format or scheme that is not read, by name.
     """
-    groups = _groups(block, name)
+    groups = parse_groups(block, name)
+    return by_tensors(
+        f"compressed-tensors {block.get('format')}", config, tensors, name, "compressed-tensors",
+        groups,
+    )  # fmt: skip
+
+
+def by_tensors(
+    form: str,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    name: str,
+    method: str,
+    groups: list[Group],
+) -> Source:
+    """A checkpoint whose matrices are stored under compressed-tensors' names.
+
+    Args:
+        form: how people call the format.
+        config: what `config.json` says.
+        tensors: the stored tensors by name.
+        name: what error messages call the checkpoint.
+        method: the name of the method by the config.
+        groups: how the config says that weights are stored; float formats show it themselves.
+    """
     left = open_tensors(config, tensors, name)
     target = replace(config, family="apertus", foreign_quantization=None)
     for key in [key for key in tensors if key.endswith(ACTIVATION_SUFFIXES)]:
         left.drop(key, "for quantized activations, which MLX does not use here")
-    kind = f"compressed-tensors {block.get('format')}"
-    return match_source(
-        kind, target, left, lambda matrix: _matrix(matrix, left, groups), "compressed-tensors"
-    )
-
-
-def _groups(block: Mapping[str, Any], name: str) -> list[Group]:
-    where = f"{name}: quantization_config"
-    form = block.get("format")
-    if form not in FORMATS:
-        raise RejectedError(
-            f"{where}: format {str(form)[:60]!r} is not read; these are: {', '.join(FORMATS)}"
-        )
-    if block.get("sparsity_config") not in (None, {}):
-        raise RejectedError(f"{where}: sparsity_config: sparse weights are not read")
-    if block.get("kv_cache_scheme") is not None:
-        raise RejectedError(f"{where}: kv_cache_scheme: a quantized cache is not read")
-    if block.get("transform_config") not in (None, {}):
-        raise RejectedError(f"{where}: transform_config: transformed weights are not read")
-    entries = block.get("config_groups")
-    if not isinstance(entries, dict) or not entries:
-        raise RejectedError(f"{where}: config_groups: expected an object of groups")
-    groups = []
-    for key, entry in entries.items():
-        place = f"{where}: {str(key)[:60]}"
-        weights = entry.get("weights") if isinstance(entry, dict) else None
-        if not isinstance(weights, dict):
-            raise RejectedError(f"{place}: weights: expected an object")
-        keys = KeyReader(weights, place)
-        bits = keys.integer("num_bits", 1, 16)
-        size = keys.optional_integer("group_size", -1, 2**31)
-        strategy = str(weights.get("strategy") or ("group" if size else "tensor"))
-        symmetric = keys.optional_boolean("symmetric") is not False
-        if strategy == "block":
-            raise RejectedError(f"{place}: block scales are not read")
-        groups.append(Group(bits, str(weights.get("type", "int")), strategy, size, symmetric))
-    return groups
+    return match_source(form, target, left, lambda matrix: _matrix(matrix, left, groups), method)
 
 
 def _matrix(matrix: Matrix, left: Unmatched, groups: list[Group]) -> MatrixSource:
-    if f"{matrix.path}.weight_packed" in left:
-        packed = left.peek(f"{matrix.path}.weight_packed")
+    path = matrix.path
+    if f"{path}.weight_packed" in left:
+        packed = left.peek(f"{path}.weight_packed")
         if packed.dtype == "U8":
-            return _nvfp4(matrix, left)
+            is_mx = left.peek(f"{path}.weight_scale").dtype == "U8"
+            return mx_floats(matrix, left, 4) if is_mx else _nvfp4(matrix, left)
         return _packed(matrix, packed, left, groups)
     weight = left.peek(matrix.weight)
     if weight.dtype == "F8_E4M3":
+        scale = left.peek(f"{path}.weight_scale")
+        if scale.dtype == "U8":
+            return mx_floats(matrix, left, 8)
+        for block in float_blocks(groups, matrix.columns):
+            if scale.shape == (-(-matrix.rows // block[0]), -(-matrix.columns // block[1])):
+                return float8_blocks(matrix, left, "weight_scale", block)
         return _float8(matrix, left)
     if weight.dtype == "I8":
         return _packed(matrix, weight, left, groups)
     return plain_matrix(matrix, left)
+
+
+def mx_floats(matrix: Matrix, left: Unmatched, bits: Literal[4, 8]) -> MxFloatMatrix:
+    """Take a matrix in mxfp4 or mxfp8."""
+    path, rows, columns = matrix.path, matrix.rows, matrix.columns
+    spec = QuantSpec(bits, 32, "mxfp4" if bits == 4 else "mxfp8")
+    if not spec.fits(columns):
+        raise RejectedError(
+            f"{left.name}: {path}: {columns} columns do not divide into groups of 32"
+        )
+    if bits == 4:
+        weight = left.need(f"{path}.weight_packed", ("U8",), (rows, columns // 2))
+    else:
+        weight = left.need(matrix.weight, ("F8_E4M3",), (rows, columns))
+    scale = left.need(f"{path}.weight_scale", ("U8",), (rows, columns // 32))
+    return MxFloatMatrix(spec, weight, scale)
 
 
 def _packed(matrix: Matrix, weight: TensorInfo, left: Unmatched, groups: list[Group]) -> PackedInts:
@@ -222,7 +221,7 @@ def _packed(matrix: Matrix, weight: TensorInfo, left: Unmatched, groups: list[Gr
         left.check(f"{path}.weight_g_idx", order, ("I32",), (columns,))
     return PackedInts(
         path, bits, rows, columns, size, zero_point is None, weight, scale, zero_point, order,
-        shape, aligned,
+        order is not None and any(group.reordered for group in groups), shape, aligned,
     )  # fmt: skip
 
 

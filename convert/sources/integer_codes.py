@@ -8,7 +8,7 @@ scale's own type; a stored zero point makes it exact in float32 when the scale h
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -40,7 +40,10 @@ class IntegerMatrix(MatrixSource):
     weight: TensorInfo
     scale: TensorInfo
     zero: TensorInfo | None
+    # The group of each column, where it is stored (`g_idx`).
     order: TensorInfo | None
+    # Whether these are not the columns' own order, as after activation ordering.
+    reordered: bool
     is_quantized: ClassVar[bool] = True
 
     @property
@@ -67,8 +70,20 @@ class IntegerMatrix(MatrixSource):
         """Zero points `[rows, groups]`, or None where they are half the range."""
 
     @property
+    def no_form(self) -> str:
+        """Why the codes cannot be kept."""
+        if self.reordered:
+            return (
+                "columns are reordered (act-order, desc_act): the columns of a group do not lie "
+                "side by side, as MLX wants them"
+            )
+        return f"MLX has no {self.bits}-bit codes in groups of {self.group_size}"
+
+    @property
     def stored(self) -> Stored | None:
         """The affine format that holds the same codes; None for groups that MLX has not."""
+        if self.reordered:
+            return None
         sizes = [size for size in AFFINE_GROUP_SIZES if self.group_size % size == 0]
         if self.bits not in AFFINE_BITS or not sizes or self.columns % self.group_size:
             return None
@@ -77,15 +92,36 @@ class IntegerMatrix(MatrixSource):
             return Stored(spec, self.dtype)
         return Stored(spec, "F32", None, FLOAT32_ROUNDING if self.dtype == "F32" else None)
 
+    def settled(self, reader: Reader) -> IntegerMatrix:
+        """The same matrix; `reordered` as the groups of the columns show it.
+
+        Raises:
+            RejectedError: a column of a group that there is not.
+        """
+        if self.order is None:
+            return replace(self, reordered=False)
+        found = reader.raw(self.order, 0, self.columns)
+        plain = np.arange(self.columns) // self.group_size
+        # compressed-tensors writes -1 where no order was computed.
+        if (found == plain).all() or (found == -1).all():
+            return replace(self, order=None, reordered=False)
+        if found.min() < 0 or found.max() >= self.columns // self.group_size:
+            raise RejectedError(
+                f"{self.order.file}: {self.order.name}: groups from {found.min()} to "
+                f"{found.max()}, but there are {self.columns // self.group_size}"
+            )
+        return replace(self, reordered=True)
+
     def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows in float32: one rounding of `(code - zero) * scale`."""
         codes = self.codes(reader, start, stop).astype(np.int32)
         zeros = self.zeros(reader, start, stop)
         scales = np.array(self.scales(reader, start, stop).astype(mx.float32))
-        steps = codes - (
-            1 << (self.bits - 1) if zeros is None else np.repeat(zeros, self.group_size, axis=1)
-        )
-        return mx.array(steps.astype(np.float32) * np.repeat(scales, self.group_size, axis=1))
+        groups: npt.NDArray[Any] = np.arange(self.columns) // self.group_size
+        if self.reordered and self.order is not None:
+            groups = reader.raw(self.order, 0, self.columns)
+        steps = codes - (1 << (self.bits - 1) if zeros is None else zeros[:, groups])
+        return mx.array(steps.astype(np.float32) * scales[:, groups])
 
     def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
         """Rows in the affine format `stored`."""

@@ -10,12 +10,13 @@ import numpy as np
 
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.checkpoint.inventory import match_matrix
+from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, match_matrix
 from apertus_mlx.checkpoint.layout import Matrix
 from apertus_mlx.checkpoint.matching import Unmatched
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import (
     Codes,
+    Factor,
     MatrixSource,
     PlainMatrix,
     Source,
@@ -23,7 +24,6 @@ from apertus_mlx.convert.sources.source import (
     match_source,
     refuse_nan,
 )
-from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.float_formats import E4M3_NAN, E8M0_NAN
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -36,13 +36,15 @@ class MlxMatrix(MatrixSource):
     weight: TensorInfo
     scales: TensorInfo
     biases: TensorInfo | None
+    # What the product is multiplied by or divided by (`output_scale`, `output_divisor`).
+    factor: TensorInfo | None = None
     is_quantized: bool = True
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Codes, scales and, in affine formats, biases."""
-        found = (self.weight, self.scales)
-        return found if self.biases is None else (*found, self.biases)
+        """Codes, scales and, where there are, biases and a factor."""
+        found = (self.weight, self.scales, self.biases, self.factor)
+        return tuple(tensor for tensor in found if tensor is not None)
 
     @property
     def dtype(self) -> str:
@@ -52,14 +54,18 @@ class MlxMatrix(MatrixSource):
     @property
     def stored(self) -> Stored:
         """Its own format."""
-        return Stored(self.spec, self.scales.dtype)
+        if self.factor is None:
+            return Stored(self.spec, self.scales.dtype)
+        suffix = self.factor.name.rpartition(".")[2]
+        factor = Factor(suffix, self.factor.dtype, self.factor.shape)
+        return Stored(self.spec, self.scales.dtype, factor)
 
     def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows in float32."""
         codes = self.read_codes(reader, start, stop)
         biases = None if codes.biases is None else codes.biases.astype(mx.float32)
         scales = codes.scales.astype(mx.float32) if self.spec.has_biases else codes.scales
-        return mx.dequantize(
+        values = mx.dequantize(
             codes.weight,
             scales,
             biases,
@@ -68,6 +74,16 @@ class MlxMatrix(MatrixSource):
             mode=self.spec.mode,
             dtype=mx.float32,
         )
+        if self.factor is None:
+            return values
+        factor = self.read_factor(reader).astype(mx.float32)
+        rows = factor[start:stop, None] if factor.size > 1 else factor
+        return values / rows if self.factor.name.endswith(OUTPUT_DIVISOR) else values * rows
+
+    def read_factor(self, reader: Reader) -> mx.array:
+        """The factor, `[rows]` or `[1]`."""
+        assert self.factor is not None
+        return reader.floats(self.factor, 0, self.factor.shape[0])
 
     def read_codes(self, reader: Reader, start: int, stop: int) -> Codes:
         """Rows as they are stored."""
@@ -102,9 +118,7 @@ def _matrix(matrix: Matrix, config: ModelConfig, left: Unmatched) -> MatrixSourc
     stored = match_matrix(matrix, config, left)
     if stored.spec is None:
         return PlainMatrix(stored.tensors[0])
-    if stored.factor is not None:
-        raise RejectedError(f"{left.name}: unexpected tensor {stored.factor.name}")
     weight, scales, *biases = stored.tensors
     for tensor in biases:
         left.check(tensor.name, tensor, (scales.dtype,), tensor.shape)
-    return MlxMatrix(stored.spec, weight, scales, biases[0] if biases else None)
+    return MlxMatrix(stored.spec, weight, scales, biases[0] if biases else None, stored.factor)

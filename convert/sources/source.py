@@ -6,7 +6,7 @@ These values are made from headers alone; only methods that take a `Reader` read
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -76,9 +76,18 @@ class MatrixSource(Protocol):
     def is_quantized(self) -> bool:
         """Whether it holds codes instead of values."""
 
-    def check(self, _reader: Reader, /) -> None:
-        """Refuse what only small tensors can show, before anything is written."""
-        return
+    @property
+    def no_form(self) -> str:
+        """Why codes have no form in MLX, where `stored` is None."""
+        return "MLX has no form for these codes"
+
+    def settled(self, _reader: Reader, /) -> MatrixSource:
+        """The same matrix with what only its small tensors show, before anything is written.
+
+        Raises:
+            RejectedError: they contradict what else is known.
+        """
+        return self
 
     def read(self, reader: Reader, start: int, stop: int, _nonfinite: bool = False) -> mx.array:
         """Rows as floats `[stop - start, columns]`; `_nonfinite` lets NaN in values pass."""
@@ -143,6 +152,15 @@ class Source:
     def is_quantized(self) -> bool:
         """Whether any matrix holds codes."""
         return any(matrix.is_quantized for matrix in self.matrices.values())
+
+    def settled(self, reader: Reader) -> Source:
+        """The same checkpoint with what only the small tensors of its matrices show.
+
+        Raises:
+            RejectedError: see `MatrixSource.settled`.
+        """
+        found = {path: matrix.settled(reader) for path, matrix in self.matrices.items()}
+        return replace(self, matrices=found)
 
 
 def refuse_nan(tensor: TensorInfo, broken: npt.NDArray[np.bool_]) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from apertus_mlx.checkpoint.config import INERT_KEYS
+from apertus_mlx.checkpoint.harmless_keys import INERT_KEYS
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan
 from apertus_mlx.quant.spec import QuantSpec
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from apertus_mlx.backend.choose import load_for
@@ -87,6 +88,39 @@ def test_damaged_weights_are_not_a_reason_to_fall_back(tmp_path: Path, no_gpu: N
     weights["model.norm.weight"][0] = float("inf")
     with pytest.raises(RejectedError, match="not finite"):
         load_for(take_inventory(write_checkpoint(tmp_path, config_4x(), weights, tokenizer=False)))
+
+
+def test_what_only_mlx_can_run(
+    tmp_path: Path, no_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Heads of no multiple of 8 values, and an eps of xIELU that is not near 0."""
+    weights = random_weights(config_4x())
+    weights["model.layers.0.mlp.act_fn.eps"] = np.float32(0.5)
+    folders = [
+        write_checkpoint(tmp_path / "eps", config_4x(), weights, tokenizer=False),
+        *(
+            write_checkpoint(tmp_path / str(size), config_4x(head_dim=size), tokenizer=False)
+            for size in (2, 12, 20)
+        ),
+    ]
+    ids = mx.array([[1, 5, 9]])
+    for folder in folders:
+        inventory = take_inventory(folder)
+        caplog.clear()
+        model = load_for(inventory)
+        assert isinstance(model, Model) and "--compute mlx" in caplog.messages[0]
+        assert mx.isfinite(model(ids)).all()
+        with pytest.raises(RejectedError, match="--compute mlx"):
+            load_for(inventory, "cpu")
+
+
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_head_sizes_of_the_cpu_path(tmp_path: Path, no_gpu: None, size: int) -> None:
+    inventory = take_inventory(write_checkpoint(tmp_path, config_4x(head_dim=size)))
+    model, reference = load_for(inventory), load_for(inventory, "mlx")
+    assert isinstance(model, CPUModel)
+    ids = mx.array([[1, 5, 9, 70, 71]])
+    assert mx.allclose(model(ids), reference(ids), atol=1e-4)
 
 
 def test_bytes_are_told(inventory: Inventory) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -288,3 +289,44 @@ def test_code_in_the_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
     assert take_inventory(folder).config.asks_for_code == ("auto_map", "model_file")
     load_model(folder)
     assert not canary.exists()
+
+
+def test_variants_are_left_alone(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "single", config_4x())
+    whole = open_checkpoint(folder)
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    assert open_checkpoint(folder) == whole
+    folder = write_checkpoint(tmp_path / "sharded", config_4x(), shards=2)
+    whole = open_checkpoint(folder)
+    for number in (1, 2):
+        (folder / f"model.fp16-0000{number}-of-00002.safetensors").write_bytes(b"")
+    assert open_checkpoint(folder) == whole
+
+
+def test_a_variant_alone_is_the_model(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, config_4x())
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    assert open_checkpoint(folder).files == ("model.fp16.safetensors",)
+    shutil.copy(folder / "model.fp16.safetensors", folder / "model.bf16.safetensors")
+    with pytest.raises(RejectedError, match="which are the model's"):
+        open_checkpoint(folder)
+
+
+BITSANDBYTES = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+}  # fmt: skip
+
+
+def test_a_block_about_loading_beside_plain_weights(tmp_path: Path) -> None:
+    """A fine-tune that was loaded in 4 bits, then merged and saved in 16."""
+    plain = config_4x()
+    folder = write_checkpoint(tmp_path / "merged", {**plain, "quantization_config": BITSANDBYTES})
+    ours = load_model(folder)(mx.array([[1, 2, 3]]))
+    theirs = load_model(write_checkpoint(tmp_path / "plain", plain))(mx.array([[1, 2, 3]]))
+    assert mx.array_equal(ours, theirs)
+    weights = random_weights(plain)
+    weights["lm_head.weight"] = np.zeros((384, 64), np.uint8)
+    block = {**plain, "quantization_config": BITSANDBYTES}
+    folder = write_checkpoint(tmp_path / "packed", block, weights)
+    with pytest.raises(RejectedError, match=r"'bitsandbytes', which is not read; use the"):
+        take_inventory(folder)

@@ -169,7 +169,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quantization": {"group_size": 48, "bits": 4}}, "group size 48"),
     ({"quantization": {"group_size": 64, "bits": 7}}, "7 bits"),
     ({"quantization": {"group_size": 64, "bits": 4, "mode": "int"}}, "mode"),
-    ({"quantization": {"bits": 4}}, "group_size"),
+    ({"quantization": {"bits": 4, "group_size": "64"}}, "group_size"),
+    ({"quantization": {"bits": 8, "group_size": None, "mode": "nvfp4"}}, "nvfp4 has 4 bits"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"layer_types": "full_attention"}, "layer_types"),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+    ({"is_causal": False}, "is_causal"),
+    ({"pad_token_id": -2}, "pad_token_id"),
+    ({"rope_type": "yarn", "factor": 2.0}, "yarn"),
+    ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor: required"),
+    ({"rope_type": "default", "rope_scaling": LLAMA3}, "disagree"),
+    ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"factor": 8.0}, "unknown key 'factor'"),
     ({"quantization": {"group_size": 64, "bits": 4, "source": "x"}}, "source"),
     ({"quantization": {"group_size": 64, "bits": 4},
       "quantization_config": {"group_size": 32, "bits": 4}}, "disagree"),
@@ -248,3 +259,83 @@ def test_generation_config(tmp_path: Path) -> None:
         write(**wrong)
         with pytest.raises(RejectedError, match=next(iter(wrong))):
             read_generation_config(tmp_path, 100)
+
+
+# What transformers 4 writes for any model when it writes everything, and what it reads as nothing.
+TRANSFORMERS_4 = {
+    "return_dict": True, "output_hidden_states": False, "torchscript": False, "use_bfloat16": False,
+    "tf_legacy_loss": False, "pruned_heads": {}, "chunk_size_feed_forward": 0, "is_decoder": False,
+    "is_encoder_decoder": False, "cross_attention_hidden_size": None, "add_cross_attention": False,
+    "tie_encoder_decoder": False, "max_length": 20, "min_length": 0, "do_sample": False,
+    "early_stopping": False, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0,
+    "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False,
+    "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "remove_invalid_values": False, "exponential_decay_length_penalty": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "finetuning_task": None,
+    "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "tokenizer_class": None,
+    "prefix": None, "sep_token_id": None, "decoder_start_token_id": None,
+    "task_specific_params": None, "problem_type": None, "_name_or_path": "x",
+    "_attn_implementation_autoset": True, "output_attentions": False,
+}  # fmt: skip
+HARMLESS: list[dict[str, Any]] = [
+    TRANSFORMERS_4,
+    {"unsloth_version": "2026.8.1", "unsloth_fixed": True, "pad_token_id": 3},
+    {"layer_types": ["full_attention"] * 2, "is_causal": True, "use_return_dict": True},
+    {"num_experts": None, "final_logit_softcapping": None, "attention_sinks": None},
+    {"gradient_checkpointing": False, "loss_type": "ForCausalLM"},
+    {"rope_type": "default"},
+    {"rope_parameters": {"rope_theta": 500000, "partial_rotary_factor": 1.0, "factor": None}},
+]
+
+
+@pytest.mark.parametrize("keys", HARMLESS, ids=lambda keys: next(iter(keys)))
+def test_keys_that_change_nothing(keys: dict[str, Any]) -> None:
+    assert parse_config(config_4x(**keys)) == parse_config(config_4x())
+
+
+def test_padding_of_minus_one_is_none() -> None:
+    assert parse_config(config_4x(pad_token_id=-1)) == parse_config(config_4x(pad_token_id=None))
+
+
+def test_rope_dissolved_into_the_model_is_the_same_rope() -> None:
+    """AutoRound's MLX export does that to `rope_parameters`; mlx-lm then forgets the scaling."""
+    flat = {key: value for key, value in LLAMA3.items() if key != "type"}
+    dissolved = config_4x(rope_scaling=None, **flat)
+    assert parse_config(dissolved) == parse_config(config_5x(rope_scaling=LLAMA3))
+
+
+# What mlx-lm 0.32 writes where a predicate names bits alone, and for other modes.
+NULLS = [
+    ({"bits": 3, "group_size": None, "mode": "affine"}, QuantSpec(3, 64)),
+    ({"bits": 6}, QuantSpec(6, 64)),
+    ({"group_size": 32}, QuantSpec(4, 32)),
+    ({"mode": "mxfp4"}, QuantSpec(4, 32, "mxfp4")),
+    ({"bits": None, "group_size": None, "mode": "nvfp4"}, QuantSpec(4, 16, "nvfp4")),
+    ({"bits": 8, "mode": "mxfp8"}, QuantSpec(8, 32, "mxfp8")),
+]
+
+
+@pytest.mark.parametrize(("block", "spec"), NULLS)
+def test_bits_and_groups_of_the_mode(block: dict[str, Any], spec: QuantSpec) -> None:
+    quantization = {"group_size": 64, "bits": 4, "lm_head": block}
+    parsed = parse_config(config_4x(quantization=quantization)).quantization
+    assert parsed is not None
+    assert parsed.spec_for("lm_head") == spec
+    parsed = parse_config(config_4x(quantization=block)).quantization
+    assert parsed is not None and parsed.default == spec
+
+
+def test_autoround_words_for_an_mlx_folder() -> None:
+    """`quantization_config` in AutoRound's words, beside MLX's own block."""
+    words = {"quant_method": "auto-round", "packing_format": "mlx", "bits": 4, "group_size": 64,
+             "sym": True, "data_type": "int"}  # fmt: skip
+    block = {"group_size": 64, "bits": 4}
+    config = parse_config(config_4x(quantization=block, quantization_config=words))
+    assert config == parse_config(config_4x(quantization=block))
+    with pytest.raises(RejectedError, match="disagree"):
+        parse_config(config_4x(quantization=block, quantization_config={**words, "bits": 3}))
+    foreign = parse_config(config_4x(quantization_config={**words, "packing_format": "auto_gptq"}))
+    assert foreign.foreign_quantization is not None
+    assert foreign.foreign_quantization[0] == "auto-round"

@@ -272,17 +272,79 @@ def test_bits_need_a_decision(tmp_path: Path) -> None:
     assert steps["model.embed_tokens"] == "quantize"
 
 
-def test_reordered_columns_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["float8_channel", "float8_tensor", "nvfp4"])
+def test_what_was_kept_with_a_factor_converts_again(name: str, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "in", name)
+    convert(prepare(source, Request(), "x"), tmp_path / "kept")
+    convert(prepare(tmp_path / "kept", Request(), "x"), tmp_path / "again")
+    assert build.read_folder(tmp_path / "kept") == build.read_folder(tmp_path / "again")
+    request = Request(dequantize=True, dtype="F32")
+    convert(prepare(tmp_path / "kept", request, "x"), tmp_path / "plain")
+    found = build.read_folder(tmp_path / "plain")
+    for module in MODULES:
+        values = build.floats(found[f"{module}.weight"])
+        assert np.allclose(values, reference(name, module), rtol=2**-22, atol=0)
+
+
+def test_activation_order_is_named_and_its_values_are_kept(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "in", "int4_symmetric_64")
     tensors = build.read_folder(source)
+    name = f"{MODULES[0]}.weight_g_idx"
     order = np.arange(128, dtype=np.int32) // 64
-    tensors[f"{MODULES[0]}.weight_g_idx"] = build.raw(order)
+    for plain in (order, np.full(128, -1, np.int32)):
+        tensors[name] = build.raw(plain)
+        build.write_safetensors(source / "model.safetensors", tensors)
+        steps = {step.path: step for step in prepare(source, Request(), "x").plan.steps}
+        assert steps[MODULES[0]].transform == "keep"
+    shuffled = np.random.default_rng(0).permutation(order)
+    tensors[name] = build.raw(shuffled)
     build.write_safetensors(source / "model.safetensors", tensors)
-    prepare(source, Request(), "x")
-    tensors[f"{MODULES[0]}.weight_g_idx"] = build.raw(order[::-1].copy())
-    build.write_safetensors(source / "model.safetensors", tensors)
-    with pytest.raises(RejectedError, match=r"up_proj.weight_g_idx.*act-order"):
+    with pytest.raises(RejectedError, match=r"up_proj.*act-order.*--dequantize"):
         prepare(source, Request(), "x")
+    convert(prepare(source, Request(dequantize=True, dtype="F32"), "x"), tmp_path / "out")
+    found = build.floats(build.read_folder(tmp_path / "out")[f"{MODULES[0]}.weight"])
+    words = np.frombuffer(tensors[f"{MODULES[0]}.weight_packed"].data, np.uint32).reshape(16, -1)
+    codes = (words[:, :, None] >> (4 * np.arange(8, dtype=np.uint32)) & 15).reshape(16, 128)
+    scales = build.floats(tensors[f"{MODULES[0]}.weight_scale"])
+    assert np.array_equal(found, (codes.astype(float) - 8) * scales[:, shuffled])
+
+
+@pytest.mark.parametrize("structure", [[0, 128], [128], "axb", None, [-1, 2], [1.5, 2], "1x"])
+def test_blocks_without_two_sizes(tmp_path: Path, structure: object) -> None:
+    source = checkpoint(tmp_path / "in", "float8_channel")
+    config = json.loads((source / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"] |= {"strategy": "block", "block_structure": structure}
+    build.write_json(source / "config.json", config)
+    with pytest.raises(RejectedError, match="block_structure"):
+        prepare(source, Request(), "x")
+
+
+@pytest.mark.parametrize("size", [[16, 64], [128, 128], [7, 33]])
+def test_fine_grained_float8(tmp_path: Path, size: list[int]) -> None:
+    """The blocks of transformers' `fp8`, whose edges may be smaller."""
+    block = {"quant_method": "fp8", "weight_block_size": size, "activation_scheme": "dynamic"}
+    values = build.config(quantization_config=block)
+    tensors = build.random_tensors(values)
+    rng = np.random.default_rng(0)
+    name = "model.layers.1.mlp.down_proj"
+    rows, columns = tensors[f"{name}.weight"].shape
+    codes = rng.integers(0, 127, (rows, columns), dtype=np.uint8)
+    scales = rng.uniform(0.01, 1, (-(-rows // size[0]), -(-columns // size[1])))
+    tensors[f"{name}.weight"] = build.Raw("F8_E4M3", codes.shape, codes.tobytes())
+    tensors[f"{name}.weight_scale_inv"] = build.raw(scales, "F32")
+    source = build.write_checkpoint(tmp_path / "in", values, tensors)
+    with pytest.raises(RejectedError, match=f"a scale per {size[0]} x {size[1]} weights"):
+        prepare(source, Request(), "x")
+    convert(prepare(source, Request(dequantize=True, dtype="F32"), "x"), tmp_path / "out")
+    found = build.floats(build.read_folder(tmp_path / "out")[f"{name}.weight"])
+    wide = np.repeat(np.repeat(scales, size[0], 0)[:rows], size[1], 1)[:, :columns]
+    assert np.allclose(found, e4m3(codes) * wide, rtol=1e-6, atol=0)
+    for wrong in ([128], None, [0, 128], [128, "128"], 128):
+        broken = {**values, "quantization_config": block | {"weight_block_size": wrong}}
+        build.write_json(source / "config.json", broken)
+        with pytest.raises(RejectedError, match="weight_block_size"):
+            prepare(source, Request(), "x")
 
 
 @pytest.mark.parametrize(

@@ -175,15 +175,135 @@ def test_small_blocks_give_the_same(
     assert build.read_folder(tmp_path / "whole") == build.read_folder(tmp_path / "blocks")
 
 
-def test_reordered_columns_are_refused_by_name(tmp_path: Path) -> None:
+def reordered(directory: Path, case: str) -> dict[str, NDArray[np.float64]]:
+    """A checkpoint with activation order: each column has a group of its own choice."""
+    meaning = checkpoint(directory, *CASES[case])
+    tensors = build.read_folder(directory)
+    rng = np.random.default_rng(0)
+    for path in meaning:
+        groups = np.frombuffer(tensors[f"{path}.g_idx"].data, np.int32)
+        order = rng.permutation(groups).astype(np.int32)
+        tensors[f"{path}.g_idx"] = build.raw(order)
+        codes = np.array(unpacked(tensors[f"{path}.qweight"], len(groups), 4), np.float64)
+        zeros = np.array(unpacked(tensors[f"{path}.qzeros"], codes.shape[1], 4, across=True)) + 1
+        scales = build.floats(tensors[f"{path}.scales"])
+        meaning[path] = ((codes - zeros[order]) * scales[order]).T
+    build.write_safetensors(directory / "model.safetensors", tensors)
+    return meaning
+
+
+def unpacked(tensor: build.Raw, count: int, bits: int, across: bool = False) -> list[list[int]]:
+    """Codes `[count, ...]` packed along the rows, or `[..., count]` along the columns."""
+    numbers = np.frombuffer(tensor.data, np.uint32).reshape(tensor.shape)
+    lines = numbers if across else numbers.T
+    mask = (1 << bits) - 1
+    found = [
+        [sum(int(w) << (32 * i) for i, w in enumerate(line)) >> (bits * i) & mask
+         for i in range(count)]
+        for line in lines
+    ]  # fmt: skip
+    return found if across else [list(row) for row in zip(*found, strict=True)]
+
+
+def test_activation_order_is_named_and_its_values_are_kept(tmp_path: Path) -> None:
+    meaning = reordered(tmp_path / "in", "gptq 4 bits, groups of 32, version 1")
+    with pytest.raises(RejectedError, match=r"q_proj: columns are reordered.*--dequantize"):
+        prepare(tmp_path / "in", Request(), "x")
+    request = Request(dequantize=True, dtype="F32")
+    convert(prepare(tmp_path / "in", request, "x"), tmp_path / "out")
+    found = build.read_folder(tmp_path / "out")
+    for path, expected in meaning.items():
+        assert np.allclose(build.floats(found[f"{path}.weight"]), expected, rtol=1e-6, atol=0)
+    again = prepare(tmp_path / "in", Request(QuantSpec(8, 32), requantize=True), "x")
+    assert {step.transform for step in again.plan.steps if step.path in meaning} == {"requantize"}
+
+
+def test_a_column_of_no_group_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path / "in", *CASES["gptq 4 bits, groups of 32, version 1"])
     tensors = build.read_folder(tmp_path / "in")
     name = "model.layers.1.mlp.down_proj.g_idx"
-    order = np.frombuffer(tensors[name].data, np.int32)
-    tensors[name] = build.raw(np.random.default_rng(0).permutation(order))
-    build.write_safetensors(tmp_path / "in" / "model.safetensors", tensors)
-    with pytest.raises(RejectedError, match=r"layers.1.mlp.down_proj.g_idx.*act-order"):
-        prepare(tmp_path / "in", Request(), "x")
+    order = np.frombuffer(tensors[name].data, np.int32).copy()
+    for wrong in (-1, 8):
+        order[7] = wrong
+        tensors[name] = build.raw(order)
+        build.write_safetensors(tmp_path / "in" / "model.safetensors", tensors)
+        with pytest.raises(RejectedError, match=r"down_proj.g_idx: groups from"):
+            prepare(tmp_path / "in", Request(dequantize=True), "x")
+
+
+def test_a_plain_order_is_kept_although_the_config_says_desc_act(tmp_path: Path) -> None:
+    block, *rest = CASES["gptq 4 bits, groups of 32, version 1"]
+    checkpoint(tmp_path / "in", block | {"desc_act": True, "static_groups": True}, *rest)
+    plan = prepare(tmp_path / "in", Request(), "x").plan
+    assert {step.transform for step in plan.steps if step.matrix and "proj" in step.path} == {
+        "keep"
+    }
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize("version", [1, 2])
+def test_symmetric_zeros_show_their_version(tmp_path: Path, form: str | None, version: int) -> None:
+    block = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False}
+    if form is not None:
+        block["checkpoint_format"] = form
+    meaning = checkpoint(
+        tmp_path / "in", block, 4, 64, lambda c, z: gptq(c, z, 4, version), symmetric=True
+    )
+    convert(prepare(tmp_path / "in", Request(), "x"), tmp_path / "out")
+    found = build.read_folder(tmp_path / "out")
+    for path, expected in meaning.items():
+        parts = [found[f"{path}.{part}"] for part in ("weight", "scales", "biases")]
+        assert np.allclose(build.dequantize_affine(*parts, 4, 64), expected, rtol=0, atol=1e-7)
+
+
+def test_single_modules_with_bits_of_their_own(tmp_path: Path) -> None:
+    """GPTQModel's `dynamic` and AutoRound's `extra_config`: the tensors show what holds where."""
+    values = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}
+    meaning = checkpoint(tmp_path / "in", values, 4, 64, lambda c, z: gptq(c, z, 4, 1))
+    other = checkpoint(tmp_path / "other", values, 8, 32, lambda c, z: gptq(c, z, 8, 1))
+    tensors, eights = (build.read_folder(tmp_path / name) for name in ("in", "other"))
+    for path in [path for path in meaning if path.endswith("down_proj")]:
+        meaning[path] = other[path]
+        tensors |= {key: value for key, value in eights.items() if key.startswith(f"{path}.")}
+    plain = "model.layers.0.self_attn.q_proj"
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        del tensors[f"{plain}.{part}"]
+    tensors[f"{plain}.weight"] = build.raw(meaning[plain], "F16")
+    dynamic = {r"+:.*\.down_proj": {"bits": 8, "group_size": 32}, r"-:.*0.*q_proj": {}}
+    config = build.config(quantization_config=values | {"dynamic": dynamic})
+    build.write_checkpoint(tmp_path / "mixed", config, tensors)
+    request = Request(dequantize=True, dtype="F32")
+    convert(prepare(tmp_path / "mixed", request, "x"), tmp_path / "out")
+    found = build.read_folder(tmp_path / "out")
+    for path, expected in meaning.items():
+        atol = 2e-3 if path == plain else 1e-7
+        assert np.allclose(build.floats(found[f"{path}.weight"]), expected, rtol=1e-6, atol=atol)
+    # Without the key nothing may vary.
+    build.write_checkpoint(tmp_path / "mixed", build.config(quantization_config=values), tensors)
+    with pytest.raises(RejectedError, match="shape"):
+        prepare(tmp_path / "mixed", Request(), "x")
+
+
+def test_auto_round_is_read_as_what_it_packs(tmp_path: Path) -> None:
+    block = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": False,
+             "data_type": "int", "autoround_version": "0.16.1"}  # fmt: skip
+    packings: dict[str, Callable[..., dict[str, NDArray[Any]]]] = {
+        "auto_round:auto_gptq": lambda c, z: gptq(c, z, 4, 1),
+        "auto_round:gptqmodel": lambda c, z: gptq(c, z, 4, 2),
+        "auto_round:auto_awq": awq,
+    }
+    for index, (packing, pack) in enumerate(packings.items()):
+        folder = tmp_path / str(index)
+        meaning = checkpoint(folder, block | {"packing_format": packing}, 4, 64, pack)
+        convert(prepare(folder, Request(), "x"), tmp_path / f"out{index}")
+        found = build.read_folder(tmp_path / f"out{index}")
+        path = "model.layers.1.mlp.down_proj"
+        parts = [found[f"{path}.{part}"] for part in ("weight", "scales", "biases")]
+        values = build.dequantize_affine(*parts, 4, 64)
+        assert np.allclose(values, meaning[path], rtol=0, atol=1e-7)
+    checkpoint(tmp_path / "no", block | {"packing_format": "auto_round:marlin"}, 4, 64, awq)
+    with pytest.raises(RejectedError, match=r"marlin.*is not read; export it with AutoRound as"):
+        prepare(tmp_path / "no", Request(), "x")
 
 
 def test_zero_points_that_version_1_cannot_hold(tmp_path: Path) -> None:

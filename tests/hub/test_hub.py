@@ -13,6 +13,8 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from apertus_mlx.errors import (
 )
 from apertus_mlx.hub import remote_headers, snapshot
 from apertus_mlx.hub import transfer as hub_transfer
+from apertus_mlx.hub.errors import seconds_to_wait
 from apertus_mlx.hub.listing import list_files
 from apertus_mlx.system.progress import Progress
 from tests import hub_server
@@ -451,6 +454,94 @@ def test_a_hub_that_fails(server: HubServer, status: int, where: str) -> None:
     message = refused(lambda: hub.resolve(REPO), NotFoundError, REPO, str(status))
     assert "--offline" not in message  # nothing is in the cache to go on with
     refused(lambda: hub.resolve(REPO, offline=True), NotFoundError)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that anybody wanted to wait; nobody does."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+def failing(server: HubServer, times: int, status: int, where: str) -> None:
+    """Let the first requests for something fail."""
+    left = [status] * times
+
+    def fail(request: Request) -> int | None:
+        return left.pop() if where in request.path and left else None
+
+    server.status = fail
+
+
+# The answer to a request -> the seconds after which it is asked again.
+WAITS = [
+    (503, {"Retry-After": "7"}, 7),
+    (429, {"Retry-After": "30"}, 30),
+    (429, {"RateLimit": '"api";r=0;t=42'}, 42),
+    (502, {}, 1),
+    (500, {"Retry-After": "soon"}, 1),
+    (503, {"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 1),
+]
+
+
+@pytest.mark.parametrize(("status", "headers", "seconds"), WAITS)
+def test_asks_again_when_the_hub_says(
+    server: HubServer, waits: list[float], status: int, headers: dict[str, str], seconds: float
+) -> None:
+    server.repository(REPO).commit(model_files())
+    server.status_headers = headers
+    failing(server, 1, status, "/api/models/")
+    assert contents(hub.resolve(REPO).directory) == model_files()
+    assert waits == [seconds]
+
+
+@pytest.mark.parametrize("where", ["/api/models/", "config.json", "/storage/"])
+def test_asks_a_few_times(server: HubServer, waits: list[float], where: str) -> None:
+    server.repository(REPO).commit(model_files())
+    failing(server, 3, 503, where)
+    assert contents(hub.resolve(REPO).directory) == model_files()
+    assert waits == [1, 2, 4]
+    hub_commit = server.repository(REPO).branches["main"]
+    failing(server, 3, 503, "config.json")
+    assert remote_headers.fetch_headers(REPO, hub_commit).files["config.json"]
+
+
+def test_does_not_wait_for_long(server: HubServer, waits: list[float]) -> None:
+    server.repository(REPO).commit(model_files())
+    server.status_headers = {"Retry-After": "600"}
+    server.status = lambda request: 429
+    refused(lambda: hub.resolve(REPO), NotFoundError, "HTTP 429", "wait 600 s")
+    assert waits == [] and len(server.requests) == 1
+
+
+def test_a_date_to_wait_for() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    assert 3500 < seconds_to_wait({"Retry-After": date}) <= 3600
+
+
+def test_what_is_refused_for_good_is_asked_once(server: HubServer, waits: list[float]) -> None:
+    server.status = lambda request: 403
+    refused(lambda: hub.resolve(REPO), NotFoundError, "HTTP 403")
+    assert waits == [] and len(server.requests) == 1
+
+
+VARIANTS = {
+    "model.fp16.safetensors": b"\0" * 10,
+    "model.fp16-00001-of-00002.safetensors": b"\0" * 10,
+    "model.safetensors.index.fp16.json": b"{}",
+}
+
+
+def test_variants_are_left_alone(server: HubServer) -> None:
+    commit = server.repository(REPO).commit(model_files() | VARIANTS)
+    assert contents(hub.resolve(REPO).directory) == model_files()
+    assert set(remote_headers.fetch_headers(REPO, commit).headers) == {
+        name for name in model_files() if name.endswith(".safetensors")
+    }
+    single = {"config.json": b"{}", "model.safetensors": shard(["a"])}
+    server.repository(REPO).commit(single | VARIANTS, branch="single")
+    assert contents(hub.resolve(REPO, revision="single").directory) == single
 
 
 def test_a_failing_hub_points_to_the_cached_copy(server: HubServer) -> None:

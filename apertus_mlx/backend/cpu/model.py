@@ -12,6 +12,7 @@ import numpy as np
 from apertus_mlx.backend.cpu.allocator import map_large_blocks
 from apertus_mlx.backend.cpu.attention import Attention
 from apertus_mlx.backend.cpu.cache import CPUCache
+from apertus_mlx.backend.cpu.limits import HEAD_DIM_STEP, CPUCannotError
 from apertus_mlx.backend.cpu.runtime import Session
 from apertus_mlx.backend.cpu.single import SingleStep
 from apertus_mlx.backend.cpu.stage import MAX_EPS, Stage
@@ -21,7 +22,6 @@ from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig, make_layer_cac
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import Inventory
-from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import rotary_wavelengths
 from apertus_mlx.model.language_model import NextTokenLogits
 
@@ -37,6 +37,7 @@ class CPUModel:
         on_bytes: is told the bytes read so far and in all.
 
     Raises:
+        CPUCannotError: a sound checkpoint that only MLX can run.
         RejectedError: weights that are not finite.
     """
 
@@ -47,6 +48,11 @@ class CPUModel:
         on_bytes: Callable[[int, int], None] | None = None,
     ) -> None:
         self.config = config = inventory.config
+        if config.head_dim % HEAD_DIM_STEP:
+            raise CPUCannotError(
+                f"{inventory.name}: head_dim {config.head_dim} is no multiple of {HEAD_DIM_STEP}, "
+                "as the CPU path needs it: use --compute mlx"
+            )
         self.precision = precision
         map_large_blocks()
         tensors = Tensors(inventory, precision, on_bytes)
@@ -190,7 +196,7 @@ def _slopes(tensors: Tensors, path: str) -> tuple[float, float, float]:
     beta, eps = (tensors.scalar(f"{path}.{name}") for name in layout.CONSTANTS)
     raw_p, raw_n = (tensors.scalar(f"{path}.{name}") for name in layout.ALPHAS)
     if abs(eps) > MAX_EPS:
-        raise RejectedError(
+        raise CPUCannotError(
             f"{path}.eps: {eps:g} is not near 0; the CPU path leaves it out: use --compute mlx"
         )
     return _softplus(raw_p), beta + _softplus(raw_n), beta

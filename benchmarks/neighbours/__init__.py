@@ -1,0 +1,1 @@
+"""What neighbouring tools write of an Apertus model, and whether we read it right."""

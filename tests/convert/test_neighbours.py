@@ -1,0 +1,63 @@
+"""Files that other tools write with their own code: each is read as its maker reads it.
+
+The whole corpus is `benchmarks/neighbours`; here is one of each kind, the others are nightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks.neighbours import rebuilt, with_compressed_tensors, with_mlx_lm, with_transformers
+from benchmarks.neighbours.check import check_folder
+from benchmarks.neighbours.corpus import ROUNDING, Case, write_base
+
+MODULES = {
+    "mlx_lm": with_mlx_lm, "transformers": with_transformers,
+    "compressed_tensors": with_compressed_tensors, "numpy": rebuilt,
+}  # fmt: skip
+DAILY = {
+    "convert -q --q-mode nvfp4", "convert -q --quant-predicate mixed_3_6",
+    "convert -q, single modules (as dwq and dynamic_quant)",
+    "save_pretrained(variant='fp16') beside the model", "W4A16_ASYM", "FP8_BLOCK", "MXFP4A16",
+    "MXFP8A16", "Unsloth, merged in 16 bits, bitsandbytes block left",
+    "Unsloth, bitsandbytes 4 bits", "AutoGPTQ 0.7, 4 bits", "AutoGPTQ 0.7, 4 bits, desc_act",
+    "AutoAWQ 0.2, 4 bits",
+}  # fmt: skip
+# What is refused, or converts only to plain weights, and what the message has to name.
+REASONS = {
+    "FP8_BLOCK": "a scale per 128 x 128 weights",
+    "MXFP6A16": "refused: quantization_config: format 'mxfp6-pack-quantized'",
+    "W7A16": "MLX has no 7-bit codes",
+    "fp8 in groups of 64": "a scale per 1 x 64 weights",
+    "Unsloth, bitsandbytes 4 bits": "refused: quantized by 'bitsandbytes'",
+    "AutoGPTQ 0.7, 4 bits, desc_act": "columns are reordered (act-order, desc_act)",
+}
+
+
+def all_cases() -> Iterator[object]:
+    for package, module in MODULES.items():
+        lacks = pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not here")
+        for case in module.cases():
+            marks = [lacks] if case.form in DAILY else [lacks, pytest.mark.nightly]
+            yield pytest.param(case, id=f"{module.TOOL}: {case.form}", marks=marks)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("case", list(all_cases()))
+def test_is_read_as_its_maker_reads_it(case: Case, base: Path, tmp_path: Path) -> None:
+    expected = case.make(base, tmp_path / "model")
+    result, fault = check_folder(tmp_path / "model", expected, ROUNDING[case.dtype])
+    assert not fault
+    if case.form in REASONS:
+        assert REASONS[case.form] in result
+        return
+    assert result.startswith(("runs as it is", "converts, codes kept"))
+    assert result.endswith("values equal")
