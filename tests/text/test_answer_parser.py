@@ -340,7 +340,10 @@ def test_no_control_token_is_text(parts: list[int | str]) -> None:
 
 
 @settings(deadline=None)
-@given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="⟨⟩")), thought=st.text("aé🏔 "))
+@given(
+    text=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="⟨⟩")),
+    thought=st.text("aé🏔 "),
+)
 def test_text_without_calls_is_the_text_of_the_ids(text: str, thought: str) -> None:
     found = read(ids_of(f"⟨69⟩{thought}⟨70⟩{text}"))
     assert (found.thought, found.text) == (thought, text)
