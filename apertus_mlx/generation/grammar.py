@@ -6,7 +6,6 @@ Both the tokenizer's form and a compiled grammar are kept, so that a second use 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import weakref
 from collections import OrderedDict
@@ -40,13 +39,22 @@ _MAX_GRAMMAR_SIZE, _MAX_ITEMS_PER_STEP = 100_000, 20_000
 _KEPT_GRAMMARS = 32
 
 
+def has_engine() -> bool:
+    """Whether the library that enforces grammars is installed."""
+    try:
+        import llguidance  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def require_engine(what: str) -> None:
     """Require the library that enforces grammars.
 
     Raises:
         UsageError: it is not installed.
     """
-    if importlib.util.find_spec("llguidance") is None:
+    if not has_engine():
         raise UsageError(
             f"{what} needs llguidance; install it with: pip install 'apertus-mlx[schema]'"
         )

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
+from apertus_mlx.system.model_files import exists, read_own_file
 from apertus_mlx.system.strict_json import parse_object
 
 MAX_BYTES, MAX_DEPTH, MAX_SUBSCHEMAS = 2**20, 64, 5000
@@ -65,19 +66,19 @@ def read_schema(given: Path | str | Mapping[str, Any] | type, option: str = "--s
         if make is None:
             raise UsageError(f"{option}: {given.__name__} is no pydantic model")
         given = make()
-    try:
-        if isinstance(given, Path):
-            with given.open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        else:
+    if isinstance(given, Path):
+        if not exists(given):
+            raise NotFoundError(f"{option} {given}: no such file")
+        try:
+            data = read_own_file(given, MAX_BYTES)
+        except RejectedError as error:
+            raise UsageError(f"{option}: {error}") from None
+    else:
+        try:
             text = given if isinstance(given, str) else json.dumps(given, allow_nan=False)
             data = text.encode()
-    except FileNotFoundError:
-        raise NotFoundError(f"{option} {given}: no such file") from None
-    except OSError as error:
-        raise UsageError(f"{option} {given}: cannot be read ({error.strerror})") from None
-    except (RecursionError, TypeError, ValueError) as error:
-        raise UsageError(f"{option}: is no JSON ({error})") from None
+        except (RecursionError, TypeError, ValueError) as error:
+            raise UsageError(f"{option}: is no JSON ({error})") from None
     if len(data) > MAX_BYTES:
         raise UsageError(f"{option}: is larger than {MAX_BYTES:,} bytes")
     return _checked(data, option)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from apertus_mlx.generation.grammar import (
     WHITESPACE,
     check_grammar,
     embedded_schema,
+    has_engine,
     require_engine,
 )
 from apertus_mlx.generation.json_schema import read_schema
@@ -64,7 +64,7 @@ class ToolGrammar:
             if not by_name:
                 raise UsageError(f"--tool-choice {choice}: there are no tools")
             require_engine(f"--tool-choice {choice[:60]}")
-        if choice == "none" or not by_name or importlib.util.find_spec("llguidance") is None:
+        if choice == "none" or not by_name or not has_engine():
             return
         arguments = [self._arguments(name, by_name[name], strict) for name in by_name]
         self.grammar = _grammar(list(by_name), arguments, parallel)

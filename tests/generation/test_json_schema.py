@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def test_files_and_texts(tmp_path: Path) -> None:
     )
     with pytest.raises(NotFoundError, match=r"none.json: no such file"):
         read_schema(tmp_path / "none.json")
-    with pytest.raises(UsageError, match=r"--schema .*cannot be read"):
+    with pytest.raises(UsageError, match="--schema: "):
         read_schema(tmp_path)
     for text, words in (
         ("", "is empty"),
@@ -215,7 +215,7 @@ def test_pydantic_classes() -> None:
 
 
 def test_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(
         UsageError, match=r"--schema needs llguidance.*pip install 'apertus-mlx\[sc"
     ):

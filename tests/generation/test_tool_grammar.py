@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from typing import Any
 
 import jsonschema
@@ -119,7 +119,7 @@ def test_choices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--tool-choice required: there are no tools"):
         ToolGrammar([], "required")
     assert ToolGrammar([]).allows_all
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     assert ToolGrammar(TOOLS).allows_all and not ToolGrammar(TOOLS, "none").allows_all
     for choice in ("required", "now"):
         with pytest.raises(
