@@ -10,20 +10,15 @@ TypeError that begins with the argument's name.
 
 from __future__ import annotations
 
-import atexit
-import gc
-import inspect
 import logging
 import math
 import os
-import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self, Unpack, cast
+from typing import Annotated, Any, Self, TypeVar, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,6 +39,7 @@ from apertus_mlx.generation.options import (
     SamplingOptions,
 )
 from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.generation.turns import Turn, Turns, Work
 from apertus_mlx.memory import Fit
 from apertus_mlx.system.arguments import Option, Range, checked, expect, known
 from apertus_mlx.system.foreign_errors import own_errors
@@ -61,18 +57,11 @@ _LOGITS_STEP = 32
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # A conversation; each message has a role and a content.
 Messages = Sequence[Mapping[str, object]]
-# Pieces of an answer, and the answer so far; both from a function that says whether to stop.
-_Work = Callable[
-    [Callable[[], bool]], tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
-]
-_Turn = AbstractContextManager[threading.Event]
+T = TypeVar("T")
+# Pieces of an answer, and what tells the answer so far.
+_Begun = tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
 # The process whose models these are; MLX's threads are not there in a forked one.
 _process: int | None = None
-_models: weakref.WeakSet[Apertus] = weakref.WeakSet()
-
-
-def _nothing() -> None:
-    """What a weak reference to nothing returns."""
 
 
 def _require_process() -> None:
@@ -80,14 +69,6 @@ def _require_process() -> None:
     _process = _process or os.getpid()
     if _process != os.getpid():
         raise UsageError("MLX does not work in the fork of a process that used it; use spawn")
-
-
-@atexit.register
-def _end_all() -> None:
-    """End what daemon threads compute, for good: they must not be inside MLX when Python ends."""
-    for model in list(_models) if _process == os.getpid() else []:
-        if model._take(closing=True):
-            model._owner = weakref.ref(threading.current_thread())
 
 
 @checked
@@ -164,13 +145,8 @@ class Apertus:
         self._plan = plan
         self._stream = stream
         self._limits = limits
-        self._lock = threading.Lock()
-        # The thread that has the lock, or that the stream which has it was last read by.
-        self._owner: Callable[[], threading.Thread | None] = _nothing
-        self._reading: Callable[[], Stream | None] = _nothing
-        self._cancel = threading.Event()
+        self._turns = Turns()
         self._closed = False
-        _models.add(self)
 
     def __repr__(self) -> str:
         return f"<Apertus {'closed' if self._loaded is None else self._loaded.folder.directory}>"
@@ -253,7 +229,7 @@ class Apertus:
         self._folder.require_room(len(ids))
         options = SamplingOptions(**known(SamplingOptions, sampling))
 
-        def work(cancelled: Callable[[], bool]) -> Any:
+        def begin(cancelled: Callable[[], bool]) -> _Begun:
             loaded = self._open()
             prefix = CachedPrefix(loaded.model, self._plan.form)
             run = Generation(
@@ -261,7 +237,7 @@ class Apertus:
             )
             return iter(run), lambda: run.answer
 
-        return Stream(self, work)
+        return Stream(self, begin)
 
     def generate_all(
         self,
@@ -286,18 +262,19 @@ class Apertus:
         for ids in every:
             self._folder.require_room(len(ids))
         options = SamplingOptions(**known(SamplingOptions, sampling))
-        answers = []
-        with self._turn() as cancel, mx.stream(self._stream):
+
+        def work(cancelled: Callable[[], bool]) -> Generator[Answer, None, None]:
             loaded = self._open()
             prefix = CachedPrefix(loaded.model, self._plan.form)
             for ids in every:
                 run = Generation(
-                    loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancel.is_set
+                    loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancelled
                 )
-                if not cancel.is_set():
+                if not cancelled():
                     deque(run, maxlen=0)
-                answers.append(run.answer)
-        return answers
+                yield run.answer
+
+        return self._compute(work)
 
     @checked
     def chat(
@@ -363,12 +340,12 @@ class Apertus:
         ids = self._folder.encode_raw(text)
         if len(ids) > self.context_length:
             self._folder.require_room(len(ids))
-        with self._turn() as cancel, mx.stream(self._stream):
+
+        def work(cancelled: Callable[[], bool]) -> Generator[list[float], None, None]:
             model = self._open().model
             cache = model.make_cache(self._plan.form)
-            found: list[float] = [] if self._folder.tokenizer.bos_id is not None else [math.nan]
             for start in range(0, len(ids) - 1, self._plan.prefill_step):
-                if cancel.is_set():
+                if cancelled():
                     raise UsageError("logprobs was stopped")
                 chunk = ids[start : min(start + self._plan.prefill_step, len(ids) - 1)]
                 hidden = model.model(mx.array([chunk]), cache)
@@ -377,26 +354,27 @@ class Apertus:
                     logits = model.logits(part)[0].astype(mx.float32)
                     following = mx.array(ids[start + first + 1 :][: logits.shape[0]])
                     taken = mx.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
-                    found += (taken - mx.logsumexp(logits, axis=-1)).tolist()  # type: ignore[arg-type]
+                    yield (taken - mx.logsumexp(logits, axis=-1)).tolist()  # type: ignore[misc]
                 mx.clear_cache()
-        return found if text else []
+
+        first = [] if self._folder.tokenizer.bos_id is not None else [math.nan]
+        found = [first, *self._compute(work)]
+        return [each for part in found for each in part] if text else []
 
     def stop(self) -> None:
         """End the answer that is being computed, by whichever thread; harmless if there is none.
 
         The call returns what there was, with finish reason `cancelled`. Calls that wait go on.
         """
-        self._cancel.set()
+        self._turns.stop()
 
     def close(self) -> None:
         """End what is being computed, wait, give back the memory; a second time does nothing."""
         self._closed = True
-        # A call of this thread, interrupted by this one, gives the memory back itself.
-        if os.getpid() == _process and self._take(closing=True):
-            try:
-                self._free()
-            finally:
-                self._lock.release()
+        if os.getpid() == _process:
+            # A call of this thread, interrupted by this one, gives the memory back itself.
+            with suppress(UsageError):
+                self._turns.close(self._free)
 
     def _prompt_ids(
         self, name: str, prompt: str | Messages, system: str | None, think: bool, raw: bool
@@ -435,48 +413,29 @@ class Apertus:
     def _folder(self) -> ModelFolder:
         return self._open().folder
 
-    @contextmanager
-    def _turn(self, reading: Callable[[], Stream | None] = _nothing) -> Iterator[threading.Event]:
-        """Wait until no other thread computes; yields the event that ends this turn."""
-        self._open()
-        if not self._take():
-            raise UsageError("this thread is computing with this model already")
-        try:
-            self._open()
-            self._owner, self._reading = weakref.ref(threading.current_thread()), reading
-            self._cancel = getattr(reading(), "_cancel", None) or threading.Event()
-            with own_errors():
-                yield self._cancel
-        finally:
-            if self._closed:
-                self._free()
-            self._owner = self._reading = _nothing
-            self._lock.release()
+    def _compute(self, work: Work[T]) -> list[T]:
+        """All steps of a piece of work, in turn."""
+        return list(Turn(self._turns, self._in_place(work)))
 
-    def _take(self, closing: bool = False) -> bool:
-        """Wait for the lock; returns False where this thread would wait for itself.
+    def _in_place(self, work: Work[T]) -> Work[T]:
+        """The same work on this model's stream of MLX; after it a closed model is freed."""
 
-        A suspended stream ends if this thread was the last to read it, or a thread that is gone,
-        or if nothing refers to it; `closing` ends all that runs.
-        """
-        wait_s = 0.0
-        while not self._lock.acquire(timeout=wait_s):
-            if closing:
-                self._cancel.set()
-            if not self._make_way(closing):
-                return False
-            if not wait_s and _state(self._reading()) == inspect.GEN_SUSPENDED:
-                gc.collect()
-            wait_s = 0.1  # nobody tells when a thread is gone
-        return True
+        def steps(cancelled: Callable[[], bool]) -> Generator[T, None, None]:
+            try:
+                self._open()
+                with own_errors(), closing(work(cancelled)) as inner:
+                    while True:
+                        # Entered anew each time: its reader may use streams of MLX of its own.
+                        with mx.stream(self._stream):
+                            step = next(inner, None)
+                        if step is None:
+                            return
+                        yield step
+            finally:
+                if self._closed:
+                    self._free()
 
-    def _make_way(self, closing: bool) -> bool:
-        owner, stream = self._owner(), self._reading()
-        own = owner is threading.current_thread()
-        if self._reading is _nothing:
-            return not own
-        left = closing or own or owner is None or not owner.is_alive()
-        return stream is None or not left or stream._end(overtaken=not closing)
+        return steps
 
     def _free(self) -> None:
         """Give the weights back; for who has the lock."""
@@ -486,56 +445,17 @@ class Apertus:
             self._limits.close()
 
 
-class Stream(Iterator[Piece]):
+class Stream(Turn[Piece]):
     """Pieces of one answer, as they become certain.
 
     The model computes as the stream is read. `close`, letting go of it, or the next call of the
     thread that reads it ends the answer.
     """
 
-    def __init__(self, model: Apertus, work: _Work) -> None:
+    def __init__(self, model: Apertus, begin: Callable[[Callable[[], bool]], _Begun]) -> None:
         """Use `Apertus.stream` or `Chat.stream`."""
-        # The generator must not hold this object: letting go of it has to end the generator.
-        self._answers: list[Callable[[], Answer | None]] = []
-        self._cancel = threading.Event()
-        self._reading = threading.RLock()
-        self._overtaken = False
-        self._pieces = _pieces(model, model._turn(weakref.ref(self)), work, self._answers)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Piece:
-        with self._reading:
-            if _state(self) == inspect.GEN_RUNNING:
-                raise UsageError("this thread is reading this stream already")
-            if self._overtaken:
-                raise UsageError("a later call has ended this stream; read it before the next one")
-            return next(self._pieces)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the answer where it is, by whichever thread; a second time does nothing."""
-        self._cancel.set()
-        self._end()
-
-    def _end(self, overtaken: bool = False) -> bool:
-        """End the answer, unless it is being read; returns False if this thread reads it."""
-        if not self._reading.acquire(blocking=False):
-            return True
-        try:
-            state = _state(self)
-            if state != inspect.GEN_RUNNING:
-                self._overtaken = overtaken and state == inspect.GEN_SUSPENDED
-                self._pieces.close()
-            return state != inspect.GEN_RUNNING
-        finally:
-            self._reading.release()
+        self._told: list[Callable[[], Answer | None]] = []
+        super().__init__(model._turns, model._in_place(_answering(begin, self._told)))
 
     @property
     def answer(self) -> Answer:
@@ -544,7 +464,7 @@ class Stream(Iterator[Piece]):
         Raises:
             UsageError: nothing has been read yet.
         """
-        found = self._answers[-1]() if self._answers else None
+        found = self._told[0]() if self._told else None
         if found is None:
             raise UsageError("nothing of this stream has been read yet")
         return found
@@ -594,15 +514,18 @@ class Chat:
 
     def undo(self) -> bool:
         """Forget the last question and its answer; returns whether there was one."""
-        with self._model._turn(), mx.stream(self._model._stream):
-            return self._conversation.undo()
+
+        def work(_: Callable[[], bool]) -> Generator[bool, None, None]:
+            yield self._conversation.undo()
+
+        return self._model._compute(work)[0]
 
     def _streamed(
         self, sampling: Mapping[str, Any], answer: Callable[..., Generator[Piece, None, None]]
     ) -> Stream:
         options = replace(self._sampling, **known(SamplingOptions, sampling))
 
-        def work(cancelled: Callable[[], bool]) -> Any:
+        def begin(cancelled: Callable[[], bool]) -> _Begun:
             before = self._conversation.run
 
             def latest() -> Answer | None:
@@ -611,34 +534,24 @@ class Chat:
 
             return answer(options, self._model._plan.prefill_step, cancelled), latest
 
-        return Stream(self._model, work)
+        return Stream(self._model, begin)
 
 
-def _pieces(
-    model: Apertus, turn: _Turn, work: _Work, answers: list[Callable[[], Answer | None]]
-) -> Generator[Piece, None, None]:
-    """Read an answer in turn; `answers` gets what tells the answer so far, at the end for good."""
-    with turn as cancel:
-        pieces, answer = work(cancel.is_set)
-        answers.append(answer)
+def _answering(
+    begin: Callable[[Callable[[], bool]], _Begun], told: list[Callable[[], Answer | None]]
+) -> Work[Piece]:
+    """The work on an answer; `told` gets what tells the answer so far, at the end for good."""
+
+    def work(cancelled: Callable[[], bool]) -> Generator[Piece, None, None]:
+        pieces, answer = begin(cancelled)
+        told[:] = [answer]
         try:
-            while True:
-                # Entered anew each time, since whoever reads may use streams of MLX of their own.
-                with mx.stream(model._stream):
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                yield piece
-                model._owner = weakref.ref(threading.current_thread())
+            yield from pieces
         finally:
-            with mx.stream(model._stream):
-                pieces.close()
             final = answer()
-            answers.append(lambda: final)
+            told[:] = [lambda: final]
 
-
-def _state(stream: Stream | None) -> str | None:
-    return None if stream is None else inspect.getgeneratorstate(stream._pieces)
+    return work
 
 
 def _finish(stream: Stream) -> Answer:
