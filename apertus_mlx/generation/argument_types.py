@@ -14,7 +14,6 @@ from typing import (
     NotRequired,
     Required,
     Union,
-    cast,
     get_args,
     get_origin,
     get_type_hints,
