@@ -44,6 +44,7 @@ from apertus_mlx.memory import Fit
 from apertus_mlx.system.arguments import Option, Range, checked, expect, known
 from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
+from apertus_mlx.text.output_filter import OutputFilter, load_output_filter
 from apertus_mlx.text.template import Message
 
 __all__ = ["Answer", "Apertus", "Chat", "Message", "Piece", "Progress", "Stream", "load"]
@@ -77,6 +78,7 @@ def load(
     *,
     context: Annotated[int | None, Option("Tokens to plan for.", Range(1, 2**31))] = None,
     progress: OnProgress | None = None,
+    output_filter: str | os.PathLike[str] | OutputFilter | None = None,
     **options: Unpack[RunKeywords],
 ) -> Apertus:
     """Find a model, check its files, plan its memory, and load its weights.
@@ -87,6 +89,8 @@ def load(
         context: tokens of prompt and answer together that memory is planned for; 8,192, or the
             model's context if that is shorter, by default.
         progress: told of the stages `downloading`, from another thread, and `loading`, in bytes.
+        output_filter: what answers go through: a file of rules, the name of an installed filter, or
+            a filter; see docs/output-filter.md.
         **options: the fields of `RunOptions`, which are the command line's options:
             `memory_limit="1.2GB"`, `kv_bits=8`, `compute="mlx"`, ...
 
@@ -99,6 +103,7 @@ def load(
     """
     _require_process()
     settings = RunOptions(**known(RunOptions, options))
+    chosen = None if output_filter is None else load_output_filter(output_filter)
     report = progress or (lambda _: None)
     folder = open_folder(
         hub.locate(model, revision=settings.revision, offline=settings.offline, progress=progress)
@@ -120,6 +125,7 @@ def load(
             )
         size_bytes = folder.inventory.checkpoint.size_bytes
         report(Progress("loading", size_bytes, size_bytes, "bytes"))
+        loaded = replace(loaded, output_filter=chosen)
         return Apertus(loaded, plan, notes, stream, stack.pop_all())
 
 
@@ -335,8 +341,11 @@ class Apertus:
         that the model was loaded with.
 
         Raises:
-            TypeError, UsageError: see `generate`; also if `stop` or `close` ends it.
+            TypeError, UsageError: see `generate`; also if `stop` or `close` ends it, or an output
+                filter is set: probabilities tell what it hides.
         """
+        if self._open().output_filter is not None:
+            raise UsageError("logprobs: there are none with an output filter")
         ids = self._folder.encode_raw(text)
         if len(ids) > self.context_length:
             self._folder.require_room(len(ids))

@@ -10,7 +10,8 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.generation_config import read_generation_config
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.checkpoint.matching import FLOAT_DTYPES
-from apertus_mlx.text.tokenizer import Role, Tokenizer
+from apertus_mlx.text.roles import Role
+from apertus_mlx.text.tokenizer import Tokenizer
 
 _GEOMETRY = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from apertus_mlx.cli import options, sink
@@ -29,6 +30,7 @@ def chat(
     model: options.ModelOption = None,
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
+    output_filter: options.OutputFilterOption = None,
     sampling: SamplingOptions,
     settings: RunOptions,
 ) -> None:
@@ -36,12 +38,14 @@ def chat(
     from apertus_mlx.backend.memory_limits import mlx_limits
     from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
     from apertus_mlx.generation.conversation import Conversation
+    from apertus_mlx.text.output_filter import load_output_filter
 
     open_lines()
+    chosen = None if output_filter is None else load_output_filter(output_filter)
     folder = open_model(model, settings)
     plan = plan_run(folder.inventory, settings, CHAT_CONTEXT)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
-        loaded = load_weights(folder, settings)
+        loaded = replace(load_weights(folder, settings), output_filter=chosen)
         _converse(
             lambda: Conversation(loaded, system, think, plan.form), sampling, plan.prefill_step
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,7 @@ def generate(
     think: options.ThinkOption = False,
     sampling: SamplingOptions,
     settings: RunOptions,
+    output_filter: options.OutputFilterOption = None,
     prompt_cache: Annotated[
         Path | None, Option("Resume the prompt from this file; it is made if not there.")
     ] = None,
@@ -45,11 +46,13 @@ def generate(
     from apertus_mlx.generation.cached_prefix import CachedPrefix
     from apertus_mlx.generation.model_folder import require_prompt
     from apertus_mlx.generation.run import Generation
+    from apertus_mlx.text.output_filter import load_output_filter
 
     text = read_prompt() if prompt is None or prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty; pass it as an argument or on standard input")
     require_prompt(text, system, think, raw)
+    chosen = None if output_filter is None else load_output_filter(output_filter)
     started = time.perf_counter()
     folder = open_model(model, settings)
     prompt_ids = folder.prompt_ids(text, system=system, think=think, raw=raw)
@@ -60,7 +63,7 @@ def generate(
         saved = folder.prompt_cache(prompt_cache, plan.form, settings)
         saved.require_use(prompt_ids)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
-        loaded = load_weights(folder, settings)
+        loaded = replace(load_weights(folder, settings), output_filter=chosen)
         loaded_s = time.perf_counter() - started
         if saved is None:
             prefix = CachedPrefix(loaded.model, plan.form)
@@ -79,7 +82,7 @@ def generate(
         finally:
             if json:
                 name = str(folder.directory) if model else "embedded"
-                print_json(_report(run.answer, loaded_s, name, plan))
+                print_json(_report(run.answer, loaded_s, name, plan, chosen is not None))
             else:
                 note(summary(run.answer))
         if saved is not None:
@@ -96,11 +99,15 @@ def _answer(run: Generation, json: bool) -> None:
             print_pieces(run)
 
 
-def _report(answer: Answer, loaded_s: float, model: str, plan: Fit) -> dict[str, Any]:
-    """What `--json` prints."""
+def _report(
+    answer: Answer, loaded_s: float, model: str, plan: Fit, filtered: bool
+) -> dict[str, Any]:
+    """What `--json` prints; of an answer that is filtered not the ids, which spell all of it."""
     from apertus_mlx.generation.memory_plan import report_plan
 
     report = asdict(answer)
+    if filtered:
+        report["token_ids"] = []
     return {
         "text": report.pop("text"),
         "thoughts": report.pop("thought"),

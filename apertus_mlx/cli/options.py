@@ -23,6 +23,13 @@ ModelOption = Annotated[
 ]
 SystemOption = Annotated[str | None, Option("System message.", flags="-s")]
 ThinkOption = Annotated[bool, Option("Let the model deliberate first (shown on stderr).")]
+OutputFilterOption = Annotated[
+    str | None,
+    Option(
+        "Replace in answers what this file of rules says, or an installed filter of this name.",
+        metavar="FILE",
+    ),
+]
 PlotOption = Annotated[
     Path | None, Option("Draw what was measured into this SVG, PNG or PDF file.")
 ]

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from apertus_mlx.generation.run import Piece
 
 
+# Between the tokens of JSON a line break says what a blank says, and within strings there is none.
+_ONE_LINE = str.maketrans("\r\n", "  ")
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """Write one JSON object to stdout."""
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
@@ -54,11 +58,13 @@ def print_report(
 def print_pieces(pieces: Iterable[Piece]) -> None:
     """Write an answer and a newline to stdout as it comes, the deliberation before it to stderr.
 
+    A tool call is a line of its own: the tool's name, a blank, the arguments.
+
     An interrupt or an error leaves the newline behind what there was. On a terminal with controls
     escaped: a model's text must not give it orders. Into a pipe or file as it is.
     """
     exact = not sys.stdout.isatty()
-    thinking = False
+    thinking = in_call = False
     missing = ""
     try:
         for piece in pieces:
@@ -68,13 +74,24 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
             if thinking:
                 sink.note(piece.text, end="", keep=sink.LAYOUT)
                 continue
+            begins_line = in_call if piece.call is None else piece.call.id is not None
+            text = (missing if begins_line else "") + _line_of_call(piece)
+            in_call = piece.call is not None
             missing = "\n"
             if exact:
-                sink.put_exactly(piece.text)
+                sink.put_exactly(text)
             else:
-                sink.put(piece.text, end="", keep=sink.LAYOUT)
+                sink.put(text, end="", keep=sink.LAYOUT)
         missing = "\n"
     finally:
         if thinking:
             sink.note("")
         sink.put("", end=missing)
+
+
+def _line_of_call(piece: Piece) -> str:
+    """The piece's text; of a call a part of its line, which no line break of JSON ends."""
+    if piece.call is None:
+        return piece.text
+    name = "" if piece.call.name is None else f"{piece.call.name} "
+    return (name + piece.call.arguments).translate(_ONE_LINE)

@@ -16,8 +16,10 @@ from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.prompt_cache import PromptCache
 from apertus_mlx.model.language_model import LanguageModel
+from apertus_mlx.text.output_filter import OutputFilter
+from apertus_mlx.text.roles import Role
 from apertus_mlx.text.template import ChatTemplate, Message
-from apertus_mlx.text.tokenizer import Role, Tokenizer
+from apertus_mlx.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,9 @@ class ModelFolder:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer; the end of the assistant's turn always does."""
+        """Ids that end an answer; the end of the assistant's turn and of its calls always do."""
         stated = self.generation_config.eos_token_ids or self.config.eos_token_ids
-        return frozenset({*stated, Role.ASSISTANT.end})
+        return frozenset({*stated, Role.ASSISTANT.end, Role.TOOLS.end})
 
     @property
     def notes(self) -> list[str]:
@@ -186,10 +188,15 @@ def open_folder(directory: Path) -> ModelFolder:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model's folder and its weights, ready to run."""
+    """A model's folder and its weights, ready to run.
+
+    Attributes:
+        output_filter: what all its answers go through.
+    """
 
     folder: ModelFolder
     model: LanguageModel
+    output_filter: OutputFilter | None = None
 
 
 def require_prompt(text: str, system: str | None, think: bool, raw: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,18 +17,15 @@ from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
 from apertus_mlx.generation.sampling import Sampler, resolve_params
-from apertus_mlx.text.stream import TextStream
-from apertus_mlx.text.tokenizer import Role, Tokenizer
+from apertus_mlx.text.answer_parser import AnswerParser, new_call_id
+from apertus_mlx.text.filtered_pieces import PieceFilter
+from apertus_mlx.text.pieces import CallPiece, Piece, ToolCall
 
-FinishReason = Literal["stop", "length", "cancelled"]
+__all__ = ["Answer", "CallPiece", "FinishReason", "Generation", "Piece", "ToolCall"]
 
+_log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that has become certain, of the answer or of the deliberation before it."""
-
-    text: str
-    is_thought: bool = False
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +35,20 @@ class Answer:
     Attributes:
         text: the answer alone, without control tokens, deliberation or what follows a stop string.
         thought: the deliberation before it; empty if there was none.
-        token_ids: all that were generated, a stop id included.
+        token_ids: all that were generated, a stop id included; no output filter changes them.
         prompt_token_ids: the prompt's.
-        finish_reason: `stop`: the model or a stop string ended it; `length`: it reached
-            `max_tokens` or the model's context; `cancelled`: someone ended it.
+        finish_reason: `stop`: the model or a stop string ended it; `tool_calls`: so, and the model
+            asks for tools; `length`: it reached `max_tokens` or the model's context;
+            `cancelled`: someone ended it.
         reused_prompt_tokens: tokens of the prompt that had been computed before.
         prefill_tokens_per_s: prompt tokens computed in a second; 0 if there was nothing to time.
         decode_tokens_per_s: tokens generated in a second after the first one; 0 likewise.
         time_to_first_token_s: seconds from the start to the first token.
         peak_memory_bytes: the most memory that the process has held.
         seed: with which the same prompt gives the same answer again.
+        tool_calls: the tools that the model asks for, in order; one that was cut by `max_tokens`
+            is the last.
+        malformed_tool_calls: how many calls were no valid JSON; what the model wrote is text.
     """
 
     text: str
@@ -60,6 +62,8 @@ class Answer:
     time_to_first_token_s: float
     peak_memory_bytes: int
     seed: int
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    malformed_tool_calls: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,6 +92,10 @@ class Generation:
         on_prefill: is told how many tokens of the prompt are done, those reused included.
         on_prefix: is called once, when `prefix` holds all of the prompt but its last token.
         cancelled: is asked after each token, and chunk of the prompt, whether to end here.
+        tool_names: of the tools that the prompt declares. With them, an answer that is nothing but
+            a list of calls of these tools is one, though no control token says so; None where
+            there are no tools or the answer's form is prescribed.
+        new_call_id: makes the id of a tool call.
         reused: tokens of the prompt that were not computed; known once the run has begun.
 
     Raises:
@@ -102,6 +110,8 @@ class Generation:
     on_prefill: Callable[[int], None] | None = None
     on_prefix: Callable[[CachedPrefix], None] | None = None
     cancelled: Callable[[], bool] | None = None
+    tool_names: Collection[str] | None = None
+    new_call_id: Callable[[], str] = new_call_id
     reused: int = field(default=0, init=False)
     token_ids: list[int] = field(default_factory=list, init=False)
 
@@ -114,6 +124,10 @@ class Generation:
         self._begun = False
         self._text: list[str] = []
         self._thought: list[str] = []
+        self._calls: dict[int, list[CallPiece]] = {}
+        self._parser = self._new_parser()
+        chosen = self.loaded.output_filter
+        self._filter = None if chosen is None else PieceFilter(chosen)
         self._finish: FinishReason = "cancelled"
         self._started = self._first = self._last = 0.0
 
@@ -157,7 +171,7 @@ class Generation:
     def _answered(self, run: Run, logits: mx.array) -> Iterator[Piece]:
         stop_ids = self.loaded.folder.stop_ids
         sampler = Sampler(self._params, self.prompt, self.loaded.model.config.output_vocab_size)
-        text = _Segments(self.loaded.folder.tokenizer, self.options.stop_strings)
+        parser = self._parser
         for token in draw_tokens(run.step, logits, sampler, self._max_tokens):
             self._last = time.perf_counter()
             self._first = self._first or self._last
@@ -165,20 +179,49 @@ class Generation:
             if token in stop_ids:
                 self._finish = "stop"
                 break
-            yield from self._kept(text.push(token))
-            if text.stopped:
+            yield from self._kept(self._filtered(parser.push(token)))
+            if parser.stopped:
                 self._finish = "stop"
                 break
             if self.cancelled is not None and self.cancelled():
                 break
         else:
             self._finish = "length"
-        yield from self._kept(text.finish())
+        yield from self._kept(self._filtered(parser.finish(cut=self._finish != "stop")))
+        if self._filter is not None:
+            yield from self._kept(self._filter.finish())
+        if parser.malformed:
+            _log.warning("the model wrote a tool call that is no valid JSON; it is kept as text")
 
-    def _kept(self, piece: Piece) -> Iterator[Piece]:
-        if piece.text:
-            (self._thought if piece.is_thought else self._text).append(piece.text)
+    def _new_parser(self) -> AnswerParser:
+        tokenizer = self.loaded.folder.tokenizer
+        return AnswerParser(
+            tokenizer,
+            self.options.stop_strings,
+            thinking=tokenizer.roles.leaves_thought_open(self.prompt),
+            tool_names=self.tool_names,
+            new_id=self.new_call_id,
+        )
+
+    def _filtered(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        return pieces if self._filter is None else self._filter.push(pieces)
+
+    def _kept(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if piece.call is None:
+                (self._thought if piece.is_thought else self._text).append(piece.text)
+            elif piece.call.withdrawn:
+                del self._calls[piece.call.index]
+            else:
+                self._calls.setdefault(piece.call.index, []).append(piece.call)
             yield piece
+
+    @property
+    def _finish_reason(self) -> FinishReason:
+        asks = self._finish == "stop" or (
+            self._finish == "length" and self._parser.ended_with_calls
+        )
+        return "tool_calls" if asks and self._calls else self._finish
 
     @property
     def answer(self) -> Answer:
@@ -189,40 +232,22 @@ class Generation:
             thought="".join(self._thought),
             token_ids=list(self.token_ids),
             prompt_token_ids=list(self.prompt),
-            finish_reason=self._finish,
+            finish_reason=self._finish_reason,
             reused_prompt_tokens=self.reused,
             prefill_tokens_per_s=_rate(len(self.prompt) - self.reused, prefill_s),
             decode_tokens_per_s=_rate(len(self.token_ids) - 1, decode_s),
             time_to_first_token_s=max(prefill_s, 0.0),
             peak_memory_bytes=peak_bytes(self.loaded.model.on_gpu),
             seed=self._params.seed,
+            tool_calls=[_call(parts) for parts in self._calls.values()],
+            malformed_tool_calls=self._parser.malformed,
         )
 
 
-class _Segments:
-    """Splits a run into deliberation (between the inner control tokens) and answer."""
-
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stop_strings = stop_strings
-        self._thinking = False
-        self._stream = TextStream(tokenizer, stop_strings)
-
-    @property
-    def stopped(self) -> bool:
-        return self._stream.stopped
-
-    def push(self, token: int) -> Piece:
-        if token in (Role.INNER.start, Role.INNER.end):
-            piece = self.finish()
-            self._thinking = token == Role.INNER.start
-            # Stop strings are for the answer; a thought may well mention one.
-            self._stream = TextStream(self._tokenizer, () if self._thinking else self._stop_strings)
-            return piece
-        return Piece(self._stream.push(token), self._thinking)
-
-    def finish(self) -> Piece:
-        return Piece(self._stream.finish(), self._thinking)
+def _call(parts: Sequence[CallPiece]) -> ToolCall:
+    """Put the pieces of one call together."""
+    first = parts[0]
+    return ToolCall(first.id or "", first.name or "", "".join(part.arguments for part in parts))
 
 
 def _rate(count: int, seconds: float) -> float:

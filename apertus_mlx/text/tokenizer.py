@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import re
 from collections.abc import Iterator, Sequence
@@ -13,39 +12,13 @@ import tokenizers
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.system.rust_panics import PanicError, guarded
 from apertus_mlx.text.byte_alphabet import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE
+from apertus_mlx.text.roles import Roles, find_roles
 from apertus_mlx.text.tokenizer_file import read_backend
 
 # Every kind of character that a tokenizer's patterns tell apart.
 PROBE = "The 12 Zürich-trains'll leave\n\n  at 7:30\t(日本, हिन्दी, العربية) 🏔️ \r\n"
 LONG_TEXT = 2**16
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class Role(enum.Enum):
-    """A part of a conversation that two control tokens enclose; the value is the first id."""
-
-    SYSTEM = 61
-    DEVELOPER = 63
-    USER = 65
-    ASSISTANT = 67
-    INNER = 69
-    TOOLS = 71
-
-    @property
-    def start(self) -> int:
-        """The id that opens it, the same in every Apertus vocabulary; only the names differ.
-
-        Id 61 is `<|system_start|>` in v1 and `<SPECIAL_61>` in v1.1.
-        """
-        return self.value
-
-    @property
-    def end(self) -> int:
-        """The id that closes it."""
-        return self.value + 1
-
-
-CONTROL_IDS = range(Role.SYSTEM.start, Role.TOOLS.end + 1)
 
 
 class Tokenizer:
@@ -55,10 +28,17 @@ class Tokenizer:
         vocab_size: Rows of the model's embedding; every id is below it.
         bos_id: The id every sequence starts with, or None where the model has none.
         special_ids: Ids that plain text can never become.
+        roles: What the control tokens mean in an answer.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, name: str, vocab_size: int, bos_id: int | None
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        name: str,
+        vocab_size: int,
+        bos_id: int | None,
+        roles: Roles,
     ):
         """Wrap a loaded backend; use `load`, which checks it."""
         added = backend.get_added_tokens_decoder()
@@ -72,6 +52,7 @@ class Tokenizer:
         self._special_lengths = sorted({len(text) for text in self._special_by_text}, reverse=True)
         self.vocab_size = vocab_size
         self.bos_id = bos_id
+        self.roles = roles
         self.special_ids = frozenset(self._special_by_text.values())
 
     @classmethod
@@ -96,19 +77,17 @@ class Tokenizer:
             raise RejectedError(
                 f"{path}: has ids up to {largest}, but vocab_size in config.json is {vocab_size}"
             )
-        for token_id in CONTROL_IDS:
-            if token_id not in added or not added[token_id].special:
-                raise RejectedError(
-                    f"{path}: id {token_id} ({backend.id_to_token(token_id)!r}) is not a special "
-                    "token; ids 61 to 72 are the control tokens of an Apertus vocabulary"
-                )
+        special = {token_id: token.content for token_id, token in added.items() if token.special}
+        roles = find_roles(special, str(path))
         if bos_token_id is not None and not (
-            0 <= bos_token_id < vocab_size and bos_token_id in added and added[bos_token_id].special
+            0 <= bos_token_id < vocab_size and bos_token_id in special
         ):
             raise RejectedError(
                 f"{path}: bos_token_id {bos_token_id} of the config is not a special token here"
             )
-        tokenizer = cls(backend, name=str(path), vocab_size=vocab_size, bos_id=bos_token_id)
+        tokenizer = cls(
+            backend, name=str(path), vocab_size=vocab_size, bos_id=bos_token_id, roles=roles
+        )
         tokenizer.encode(PROBE)
         return tokenizer
 

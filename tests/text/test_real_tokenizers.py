@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import tokenizers
 
+from apertus_mlx.text.roles import Role
 from apertus_mlx.text.stream import TextStream
 from apertus_mlx.text.template import ChatTemplate
-from apertus_mlx.text.tokenizer import Role, Tokenizer
+from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import encode_with_control, special_tokens
 
 VOCAB_SIZE = 131_072

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
-from apertus_mlx.text.tokenizer import CONTROL_IDS, Role, Tokenizer
+from apertus_mlx.text.roles import CONTROL_IDS, Role
+from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import (
     backend_json,
     encode_with_control,
