@@ -44,6 +44,7 @@ from apertus_mlx.memory import Fit
 from apertus_mlx.system.arguments import Option, Range, checked, expect, known
 from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
+from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.output_filter import OutputFilter, load_output_filter
 from apertus_mlx.text.template import Message
 
@@ -55,8 +56,7 @@ logging.getLogger("apertus_mlx").addHandler(logging.NullHandler())
 # Positions whose logits are computed at a time for `logprobs`: 131,072 float32 numbers each.
 _LOGITS_STEP = 32
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-# A conversation; each message has a role and a content.
+# A conversation; see `Message`.
 Messages = Sequence[Mapping[str, object]]
 T = TypeVar("T")
 # Pieces of an answer, and what tells the answer so far.
@@ -305,15 +305,27 @@ class Apertus:
         with mx.stream(self._stream):
             return Chat(self, Conversation(self._open(), system, think, self._plan.form), options)
 
-    def render(self, messages: Messages, *, think: bool = False) -> list[int]:
+    def render(
+        self,
+        messages: Messages,
+        *,
+        think: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> list[int]:
         """The token ids of the prompt that the model's chat template makes of a conversation.
+
+        Args:
+            messages: as OpenAI's API takes them.
+            think: whether the model deliberates before it answers.
+            tools: what it may call, as OpenAI's API takes it, or each
+                `{name, description, parameters}`.
 
         Raises:
             RejectedError: there is no template, or it refuses the messages.
             TypeError, UsageError: see `generate`.
         """
         expect(bool, think=think)
-        return self._rendered("messages", _messages("messages", messages), think)
+        return self._folder.render(_messages("messages", messages), think, tools)
 
     @checked
     def encode(self, text: str) -> list[int]:
@@ -401,15 +413,7 @@ class Apertus:
             raise UsageError(f"{name}: raw continues a text, and these are messages")
         if system is not None:
             messages.insert(0, Message(role="system", content=system))
-        return self._rendered(name, messages, think)
-
-    def _rendered(self, name: str, messages: Sequence[Message], think: bool) -> list[int]:
-        try:
-            return self._folder.render(messages, think)
-        except TypeError as error:  # what a content may hold is known to the template alone
-            raise TypeError(f"{name}: {error}") from None
-        except (RecursionError, ValueError):  # the latter by `json`, of a circle
-            raise UsageError(f"{name}: nested too deeply, or it holds itself") from None
+        return self._folder.render(messages, think)
 
     def _open(self) -> LoadedModel:
         _require_process()
@@ -574,22 +578,10 @@ def _messages(name: str, messages: Any) -> list[Message]:
 
     Raises:
         TypeError: it is no list of messages.
-        UsageError: it is empty, or a message lacks its content or a role that there is.
+        UsageError: it is empty, or see `read_messages`.
     """
     expect(Sequence[object], **{name: messages})
     if not messages:
         raise UsageError(f"{name}: there is no message")
-    for index, message in enumerate(messages):
-        expect(Mapping, **{f"{name}[{index}]": message})
-        for key in ("role", "content"):
-            if key not in message:
-                raise UsageError(f"{name}[{index}]: has no {key!r}")
-        role, content, where = message["role"], message["content"], f"{name}[{index}]['content']"
-        expect(str, **{f"{name}[{index}]['role']": role})
-        if role not in _ROLES:
-            raise UsageError(f"{name}[{index}]: role {role[:40]!r}: expected {', '.join(_ROLES)}")
-        if content is not None or not message.get("tool_calls"):
-            expect(str | Mapping | Sequence, **{where: content})
-        for key in {"parts", "blocks"} & set(content if isinstance(content, Mapping) else ()):
-            expect(Sequence, **{f"{where}[{key!r}]": content[key]})
+    read_messages(messages, name)
     return list(messages)

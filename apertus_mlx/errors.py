@@ -21,6 +21,10 @@ class UsageError(ApertusError):
     exit_code = 2
 
 
+class WrongTypeError(UsageError, TypeError):
+    """A message or a tool holds a value of a wrong type: wrong usage, and Python's TypeError."""
+
+
 class RejectedError(ApertusError):
     """An artefact (config, weights, tokenizer, template, manifest) is damaged or unsupported."""
 

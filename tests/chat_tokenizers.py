@@ -33,8 +33,10 @@ _WORDS = ["the", "Ġthe", "Hello", "Ġworld", "ĠZurich", "ation", "Ġcapital", 
 
 def special_names(version: str) -> list[str]:
     names = [_NAMED.get(i, f"<SPECIAL_{i}>") for i in range(74)]
-    if version == "v1":
+    if version != "v1.1":
         names[61:73] = _V1_ROLES
+    if version == "v1.5":
+        names[73:] = ["<|tool_output_start|>", "<|tool_output_end|>"]
     return names
 
 

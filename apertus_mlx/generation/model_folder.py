@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.prompt_cache import PromptCache
 from apertus_mlx.model.language_model import LanguageModel
+from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.output_filter import OutputFilter
 from apertus_mlx.text.roles import Role
 from apertus_mlx.text.template import ChatTemplate, Message
@@ -61,18 +62,23 @@ class ModelFolder:
             notes.append("the model has no chat template (a base model?); it continues text")
         return notes
 
-    def render(self, messages: Sequence[Message], think: bool = False) -> list[int]:
-        """The prompt of a conversation, by the model's own chat template.
+    def render(
+        self,
+        messages: Sequence[Message],
+        think: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> list[int]:
+        """The prompt of a conversation, by the model's own chat template; see its `render`.
 
         Raises:
             RejectedError: there is no template, or it refuses the messages.
-            UsageError: a message cannot fit the context.
+            UsageError: a message or tool is wrong, or cannot fit the context.
         """
         template = self.require_template()
-        for message in messages:
-            if isinstance(content := message.get("content"), str):
-                self.require_short(content)
-        return template.render(messages, think=think)
+        for turn in read_messages(messages):
+            for text in turn.texts:
+                self.require_short(text)
+        return template.render(messages, think=think, tools=tools)
 
     def require_template(self) -> ChatTemplate:
         """The model's chat template.

@@ -23,6 +23,7 @@ from apertus_mlx.checkpoint.config import read_config
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.system.model_files import read_own_file
 from apertus_mlx.system.strict_json import parse_object
+from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.template import ChatTemplate, Message
 from apertus_mlx.text.tokenizer import Tokenizer
 
@@ -364,13 +365,8 @@ def _parsed(values: Mapping[str, Any], name: str, label: str) -> Document:
         return Document(language, text)
     if not isinstance(messages, list) or not messages or text is not None:
         raise RejectedError(f"{name}: expected a string `text` or a list `messages`")
-    for message in messages:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            raise RejectedError(f"{name}: messages: each needs a `role` and a `content` as strings")
-    return Document(
-        language, tuple(Message(role=m["role"], content=m["content"]) for m in messages)
-    )
+    try:
+        read_messages(messages, f"{name}: messages")
+    except UsageError as error:
+        raise RejectedError(str(error)) from None
+    return Document(language, tuple(messages))

@@ -204,10 +204,14 @@ def test_messages_of_a_wrong_type(model: Apertus, messages: Any) -> None:
 @pytest.mark.parametrize(
     ("message", "kind", "words"),
     [
-        ({"role": "robot", "content": "a"}, UsageError, r"^prompt\[1\]: role 'robot': expected"),
-        ({"role": "user", "content": None}, TypeError, r"^prompt\[1\]\['content'\]: expected str"),
-        ({"role": "user", "content": {"parts": 5}}, TypeError, r"^prompt\[1\].*'parts'\]: .*list"),
-        ({"role": "system", "content": "a"}, RejectedError, ": the chat template refuses these"),
+        ({"role": "robot", "content": "a"}, UsageError, r"^prompt\[1\]\.role: 'robot': expected"),
+        ({"role": "user", "content": None}, TypeError, r"^prompt\[1\]\.content: expected a text"),
+        (
+            {"role": "user", "content": {"parts": 5}},
+            TypeError,
+            r"^prompt\[1\]\.content\.parts: .*list",
+        ),
+        ({"role": "tool", "content": "a"}, UsageError, r"^prompt\[1\]\.role: a result follows"),
     ],
     ids=["role", "content", "parts", "order"],
 )
@@ -224,9 +228,39 @@ def test_messages_without_end(model: Apertus) -> None:
         deep = [deep]
     circle: list[Any] = []
     circle.append(circle)
-    for parts in (deep, circle):
-        with pytest.raises(UsageError, match="prompt: nested too deeply"):
-            model.generate([{"role": "user", "content": {"parts": parts}}])
+    for endless in ({"a": deep}, {"a": circle}):
+        call = {"id": "c", "function": {"name": "f", "arguments": endless}}
+        with pytest.raises(UsageError, match=r"^prompt\[0\]\.tool_calls\[0\].*deep"):
+            model.generate([{"role": "assistant", "tool_calls": [call]}])
+
+
+def test_messages_as_openai_writes_them(model: Apertus) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages: list[Any] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Briefly."}]},
+        {"role": "user", "content": QUESTION, "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "Paris"},
+    ]
+    function = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}
+    tools = [{"type": "function", "function": function}]
+    text = model.decode(model.render(messages, tools=tools))
+    assert "Tool Capabilities:\n// f\ntype f = (_: {\na?: number\n}) => any;" in text
+    assert text.endswith(f'{QUESTION}[{{"f": {{"a": 1}}}}][Paris]')
+    answer = model.generate(messages, max_tokens=1)
+    assert answer.prompt_token_ids == model.render(messages)
+    assert model.generate_all([messages], max_tokens=1)[0].prompt_token_ids == model.render(
+        messages
+    )
+    with pytest.raises(UsageError, match=r"^prompts\[0\]\[3\]\.tool_call_id: 'd'"):
+        model.generate_all([[*messages[:3], {**messages[3], "tool_call_id": "d"}]])
+    with pytest.raises(UsageError, match=r"^tools\[0\]\.function\.name: 'a b'"):
+        model.render(messages, tools=[{"type": "function", "function": {"name": "a b"}}])
+    for index in (0, 1, 3):
+        long = [dict(message) for message in messages]
+        long[index]["content"] = [{"type": "text", "text": "word " * 9000}]
+        with pytest.raises(UsageError, match="tokens or more"):
+            model.render(long)
 
 
 @pytest.mark.parametrize("message", [{"role": 3, "content": "a"}, {"role": "user", "content": {3}}])

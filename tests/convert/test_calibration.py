@@ -78,7 +78,9 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     lines = [{"text": "Salve", "language": "la"}, {"messages": messages, "language": "en"}]
     (folder / "more.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    (folder / "chat.json").write_text(json.dumps({"messages": messages, "language": "en"}))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "Ann"}]
+    chat = {"messages": [*parts, messages[1]], "language": "en"}
+    (folder / "chat.json").write_text(json.dumps(chat))
     texts = read_texts([folder])
     assert sorted(d.language for d in texts.documents) == ["en", "en", "la", "pt-BR", "und"]
     windows = language_windows(texts, tokenizer, template, 64, 1000)
@@ -99,6 +101,7 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
         ("label.json", b'{"text": "a", "language": "no such/label"}', RejectedError),
         ("number.json", b'{"text": "a", "language": 7}', RejectedError),
         ("roles.json", b'{"messages": [{"role": "user"}]}', RejectedError),
+        ("first.json", b'{"messages": [{"role": "tool", "content": "7"}]}', RejectedError),
     ],
 )
 def test_bad_texts_are_refused_in_one_line(

@@ -62,10 +62,10 @@ def test_a_prompt_without_the_last_message_is_refused(source: str) -> None:
     [
         ("{{ messages[-1].content | trim }}", [{"role": "user", "content": "\n a  b \n"}]),
         ("{{ messages[-1].content | replace('\n', ' ') }}", [QUESTION]),
-        ("{{ messages[-1].content | tojson }}", [{"role": "tool", "content": 'a "b"\n'}]),
+        ("{{ messages[-1].content | tojson }}", [{"role": "user", "content": 'a "b"\n'}]),
         ("{{ messages[-1].content }}", [{"role": "user", "content": "<s> \ufdd0\ufdd1 <|user"}]),
         ("x", [{"role": "user", "content": " \n"}]),
-        ("x", [{"role": "user", "content": None}]),
+        ("x", [{"role": "assistant", "content": None, "reasoning": "hm"}]),
         ("{{ messages[0].content }}", [QUESTION, {"role": "assistant", "content": ""}]),
         (
             "{{ messages[-1].content.split('</think>')[-1] }}",
@@ -86,8 +86,13 @@ def test_a_prompt_without_the_last_message_is_refused(source: str) -> None:
             ],
         ),
         (
-            "{% for p in messages[-1].content %}{{ p.text }}{% endfor %}",
-            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}],
+            "{% for p in messages[-1].content.parts %}{{ p.text }}{% endfor %}",
+            [
+                {
+                    "role": "user",
+                    "content": {"parts": [{"type": "text", "text": "a"}, {"text": "b"}]},
+                }
+            ],
         ),
     ],
 )

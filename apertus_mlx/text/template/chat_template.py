@@ -11,37 +11,28 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import jinja2
 
-from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.errors import RejectedError
 from apertus_mlx.system.model_files import exists, read_file
 from apertus_mlx.system.strict_json import read_object
+from apertus_mlx.text.chat_form import write_turns
+from apertus_mlx.text.messages import Message, read_messages, require_answer
+from apertus_mlx.text.roles import Role
 from apertus_mlx.text.template.budget import start_rendering
 from apertus_mlx.text.template.control_text import ControlText, ControlToken, concat
+from apertus_mlx.text.template.probes import ProbedForm
 from apertus_mlx.text.template.sandbox import SandboxEnvironment
 from apertus_mlx.text.tokenizer import Tokenizer
+from apertus_mlx.text.tool_definitions import read_tools
 
 MAX_TEMPLATE_BYTES = 2**18
 
 
 class UnsupportedTemplateError(RejectedError):
     """A sound template that asks for what the sandbox does not have, or refuses the messages."""
-
-
-class Message(TypedDict):
-    """One turn of a conversation; the template decides which roles and contents it takes.
-
-    Attributes:
-        role: Such as `system`, `user`, `assistant`, `tool`, `developer`.
-        content: A text, or the structure that the template documents.
-        tool_calls: Calls that an assistant's message makes.
-    """
-
-    role: str
-    content: object
-    tool_calls: NotRequired[Sequence[Mapping[str, object]]]
 
 
 class ChatTemplate:
@@ -74,8 +65,7 @@ class ChatTemplate:
             raise RejectedError(f"{name}: the chat template is empty; fetch it again or remove it")
         self.name = name
         self._tokenizer = tokenizer
-        # v1.1 switches deliberation by a developer message, v1 by a variable.
-        self._thinks_by_message = "has_thinking" in source
+        self._form = ProbedForm(self._probe)
         self._texts = {key: self._constant(value) for key, value in (texts or {}).items()}
         if tokenizer.bos_id is not None:
             self._texts["bos_token"] = concat([self._token(tokenizer.bos_id)])
@@ -109,22 +99,30 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         think: bool = False,
-        tools: Sequence[Mapping[str, object]] = (),
+        tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Return the token ids of the prompt, with exactly one BOS at its front.
 
         Args:
-            messages: The conversation.
-            think: Whether the model deliberates before it answers.
-            tools: What it may call, each `{name, description, parameters}`.
+            messages: The conversation, see `Message`.
+            think: Whether the model deliberates before it answers. If not, thoughts of earlier
+                turns are left out.
+            tools: What it may call, see `read_tools`.
             add_generation_prompt: Whether the prompt ends where the assistant begins.
+            continue_final_message: Whether it ends within the last message instead, an answer that
+                is to go on.
 
         Raises:
             RejectedError: the template refuses the messages, leaves the last one out, looks at the
                 text of a control token, or breaks its limits.
-            UsageError: the template has no way to do what is asked for.
+            UsageError: a message or tool is wrong, see `read_messages` and `read_tools`, or the
+                template has no way to do what is asked for.
         """
+        if continue_final_message:
+            require_answer(messages)
+            add_generation_prompt = False
         pieces = self._render(messages, think, tools, add_generation_prompt)
         if messages and not _holds(pieces, messages[-1]):
             raise RejectedError(
@@ -134,6 +132,8 @@ class ChatTemplate:
         ids: list[int] = []
         for piece in pieces:
             ids += self._tokenizer.encode(piece) if isinstance(piece, str) else [piece.id]
+        if continue_final_message and ids[-1:] == [Role.ASSISTANT.end]:
+            del ids[-1]
         bos_id = self._tokenizer.bos_id
         if bos_id is None:
             return ids
@@ -144,25 +144,30 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         think: bool,
-        tools: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
         add_generation_prompt: bool,
     ) -> list[str | ControlToken]:
-        """Return the prompt's plain texts and control tokens in order.
+        """Return the prompt's plain texts and control tokens in order."""
+        written = write_turns(read_messages(messages), read_tools(tools), think, self._form)
+        return self._write(*written, think, add_generation_prompt)
+
+    def _probe(self, messages: list[Any], tools: Any, think: bool) -> list[str | None]:
+        pieces = self._write(messages, tools, think, False)
+        return [piece if isinstance(piece, str) else None for piece in pieces]
+
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        think: bool,
+        add_generation_prompt: bool,
+    ) -> list[str | ControlToken]:
+        """Return what the template makes of messages and tools in its own form.
 
         A control token that a plain text spells must stand in the messages in one piece. Another
         one was put together from parts, by a template that cannot be followed here or by messages.
         """
-        plain: list[Any] = [dict(message) for message in messages]
-        if self._thinks_by_message:
-            if tools:
-                raise UsageError(
-                    f"{self.name}: takes tools as `formatted_tools` of a developer message only"
-                )
-            if think and not any(message.get("role") == "developer" for message in plain):
-                developer = {"role": "developer", "content": {"has_thinking": True}}
-                after_system = 1 if plain and plain[0].get("role") == "system" else 0
-                plain.insert(after_system, developer)
-        data = json.dumps([plain, tools or None], ensure_ascii=False, default=_plain)
+        data = json.dumps([messages, tools or None], ensure_ascii=False, default=_plain)
         try:
             start_rendering(data)
             variables = {"add_generation_prompt": add_generation_prompt, "enable_thinking": think}
