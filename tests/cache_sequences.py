@@ -52,6 +52,17 @@ FORMS = {
 TOLERANCE = 1e-5
 # Rounding moves a number across the border between two codes now and then.
 TOLERANCE_OF_CODES = 0.05
+# What may happen, and how often in proportion.
+STEPS = {
+    "ask": 10,
+    "undo": 3,
+    "retry": 3,
+    "think": 1,
+    "system": 1,
+    "load": 1,
+    "reset": 1,
+    "disk": 2,
+}
 MADE_WITH = Fingerprint("model", "weights", "quantization", "template")
 PACKAGE = str(Path(apertus_mlx.__file__).parent)
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?"
@@ -169,9 +180,7 @@ class Play:
 
     def play(self, steps: int) -> None:
         for _ in range(steps):
-            kind = self.random.choices(["ask", "undo", "retry", "think", "disk"], [10, 3, 3, 1, 2])[
-                0
-            ]
+            [kind] = self.random.choices(list(STEPS), list(STEPS.values()))
             getattr(self, f"_{kind}")()
             self.counts.steps += 1
             self._require_only_what_was_said()
@@ -201,6 +210,17 @@ class Play:
 
     def _think(self) -> None:
         self.talk.think = not self.talk.think
+
+    def _system(self) -> None:
+        self.talk.system = self.random.choice([None, "be brief", "be long"])
+
+    def _load(self) -> None:
+        """Go on from the first of the messages."""
+        if self.talk.messages:
+            self.talk.load(self.talk.messages[: self.random.randrange(len(self.talk.messages)) + 1])
+
+    def _reset(self) -> None:
+        self.talk.reset()
 
     def _disk(self) -> None:
         """Save what is held, and go on from the file."""

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 from apertus_mlx.cli import options, sink
-from apertus_mlx.cli.generate import summary
+from apertus_mlx.cli.chat_commands import ChatCommands, Request, read_request
+from apertus_mlx.cli.chat_lines import Lines, open_chat_lines
 from apertus_mlx.cli.output import print_pieces
 from apertus_mlx.cli.prompt_text import open_lines
 from apertus_mlx.cli.sink import note
+from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions, SamplingOptions
+from apertus_mlx.system.arguments import Option
+from apertus_mlx.system.foreign_errors import explain
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.conversation import Conversation
+    from apertus_mlx.generation.run import Piece
 
-HELP = """/undo    forget the last question and its answer
-/retry   answer the last question again
-/reset   start over
-/stats   what the last answer took
-/exit    leave (or Ctrl-D); a line that ends with \\ continues on the next"""
+NoHistoryOption = Annotated[
+    bool, Option("Do not keep what is typed for the next run, nor read what is kept.")
+]
 
 
 def chat(
@@ -31,6 +36,7 @@ def chat(
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
     output_filter: options.OutputFilterOption = None,
+    no_history: NoHistoryOption = False,
     sampling: SamplingOptions,
     settings: RunOptions,
 ) -> None:
@@ -46,77 +52,91 @@ def chat(
     plan = plan_run(folder.inventory, settings, CHAT_CONTEXT)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
         loaded = replace(load_weights(folder, settings), output_filter=chosen)
-        _converse(
-            lambda: Conversation(loaded, system, think, plan.form), sampling, plan.prefill_step
-        )
+        conversation = Conversation(loaded, system, think, plan.form)
+        with open_chat_lines(lambda: note("Ctrl-D ends the chat"), not no_history) as lines:
+            _Talk(conversation, lines, sampling, plan.prefill_step).run()
 
 
-def _converse(start: Callable[[], Conversation], sampling: SamplingOptions, step: int) -> None:
-    from apertus_mlx.errors import UsageError
+class _Talk:
+    """Messages and commands, one after the other, until they end."""
 
-    conversation = start()
-    note("type a message; /help for more")
+    def __init__(
+        self, conversation: Conversation, lines: Lines, sampling: SamplingOptions, step: int
+    ) -> None:
+        self._conversation = conversation
+        self._lines = lines
+        self._how = sampling, step
+        self._commands = ChatCommands(conversation, self._retry)
+        # Ctrl-C, counted while an answer is computed.
+        self._interrupts = 0
 
-    def answer(question: str | None) -> None:
-        if question is None:
-            pieces = conversation.retry(sampling, step)
-        else:
-            pieces = conversation.ask(question, sampling, step)
-        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
-            print_pieces(pieces)
+    def run(self) -> None:
+        note("type a message; /help for more")
+        while not self._commands.ended and (line := self._lines.read()) is not None:
+            request = read_request(line)
+            if request.command is not None:
+                self._command(request)
+            elif request.text.strip():
+                self._answer(partial(self._conversation.ask, request.text))
 
-    while (line := _read_line()) is not None:
-        command = line.strip()
+    def _command(self, request: Request) -> None:
         try:
-            if command == "/exit":
-                break
-            if command == "/help":
-                sink.note(HELP, keep=sink.LAYOUT)
-            elif command == "/reset":
-                conversation = start()
-            elif command == "/undo":
-                if not conversation.undo():
-                    note("there is nothing to undo")
-            elif command == "/retry":
-                if conversation.last_question is None:
-                    note("there is nothing to retry")
-                else:
-                    answer(None)
-            elif command == "/stats":
-                last = conversation.last_answer
-                note(summary(last) if last else "nothing has been answered yet")
-            elif command.startswith("/") and " " not in command:
-                note(f"{command}: unknown; /help lists the commands")
-            elif command:
-                answer(line)
-        except UsageError as error:
-            note(f"error: {error}; /undo or /reset makes room")
+            told = self._commands.run(request)
+        except Exception as error:
+            if (known := explain(error)) is None:
+                raise
+            note(str(known) if isinstance(known, UsageError) else f"error: {known}")
+        else:
+            if told is not None:
+                note(told, keep=sink.LAYOUT if request.command == "/help" else "")
 
+    def _retry(self) -> None:
+        note("answering the last question again")
+        self._answer(self._conversation.retry)
 
-def _read_line() -> str | None:
-    """One message, with line editing and history where there is a terminal; None at the end."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives `input` editing and history)
-    lines: list[str] = []
-    try:
-        while True:
-            prompt = ("> " if not lines else "  ") if sys.stdin.isatty() else ""
-            # The prompt goes to stderr, so that stdout carries only the model's text.
-            line = _input(prompt)
-            if not line.endswith("\\"):
-                return "\n".join([*lines, line])
-            lines.append(line[:-1])
-    except EOFError:
-        return "\n".join(lines) if lines else None
+    def _answer(self, start: Callable[..., Generator[Piece, None, None]]) -> None:
+        try:
+            with (
+                suppress(KeyboardInterrupt),
+                self._interruptible() as interrupted,
+                closing(start(*self._how, interrupted)) as pieces,
+            ):
+                print_pieces(pieces)
+        except Exception as error:
+            known = explain(error)
+            if isinstance(known, UsageError):
+                way_out = "; /undo or /reset makes room" if self._conversation.questions else ""
+                note(f"error: {known}{way_out}")
+                return
+            # Whoever sits there can still save what has been said.
+            if known is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+                raise
+            note(f"error: {known}")
+        if self._interrupts:
+            self._tell_stopped()
 
+    def _tell_stopped(self) -> None:
+        last = self._conversation.last_answer
+        if last is not None and last.finish_reason == "cancelled":
+            kept = "what was said stays in the conversation" if last.text else "nothing was said"
+            note(f"stopped; {kept}; /retry answers again")
 
-def _input(prompt: str) -> str:
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(prompt)
-    if prompt:
-        sink.note(prompt, end="")
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
+    @contextmanager
+    def _interruptible(self) -> Iterator[Callable[[], bool]]:
+        """Count interrupts: the first ends an answer behind a token, the second at once.
+
+        Behind a token the cache keeps all that was computed, in whatever form.
+        """
+
+        def interrupt(*_: Any) -> None:
+            self._interrupts += 1
+            # One more could come while this one is on its way out.
+            if self._interrupts == 2:
+                raise KeyboardInterrupt
+
+        self._interrupts = 0
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield lambda: self._interrupts > 0
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -20,7 +20,7 @@ from apertus_mlx.errors import ResourceError
 
 # C0, DEL and C1; separators of lines and paragraphs; what turns the order of a line around; and
 # halves of surrogate pairs, which are no characters and cannot be written.
-_ORDERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+ORDERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # The line that redraws itself at the end of the terminal on stderr, if there is one.
 _drawn: list[str] = []
 # What a text of several lines keeps.
@@ -29,12 +29,12 @@ LAYOUT = "\n\t"
 
 def printable(text: str, keep: str = "") -> str:
     r"""Return `text` with what a terminal obeys shown escaped (`\x1b`), but for those in `keep`."""
-    return _ORDERS.sub(lambda found: _escaped(found[0], keep), text)
+    return ORDERS.sub(lambda found: _escaped(found[0], keep), text)
 
 
 def printable_json(text: str) -> str:
     """Return JSON of the same value, with the same escapes as JSON writes them."""
-    return _ORDERS.sub(lambda found: found[0] if found[0] in "\n" else _json(found[0]), text)
+    return ORDERS.sub(lambda found: found[0] if found[0] in "\n" else _json(found[0]), text)
 
 
 def _escaped(character: str, keep: str) -> str:

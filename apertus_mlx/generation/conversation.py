@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.errors import UsageError
@@ -18,7 +18,8 @@ class Conversation:
     """Messages so far, and a cache that holds as much of their prompt as is still valid.
 
     Every turn renders the whole conversation with the checkpoint's own template; the tokens that
-    the new prompt shares with the cache are not computed again.
+    the new prompt shares with the cache are not computed again. So the messages, the system message
+    and `think` may change between turns.
 
     Attributes:
         think: whether the model deliberates before it answers.
@@ -47,23 +48,78 @@ class Conversation:
             self.messages.append(Message(role="system", content=system))
         self.run: Generation | None = None
 
+    @property
+    def system(self) -> str | None:
+        """The system message that the conversation begins with."""
+        first = self.messages[:1]
+        return str(first[0]["content"]) if first and first[0]["role"] == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        rest = self.messages[self.system is not None :]
+        first = [] if text is None else [Message(role="system", content=text)]
+        self._replace([*first, *rest])
+
+    def reset(self) -> None:
+        """Forget all but the system message, in the cache, too."""
+        self._replace(self.messages[: self.system is not None])
+        self._prefix.forget()
+        self.run = None
+
+    def load(self, messages: Sequence[Message]) -> None:
+        """Go on from `messages` instead of those so far.
+
+        Raises:
+            RejectedError: the template refuses them; the conversation stays as it was.
+            UsageError: they do not fit the model's context; likewise.
+        """
+        folder = self._loaded.folder
+        folder.require_room(len(folder.render(messages, self.think)))
+        self._replace([message.copy() for message in messages])
+        self.run = None
+
     def ask(
         self,
         text: str,
         options: SamplingOptions = DEFAULT_SAMPLING,
         prefill_step: int = DEFAULT_PREFILL_STEP,
         cancelled: Callable[[], bool] | None = None,
-        turn: int | None = None,
     ) -> Generator[Piece, None, None]:
         """Add a user's turn and yield the answer; an interrupted answer is kept as far as it went.
 
-        It takes the place of all messages from number `turn` on, if there are any.
+        Raises:
+            RejectedError: the template refuses the messages; the conversation stays as it was.
+            UsageError: the conversation no longer fits the model's context; likewise.
+        """
+        question = Message(role="user", content=text)
+        turn = len(self.messages)
+        yield from self._answer(question, turn, options, prefill_step, cancelled)
+
+    def retry(
+        self,
+        options: SamplingOptions = DEFAULT_SAMPLING,
+        prefill_step: int = DEFAULT_PREFILL_STEP,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Answer the last question again, as `ask` does, without reading it again.
 
         Raises:
-            UsageError: the conversation no longer fits the model's context; it stays as it was.
+            UsageError: there is none.
         """
-        turn = len(self.messages) if turn is None else turn
-        question = Message(role="user", content=text)
+        turn = self._last_turn()
+        if turn is None:
+            raise UsageError("there is nothing to retry")
+        yield from self._answer(self.messages[turn], turn, options, prefill_step, cancelled)
+
+    def _answer(
+        self,
+        question: Message,
+        turn: int,
+        options: SamplingOptions,
+        prefill_step: int,
+        cancelled: Callable[[], bool] | None,
+    ) -> Generator[Piece, None, None]:
+        """Answer `question`, which takes the place of all messages from number `turn` on."""
         prompt = self._loaded.folder.render([*self.messages[:turn], question], self.think)
         run = Generation(
             self._loaded, prompt, options, prefill_step, self._prefix, cancelled=cancelled
@@ -84,22 +140,6 @@ class Conversation:
                 answer["content"] = f"{answer['content']}{piece.text}"
             yield piece
 
-    def retry(
-        self,
-        options: SamplingOptions = DEFAULT_SAMPLING,
-        prefill_step: int = DEFAULT_PREFILL_STEP,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> Generator[Piece, None, None]:
-        """Answer the last question again, as `ask` does, without reading it again.
-
-        Raises:
-            UsageError: there is none.
-        """
-        text = self.last_question
-        if text is None:
-            raise UsageError("there is nothing to retry")
-        yield from self.ask(text, options, prefill_step, cancelled, len(self.messages) - 2)
-
     @property
     def last_answer(self) -> Answer | None:
         """The latest answer, as far as it went."""
@@ -108,13 +148,34 @@ class Conversation:
     @property
     def last_question(self) -> str | None:
         """The user's last message."""
-        questions = [m["content"] for m in self.messages if m["role"] == "user"]
-        return str(questions[-1]) if questions else None
+        turn = self._last_turn()
+        return None if turn is None else str(self.messages[turn]["content"])
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return self._loaded.folder.context_length
+
+    @property
+    def questions(self) -> int:
+        """How many messages are the user's."""
+        return sum(message["role"] == "user" for message in self.messages)
 
     def undo(self) -> bool:
         """Forget the last question and its answer, in the cache, too; returns if there was one."""
-        if self.last_question is None:
+        turn = self._last_turn()
+        if turn is None:
             return False
-        self._prefix.cut(self._older.pop(len(self.messages) - 2, 0))
-        del self.messages[-2:]
+        self._prefix.cut(self._older.pop(turn, 0))
+        del self.messages[turn:]
         return True
+
+    def _last_turn(self) -> int | None:
+        """Where the user's last message stands."""
+        turns = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
+        return turns[-1] if turns else None
+
+    def _replace(self, messages: list[Message]) -> None:
+        # What is known of the cache is by the number of a message, and the numbers change.
+        self._older.clear()
+        self.messages = messages

@@ -1,4 +1,4 @@
-"""Strict reading of a checkpoint's JSON files: one object, unique keys, no NaN, bounded size."""
+"""Strict reading of JSON files: unique keys, no NaN, bounded size; one object in a checkpoint's."""
 
 from __future__ import annotations
 
@@ -22,11 +22,19 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
     """Return the JSON object in `data`; `name` is what error messages call it."""
+    value = parse_json(data, name)
+    if not isinstance(value, dict):
+        raise RejectedError(f"{name}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """Return the JSON value in `data`, whatever it is; for the rest see `read_object`."""
     refuse_pointer(data, name)
     if not data.strip():
         raise RejectedError(f"{name}: is empty")
     try:
-        value = json.loads(
+        return json.loads(
             data.decode("utf-8-sig"),
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
@@ -37,9 +45,6 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
         raise RejectedError(f"{name}: is nested too deeply") from None
     except ValueError as error:
         raise RejectedError(f"{name}: is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise RejectedError(f"{name}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

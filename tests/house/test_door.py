@@ -21,6 +21,8 @@ ALLOWED = {
     # The system.
     "apertus_mlx/backend/hardware.py": {"read_text"},
     "apertus_mlx/backend/metal/verdict.py": {"read_bytes", "open"},
+    # What the user has typed, in a file of ours.
+    "apertus_mlx/cli/chat_history.py": {"open"},
     # Nowhere.
     "apertus_mlx/cli/surroundings.py": {"open"},
     "apertus_mlx/cli/sink.py": {"open"},
