@@ -239,7 +239,13 @@ class Apertus:
             loaded = self._open()
             prefix = CachedPrefix(loaded.model, self._plan.form)
             run = Generation(
-                loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancelled
+                loaded,
+                ids,
+                options,
+                self._plan.prefill_step,
+                prefix,
+                cancelled=cancelled,
+                think=think,
             )
             return iter(run), lambda: run.answer
 
@@ -274,7 +280,13 @@ class Apertus:
             prefix = CachedPrefix(loaded.model, self._plan.form)
             for ids in every:
                 run = Generation(
-                    loaded, ids, options, self._plan.prefill_step, prefix, cancelled=cancelled
+                    loaded,
+                    ids,
+                    options,
+                    self._plan.prefill_step,
+                    prefix,
+                    cancelled=cancelled,
+                    think=think,
                 )
                 if not cancelled():
                     deque(run, maxlen=0)

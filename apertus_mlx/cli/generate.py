@@ -76,6 +76,7 @@ def generate(
             plan.prefill_step,
             prefix,
             on_prefix=None if saved is None else saved.save,
+            think=think,
         )
         try:
             _answer(run, json)

@@ -122,7 +122,13 @@ class Conversation:
         """Answer `question`, which takes the place of all messages from number `turn` on."""
         prompt = self._loaded.folder.render([*self.messages[:turn], question], self.think)
         run = Generation(
-            self._loaded, prompt, options, prefill_step, self._prefix, cancelled=cancelled
+            self._loaded,
+            prompt,
+            options,
+            prefill_step,
+            self._prefix,
+            cancelled=cancelled,
+            think=self.think,
         )
         older = shared_length(self._prefix.tokens, prompt[:-1])
         if turn < len(self.messages):

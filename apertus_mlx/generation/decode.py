@@ -9,6 +9,7 @@ import mlx.core as mx
 from apertus_mlx.cache import Cache, expect
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.generation.sampling import Sampler
+from apertus_mlx.generation.structured import AnswerRules
 from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
 
 DEFAULT_PREFILL_STEP = 512
@@ -69,6 +70,7 @@ def decode(
     cache: Sequence[Cache],
     sampler: Sampler,
     max_tokens: int,
+    rules: AnswerRules | None = None,
 ) -> Iterator[int]:
     """`draw_tokens` on a cache of which nobody asks afterwards what it holds."""
     return draw_tokens(
@@ -76,26 +78,33 @@ def decode(
         logits,
         sampler,
         max_tokens,
+        rules,
     )
 
 
 def draw_tokens(
-    step: Callable[[mx.array], NextTokenLogits], logits: mx.array, sampler: Sampler, max_tokens: int
+    step: Callable[[mx.array], NextTokenLogits],
+    logits: mx.array,
+    sampler: Sampler,
+    max_tokens: int,
+    rules: AnswerRules | None = None,
 ) -> Iterator[int]:
     """Yield up to `max_tokens` token ids, the first drawn from `logits` `[vocabulary]`.
 
     `step` gives the logits after one more token (shape `[]`). It is called before that token is
     read, so that the GPU never waits for Python: when the caller stops, the last token yielded, or
-    being read, may therefore have been fed already.
+    being read, may therefore have been fed already. Where `rules` depend on the token, it is read
+    first; the rules then work while the GPU computes the step.
 
     Raises:
         RejectedError: the logits of the first token, or of a later one where id 0 was drawn, are
             not finite or all the same. Greedy choice draws 0 from such logits; drawing by chance
             may take any id, so there they can stay unseen after the first token.
+        UsageError: the grammar of `rules` became too complex.
     """
 
     def draw(after: NextTokenLogits) -> tuple[mx.array, NextTokenLogits]:
-        token = sampler(after)
+        token = sampler(after, None if rules is None else rules.allowed)
         mx.async_eval(token)
         return token, after
 
@@ -104,23 +113,38 @@ def draw_tokens(
     mx.async_eval(sound)  # known with the first token, before the step after it
     for index in range(max_tokens):
         following = None
-        if index + 1 < max_tokens:
+        ahead = rules is None or rules.steady
+        drawn = sampler.state
+        if ahead and index + 1 < max_tokens:
             following = draw(step(token))
         value = int(token)
         # Where the logits tell nothing apart token 0 is drawn by greedy choice, so that after the
-        # first time only then a look is worth its while.
-        if index and value == 0:
+        # first time only then a look is worth its while. Rules may not allow 0.
+        if index and (value == 0 or (not ahead and not _is_finite(after.values, token))):
             sound = _tell_apart(after.values)
         if not sound.item():
             raise RejectedError(
                 f"the model computed no finite logits, or all equal, at token {index + 1}: its "
                 "weights are damaged or overflow in this type; try --dtype float32"
             )
+        if rules is not None:
+            next_logits = None if following is None else following[1]
+            if not ahead and index + 1 < max_tokens and not rules.ends_with(value):
+                next_logits = step(token)
+                mx.async_eval(next_logits.values)
+            changed = rules.accept(value)
+            if next_logits is not None and (changed or following is None):
+                sampler.state = drawn
+                following = draw(next_logits)
         yield value
         if following is not None:
             token, after = following
         if index % CLEAR_INTERVAL == CLEAR_INTERVAL - 1:
             mx.clear_cache()
+
+
+def _is_finite(logits: mx.array, token: mx.array) -> bool:
+    return bool(mx.isfinite(logits[token]).item())
 
 
 def _tell_apart(logits: mx.array) -> mx.array:

@@ -5,19 +5,22 @@ The names are those of the long options, with underscores. Imports nothing heavy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from apertus_mlx.checkpoint.generation_config import RANGES
 from apertus_mlx.errors import UsageError
-from apertus_mlx.system.arguments import Option, Range, as_list, check_fields
+from apertus_mlx.system.arguments import Option, Range, as_list, check_fields, expect
 
 if TYPE_CHECKING:
     from apertus_mlx.cache.config import CacheConfig
 
 # Memory for a conversation is planned for so many tokens, or the model's context if shorter.
 CHAT_CONTEXT = 8192
+# OpenAI's bounds.
+MOST_BIAS = 100
 
 DType = Literal["bfloat16", "float16", "float32"]
 Revision = Annotated[str | None, Option("Branch, tag or commit of a Hub id.")]
@@ -56,6 +59,23 @@ class SamplingOptions:
     repetition_penalty: Annotated[
         float | None, Option("Above 1 discourages repetition.", RANGES["repetition_penalty"])
     ] = None
+    presence_penalty: Annotated[
+        float | None, Option("Above 0 discourages words the answer has; -2 to 2.", Range(-2, 2))
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, Option("As presence, for each time they came; -2 to 2.", Range(-2, 2))
+    ] = None
+    logit_bias: Annotated[
+        Sequence[str] | Mapping[int, float] | None,
+        Option("Add -100 to 100 to a token's logit; repeatable.", metavar="ID=VALUE"),
+    ] = None
+    max_thought_tokens: Annotated[
+        int | None, Option("Most tokens of a deliberation; then it ends.", Range(0, 2**31 - 1))
+    ] = None
+    schema: Annotated[
+        Path | str | Mapping[str, Any] | type | None,
+        Option("Answer in JSON that follows the JSON schema in this file.", metavar="FILE"),
+    ] = None
     seed: Annotated[int | None, Option("Same seed, same text.", Range(0, 2**63 - 1))] = None
     stop: Annotated[
         str | Sequence[str] | None, Option("End the answer before this text; repeatable.")
@@ -63,6 +83,11 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _ = self.biases
+        if self.schema is not None:
+            from apertus_mlx.generation.structured import require_schema
+
+            object.__setattr__(self, "schema", require_schema(self.schema))
         if not all(self.stop_strings):
             raise UsageError("--stop: an empty string would stop at once")
 
@@ -70,6 +95,45 @@ class SamplingOptions:
     def stop_strings(self) -> tuple[str, ...]:
         """All texts that end the answer."""
         return tuple(as_list(self.stop))
+
+    @property
+    def schema_text(self) -> str | None:
+        """`schema` as checked JSON."""
+        assert self.schema is None or isinstance(self.schema, str)
+        return self.schema
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` by token id.
+
+        Raises:
+            TypeError: a token or a bias of a wrong type.
+            UsageError: a bias out of range, or a text that is not `ID=VALUE`.
+        """
+        given = self.logit_bias or {}
+        pairs = given.items() if isinstance(given, Mapping) else map(_bias, given)
+        found: dict[int, float] = {}
+        for token, bias in pairs:
+            expect(int, logit_bias=token)
+            expect(float, logit_bias=bias)
+            if not 0 <= token < 2**31:
+                raise UsageError(f"--logit-bias {token}: expected the id of a token")
+            if not -MOST_BIAS <= bias <= MOST_BIAS:
+                raise UsageError(
+                    f"--logit-bias {token}={bias}: expected {-MOST_BIAS} to {MOST_BIAS}"
+                )
+            found[token] = float(bias)
+        return found
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise UsageError(
+            f"--logit-bias {text[:40]!r}: expected ID=VALUE, such as 42=-100"
+        ) from None
 
 
 DEFAULT_SAMPLING = SamplingOptions()
@@ -161,6 +225,11 @@ class SamplingKeywords(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Sequence[str] | Mapping[int, float] | None
+    max_thought_tokens: int | None
+    schema: Path | str | Mapping[str, Any] | type | None
     seed: int | None
     stop: str | Sequence[str] | None
 

@@ -17,9 +17,13 @@ from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
 from apertus_mlx.generation.sampling import Sampler, resolve_params
+from apertus_mlx.generation.structured import answer_rules
+from apertus_mlx.generation.thought_budget import ThoughtBudget
+from apertus_mlx.generation.tool_grammar import ToolGrammar
 from apertus_mlx.text.answer_parser import AnswerParser, new_call_id
 from apertus_mlx.text.filtered_pieces import PieceFilter
 from apertus_mlx.text.pieces import CallPiece, Piece, ToolCall
+from apertus_mlx.text.roles import Role
 
 __all__ = ["Answer", "CallPiece", "FinishReason", "Generation", "Piece", "ToolCall"]
 
@@ -38,7 +42,8 @@ class Answer:
         token_ids: all that were generated, a stop id included; no output filter changes them.
         prompt_token_ids: the prompt's.
         finish_reason: `stop`: the model or a stop string ended it; `tool_calls`: so, and the model
-            asks for tools; `length`: it reached `max_tokens` or the model's context;
+            asks for tools; `length`: it reached `max_tokens` or the model's context, or a stop
+            string ended it before what a schema or a tool choice prescribes was complete;
             `cancelled`: someone ended it.
         reused_prompt_tokens: tokens of the prompt that had been computed before.
         prefill_tokens_per_s: prompt tokens computed in a second; 0 if there was nothing to time.
@@ -95,6 +100,9 @@ class Generation:
         tool_names: of the tools that the prompt declares. With them, an answer that is nothing but
             a list of calls of these tools is one, though no control token says so; None where
             there are no tools or the answer's form is prescribed.
+        tools: which tool calls there may be, and whether there must be one; None prescribes
+            nothing.
+        think: whether a deliberation may come before an answer whose form is prescribed.
         new_call_id: makes the id of a tool call.
         reused: tokens of the prompt that were not computed; known once the run has begun.
 
@@ -111,6 +119,8 @@ class Generation:
     on_prefix: Callable[[CachedPrefix], None] | None = None
     cancelled: Callable[[], bool] | None = None
     tool_names: Collection[str] | None = None
+    tools: ToolGrammar | None = None
+    think: bool = False
     new_call_id: Callable[[], str] = new_call_id
     reused: int = field(default=0, init=False)
     token_ids: list[int] = field(default_factory=list, init=False)
@@ -121,6 +131,16 @@ class Generation:
         room = self.loaded.folder.require_room(len(self.prompt))
         self._max_tokens = min(self.options.max_tokens, room)
         self._params = resolve_params(self.loaded.folder.generation_config, self.options)
+        self._params.require_ids(self._vocab_size)
+        self._rules = answer_rules(
+            self.loaded.folder.tokenizer,
+            self._vocab_size,
+            self.loaded.folder.stop_ids,
+            self.prompt,
+            self.options.schema_text,
+            self.tools,
+            self.think,
+        )
         self._begun = False
         self._text: list[str] = []
         self._thought: list[str] = []
@@ -170,18 +190,18 @@ class Generation:
 
     def _answered(self, run: Run, logits: mx.array) -> Iterator[Piece]:
         stop_ids = self.loaded.folder.stop_ids
-        sampler = Sampler(self._params, self.prompt, self.loaded.model.config.output_vocab_size)
+        sampler = Sampler(self._params, self.prompt, self._vocab_size, self._thought_budget())
         parser = self._parser
-        for token in draw_tokens(run.step, logits, sampler, self._max_tokens):
+        for token in draw_tokens(run.step, logits, sampler, self._max_tokens, self._rules):
             self._last = time.perf_counter()
             self._first = self._first or self._last
             self.token_ids.append(token)
             if token in stop_ids:
-                self._finish = "stop"
+                self._finish = self._end
                 break
             yield from self._kept(self._filtered(parser.push(token)))
             if parser.stopped:
-                self._finish = "stop"
+                self._finish = self._end
                 break
             if self.cancelled is not None and self.cancelled():
                 break
@@ -193,13 +213,32 @@ class Generation:
         if parser.malformed:
             _log.warning("the model wrote a tool call that is no valid JSON; it is kept as text")
 
+    @property
+    def _vocab_size(self) -> int:
+        """How many logits the model has."""
+        return self.loaded.folder.config.output_vocab_size
+
+    @property
+    def _end(self) -> FinishReason:
+        """What an end is called: one before the prescribed form is complete is a cut."""
+        return "stop" if self._rules is None or self._rules.complete else "length"
+
+    def _thought_budget(self) -> ThoughtBudget | None:
+        most, roles = self.options.max_thought_tokens, self.loaded.folder.tokenizer.roles
+        if most is None:
+            return None
+        pairs = zip(sorted(roles.thought_starts), sorted(roles.thought_ends), strict=True)
+        starts = [token for token in self.prompt if token in roles.thought_starts]
+        opened = starts[-1] if roles.leaves_thought_open(self.prompt) else None
+        return ThoughtBudget(most, list(pairs), Role.TOOLS.start, opened)
+
     def _new_parser(self) -> AnswerParser:
         tokenizer = self.loaded.folder.tokenizer
         return AnswerParser(
             tokenizer,
             self.options.stop_strings,
             thinking=tokenizer.roles.leaves_thought_open(self.prompt),
-            tool_names=self.tool_names,
+            tool_names=self.tool_names if self.options.schema is None else None,
             new_id=self.new_call_id,
         )
 
