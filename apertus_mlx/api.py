@@ -39,6 +39,7 @@ from apertus_mlx.generation.options import (
     SamplingOptions,
 )
 from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.generation.tool_set import Tool, ToolSet, read_tool_set
 from apertus_mlx.generation.turns import Turn, Turns, Work
 from apertus_mlx.memory import Fit
 from apertus_mlx.system.arguments import Option, Range, checked, expect, known
@@ -202,6 +203,8 @@ class Apertus:
         system: str | None = None,
         think: bool = False,
         raw: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **sampling: Unpack[SamplingKeywords],
     ) -> Answer:
         """Answer a question, or the last message of a conversation.
@@ -211,6 +214,9 @@ class Apertus:
             system: a system message to put first.
             think: whether the model deliberates before it answers.
             raw: continue a text as it is, without the model's chat template.
+            tools: what the model may call: Python functions, see `tool_schema`, or definitions as
+                OpenAI's API takes them. Nothing is called; `tool_calls` of the answer tells.
+            tool_choice: `auto`, `none`, `required`, or the name of the tool that has to be called.
             **sampling: the fields of `SamplingOptions`: `temperature`, `max_tokens`, `stop`, ...
 
         Raises:
@@ -219,7 +225,17 @@ class Apertus:
             UsageError: a value out of range, a prompt longer than the model's context, or a
                 closed model.
         """
-        return _finish(self.stream(prompt, system=system, think=think, raw=raw, **sampling))
+        return _finish(
+            self.stream(
+                prompt,
+                system=system,
+                think=think,
+                raw=raw,
+                tools=tools,
+                tool_choice=tool_choice,
+                **sampling,
+            )
+        )
 
     def stream(
         self,
@@ -228,10 +244,13 @@ class Apertus:
         system: str | None = None,
         think: bool = False,
         raw: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **sampling: Unpack[SamplingKeywords],
     ) -> Stream:
         """Answer as `generate` does, piece by piece; other calls wait until the stream ends."""
-        ids = self._prompt_ids("prompt", prompt, system, think, raw)
+        toolset = read_tool_set(tools, tool_choice)
+        ids = self._prompt_ids("prompt", prompt, system, think, raw, toolset)
         self._folder.require_room(len(ids))
         options = SamplingOptions(**known(SamplingOptions, sampling))
 
@@ -245,6 +264,8 @@ class Apertus:
                 self._plan.prefill_step,
                 prefix,
                 cancelled=cancelled,
+                tool_names=None if options.schema else toolset.names,
+                tools=toolset.grammar,
                 think=think,
             )
             return iter(run), lambda: run.answer
@@ -300,6 +321,8 @@ class Apertus:
         *,
         system: str | None = None,
         think: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **sampling: Unpack[SamplingKeywords],
     ) -> Chat:
         """Start a conversation, in which no turn is computed twice.
@@ -307,6 +330,8 @@ class Apertus:
         Args:
             system: a system message to put first.
             think: whether the model deliberates before it answers.
+            tools: what the model may call, see `generate`; `Chat.run` calls functions.
+            tool_choice: see `generate`. After results no tool has to be called any more.
             **sampling: the fields of `SamplingOptions` for all turns.
 
         Raises:
@@ -314,30 +339,32 @@ class Apertus:
             TypeError, UsageError: see `generate`.
         """
         options = SamplingOptions(**known(SamplingOptions, sampling))
+        toolset = read_tool_set(tools, tool_choice)
         with mx.stream(self._stream):
-            return Chat(self, Conversation(self._open(), system, think, self._plan.form), options)
+            talk = Conversation(self._open(), system, think, self._plan.form, toolset)
+        return Chat(self, talk, options)
 
     def render(
         self,
         messages: Messages,
         *,
         think: bool = False,
-        tools: Sequence[Mapping[str, object]] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> list[int]:
         """The token ids of the prompt that the model's chat template makes of a conversation.
 
         Args:
             messages: as OpenAI's API takes them.
             think: whether the model deliberates before it answers.
-            tools: what it may call, as OpenAI's API takes it, or each
-                `{name, description, parameters}`.
+            tools: what it may call, see `generate`.
 
         Raises:
             RejectedError: there is no template, or it refuses the messages.
             TypeError, UsageError: see `generate`.
         """
         expect(bool, think=think)
-        return self._folder.render(_messages("messages", messages), think, tools)
+        definitions = read_tool_set(tools).definitions
+        return self._folder.render(_messages("messages", messages), think, definitions)
 
     @checked
     def encode(self, text: str) -> list[int]:
@@ -410,22 +437,34 @@ class Apertus:
                 self._turns.close(self._free)
 
     def _prompt_ids(
-        self, name: str, prompt: str | Messages, system: str | None, think: bool, raw: bool
+        self,
+        name: str,
+        prompt: str | Messages,
+        system: str | None,
+        think: bool,
+        raw: bool,
+        tools: ToolSet | None = None,
     ) -> list[int]:
         expect(str | None, system=system)
         expect(bool, think=think, raw=raw)
+        definitions = tools.definitions if tools else []
         if prompt == "":
             raise UsageError(f"{name}: the prompt is empty")
+        if raw and definitions:
+            raise UsageError("raw takes no chat template, so no tools")
         if isinstance(prompt, str):
-            if self._folder.template is None and (system is not None or think):
-                raise UsageError("this model has no chat template: neither system nor think")
-            return self._folder.prompt_ids(prompt, system=system, think=think, raw=raw)
-        messages = _messages(name, prompt)
+            if self._folder.template is None and (system is not None or think or definitions):
+                raise UsageError("this model has no chat template: neither system, think nor tools")
+            if not definitions:
+                return self._folder.prompt_ids(prompt, system=system, think=think, raw=raw)
+            messages = [Message(role="user", content=prompt)]
+        else:
+            messages = _messages(name, prompt)
         if raw:
             raise UsageError(f"{name}: raw continues a text, and these are messages")
         if system is not None:
             messages.insert(0, Message(role="system", content=system))
-        return self._folder.render(messages, think)
+        return self._folder.render(messages, think, definitions)
 
     def _open(self) -> LoadedModel:
         _require_process()
@@ -536,6 +575,53 @@ class Chat:
             UsageError: there is none.
         """
         return _finish(self._streamed(sampling, self._conversation.retry))
+
+    def give(self, results: Mapping[str, str], **sampling: Unpack[SamplingKeywords]) -> Answer:
+        """Go on from an answer that calls tools.
+
+        Args:
+            results: of all calls, by their ids.
+            **sampling: see `ask`.
+
+        Raises:
+            TypeError: a result that is no text.
+            UsageError: results of other calls, or see `ask`.
+        """
+        expect(Mapping, results=results)
+        for name, each in results.items():
+            expect(str, **{f"results[{name!r:.40}]": each})
+        return _finish(
+            self._streamed(sampling, lambda *how: self._conversation.give(results, *how))
+        )
+
+    @checked
+    def run(
+        self,
+        text: str,
+        *,
+        max_rounds: Annotated[int, Option("Most rounds of calls.", Range(0, 2**31))] = 8,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Answer:
+        """Ask, call the functions that the model asks for, tell it their results, and go on.
+
+        What a function raises is told to the model, too, as a text that begins with `error:`, and
+        logged. Functions are called one after the other, on this thread; they may use the model.
+
+        Returns:
+            The first answer that calls no tool. An answer of which a call is of a tool that is no
+            function, or for which no round is left, is returned as it is: `give` goes on from it.
+
+        Raises:
+            RejectedError, TypeError, UsageError: see `ask`.
+        """
+        answer = self.ask(text, **sampling)
+        tools = self._conversation.tools
+        for _ in range(max_rounds):
+            if answer.finish_reason != "tool_calls" or not tools.can_call(answer.tool_calls):
+                break
+            results = {call.id: tools.answer(call) for call in answer.tool_calls}
+            answer = self.give(results, **sampling)
+        return answer
 
     def undo(self) -> bool:
         """Forget the last question and its answer; returns whether there was one."""
