@@ -10,20 +10,15 @@ TypeError that begins with the argument's name.
 
 from __future__ import annotations
 
-import atexit
-import gc
-import inspect
 import logging
 import math
 import os
-import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self, Unpack, cast
+from typing import Annotated, Any, Self, TypeVar, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,6 +39,8 @@ from apertus_mlx.generation.options import (
     SamplingOptions,
 )
 from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.generation.tool_set import Tool, ToolSet, read_tool_set
+from apertus_mlx.generation.turns import Turn, Turns, Work
 from apertus_mlx.memory import Fit
 from apertus_mlx.system.arguments import Option, Range, checked, expect, known
 from apertus_mlx.system.foreign_errors import own_errors
@@ -62,18 +59,11 @@ _LOGITS_STEP = 32
 
 # A conversation; see `Message`.
 Messages = Sequence[Mapping[str, object]]
-# Pieces of an answer, and the answer so far; both from a function that says whether to stop.
-_Work = Callable[
-    [Callable[[], bool]], tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
-]
-_Turn = AbstractContextManager[threading.Event]
+T = TypeVar("T")
+# Pieces of an answer, and what tells the answer so far.
+_Begun = tuple[Generator[Piece, None, None], Callable[[], Answer | None]]
 # The process whose models these are; MLX's threads are not there in a forked one.
 _process: int | None = None
-_models: weakref.WeakSet[Apertus] = weakref.WeakSet()
-
-
-def _nothing() -> None:
-    """What a weak reference to nothing returns."""
 
 
 def _require_process() -> None:
@@ -81,14 +71,6 @@ def _require_process() -> None:
     _process = _process or os.getpid()
     if _process != os.getpid():
         raise UsageError("MLX does not work in the fork of a process that used it; use spawn")
-
-
-@atexit.register
-def _end_all() -> None:
-    """End what daemon threads compute, for good: they must not be inside MLX when Python ends."""
-    for model in list(_models) if _process == os.getpid() else []:
-        if model._take(closing=True):
-            model._owner = weakref.ref(threading.current_thread())
 
 
 @checked
@@ -170,13 +152,8 @@ class Apertus:
         self._plan = plan
         self._stream = stream
         self._limits = limits
-        self._lock = threading.Lock()
-        # The thread that has the lock, or that the stream which has it was last read by.
-        self._owner: Callable[[], threading.Thread | None] = _nothing
-        self._reading: Callable[[], Stream | None] = _nothing
-        self._cancel = threading.Event()
+        self._turns = Turns()
         self._closed = False
-        _models.add(self)
 
     def __repr__(self) -> str:
         return f"<Apertus {'closed' if self._loaded is None else self._loaded.folder.directory}>"
@@ -226,6 +203,8 @@ class Apertus:
         system: str | None = None,
         think: bool = False,
         raw: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **sampling: Unpack[SamplingKeywords],
     ) -> Answer:
         """Answer a question, or the last message of a conversation.
@@ -235,6 +214,9 @@ class Apertus:
             system: a system message to put first.
             think: whether the model deliberates before it answers.
             raw: continue a text as it is, without the model's chat template.
+            tools: what the model may call: Python functions, see `tool_schema`, or definitions as
+                OpenAI's API takes them. Nothing is called; `tool_calls` of the answer tells.
+            tool_choice: `auto`, `none`, `required`, or the name of the tool that has to be called.
             **sampling: the fields of `SamplingOptions`: `temperature`, `max_tokens`, `stop`, ...
 
         Raises:
@@ -243,7 +225,17 @@ class Apertus:
             UsageError: a value out of range, a prompt longer than the model's context, or a
                 closed model.
         """
-        return _finish(self.stream(prompt, system=system, think=think, raw=raw, **sampling))
+        return _finish(
+            self.stream(
+                prompt,
+                system=system,
+                think=think,
+                raw=raw,
+                tools=tools,
+                tool_choice=tool_choice,
+                **sampling,
+            )
+        )
 
     def stream(
         self,
@@ -252,14 +244,17 @@ class Apertus:
         system: str | None = None,
         think: bool = False,
         raw: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **sampling: Unpack[SamplingKeywords],
     ) -> Stream:
         """Answer as `generate` does, piece by piece; other calls wait until the stream ends."""
-        ids = self._prompt_ids("prompt", prompt, system, think, raw)
+        toolset = read_tool_set(tools, tool_choice)
+        ids = self._prompt_ids("prompt", prompt, system, think, raw, toolset)
         self._folder.require_room(len(ids))
         options = SamplingOptions(**known(SamplingOptions, sampling))
 
-        def work(cancelled: Callable[[], bool]) -> Any:
+        def begin(cancelled: Callable[[], bool]) -> _Begun:
             loaded = self._open()
             prefix = CachedPrefix(loaded.model, self._plan.form)
             run = Generation(
@@ -269,11 +264,13 @@ class Apertus:
                 self._plan.prefill_step,
                 prefix,
                 cancelled=cancelled,
+                tool_names=None if options.schema else toolset.names,
+                tools=toolset.grammar,
                 think=think,
             )
             return iter(run), lambda: run.answer
 
-        return Stream(self, work)
+        return Stream(self, begin)
 
     def generate_all(
         self,
@@ -298,8 +295,8 @@ class Apertus:
         for ids in every:
             self._folder.require_room(len(ids))
         options = SamplingOptions(**known(SamplingOptions, sampling))
-        answers = []
-        with self._turn() as cancel, mx.stream(self._stream):
+
+        def work(cancelled: Callable[[], bool]) -> Generator[Answer, None, None]:
             loaded = self._open()
             prefix = CachedPrefix(loaded.model, self._plan.form)
             for ids in every:
@@ -309,13 +306,14 @@ class Apertus:
                     options,
                     self._plan.prefill_step,
                     prefix,
-                    cancelled=cancel.is_set,
+                    cancelled=cancelled,
                     think=think,
                 )
-                if not cancel.is_set():
+                if not cancelled():
                     deque(run, maxlen=0)
-                answers.append(run.answer)
-        return answers
+                yield run.answer
+
+        return self._compute(work)
 
     @checked
     def chat(
@@ -323,6 +321,8 @@ class Apertus:
         *,
         system: str | None = None,
         think: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **sampling: Unpack[SamplingKeywords],
     ) -> Chat:
         """Start a conversation, in which no turn is computed twice.
@@ -330,6 +330,8 @@ class Apertus:
         Args:
             system: a system message to put first.
             think: whether the model deliberates before it answers.
+            tools: what the model may call, see `generate`; `Chat.run` calls functions.
+            tool_choice: see `generate`. After results no tool has to be called any more.
             **sampling: the fields of `SamplingOptions` for all turns.
 
         Raises:
@@ -337,30 +339,32 @@ class Apertus:
             TypeError, UsageError: see `generate`.
         """
         options = SamplingOptions(**known(SamplingOptions, sampling))
+        toolset = read_tool_set(tools, tool_choice)
         with mx.stream(self._stream):
-            return Chat(self, Conversation(self._open(), system, think, self._plan.form), options)
+            talk = Conversation(self._open(), system, think, self._plan.form, toolset)
+        return Chat(self, talk, options)
 
     def render(
         self,
         messages: Messages,
         *,
         think: bool = False,
-        tools: Sequence[Mapping[str, object]] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> list[int]:
         """The token ids of the prompt that the model's chat template makes of a conversation.
 
         Args:
             messages: as OpenAI's API takes them.
             think: whether the model deliberates before it answers.
-            tools: what it may call, as OpenAI's API takes it, or each
-                `{name, description, parameters}`.
+            tools: what it may call, see `generate`.
 
         Raises:
             RejectedError: there is no template, or it refuses the messages.
             TypeError, UsageError: see `generate`.
         """
         expect(bool, think=think)
-        return self._folder.render(_messages("messages", messages), think, tools)
+        definitions = read_tool_set(tools).definitions
+        return self._folder.render(_messages("messages", messages), think, definitions)
 
     @checked
     def encode(self, text: str) -> list[int]:
@@ -396,12 +400,12 @@ class Apertus:
         ids = self._folder.encode_raw(text)
         if len(ids) > self.context_length:
             self._folder.require_room(len(ids))
-        with self._turn() as cancel, mx.stream(self._stream):
+
+        def work(cancelled: Callable[[], bool]) -> Generator[list[float], None, None]:
             model = self._open().model
             cache = model.make_cache(self._plan.form)
-            found: list[float] = [] if self._folder.tokenizer.bos_id is not None else [math.nan]
             for start in range(0, len(ids) - 1, self._plan.prefill_step):
-                if cancel.is_set():
+                if cancelled():
                     raise UsageError("logprobs was stopped")
                 chunk = ids[start : min(start + self._plan.prefill_step, len(ids) - 1)]
                 hidden = model.model(mx.array([chunk]), cache)
@@ -410,44 +414,57 @@ class Apertus:
                     logits = model.logits(part)[0].astype(mx.float32)
                     following = mx.array(ids[start + first + 1 :][: logits.shape[0]])
                     taken = mx.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
-                    found += (taken - mx.logsumexp(logits, axis=-1)).tolist()  # type: ignore[arg-type]
+                    yield (taken - mx.logsumexp(logits, axis=-1)).tolist()  # type: ignore[misc]
                 mx.clear_cache()
-        return found if text else []
+
+        first = [] if self._folder.tokenizer.bos_id is not None else [math.nan]
+        found = [first, *self._compute(work)]
+        return [each for part in found for each in part] if text else []
 
     def stop(self) -> None:
         """End the answer that is being computed, by whichever thread; harmless if there is none.
 
         The call returns what there was, with finish reason `cancelled`. Calls that wait go on.
         """
-        self._cancel.set()
+        self._turns.stop()
 
     def close(self) -> None:
         """End what is being computed, wait, give back the memory; a second time does nothing."""
         self._closed = True
-        # A call of this thread, interrupted by this one, gives the memory back itself.
-        if os.getpid() == _process and self._take(closing=True):
-            try:
-                self._free()
-            finally:
-                self._lock.release()
+        if os.getpid() == _process:
+            # A call of this thread, interrupted by this one, gives the memory back itself.
+            with suppress(UsageError):
+                self._turns.close(self._free)
 
     def _prompt_ids(
-        self, name: str, prompt: str | Messages, system: str | None, think: bool, raw: bool
+        self,
+        name: str,
+        prompt: str | Messages,
+        system: str | None,
+        think: bool,
+        raw: bool,
+        tools: ToolSet | None = None,
     ) -> list[int]:
         expect(str | None, system=system)
         expect(bool, think=think, raw=raw)
+        definitions = tools.definitions if tools else []
         if prompt == "":
             raise UsageError(f"{name}: the prompt is empty")
+        if raw and definitions:
+            raise UsageError("raw takes no chat template, so no tools")
         if isinstance(prompt, str):
-            if self._folder.template is None and (system is not None or think):
-                raise UsageError("this model has no chat template: neither system nor think")
-            return self._folder.prompt_ids(prompt, system=system, think=think, raw=raw)
-        messages = _messages(name, prompt)
+            if self._folder.template is None and (system is not None or think or definitions):
+                raise UsageError("this model has no chat template: neither system, think nor tools")
+            if not definitions:
+                return self._folder.prompt_ids(prompt, system=system, think=think, raw=raw)
+            messages = [Message(role="user", content=prompt)]
+        else:
+            messages = _messages(name, prompt)
         if raw:
             raise UsageError(f"{name}: raw continues a text, and these are messages")
         if system is not None:
             messages.insert(0, Message(role="system", content=system))
-        return self._folder.render(messages, think)
+        return self._folder.render(messages, think, definitions)
 
     def _open(self) -> LoadedModel:
         _require_process()
@@ -460,48 +477,29 @@ class Apertus:
     def _folder(self) -> ModelFolder:
         return self._open().folder
 
-    @contextmanager
-    def _turn(self, reading: Callable[[], Stream | None] = _nothing) -> Iterator[threading.Event]:
-        """Wait until no other thread computes; yields the event that ends this turn."""
-        self._open()
-        if not self._take():
-            raise UsageError("this thread is computing with this model already")
-        try:
-            self._open()
-            self._owner, self._reading = weakref.ref(threading.current_thread()), reading
-            self._cancel = getattr(reading(), "_cancel", None) or threading.Event()
-            with own_errors():
-                yield self._cancel
-        finally:
-            if self._closed:
-                self._free()
-            self._owner = self._reading = _nothing
-            self._lock.release()
+    def _compute(self, work: Work[T]) -> list[T]:
+        """All steps of a piece of work, in turn."""
+        return list(Turn(self._turns, self._in_place(work)))
 
-    def _take(self, closing: bool = False) -> bool:
-        """Wait for the lock; returns False where this thread would wait for itself.
+    def _in_place(self, work: Work[T]) -> Work[T]:
+        """The same work on this model's stream of MLX; after it a closed model is freed."""
 
-        A suspended stream ends if this thread was the last to read it, or a thread that is gone,
-        or if nothing refers to it; `closing` ends all that runs.
-        """
-        wait_s = 0.0
-        while not self._lock.acquire(timeout=wait_s):
-            if closing:
-                self._cancel.set()
-            if not self._make_way(closing):
-                return False
-            if not wait_s and _state(self._reading()) == inspect.GEN_SUSPENDED:
-                gc.collect()
-            wait_s = 0.1  # nobody tells when a thread is gone
-        return True
+        def steps(cancelled: Callable[[], bool]) -> Generator[T, None, None]:
+            try:
+                self._open()
+                with own_errors(), closing(work(cancelled)) as inner:
+                    while True:
+                        # Entered anew each time: its reader may use streams of MLX of its own.
+                        with mx.stream(self._stream):
+                            step = next(inner, None)
+                        if step is None:
+                            return
+                        yield step
+            finally:
+                if self._closed:
+                    self._free()
 
-    def _make_way(self, closing: bool) -> bool:
-        owner, stream = self._owner(), self._reading()
-        own = owner is threading.current_thread()
-        if self._reading is _nothing:
-            return not own
-        left = closing or own or owner is None or not owner.is_alive()
-        return stream is None or not left or stream._end(overtaken=not closing)
+        return steps
 
     def _free(self) -> None:
         """Give the weights back; for who has the lock."""
@@ -511,56 +509,17 @@ class Apertus:
             self._limits.close()
 
 
-class Stream(Iterator[Piece]):
+class Stream(Turn[Piece]):
     """Pieces of one answer, as they become certain.
 
     The model computes as the stream is read. `close`, letting go of it, or the next call of the
     thread that reads it ends the answer.
     """
 
-    def __init__(self, model: Apertus, work: _Work) -> None:
+    def __init__(self, model: Apertus, begin: Callable[[Callable[[], bool]], _Begun]) -> None:
         """Use `Apertus.stream` or `Chat.stream`."""
-        # The generator must not hold this object: letting go of it has to end the generator.
-        self._answers: list[Callable[[], Answer | None]] = []
-        self._cancel = threading.Event()
-        self._reading = threading.RLock()
-        self._overtaken = False
-        self._pieces = _pieces(model, model._turn(weakref.ref(self)), work, self._answers)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Piece:
-        with self._reading:
-            if _state(self) == inspect.GEN_RUNNING:
-                raise UsageError("this thread is reading this stream already")
-            if self._overtaken:
-                raise UsageError("a later call has ended this stream; read it before the next one")
-            return next(self._pieces)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the answer where it is, by whichever thread; a second time does nothing."""
-        self._cancel.set()
-        self._end()
-
-    def _end(self, overtaken: bool = False) -> bool:
-        """End the answer, unless it is being read; returns False if this thread reads it."""
-        if not self._reading.acquire(blocking=False):
-            return True
-        try:
-            state = _state(self)
-            if state != inspect.GEN_RUNNING:
-                self._overtaken = overtaken and state == inspect.GEN_SUSPENDED
-                self._pieces.close()
-            return state != inspect.GEN_RUNNING
-        finally:
-            self._reading.release()
+        self._told: list[Callable[[], Answer | None]] = []
+        super().__init__(model._turns, model._in_place(_answering(begin, self._told)))
 
     @property
     def answer(self) -> Answer:
@@ -569,7 +528,7 @@ class Stream(Iterator[Piece]):
         Raises:
             UsageError: nothing has been read yet.
         """
-        found = self._answers[-1]() if self._answers else None
+        found = self._told[0]() if self._told else None
         if found is None:
             raise UsageError("nothing of this stream has been read yet")
         return found
@@ -617,17 +576,67 @@ class Chat:
         """
         return _finish(self._streamed(sampling, self._conversation.retry))
 
+    def give(self, results: Mapping[str, str], **sampling: Unpack[SamplingKeywords]) -> Answer:
+        """Go on from an answer that calls tools.
+
+        Args:
+            results: of all calls, by their ids.
+            **sampling: see `ask`.
+
+        Raises:
+            TypeError: a result that is no text.
+            UsageError: results of other calls, or see `ask`.
+        """
+        expect(Mapping, results=results)
+        for name, each in results.items():
+            expect(str, **{f"results[{name!r:.40}]": each})
+        return _finish(
+            self._streamed(sampling, lambda *how: self._conversation.give(results, *how))
+        )
+
+    @checked
+    def run(
+        self,
+        text: str,
+        *,
+        max_rounds: Annotated[int, Option("Most rounds of calls.", Range(0, 2**31))] = 8,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Answer:
+        """Ask, call the functions that the model asks for, tell it their results, and go on.
+
+        What a function raises is told to the model, too, as a text that begins with `error:`, and
+        logged. Functions are called one after the other, on this thread; they may use the model.
+
+        Returns:
+            The first answer that calls no tool. An answer of which a call is of a tool that is no
+            function, or for which no round is left, is returned as it is: `give` goes on from it.
+
+        Raises:
+            RejectedError, TypeError, UsageError: see `ask`.
+        """
+        answer = self.ask(text, **sampling)
+        tools = self._conversation.tools
+        for _ in range(max_rounds):
+            if answer.finish_reason != "tool_calls" or not tools.can_call(answer.tool_calls):
+                break
+            results = {call.id: tools.answer(call) for call in answer.tool_calls}
+            answer = self.give(results, **sampling)
+        return answer
+
     def undo(self) -> bool:
         """Forget the last question and its answer; returns whether there was one."""
-        with self._model._turn(), mx.stream(self._model._stream):
-            return self._conversation.undo()
+
+        def work(_: Callable[[], bool]) -> Generator[bool, None, None]:
+            yield self._conversation.undo()
+
+        return self._model._compute(work)[0]
 
     def _streamed(
         self, sampling: Mapping[str, Any], answer: Callable[..., Generator[Piece, None, None]]
     ) -> Stream:
         options = replace(self._sampling, **known(SamplingOptions, sampling))
 
-        def work(cancelled: Callable[[], bool]) -> Any:
+        def begin(cancelled: Callable[[], bool]) -> _Begun:
             before = self._conversation.run
 
             def latest() -> Answer | None:
@@ -636,34 +645,24 @@ class Chat:
 
             return answer(options, self._model._plan.prefill_step, cancelled), latest
 
-        return Stream(self._model, work)
+        return Stream(self._model, begin)
 
 
-def _pieces(
-    model: Apertus, turn: _Turn, work: _Work, answers: list[Callable[[], Answer | None]]
-) -> Generator[Piece, None, None]:
-    """Read an answer in turn; `answers` gets what tells the answer so far, at the end for good."""
-    with turn as cancel:
-        pieces, answer = work(cancel.is_set)
-        answers.append(answer)
+def _answering(
+    begin: Callable[[Callable[[], bool]], _Begun], told: list[Callable[[], Answer | None]]
+) -> Work[Piece]:
+    """The work on an answer; `told` gets what tells the answer so far, at the end for good."""
+
+    def work(cancelled: Callable[[], bool]) -> Generator[Piece, None, None]:
+        pieces, answer = begin(cancelled)
+        told[:] = [answer]
         try:
-            while True:
-                # Entered anew each time, since whoever reads may use streams of MLX of their own.
-                with mx.stream(model._stream):
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                yield piece
-                model._owner = weakref.ref(threading.current_thread())
+            yield from pieces
         finally:
-            with mx.stream(model._stream):
-                pieces.close()
             final = answer()
-            answers.append(lambda: final)
+            told[:] = [lambda: final]
 
-
-def _state(stream: Stream | None) -> str | None:
-    return None if stream is None else inspect.getgeneratorstate(stream._pieces)
+    return work
 
 
 def _finish(stream: Stream) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.errors import UsageError
@@ -11,6 +11,7 @@ from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
 from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.generation.tool_set import ToolSet
 from apertus_mlx.text.template import Message
 
 
@@ -23,6 +24,7 @@ class Conversation:
 
     Attributes:
         think: whether the model deliberates before it answers.
+        tools: what the model may call.
         messages: all so far.
         run: the latest answer's.
 
@@ -36,10 +38,12 @@ class Conversation:
         system: str | None = None,
         think: bool = False,
         form: CacheConfig = FULL_PRECISION,
+        tools: ToolSet | None = None,
     ) -> None:
         loaded.folder.require_template()
         self._loaded = loaded
         self.think = think
+        self.tools = tools or ToolSet()
         self._prefix = CachedPrefix(loaded.model, form)
         # By the number of messages before a turn: tokens of the prefix that are older than it.
         self._older: dict[int, int] = {}
@@ -89,11 +93,40 @@ class Conversation:
 
         Raises:
             RejectedError: the template refuses the messages; the conversation stays as it was.
-            UsageError: the conversation no longer fits the model's context; likewise.
+            UsageError: the conversation no longer fits the model's context, or calls of tools have
+                no results yet; likewise.
         """
+        if self.open_calls:
+            raise UsageError("the last answer calls tools; give their results, or undo, first")
         question = Message(role="user", content=text)
         turn = len(self.messages)
-        yield from self._answer(question, turn, options, prefill_step, cancelled)
+        yield from self._answer([question], turn, options, prefill_step, cancelled)
+
+    @property
+    def open_calls(self) -> list[str]:
+        """The ids of the calls that the last answer makes and that have no result yet."""
+        last = self.messages[-1] if self.messages else Message(role="user")
+        return [str(call["id"]) for call in last.get("tool_calls") or ()]
+
+    def give(
+        self,
+        results: Mapping[str, str],
+        options: SamplingOptions = DEFAULT_SAMPLING,
+        prefill_step: int = DEFAULT_PREFILL_STEP,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Add the results of all `open_calls`, by their ids, and yield the answer.
+
+        Raises:
+            UsageError: they are of other calls, or no longer fit the model's context.
+        """
+        calls = self.open_calls
+        if not calls or set(calls) != set(results):
+            wanted = ", ".join(calls) or "no call"
+            raise UsageError(f"results: expected those of {wanted}, by their ids")
+        added = [Message(role="tool", tool_call_id=each, content=results[each]) for each in calls]
+        turn = len(self.messages)
+        yield from self._answer(added, turn, options, prefill_step, cancelled)
 
     def retry(
         self,
@@ -109,18 +142,20 @@ class Conversation:
         turn = self._last_turn()
         if turn is None:
             raise UsageError("there is nothing to retry")
-        yield from self._answer(self.messages[turn], turn, options, prefill_step, cancelled)
+        yield from self._answer([self.messages[turn]], turn, options, prefill_step, cancelled)
 
     def _answer(
         self,
-        question: Message,
+        added: list[Message],
         turn: int,
         options: SamplingOptions,
         prefill_step: int,
         cancelled: Callable[[], bool] | None,
     ) -> Generator[Piece, None, None]:
-        """Answer `question`, which takes the place of all messages from number `turn` on."""
-        prompt = self._loaded.folder.render([*self.messages[:turn], question], self.think)
+        """Answer messages, which take the place of all from number `turn` on."""
+        tools = self.tools.after_results() if added[0]["role"] == "tool" else self.tools
+        messages = [*self.messages[:turn], *added]
+        prompt = self._loaded.folder.render(messages, self.think, tools.definitions)
         run = Generation(
             self._loaded,
             prompt,
@@ -128,6 +163,8 @@ class Conversation:
             prefill_step,
             self._prefix,
             cancelled=cancelled,
+            tool_names=None if options.schema else tools.names,
+            tools=tools.grammar,
             think=self.think,
         )
         older = shared_length(self._prefix.tokens, prompt[:-1])
@@ -139,12 +176,16 @@ class Conversation:
         # An interrupt between these lines leaves no turn, or one that `undo` forgets together with
         # all that is older: never one whose tokens stay.
         self._older.pop(turn, None)
-        self.messages[turn:] = [question, answer]
+        self.messages[turn:] = [*added, answer]
         self._older[turn] = older
         for piece in run:
             if not piece.is_thought:
                 answer["content"] = f"{answer['content']}{piece.text}"
             yield piece
+        if (last := run.answer).finish_reason == "tool_calls":
+            if last.thought:  # it goes on once the results are there
+                answer["reasoning_content"] = last.thought
+            answer["tool_calls"] = [each.as_message() for each in last.tool_calls]
 
     @property
     def last_answer(self) -> Answer | None:

@@ -66,3 +66,8 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+    def as_message(self) -> dict[str, object]:
+        """The call as an assistant's message of OpenAI's API has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}

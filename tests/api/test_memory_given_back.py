@@ -36,3 +36,15 @@ def test_nothing_holds_a_closed_model(use: str, compute: str, no_collector: None
     USES[use](model)
     model.close()
     assert weights() is None
+
+
+@pytest.mark.parametrize("way", ["stream", "chat"])
+def test_a_stream_that_was_read_holds_only_its_answer(way: str, no_collector: None) -> None:
+    model = load(compute="mlx")
+    assert model._loaded is not None
+    weights = weakref.ref(model._loaded.model)
+    stream = model.stream("Hi", max_tokens=3) if way == "stream" else model.chat().stream("Hi")
+    text = "".join(piece.text for piece in stream)
+    model.close()
+    assert weights() is None
+    assert stream.answer.text == text

@@ -552,7 +552,10 @@ def test_a_closed_model_says_so(model: Apertus) -> None:
 def test_closing_waits_until_another_thread_has_ended(model: Apertus) -> None:
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
         # The step goes on when it is told to end; each turn has an event of its own.
-        inside = held_steps(patch, lambda: getattr(model, "_cancel").wait())  # noqa: B009
+        def until_cancelled() -> None:
+            model._turns._line[0].cancelled.wait()
+
+        inside = held_steps(patch, until_cancelled)
         asked = pool.submit(lambda: model.generate(QUESTION, temperature=0))
         inside.wait()
         model.close()

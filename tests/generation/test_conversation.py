@@ -178,7 +178,7 @@ def test_messages_that_do_not_fit_leave_the_conversation_alone(loaded: LoadedMod
     before = list(talk.messages)
     with pytest.raises(UsageError, match="context"):
         talk.load([said("user", "word " * 5000)])
-    with pytest.raises(RejectedError):
+    with pytest.raises(UsageError, match="nobody"):
         talk.load([said("user", THIRD), said("nobody", "x")])
     assert talk.messages == before
 

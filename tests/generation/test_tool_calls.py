@@ -36,7 +36,7 @@ def says(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Script:
         for index, part in enumerate(text.replace("⟩", "⟨").split("⟨")):
             ids += [int(part)] if index % 2 else loaded.folder.tokenizer.encode(part)
 
-        def draw(step: Any, logits: Any, sampler: Any, limit: int) -> Iterator[int]:
+        def draw(step: Any, logits: Any, sampler: Any, limit: int, *_: Any) -> Iterator[int]:
             return itertools.islice(ids, limit)
 
         monkeypatch.setattr(module, "draw_tokens", draw)

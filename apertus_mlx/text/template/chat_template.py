@@ -151,7 +151,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> list[str | int]:
         """Return what the template makes of messages and tools in its own form."""
-        data = json.dumps([messages, tools or None], ensure_ascii=False, default=_plain)
+        data = json.dumps([messages, tools or None], ensure_ascii=False)
         variables = {"add_generation_prompt": add_generation_prompt, "enable_thinking": think}
         try:
             return self._template.write(data, variables)
@@ -169,15 +169,6 @@ class ChatTemplate:
         refused = type(error) is jinja2.TemplateError  # of `raise_exception`
         does = "refuses these messages" if refused else "failed"
         return kind(f"{self.name}{line}: the chat template {does}: {reason}")
-
-
-def _plain(value: object) -> object:
-    """Return what is like a dictionary or a list as one; for `json`, which knows only these."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return list(value)
-    raise TypeError(f"a message holds a {type(value).__name__}")
 
 
 def _holds(pieces: Sequence[str | int], message: Message) -> bool:
