@@ -30,7 +30,7 @@ def cases() -> list[Case]:
         Case(
             f"{form}, {scheme}" + "".join(f", {key}={value}" for key, value in options.items()),
             partial(quantized, form=form, scheme=scheme, options=options),
-            "float16" if "FP" not in scheme else "bfloat16",
+            "bfloat16" if "FP" in scheme or form == "llm_compressor" else "float16",
         )
         for form, scheme, options in forms
     ]
@@ -55,6 +55,8 @@ def quantized(base: Path, folder: Path, form: str, scheme: str, options: dict[st
         from benchmarks.neighbours.with_mlx_lm import values_of as values_of_mlx
 
         return values_of_mlx(folder)
+    if form == "auto_gptq" and options.get("sym") is False:
+        return {}  # GPTQModel takes such files from itself alone
     if form == "auto_gptq":
         from benchmarks.neighbours.with_gptqmodel import values_of as values_of_gptq
 
