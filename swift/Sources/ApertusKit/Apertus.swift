@@ -1,0 +1,4 @@
+import ApertusCore
+import ApertusMLX
+import Foundation
+import MLX

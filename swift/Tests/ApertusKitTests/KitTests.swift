@@ -1,0 +1,4 @@
+import ApertusKit
+import Testing
+
+@Test func builds() {}
