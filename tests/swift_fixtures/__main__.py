@@ -1,0 +1,24 @@
+"""Write all fixtures of the Swift tests into a folder.
+
+    python -m tests.swift_fixtures OUT
+    APERTUS_FIXTURES=OUT swift test --package-path swift
+
+They are made on the machine that runs the tests, since they hold bits that MLX computes there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
+
+
+def main() -> None:
+    """Write them."""
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer_fixtures(out)
+
+
+main()
