@@ -13,10 +13,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import tokenizers
-
 from apertus_mlx.convert.write.tokenizer_table import write_tokenizer_table
 from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.text.tokenizer_file import parse_backend, read_tokenizer_file
 from tests.real_tokenizers import tekken_path, write_real_tokenizers
 from tests.text.test_real_tokenizers import SENTENCES, locale_texts
 
@@ -44,8 +43,8 @@ def write_tokenizer_fixtures(out: Path) -> None:
         folders |= {folder.name: folder for folder in real.values()}
     texts = list(_texts())
     for name, folder in folders.items():
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        backend.encode_special_tokens = True
+        path = folder / "tokenizer.json"
+        backend = parse_backend(path, read_tokenizer_file(path))
         batch = backend.encode_batch_fast(texts, add_special_tokens=False)
         pairs = [[text, encoding.ids] for text, encoding in zip(texts, batch, strict=True)]
         (folder / "texts.json").write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")

@@ -67,7 +67,7 @@ struct BytePairs {
         heap[0] = last
         var at = 0
         while true {
-            let children = (2 * at + 1 ..< min(2 * at + 3, heap.count))
+            let children = (2 * at + 1 ..< 2 * at + 3).prefix { $0 < heap.count }
             guard let child = children.min(by: { heap[$0] < heap[$1] }), heap[child] < heap[at] else {
                 return lowest
             }
