@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.swift_fixtures.checkpoints import write_checkpoint_fixtures
+from tests.swift_fixtures.configs import write_config_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 
@@ -19,6 +21,8 @@ def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer_fixtures(out)
+    write_config_fixtures(out)
+    write_checkpoint_fixtures(out)
 
 
 main()

@@ -115,10 +115,12 @@ public struct Checkpoint: Sendable {
             guard let value = try number(tensor), !(abs(value) <= most) else { continue }
             throw ApertusError(
                 .rejected,
-                "\(folder.filePath): \(name): \(value) is beyond what a trained model has (at most "
-                    + "\(most)); the checkpoint is damaged")
+                "\(folder.filePath): \(name): \(shown(value)) is beyond what a trained model has (at "
+                    + "most \(shown(most))); the checkpoint is damaged")
         }
     }
+
+    private func shown(_ value: Float) -> String { String(format: "%g", Double(value)) }
 
     /// The one number of a tensor; nil where it is no single float, which others refuse.
     private func number(_ tensor: TensorInfo) throws -> Float? {

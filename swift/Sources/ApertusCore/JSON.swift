@@ -25,6 +25,7 @@ package indirect enum JSON: Equatable, Sendable {
 
     /// No file of a model nests deeper.
     static let deepest = 64
+    static let tooDeep = "nested too deeply"
 
     /// Read all of `bytes`.
     ///
@@ -79,7 +80,7 @@ private struct Reader {
     }
 
     mutating func value(depth: Int) throws(JSON.Malformed) -> JSON {
-        guard depth < JSON.deepest else { throw malformed("nested too deeply") }
+        guard depth < JSON.deepest else { throw malformed(JSON.tooDeep) }
         skipBlanks()
         switch next {
         case UInt8(ascii: "{"): return try object(depth: depth)

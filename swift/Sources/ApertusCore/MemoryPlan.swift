@@ -21,7 +21,7 @@ public struct MemoryPlan: Sendable, Equatable {
     /// How many freed bytes MLX may keep for its next operations: what the limit leaves, within
     /// reason.
     public var bufferCacheBytes: Int {
-        max(8_000_000, min(limitBytes - footprint.totalBytes, 500_000_000))
+        max(8_000_000, min(limitBytes - footprint.totalBytes, 512_000_000))
     }
 }
 

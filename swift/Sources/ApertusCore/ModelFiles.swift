@@ -182,7 +182,12 @@ package func parseObject(_ data: Data, name: String) throws -> JSON {
     do {
         value = try JSON(bytes)
     } catch {
-        throw ApertusError(.rejected, "\(name): is not valid JSON (\(error))")
+        let problem =
+            error.reason == JSON.tooDeep
+            ? "is nested too deeply"
+            : String(validating: bytes, as: UTF8.self) == nil
+                ? "is not UTF-8 text" : "is not valid JSON (\(error))"
+        throw ApertusError(.rejected, "\(name): \(problem)")
     }
     guard value.members != nil else {
         throw ApertusError(.rejected, "\(name): expected a JSON object")
