@@ -106,12 +106,17 @@ enum Mutation: CaseIterable {
         case .appended: data.append(contentsOf: (0 ... below(20)).map { _ in UInt8(below(256)) })
         case .deleted: return "\(self) \(name)"
         case .renamed:
-            try data.write(to: folder.appendingPathComponent(
-                ["model.safetensors", "config.json", "x.safetensors", "model-2.safetensors", "a.bin"][below(5)]))
+            let others = [
+                "model.safetensors", "config.json", "x.safetensors", "model-2.safetensors", "a.bin",
+            ]
+            let other = folder.appendingPathComponent(others[below(others.count)])
+            // Not through a link into the fixture.
+            try? FileManager.default.removeItem(at: other)
+            try data.write(to: other)
             return "\(self) \(name)"
         case .exchanged:
-            let other = names[below(names.count)]
-            data = try Data(contentsOf: folder.appendingPathComponent(other == name ? names[0] : other))
+            let others = names.filter { $0 != name }
+            data = try Data(contentsOf: folder.appendingPathComponent(others[below(others.count)]))
         case .linked:
             let targets = ["/etc/passwd", "nowhere", name, ".", "..", "/dev/zero", "config.json"]
             try FileManager.default.createSymbolicLink(
