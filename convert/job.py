@@ -35,6 +35,7 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.transforms import names as transforms
+from apertus_mlx.convert.write.app_facts import app_facts
 from apertus_mlx.convert.write.card import CARD, license_of, make_card
 from apertus_mlx.convert.write.copied_files import (
     TOKENIZER,
@@ -287,6 +288,7 @@ def _write_other_files(
         "calibration": job.calibration.sample.record() if job.calibration else None,
         "losses": {step.path: step.loss for step in plan.steps if step.loss},
         "notes": list(plan.notes),
+        **app_facts(path),
     }
     write_json(
         path / MANIFEST,

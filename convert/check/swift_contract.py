@@ -79,7 +79,8 @@ def check_meaning(config: ModelConfig, values: Mapping[str, Any]) -> list[Findin
     scaling = values.get("rope_scaling") or {}
     kind = scaling.get("type", scaling.get("rope_type", "default"))
     meant = (rope.theta, rope.type, rope.factor)
-    theta = float(values.get("rope_theta", DEFAULT_THETA))
+    written = values.get("rope_theta")
+    theta = DEFAULT_THETA if written is None else float(written)
     swifts = (theta, kind, float(scaling.get("factor", 1.0)))
     if meant != swifts:
         text = f"Swift computes with {swifts}, the model means {meant}"

@@ -11,6 +11,7 @@ from apertus_mlx.checkpoint.config import CONFIG_FILE, ModelConfig, read_config
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
 from apertus_mlx.convert.check import swift_contract as swift
+from apertus_mlx.convert.check.app_support import FACTORS, KIT, check_kit, check_stock
 from apertus_mlx.convert.check.swift_contract import Finding
 from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.write.golden import GOLDEN, differing
@@ -113,12 +114,19 @@ def _check_model(directory: Path) -> list[Finding]:
             findings.append(Finding("warning", INDEX_FILE, "absent"))
     except RejectedError as error:
         return [Finding("error", "weights", str(error))]
-    if factors:
-        text = f"{len(factors)} factors beside the codes: only apertus-mlx can run this"
-        findings.append(Finding("warning", factors[0], text))
     tensors = {key: t for key, t in checkpoint.tensors.items() if key not in factors}
-    findings += _check_swift(config, values, tensors)
-    return findings + _check_tokenizer(directory)
+    contract = _check_swift(config, values, tensors)
+    if factors:
+        text = (
+            f"{len(factors)} beside the codes, first {factors[0]}: only apertus-mlx and ApertusKit"
+        )
+        contract.insert(0, Finding("warning", FACTORS, f"{text} have a place for them"))
+    findings += [*contract, *check_stock(contract)]
+    findings += _check_tokenizer(directory)
+    try:
+        return [*findings, *check_kit(directory, config)]
+    except RejectedError as error:
+        return [*findings, Finding("warning", KIT, f"cannot run this folder: {error}")]
 
 
 def _check_answers(directory: Path, progress: OnProgress | None) -> list[Finding]:

@@ -41,6 +41,7 @@ from apertus_mlx.convert.evaluation.texts import (
     sample_windows,
 )
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
+from apertus_mlx.convert.write.app_facts import app_facts
 from apertus_mlx.convert.write.card import CARD, make_distilled_card
 from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
 from apertus_mlx.convert.write.golden import write_golden
@@ -294,7 +295,7 @@ def _describe(
         make_distilled_card(student, name, old, record, quality), encoding="utf-8"
     )
     figures = {key: old[key] for key in KEPT_KEYS if key in old}
-    figures["distillation"] = record
+    figures |= {**app_facts(path), "distillation": record}
     write_json(path / MANIFEST, make_manifest(path, old["source"], figures, quality.as_json()))
 
 

@@ -270,11 +270,13 @@ def _notes(source: Source, steps: tuple[Step, ...]) -> tuple[str, ...]:
         notes.append("float32 scales make MLX compute in float32; --dtype bfloat16 is usual")
     config = source.config
     if config.output_vocab_size != config.vocab_size:
-        notes.append("the head has fewer rows than the embedding: only apertus-mlx can run this")
+        notes.append(
+            "the head has fewer rows than the embedding: only apertus-mlx and ApertusKit run this"
+        )
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         notes.append("head_dim is not hidden/heads: mlx-lm and mlx-swift-lm cannot run this")
     if any(step.factor is not None for step in steps):
-        notes.append("factors stored beside the codes: only apertus-mlx can run this")
+        notes.append("factors stored beside the codes: only apertus-mlx and ApertusKit run this")
     return tuple(notes)
 
 

@@ -172,19 +172,15 @@ def _changed(root: Path) -> list[Path]:
     folder = write("same-tensor-twice")
     shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
     codes = UP.removesuffix(".weight")
-    rows = 0
-
-    def spoil(change: Callable[[Tensors, build.Raw], object]) -> Callable[[Tensors], object]:
-        return lambda tensors: change(tensors, tensors[f"{codes}.scales"])
-
     copy("codes", lambda _: None)
     rows = build.read_folder(root / "codes")[f"{codes}.scales"].shape[0]
     copy("codes-no-scales", lambda t: t.pop(f"{codes}.scales"))
     copy("codes-no-biases", lambda t: t.pop(f"{codes}.biases"))
-    copy("codes-short-scales", spoil(lambda t, s: t.update(
-        {f"{codes}.scales": build.raw(np.zeros((s.shape[0], s.shape[1] + 1)), "BF16")})))  # fmt: skip
-    copy("codes-integer-scales", spoil(lambda t, s: t.update(
-        {f"{codes}.scales": build.raw(np.zeros(s.shape, np.uint8))})))  # fmt: skip
+    groups = build.read_folder(root / "codes")[f"{codes}.scales"].shape[1]
+    short = build.raw(np.zeros((rows, groups + 1)), "BF16")
+    copy("codes-short-scales", add(**{f"{codes}.scales": short}))
+    integers = build.raw(np.zeros((rows, groups), np.uint8))
+    copy("codes-integer-scales", add(**{f"{codes}.scales": integers}))
     copy("factor", add(**{f"{codes}.output_scale": number(2.0)}))
     copy("divisors", add(**{f"{codes}.output_divisor": number(2.0, (rows,))}))
     copy("factor-short", add(**{f"{codes}.output_divisor": number(2.0, (rows + 1,))}))

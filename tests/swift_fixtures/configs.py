@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -56,9 +55,9 @@ GOOD: list[dict[str, Any]] = [
     {"quantization": {"bits": 4, "group_size": 64, "a": {"bits": 3, "x": 1}}},
 ]  # fmt: skip
 ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 4, 64, 65, 2**31, 2**62, 2**64, 10**30, 0.5, 1.0, 64.0, 1e-3,
-    1e300, 1e-45, "", "64", "apertus", "llama3", "default", "x" * 100, "a'b", [], [1], [1, 2], ["1"],
-    [None], {}, {"type": "linear"}, {"factor": 2.0}, LLAMA3, {"rope_type": "llama3"},
+    None, True, False, 0, 1, -1, 2, 3, 4, 64, 65, 2**31, 2**62, 2**64, 10**30, 0.5, 1.0, 64.0,
+    1e-3, 1e300, 1e-45, "", "64", "apertus", "llama3", "default", "x" * 100, "a'b", [], [1], [1, 2],
+    ["1"], [None], {}, {"type": "linear"}, {"factor": 2.0}, LLAMA3, {"rope_type": "llama3"},
     {"bits": 4, "group_size": 64}, {"bits": 3}, {"mode": "mxfp4"},
     {"quant_method": "fp8"},
 ]  # fmt: skip
@@ -135,7 +134,6 @@ def _read(config: ModelConfig) -> dict[str, Any]:
     values = asdict(replace(config, quantization=None, foreign_quantization=None))
     values["rope"] = asdict(config.rope)
     values["wavelengths"] = rotary_wavelengths(config.head_dim, config.rope)[:64]
-    values["wavelengths"] = [value if math.isfinite(value) else 0 for value in values["wavelengths"]]
     values["parameters"] = parameter_count(config)
     if config.quantization is not None:
         paths = {matrix.path for matrix in matrices(config)} | set(config.quantization.overrides)

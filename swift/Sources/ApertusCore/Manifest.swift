@@ -23,8 +23,13 @@ public struct Manifest: Sendable, Equatable {
     public let bitsPerWeight: Double
     /// The form of the chat template: `v1`, `v1.1` or `unknown`; nil where none is said.
     public let chatTemplate: String?
+    /// What the system block of a prompt holds where a conversation has none; `{date}` in it is the
+    /// day, as in 2026-11-27. Nil where the form of the template is not known.
+    public let defaultSystem: String?
     /// What the memory plan is computed from; nil in manifests that do not say.
     public let memory: MemoryTerms?
+    /// The config's numbers by their names there; empty in manifests that do not say.
+    let architecture: [String: Int]
 
     /// Read the manifest in `folder`; nil where there is none.
     ///
@@ -67,7 +72,36 @@ public struct Manifest: Sendable, Equatable {
         _ = try keys.object("source")
         bitsPerWeight = try keys.number("bits_per_weight", above: 0, to: 1e6)
         chatTemplate = try keys.optionalText("chat_template")
+        defaultSystem = try keys.optionalText("default_system")
+        let shape = try keys.object("architecture").map { ($0, KeyReader($0, "\(name): architecture")) }
+        architecture = try Dictionary(
+            (shape?.0.members ?? []).compactMap { member in
+                guard let shape, member.value.isInteger else { return nil }
+                let key = String(decoding: member.key, as: UTF8.self)
+                return (key, try shape.1.integer(key, 0 ... .max))
+            }, uniquingKeysWith: { $1 })
         memory = try keys.object("memory").map { try MemoryTerms($0, name: "\(name): memory") }
+    }
+
+    /// Check that the manifest describes a model of this config.
+    ///
+    /// - Throws: `ApertusError` that names the first number that differs.
+    public func check(_ config: ModelConfig) throws {
+        let sizes = [
+            ("hidden_size", config.hiddenSize), ("intermediate_size", config.intermediateSize),
+            ("num_hidden_layers", config.layers), ("num_attention_heads", config.heads),
+            ("num_key_value_heads", config.kvHeads), ("head_dim", config.headDim),
+            ("vocab_size", config.vocabSize), ("output_vocab_size", config.outputVocabSize),
+            ("max_position_embeddings", config.maxPositions),
+            ("parameters", Layout.parameterCount(config)),
+        ]
+        for (key, size) in sizes {
+            guard let said = architecture[key], said != size else { continue }
+            throw ApertusError(
+                .rejected,
+                "\(Self.fileName): architecture: \(key): \(said), but \(ModelConfig.fileName) has "
+                    + "\(size); fetch the folder again")
+        }
     }
 
     /// Check that every file is there, of its size; hashes nothing.

@@ -13,6 +13,14 @@ import Testing
             var last = (done: 0, total: 1)
             #expect(try manifest.verify(folder) { last = ($0, $1) } == [])
             #expect(last.done == last.total)
+            let checkpoint = try Checkpoint(folder: folder)
+            #expect(manifest.memory == MemoryTerms(checkpoint))
+            #expect(manifest.architecture["parameters"] == Layout.parameterCount(checkpoint.config))
+            #expect(manifest.architecture.count == 10)
+            try manifest.check(checkpoint.config)
+            #expect(manifest.chatTemplate == "v1" && manifest.defaultSystem == "")
+            let other = try Fixtures.folder.appendingPathComponent("checkpoints/plain")
+            #expect(throws: ApertusError.self) { try manifest.check(ModelConfig(folder: other)) }
         }
         let demo = try Fixtures.folder.appendingPathComponent("checkpoints/demo")
         #expect(try Manifest(folder: demo) == nil)

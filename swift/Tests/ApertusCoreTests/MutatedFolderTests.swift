@@ -59,6 +59,7 @@ import Testing
         for limit in [1, 1 << 20, 1 << 40] {
             _ = try? planner.plan(limitBytes: limit, context: config.maxPositions, bounds: true)
         }
+        try manifest?.check(config)
         try manifest?.checkSizes(folder)
     }
 }
