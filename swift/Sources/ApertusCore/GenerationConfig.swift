@@ -29,9 +29,9 @@ public struct GenerationConfig: Sendable, Equatable {
     init(_ object: JSON, _ vocabSize: Int, name: String) throws {
         let keys = KeyReader(object, name)
         keys.ignore(Self.inert)
-        eosTokenIds = try keys.integers("eos_token_id", 0 ... vocabSize - 1).map(Int32.init)
+        eosTokenIds = try keys.integers("eos_token_id", 0 ... max(vocabSize, 1) - 1).map(Int32.init)
         doSample = try keys.optionalFlag("do_sample")
-        topK = try keys.optionalInteger("top_k", 0 ... vocabSize)
+        topK = try keys.optionalInteger("top_k", 0 ... max(vocabSize, 1))
         temperature = try Self.number(keys, "temperature", 0 ... 100, "0 to 1e+02")
         topP = try Self.number(keys, "top_p", 0x1p-126 ... 1, "1.2e-38 to 1")
         minP = try Self.number(keys, "min_p", 0x1p-126 ... 1, "0 (off), or 1.2e-38 to 1", orZero: true)

@@ -173,7 +173,7 @@ extension JSON {
     /// Whether it is a number without fraction and exponent.
     var isInteger: Bool {
         guard case .number(let digits) = self else { return false }
-        return !digits.utf8.contains { [UInt8(ascii: "."), UInt8(ascii: "e"), UInt8(ascii: "E")].contains($0) }
+        return !digits.utf8.contains { ".eE".utf8.contains($0) }
     }
 
     /// As error messages show it.

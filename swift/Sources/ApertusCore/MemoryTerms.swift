@@ -34,7 +34,9 @@ public struct MemoryTerms: Sendable, Equatable {
                     rows: matrix.rows, columns: matrix.columns, scaleBytes: computeBytes)
                 : matrix.rows * matrix.columns * computeBytes
         }
-        weightsBytes = bytes.reduce(0, +) + Self.numbers(config) * computeBytes
+        // A hostile config describes more than an Int holds.
+        let all = bytes.reduce(Double(Self.numbers(config) * computeBytes)) { $0 + Double($1) }
+        weightsBytes = Int(min(all, 1e18))
     }
 
     /// The terms that a manifest holds.

@@ -30,17 +30,14 @@ package final class ModelFile {
             throw ApertusError(.rejected, "\(path): links to a file outside the model folder")
         }
         // What was looked at may have been exchanged: neither follow a link nor wait for a FIFO.
-        descriptor = open(real, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)
-        guard descriptor >= 0 else { throw Self.unreadable(path, errno) }
+        let opened = open(real, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)
+        guard opened >= 0 else { throw Self.unreadable(path, errno) }
         var status = stat()
-        let found = fstat(descriptor, &status)
-        size = Int(status.st_size)
-        guard found == 0, status.st_mode & S_IFMT == S_IFREG else {
-            close(descriptor)
-            throw ApertusError(.rejected, "\(path): is not a regular file")
-        }
+        let isRegular = fstat(opened, &status) == 0 && status.st_mode & S_IFMT == S_IFREG
+        // From here on, `deinit` closes it.
+        (descriptor, size) = (opened, Int(status.st_size))
+        guard isRegular else { throw ApertusError(.rejected, "\(path): is not a regular file") }
         guard size <= limit else {
-            close(descriptor)
             throw ApertusError(
                 .rejected, "\(path): \(size) bytes is too large; at most \(limit) are read")
         }

@@ -20,7 +20,7 @@ public struct Rope: Sendable, Equatable {
     ///
     /// Computed in double precision and rounded once.
     public func wavelengths(headDim: Int) -> [Float] {
-        (0 ..< headDim / 2).map { index in
+        (0 ..< max(headDim, 0) / 2).map { index in
             let wave = pow(theta, Double(2 * index) / Double(headDim))
             switch kind {
             case .default: return Float(wave)

@@ -69,7 +69,8 @@ struct Unmatched {
     mutating func takeTiedHead(_ config: ModelConfig) throws -> [(head: TensorInfo, embedding: TensorInfo)] {
         guard config.tiesEmbeddings else { return [] }
         var pairs: [(TensorInfo, TensorInfo)] = []
-        for (key, head) in tensors where key.hasPrefix("\(Layout.head).") {
+        let heads = tensors.filter { $0.key.hasPrefix("\(Layout.head).") }
+        for (key, head) in heads.sorted(by: { $0.key < $1.key }) {
             let embedding = tensors[Layout.embedding + key.dropFirst(Layout.head.count)]
             guard let embedding, (embedding.dtype, embedding.shape) == (head.dtype, head.shape) else {
                 throw ApertusError(

@@ -100,7 +100,9 @@ enum Mutation: CaseIterable {
             data = Data(size) + changed + data[(8 + length)...]
         case .value: data = Self.exchangeToken(data, Self.values, numbersOnly: false, &random)
         case .hugeNumber: data = Self.exchangeToken(data, Self.numbers, numbersOnly: true, &random)
-        case .key: data = Self.exchangeToken(data, ["\"x\"", "\"\"", "\"é\"", "\"size_bytes\""], numbersOnly: false, &random)
+        case .key:
+            let keys = ["\"x\"", "\"\"", "\"é\"", "\"size_bytes\""]
+            data = Self.exchangeToken(data, keys, numbersOnly: false, &random)
         case .removedText:
             let start = below(data.count)
             data.removeSubrange(start ..< min(data.count, start + 1 + below(40)))
@@ -139,7 +141,10 @@ enum Mutation: CaseIterable {
         "-1", "0", "1", "2147483648", "9223372036854775807", "-9223372036854775808",
         "18446744073709551616", "99999999999999999999999999", "1e308", "1e999", "0.5", "1e-400",
     ]
-    static let values = numbers + ["null", "true", "\"x\"", "[]", "{}", "[[1]]", "{\"bits\": 4}", "\"\\ud800\""]
+    static let values =
+        numbers + [
+            "null", "true", "\"x\"", "[]", "{}", "[[1]]", "{\"bits\": 4}", "\"\\ud800\"",
+        ]
 
     /// Write something else in place of one number, word or text of JSON.
     private static func exchangeToken(
@@ -158,7 +163,8 @@ enum Mutation: CaseIterable {
                 at = min(at + 1, bytes.count)
                 if !numbersOnly { tokens.append(start ..< at) }
             } else if "-0123456789truefalsn".utf8.contains(bytes[at]) {
-                while at < bytes.count, "-+.0123456789abcdefghijklmnopqrstuvwxyzE".utf8.contains(bytes[at]) { at += 1 }
+                let word = "-+.0123456789abcdefghijklmnopqrstuvwxyzE".utf8
+                while at < bytes.count, word.contains(bytes[at]) { at += 1 }
                 if !numbersOnly || bytes[start] < 0x3A { tokens.append(start ..< at) }
             } else {
                 at += 1
