@@ -12,6 +12,7 @@ public struct StoredMatrix: Sendable, Equatable {
     /// Its quantized format; nil where it is stored as floats.
     public let format: QuantizedFormat?
     public let weight: TensorInfo
+    /// Nil where the matrix is stored as floats; biases also in the floating-point formats.
     public let scales: TensorInfo?
     public let biases: TensorInfo?
     public let factor: Factor?

@@ -4,15 +4,18 @@ import Foundation
 public struct GoldenPrompts: Sendable, Equatable {
     public static let fileName = "apertus_mlx_golden_prompts.json"
 
+    /// A text and its tokens.
     public struct Text: Sendable, Equatable {
         public let text: String
         /// As the text alone is encoded.
         public let ids: [Int32]
     }
+    /// A message of a conversation, plain text.
     public struct Message: Sendable, Equatable {
         public let role: String
         public let content: String
     }
+    /// A conversation and its prompt.
     public struct Conversation: Sendable, Equatable {
         public let name: String
         public let messages: [Message]
@@ -63,7 +66,9 @@ public struct GoldenPrompts: Sendable, Equatable {
 public struct GoldenAnswers: Sendable, Equatable {
     public static let fileName = "apertus_mlx_golden_answers.json"
 
+    /// A prompt and the likeliest token each time after it.
     public struct Answer: Sendable, Equatable {
+        /// The name of the conversation, or the text, that is continued.
         public let name: String
         public let promptIds: [Int32]
         public let ids: [Int32]

@@ -20,6 +20,7 @@ public struct Manifest: Sendable, Equatable {
 
     /// Name -> what the file must be.
     public let files: [String: FileRecord]
+    /// With scales and biases counted.
     public let bitsPerWeight: Double
     /// The form of the chat template: `v1`, `v1.1` or `unknown`; nil where none is said.
     public let chatTemplate: String?

@@ -39,6 +39,7 @@ public struct MemoryPlanner: Sendable {
     let config: ModelConfig
     let terms: MemoryTerms
 
+    /// - Parameter terms: of the manifest, or of the checked folder where it has none.
     public init(_ config: ModelConfig, _ terms: MemoryTerms) {
         (self.config, self.terms) = (config, terms)
     }

@@ -70,6 +70,7 @@ public struct Quantization: Sendable, Equatable {
     /// Module path -> its format, or nil where it stays unquantized.
     public let exceptions: [String: QuantizedFormat?]
 
+    /// - Parameter exceptions: module path -> its format, or nil where it stays unquantized.
     public init(_ standard: QuantizedFormat, exceptions: [String: QuantizedFormat?] = [:]) {
         (self.standard, self.exceptions) = (standard, exceptions)
     }

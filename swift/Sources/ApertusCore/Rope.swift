@@ -2,6 +2,7 @@ import Foundation
 
 /// Rotary position embedding: its base and how it is scaled.
 public struct Rope: Sendable, Equatable {
+    /// How waves are scaled; `default`: not at all.
     public enum Kind: String, Sendable, CaseIterable { case `default`, linear, llama3 }
 
     public var theta: Double

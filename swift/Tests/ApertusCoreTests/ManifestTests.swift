@@ -76,6 +76,22 @@ import Testing
         for cut in [1, 7, 55, 56, 64] { #expect(hex(text, cut) == two) }
     }
 
+    @Test func filesThatAreRefusedAreClosed() throws {
+        let folder = try Fixtures.folder.appendingPathComponent("checkpoints/converted-4")
+        let url = folder.appendingPathComponent("config.json")
+        func descriptor() -> Int32 { open("/dev/null", O_RDONLY) }
+        let before = descriptor()
+        for _ in 0 ..< 300 {
+            #expect(throws: ApertusError.self) { try ModelFile(url, atMost: 1) }
+            #expect(try ModelFile(url).size > 1)
+        }
+        // Descriptors are given from below; other tests hold some meanwhile.
+        let after = descriptor()
+        #expect(after < before + 200)
+        close(before)
+        close(after)
+    }
+
     @Test func goldenPromptsAreEncodedAlike() throws {
         let folder = try Fixtures.folder.appendingPathComponent("checkpoints/converted-4")
         let prompts = try #require(try GoldenPrompts(folder: folder))
