@@ -216,9 +216,7 @@ def test_pydantic_classes() -> None:
 
 def test_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(
-        UsageError, match=r"--schema needs llguidance.*pip install 'apertus-mlx\[sc"
-    ):
+    with pytest.raises(UsageError, match=r"--schema needs llguidance.*pip install llguid"):
         SamplingOptions(schema=TEXT)
     with pytest.raises(UsageError, match="not is not supported"):  # said first
         SamplingOptions(schema={"not": {}})
