@@ -14,9 +14,9 @@ from apertus_mlx.cache import CacheConfig
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
-from apertus_mlx.generation.messages_file import read_messages, write_messages
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import SamplingOptions
+from apertus_mlx.generation.request_files import read_messages, write_messages
 from apertus_mlx.generation.run import Generation
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.template import Message
@@ -203,7 +203,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         "model": "any",
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "What time is it?"}]},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                ],
+            },
             {"role": "tool", "tool_call_id": "1", "content": "noon"},
         ],
     }
@@ -223,12 +229,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ('{"messages": []}', "no message"),
         ("[1]", r"talk.json\[0\]: expected an object"),
         ('{"messages": [{"role": "user", "content": "x"}, {"content": "x"}]}',
-         r"talk.json: messages\[1\]: role None"),
-        ('[{"role": ["user"], "content": "x"}]', r"\[0\]: role \['user'\]"),
-        ('[{"role": "robot", "content": "x"}]', r"\[0\]: role 'robot': expected system"),
-        ('[{"role": "user"}]', r"\[0\]: content: expected a text, found NoneType"),
-        ('[{"role": "user", "content": 1}]', r"\[0\]: content: expected a text, found int"),
-        ('[{"role": "assistant", "content": null, "tool_calls": []}]', r"\[0\]: content"),
+         r"talk.json: messages\[1\].role: is missing"),
+        ('[{"role": ["user"], "content": "x"}]', r"\[0\].role: expected a text, not list"),
+        ('[{"role": "robot", "content": "x"}]', r"\[0\].role: 'robot': expected system"),
+        ('[{"role": "user"}]', r"\[0\].content: expected a text or a list of text parts, not null"),
+        ('[{"role": "user", "content": 1}]', r"\[0\].content: expected a text .*, not int"),
+        ('[{"role": "assistant", "tool_calls": []}]', r"\[0\].content: is missing"),
+        ('[{"role": "tool", "content": "x"}]', r"\[0\].role: a result follows"),
         ('[{"role": "user", "role": "user", "content": "x"}]', "duplicate key"),
         ("[" * 100_000, "nested too deeply"),
     ],
