@@ -50,14 +50,12 @@ def chat(
     from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
     from apertus_mlx.generation.conversation import Conversation
     from apertus_mlx.text.output_filter import load_output_filter
-    from apertus_mlx.text.template import Message
 
     open_lines()
     toolset = read_tool_options(tools, tool_choice)
     chosen = None if output_filter is None else load_output_filter(output_filter)
     folder = open_model(model, settings)
-    if toolset.definitions:  # a template that has no place for them refuses any question
-        folder.render([Message(role="user", content="?")], think, toolset.definitions)
+    folder.require_place(think, toolset.definitions)
     plan = plan_run(folder.inventory, settings, CHAT_CONTEXT)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
         loaded = replace(load_weights(folder, settings), output_filter=chosen)

@@ -26,13 +26,13 @@ class Conversation:
     and `think` may change between turns.
 
     Attributes:
-        think: whether the model deliberates before it answers.
         tools: what the model may call.
         messages: all so far.
         run: the latest answer's.
 
     Raises:
         RejectedError: the model has no chat template.
+        UsageError: it has no place for the tools, or not with `think`.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Conversation:
     ) -> None:
         loaded.folder.require_template()
         self._loaded = loaded
-        self.think = think
         self.tools = tools or ToolSet()
+        self.think = think
         self._prefix = CachedPrefix(loaded.model, form)
         # By the number of messages before a turn: tokens of the prefix that are older than it.
         self._older: dict[int, int] = {}
@@ -54,6 +54,20 @@ class Conversation:
         if system is not None:
             self.messages.append(Message(role="system", content=system))
         self.run: Generation | None = None
+
+    @property
+    def think(self) -> bool:
+        """Whether the model deliberates before it answers.
+
+        Raises:
+            UsageError: when it is set: the model does not deliberate where it has tools.
+        """
+        return self._think
+
+    @think.setter
+    def think(self, on: bool) -> None:
+        self._loaded.folder.require_place(on, self.tools.definitions)
+        self._think = on
 
     @property
     def system(self) -> str | None:

@@ -80,6 +80,15 @@ class ModelFolder:
                 self.require_short(text)
         return template.render(messages, think=think, tools=tools)
 
+    def require_place(self, think: bool, tools: Sequence[Mapping[str, object]]) -> None:
+        """Refuse tools that the chat template cannot write, or not together with a deliberation.
+
+        Raises:
+            RejectedError, UsageError: see `render`.
+        """
+        if tools:
+            self.render([Message(role="user", content="?")], think, tools)
+
     def require_template(self) -> ChatTemplate:
         """The model's chat template.
 

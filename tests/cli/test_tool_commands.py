@@ -152,6 +152,21 @@ def test_a_final_call_needs_no_result(talk: Conversation, says: Script) -> None:
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
 
 
+def test_tools_or_thoughts_where_a_model_has_no_both(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = talk._loaded.folder.template
+    assert template is not None
+    # As in v1.5.
+    monkeypatch.setitem(template._form.__dict__, "encloses_results", True)
+    run(talk, "/think on", "/think")
+    told = capsys.readouterr().err.splitlines()[1:]
+    assert told == [
+        "this model deliberates or calls tools, not both; leave one of them out",
+        "the model does not deliberate before it answers",
+    ]
+
+
 def report(capsys: pytest.CaptureFixture[str], *arguments: Any, **how: Any) -> dict[str, Any]:
     generate(*arguments, sampling=GREEDY, settings=RunOptions(), json=True, **how)
     values: dict[str, Any] = json.loads(capsys.readouterr().out)
