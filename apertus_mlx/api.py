@@ -546,7 +546,7 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """A copy of all messages so far; thoughts are not kept."""
+        """A copy of all messages so far; thoughts are kept before calls alone."""
         return [cast(Message, dict(message)) for message in self._conversation.messages]
 
     def ask(self, text: str, **sampling: Unpack[SamplingKeywords]) -> Answer:

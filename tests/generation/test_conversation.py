@@ -18,6 +18,7 @@ from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.generation.request_files import read_messages, write_messages
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.generation.tool_set import read_tool_set
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.template import Message
 
@@ -149,6 +150,44 @@ def test_after_any_change_the_next_answer_is_as_fresh(
     assert result is not None and result.prompt_token_ids == prompt
     fresh = Generation(loaded, prompt, GREEDY, prefix=CachedPrefix(loaded.model, FORMS[form]))
     assert answer == "".join(piece.text for piece in fresh)
+
+
+@pytest.mark.parametrize("form", range(3), ids=["full", "quantized", "bounded"])
+def test_results_of_calls_are_answered_as_fresh(loaded: LoadedModel, form: int) -> None:
+    """And so is what follows, though the prompt of the answer is no part of the next one's."""
+    thinks = form != 1
+    tools = read_tool_set([{"name": "look", "description": "Look."}])
+    talk = Conversation(loaded, None, thinks, FORMS[form], tools)
+    calls = [
+        {"id": name, "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        for name in "ab"
+    ]
+    asked: Any = {
+        "role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": calls,
+    }  # fmt: skip
+    list(talk.ask(THIRD, GREEDY))
+    talk.load([said("user", FIRST), asked])
+    given: list[Any] = [
+        {"role": "tool", "tool_call_id": "a", "content": "one"},
+        {"role": "tool", "tool_call_id": "b", "content": "two"},
+    ]
+    turns = [
+        lambda: talk.give({"b": "two", "a": "one"}, GREEDY),
+        lambda: talk.ask(SECOND, GREEDY),
+        lambda: talk.retry(GREEDY),
+    ]
+    before = [said("user", FIRST), asked]
+    for turn, added in zip(turns, (given, [said("user", SECOND)], []), strict=True):
+        list(turn())
+        result = talk.last_answer
+        assert result is not None and loaded.folder.template is not None
+        messages = [*before, *added]
+        prompt = loaded.folder.template.render(messages, think=thinks, tools=tools.definitions)
+        assert result.prompt_token_ids == prompt
+        fresh = Generation(loaded, prompt, GREEDY, prefix=CachedPrefix(loaded.model, FORMS[form]))
+        assert result.text == "".join(piece.text for piece in fresh if not piece.is_thought)
+        before = [*messages, said("assistant", result.text)] if turn is turns[0] else messages
+    assert talk.undo() and talk.undo() and not talk.undo()
 
 
 def test_a_stopped_answer_stays_as_far_as_it_went(loaded: LoadedModel) -> None:
