@@ -45,7 +45,7 @@ def write_golden_answers(directory: Path, progress: OnProgress | None = None) ->
 
 
 def golden_answers(directory: Path, progress: OnProgress | None = None) -> dict[str, Any]:
-    """Continue each golden prompt of the folder; `progress` is told of the stage `answering`.
+    """Continue each golden prompt without tools; `progress` is told of the stage `answering`.
 
     Conversations are continued as rendered, texts behind BOS. Every token has its `margin`: its
     logit less that of the second likeliest.
@@ -54,7 +54,9 @@ def golden_answers(directory: Path, progress: OnProgress | None = None) -> dict[
     config = read_config(directory)
     prompts = golden_prompts(directory, config)
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
-    named = [(entry["name"], entry["token_ids"]) for entry in prompts["conversations"]]
+    # Those with tools would show nothing more of the arithmetic.
+    plain = [entry for entry in prompts["conversations"] if "tools" not in entry]
+    named = [(entry["name"], entry["token_ids"]) for entry in plain]
     named += [(entry["text"], bos + entry["token_ids"]) for entry in prompts["texts"]]
     if not named:
         raise RejectedError(f"{directory}: no tokenizer that could make prompts")
