@@ -222,7 +222,7 @@ def _function(call: Given) -> dict[str, str]:
 
 
 def _named(function: Given) -> dict[str, str]:
-    name = function["name"].name()
+    name = function["name"].called_name()
     return {"name": name, "arguments": _arguments(function["arguments"])}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
@@ -100,7 +101,12 @@ def test_thoughts_stay_until_the_answer_is_there(model: Apertus, says: Script) -
         ('{"fail": {"text": 3}}', "error: text: expected a text, not 3"),
         ('{"fail": {}}', "error: text: is missing"),
         ('{"odd": {}}', "error: odd: its result has no form in JSON (set is none of its types)"),
-        ('{"other": {}}', "error: there is no tool other; there are fail, odd"),
+        ('{"other": {}}', "error: there is no tool other; there are fail, odd, echo"),
+        ('{"tools.fail": {}}', "error: there is no tool tools.fail; there are fail, odd, echo"),
+        (
+            '{"echo": {"text": "\\ud800"}}',
+            "error: echo: its result: holds a lone surrogate ('\\ud800'), which is no character",
+        ),
     ],
 )
 def test_what_goes_wrong_is_told_to_the_model(
@@ -112,12 +118,30 @@ def test_what_goes_wrong_is_told_to_the_model(
     def odd() -> set[int]:
         return {1}
 
-    fail.__annotations__["text"] = str
+    def echo(text: str) -> str:
+        return text
+
+    fail.__annotations__["text"] = echo.__annotations__["text"] = str
     says(f"⟨71⟩[{call}]⟨72⟩", "Sorry.⟨68⟩")
-    chat = model.chat(tools=[fail, odd])
+    chat = model.chat(tools=[fail, odd, echo])
     answer = chat.run("Do it.")
     assert answer.text == "Sorry."
     assert f"⟨72⟩[{told}]" in as_text(model, answer.prompt_token_ids)
+
+
+def test_arguments_that_a_filter_has_broken_are_told_to_the_model(
+    says: Script, tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"rules": [{"texts": ["Bern\\""], "replacement": "?"}]}')
+    with load(output_filter=rules) as model:
+        says('⟨71⟩[{"weather": {"city": "Bern"}}]⟨72⟩', "Sorry.⟨68⟩", "Well.⟨68⟩")
+        chat = model.chat(tools=[weather])
+        answer = chat.run(QUESTION)
+        assert answer.text == "Sorry."
+        prompt = as_text(model, answer.prompt_token_ids)
+        assert '⟨71⟩[{"weather": {}}]⟨72⟩[error: arguments: is not valid JSON' in prompt
+        assert chat.ask("Well?").text == "Well."
 
 
 def test_calls_that_are_the_callers(model: Apertus, says: Script) -> None:
