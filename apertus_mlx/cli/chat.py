@@ -25,6 +25,7 @@ from apertus_mlx.system.foreign_errors import explain
 if TYPE_CHECKING:
     from apertus_mlx.generation.conversation import Conversation
     from apertus_mlx.generation.run import Piece, ToolCall
+    from apertus_mlx.text.template import Message
 
 # Characters of a call that are repeated where its result is asked for.
 MOST_SHOWN = 100
@@ -74,8 +75,9 @@ class _Talk:
         self._lines = lines
         self._how = sampling, step
         self._commands = ChatCommands(conversation, self._retry)
-        # Of calls of the last answer, by their ids.
+        # Of calls of the last message, by their ids; and which message that was.
         self._results: dict[str, str] = {}
+        self._asking: Message | None = None
         # Ctrl-C, counted while an answer is computed.
         self._interrupts = 0
 
@@ -97,6 +99,10 @@ class _Talk:
 
     def _waiting(self) -> list[ToolCall]:
         """The calls whose results have not been typed."""
+        last = self._conversation.messages[-1] if self._conversation.messages else None
+        if self._asking is not last:
+            # `/load` may bring other calls, also with the same ids.
+            self._asking, self._results = last, {}
         return [call for call in self._conversation.open_calls if call.id not in self._results]
 
     def _take(self, text: str) -> None:
@@ -108,9 +114,7 @@ class _Talk:
         self._results[waiting[0].id] = text
         if len(waiting) == 1:
             # After an error all of them are asked for again.
-            given, self._results = self._results, {}
-            calls = self._conversation.open_calls
-            results = {call.id: given[call.id] for call in calls}
+            results, self._results = self._results, {}
             self._answer(partial(self._conversation.give, results))
 
     def _command(self, request: Request) -> None:

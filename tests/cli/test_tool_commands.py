@@ -89,9 +89,9 @@ def test_commands_between_calls_and_results(
     run(talk, QUESTION, "old", "/retry", "sunny", f"/save {path}", "/think", "dry")
     assert "[sunny, dry]⟨68⟩⟨67⟩" in prompt(talk)
     assert capsys.readouterr().err.count(ASKED[0]) == 2
-    run(talk, QUESTION, "/undo", QUESTION, f"/load {path}", "wet", "cold")
+    run(talk, QUESTION, "/undo", QUESTION, f"/load {path}", "old", f"/load {path}", "wet", "cold")
     out, err = capsys.readouterr()
-    assert out == f"{SHOWN}{SHOWN}Cold.\n" and "loaded 2 messages" in err
+    assert out == f"{SHOWN}{SHOWN}Cold.\n" and err.count("loaded 2 messages") == 2
     assert "[wet, cold]⟨68⟩⟨67⟩" in prompt(talk)
     assert [message["role"] for message in talk.messages].count("user") == 1
 
