@@ -232,6 +232,12 @@ def test_a_filter_and_calls(
     assert found["token_ids"] == [] and "Bern" not in json.dumps(found)
     function = found["message"]["tool_calls"][0]["function"]
     assert function == {"name": "weather", "arguments": '{"city": "[city]"}'}
+    # Without its quotes it is no JSON, and nobody could go on from it.
+    rules.write_text(json.dumps({"rules": [{"texts": ['"Bern"'], "replacement": "[city]"}]}))
+    says(CALLS)
+    found = report(capsys, "Hi", tools=tools, output_filter=str(rules))
+    assert found["tool_calls"][0]["arguments"] == '{"city": [city]}'
+    assert found["message"]["tool_calls"][0]["function"]["arguments"] == "{}"
 
 
 @pytest.mark.parametrize(
