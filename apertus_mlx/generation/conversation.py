@@ -100,7 +100,9 @@ class Conversation:
         folder.require_room(len(folder.render(messages, self.think, self.tools.definitions)))
         copied = [message.copy() for message in messages]
         if copied and (calls := copied[-1].get("tool_calls")):
-            copied[-1]["tool_calls"] = [{"id": new_call_id(), **call} for call in calls]
+            copied[-1]["tool_calls"] = [
+                {**call, "id": call.get("id") or new_call_id()} for call in calls
+            ]
         self._replace(copied)
         self.run = None
 

@@ -96,13 +96,13 @@ def test_commands_between_calls_and_results(
     assert [message["role"] for message in talk.messages].count("user") == 1
 
 
-@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("ids", [{"id": "x"}, {"id": None}, {}])
 def test_a_file_that_ends_with_calls(
-    ids: bool, talk: Conversation, says: Script, tmp_path: Path
+    ids: dict[str, Any], talk: Conversation, says: Script, tmp_path: Path
 ) -> None:
-    """As others write one: ids are theirs, or missing, and arguments an object."""
+    """As others write one: ids are theirs, null or missing, and arguments an object."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
-    calls = [{"id": "x", **call}] if ids else [call]
+    calls = [{**ids, **call}]
     question = {"role": "user", "content": [{"type": "text", "text": "How is it?"}]}
     system = {"role": "system", "content": [{"type": "text", "text": "Be kind."}]}
     path = tmp_path / "talk.json"
