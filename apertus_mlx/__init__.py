@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from apertus_mlx.api import Answer, Apertus, Chat, Message, Piece, Stream, load
+    from apertus_mlx.api import Answer, Apertus, Chat, Message, Piece, Stream, ToolCall, load
     from apertus_mlx.errors import (
         ApertusError,
         NotFoundError,
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
     )
+    from apertus_mlx.generation.function_tools import tool_schema
     from apertus_mlx.system.progress import Progress
     from apertus_mlx.tools import convert_model, distill, evaluate, plan, plan_overview, verify
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "api": ("Answer", "Apertus", "Chat", "Message", "Piece", "Stream", "load"),
+    "api": ("Answer", "Apertus", "Chat", "Message", "Piece", "Stream", "ToolCall", "load"),
     "errors": ("ApertusError", "NotFoundError", "RejectedError", "ResourceError", "UsageError"),
+    "generation.function_tools": ("tool_schema",),
     "system.progress": ("Progress",),
     "tools": ("convert_model", "distill", "evaluate", "plan", "plan_overview", "verify"),
 }
@@ -32,8 +34,9 @@ _NAMES = {
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = [
     "Answer", "Apertus", "ApertusError", "Chat", "Message", "NotFoundError", "Piece", "Progress",
-    "RejectedError", "ResourceError", "Stream", "UsageError", "__version__", "convert_model",
-    "distill", "evaluate", "load", "plan", "plan_overview", "verify",
+    "RejectedError", "ResourceError", "Stream", "ToolCall", "UsageError", "__version__",
+    "convert_model", "distill", "evaluate", "load", "plan", "plan_overview", "tool_schema",
+    "verify",
 ]  # fmt: skip
 
 

@@ -38,18 +38,19 @@ from apertus_mlx.generation.options import (
     SamplingKeywords,
     SamplingOptions,
 )
-from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.generation.run import Answer, Generation, Piece, ToolCall
 from apertus_mlx.generation.tool_set import Tool, ToolSet, read_tool_set
 from apertus_mlx.generation.turns import Turn, Turns, Work
 from apertus_mlx.memory import Fit
 from apertus_mlx.system.arguments import Option, Range, checked, expect, known
 from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
-from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.output_filter import OutputFilter, load_output_filter
 from apertus_mlx.text.template import Message
 
-__all__ = ["Answer", "Apertus", "Chat", "Message", "Piece", "Progress", "Stream", "load"]
+__all__ = [
+    "Answer", "Apertus", "Chat", "Message", "Piece", "Progress", "Stream", "ToolCall", "load",
+]  # fmt: skip
 
 # What the package logs reaches a program's own handlers, never stderr unasked.
 logging.getLogger("apertus_mlx").addHandler(logging.NullHandler())
@@ -264,7 +265,7 @@ class Apertus:
                 self._plan.prefill_step,
                 prefix,
                 cancelled=cancelled,
-                tool_names=None if options.schema else toolset.names,
+                tool_names=toolset.names,
                 tools=toolset.grammar,
                 think=think,
             )
@@ -279,6 +280,8 @@ class Apertus:
         system: str | None = None,
         think: bool = False,
         raw: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **sampling: Unpack[SamplingKeywords],
     ) -> list[Answer]:
         """Answer many prompts one after the other, as `generate` does; one answer for each.
@@ -288,8 +291,9 @@ class Apertus:
         answers that are left are empty.
         """
         expect(Sequence[object], prompts=prompts)
+        toolset = read_tool_set(tools, tool_choice)
         every = [
-            self._prompt_ids(f"prompts[{index}]", prompt, system, think, raw)
+            self._prompt_ids(f"prompts[{index}]", prompt, system, think, raw, toolset)
             for index, prompt in enumerate(prompts)
         ]
         for ids in every:
@@ -299,6 +303,7 @@ class Apertus:
         def work(cancelled: Callable[[], bool]) -> Generator[Answer, None, None]:
             loaded = self._open()
             prefix = CachedPrefix(loaded.model, self._plan.form)
+            grammar = toolset.grammar
             for ids in every:
                 run = Generation(
                     loaded,
@@ -307,6 +312,8 @@ class Apertus:
                     self._plan.prefill_step,
                     prefix,
                     cancelled=cancelled,
+                    tool_names=toolset.names,
+                    tools=grammar,
                     think=think,
                 )
                 if not cancelled():
@@ -443,28 +450,20 @@ class Apertus:
         system: str | None,
         think: bool,
         raw: bool,
-        tools: ToolSet | None = None,
+        tools: ToolSet,
     ) -> list[int]:
         expect(str | None, system=system)
         expect(bool, think=think, raw=raw)
-        definitions = tools.definitions if tools else []
         if prompt == "":
             raise UsageError(f"{name}: the prompt is empty")
-        if raw and definitions:
-            raise UsageError("raw takes no chat template, so no tools")
-        if isinstance(prompt, str):
-            if self._folder.template is None and (system is not None or think or definitions):
-                raise UsageError("this model has no chat template: neither system, think nor tools")
-            if not definitions:
-                return self._folder.prompt_ids(prompt, system=system, think=think, raw=raw)
-            messages = [Message(role="user", content=prompt)]
-        else:
-            messages = _messages(name, prompt)
-        if raw:
-            raise UsageError(f"{name}: raw continues a text, and these are messages")
-        if system is not None:
-            messages.insert(0, Message(role="system", content=system))
-        return self._folder.render(messages, think, definitions)
+        return self._folder.prompt_ids(
+            prompt if isinstance(prompt, str) else _messages(name, prompt),
+            system=system,
+            think=think,
+            raw=raw,
+            tools=tools.definitions,
+            name=name,
+        )
 
     def _open(self) -> LoadedModel:
         _require_process()
@@ -547,7 +546,7 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """A copy of all messages so far; thoughts are not kept."""
+        """A copy of all messages so far; thoughts are kept before calls alone."""
         return [cast(Message, dict(message)) for message in self._conversation.messages]
 
     def ask(self, text: str, **sampling: Unpack[SamplingKeywords]) -> Answer:
@@ -672,14 +671,13 @@ def _finish(stream: Stream) -> Answer:
 
 
 def _messages(name: str, messages: Any) -> list[Message]:
-    """Check a conversation.
+    """Check that there is a conversation; what it holds is read when it is rendered.
 
     Raises:
         TypeError: it is no list of messages.
-        UsageError: it is empty, or see `read_messages`.
+        UsageError: it is empty.
     """
     expect(Sequence[object], **{name: messages})
     if not messages:
         raise UsageError(f"{name}: there is no message")
-    read_messages(messages, name)
     return list(messages)

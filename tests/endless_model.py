@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from apertus_mlx.text.tokenizer import Role, Tokenizer
+from apertus_mlx.text.roles import Role
+from apertus_mlx.text.tokenizer import Tokenizer
 from tests.builders import config_4x, random_weights, write_checkpoint
 
 VOCABULARY, WIDTH = 400, 512

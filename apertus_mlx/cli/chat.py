@@ -16,6 +16,7 @@ from apertus_mlx.cli.chat_lines import Lines, open_chat_lines
 from apertus_mlx.cli.output import print_pieces
 from apertus_mlx.cli.prompt_text import open_lines
 from apertus_mlx.cli.sink import note
+from apertus_mlx.cli.tool_options import ToolChoiceOption, ToolsOption, read_tool_options
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
@@ -23,8 +24,11 @@ from apertus_mlx.system.foreign_errors import explain
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.conversation import Conversation
-    from apertus_mlx.generation.run import Piece
+    from apertus_mlx.generation.run import Piece, ToolCall
+    from apertus_mlx.text.template import Message
 
+# Characters of a call that are repeated where its result is asked for.
+MOST_SHOWN = 100
 NoHistoryOption = Annotated[
     bool, Option("Do not keep what is typed for the next run, nor read what is kept.")
 ]
@@ -35,6 +39,8 @@ def chat(
     model: options.ModelOption = None,
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
+    tools: ToolsOption = None,
+    tool_choice: ToolChoiceOption = "auto",
     output_filter: options.OutputFilterOption = None,
     no_history: NoHistoryOption = False,
     sampling: SamplingOptions,
@@ -47,12 +53,14 @@ def chat(
     from apertus_mlx.text.output_filter import load_output_filter
 
     open_lines()
+    toolset = read_tool_options(tools, tool_choice)
     chosen = None if output_filter is None else load_output_filter(output_filter)
     folder = open_model(model, settings)
+    folder.require_place(think, toolset.definitions)
     plan = plan_run(folder.inventory, settings, CHAT_CONTEXT)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
         loaded = replace(load_weights(folder, settings), output_filter=chosen)
-        conversation = Conversation(loaded, system, think, plan.form)
+        conversation = Conversation(loaded, system, think, plan.form, toolset)
         with open_chat_lines(lambda: note("Ctrl-D ends the chat"), not no_history) as lines:
             _Talk(conversation, lines, sampling, plan.prefill_step).run()
 
@@ -67,17 +75,47 @@ class _Talk:
         self._lines = lines
         self._how = sampling, step
         self._commands = ChatCommands(conversation, self._retry)
+        # Of calls of the last message, by their ids; and which message that was.
+        self._results: dict[str, str] = {}
+        self._asking: Message | None = None
         # Ctrl-C, counted while an answer is computed.
         self._interrupts = 0
 
     def run(self) -> None:
         note("type a message; /help for more")
-        while not self._commands.ended and (line := self._lines.read()) is not None:
+        while not self._commands.ended and (line := self._next_line()) is not None:
             request = read_request(line)
             if request.command is not None:
                 self._command(request)
             elif request.text.strip():
-                self._answer(partial(self._conversation.ask, request.text))
+                self._take(request.text)
+
+    def _next_line(self) -> str | None:
+        if waiting := self._waiting():
+            call = f"{waiting[0].name} {waiting[0].arguments}"
+            shown = call if len(call) <= MOST_SHOWN else f"{call[:MOST_SHOWN]}..."
+            note(f"what does {shown} give?")
+        return self._lines.read()
+
+    def _waiting(self) -> list[ToolCall]:
+        """The calls whose results have not been typed."""
+        last = self._conversation.messages[-1] if self._conversation.messages else None
+        if self._asking is not last:
+            # `/load` may bring other calls, also with the same ids.
+            self._asking, self._results = last, {}
+        return [call for call in self._conversation.open_calls if call.id not in self._results]
+
+    def _take(self, text: str) -> None:
+        """Take a message, or the result of a call."""
+        waiting = self._waiting()
+        if not waiting:
+            self._answer(partial(self._conversation.ask, text))
+            return
+        self._results[waiting[0].id] = text
+        if len(waiting) == 1:
+            # After an error all of them are asked for again.
+            results, self._results = self._results, {}
+            self._answer(partial(self._conversation.give, results))
 
     def _command(self, request: Request) -> None:
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from apertus_mlx.cli.generate import summary
 from apertus_mlx.errors import UsageError
-from apertus_mlx.generation.messages_file import read_messages, write_messages
+from apertus_mlx.generation.request_files import read_messages, write_messages
 from apertus_mlx.system.model_files import exists
 
 if TYPE_CHECKING:

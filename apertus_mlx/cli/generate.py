@@ -13,7 +13,9 @@ from apertus_mlx.cli.output import print_json, print_pieces
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.prompt_text import read_prompt
 from apertus_mlx.cli.sink import note
+from apertus_mlx.cli.tool_options import ToolChoiceOption, ToolsOption, read_tool_options
 from apertus_mlx.errors import UsageError
+from apertus_mlx.generation import request_files
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import counted, format_bytes
@@ -21,6 +23,7 @@ from apertus_mlx.system.sizes import counted, format_bytes
 if TYPE_CHECKING:
     from apertus_mlx.generation.run import Answer, Generation
     from apertus_mlx.memory import Fit
+    from apertus_mlx.text.template import Message
 
 
 def generate(
@@ -28,10 +31,19 @@ def generate(
         str | None, Option("What to say to the model; default: standard input.")
     ] = None,
     *,
+    messages: Annotated[
+        Path | None,
+        Option(
+            "Answer a conversation instead: JSON as OpenAI's API takes it; - for standard input.",
+            metavar="FILE",
+        ),
+    ] = None,
     model: options.ModelOption = None,
     raw: Annotated[bool, Option("Continue the prompt as text, without chat template.")] = False,
     system: options.SystemOption = None,
     think: options.ThinkOption = False,
+    tools: ToolsOption = None,
+    tool_choice: ToolChoiceOption = "auto",
     sampling: SamplingOptions,
     settings: RunOptions,
     output_filter: options.OutputFilterOption = None,
@@ -48,14 +60,15 @@ def generate(
     from apertus_mlx.generation.run import Generation
     from apertus_mlx.text.output_filter import load_output_filter
 
-    text = read_prompt() if prompt is None or prompt == "-" else prompt
-    if not text:
-        raise UsageError("the prompt is empty; pass it as an argument or on standard input")
-    require_prompt(text, system, think, raw)
+    toolset = read_tool_options(tools, tool_choice)
+    asked = _read_request(prompt, messages, system)
+    require_prompt(asked, system, think, raw, bool(toolset.definitions), "--messages")
     chosen = None if output_filter is None else load_output_filter(output_filter)
     started = time.perf_counter()
     folder = open_model(model, settings)
-    prompt_ids = folder.prompt_ids(text, system=system, think=think, raw=raw)
+    prompt_ids = folder.prompt_ids(
+        asked, system=system, think=think, raw=raw, tools=toolset.definitions
+    )
     folder.require_room(len(prompt_ids))
     plan = plan_run(folder.inventory, settings, len(prompt_ids) + sampling.max_tokens)
     saved = None
@@ -76,6 +89,8 @@ def generate(
             plan.prefill_step,
             prefix,
             on_prefix=None if saved is None else saved.save,
+            tool_names=toolset.names,
+            tools=toolset.grammar,
             think=think,
         )
         try:
@@ -88,6 +103,22 @@ def generate(
                 note(summary(run.answer))
         if saved is not None:
             saved.finish()
+
+
+def _read_request(
+    prompt: str | None, messages: Path | None, system: str | None
+) -> str | list[Message]:
+    """What is to be answered: a text, or messages."""
+    if messages is None:
+        text = read_prompt() if prompt is None or prompt == "-" else prompt
+        if not text:
+            raise UsageError("the prompt is empty; pass it as an argument or on standard input")
+        return text
+    if prompt is not None or system is not None:
+        raise UsageError("--messages holds the whole conversation; leave out PROMPT and --system")
+    if str(messages) == "-":
+        return request_files.parse_messages(read_prompt().encode(), "standard input")
+    return request_files.read_messages(messages)
 
 
 def _answer(run: Generation, json: bool) -> None:
@@ -113,6 +144,7 @@ def _report(
         "text": report.pop("text"),
         "thoughts": report.pop("thought"),
         **report,
+        "message": answer.as_message(),
         "load_s": loaded_s,
         "model": model,
         "prompt_tokens": answer.prompt_tokens,

@@ -10,8 +10,11 @@ from apertus_mlx.generation.cached_prefix import CachedPrefix, shared_length
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
-from apertus_mlx.generation.run import Answer, Generation, Piece
+from apertus_mlx.generation.run import Answer, Generation, Piece, ToolCall
 from apertus_mlx.generation.tool_set import ToolSet
+from apertus_mlx.text.answer_parser import new_call_id
+from apertus_mlx.text.call_results import needs_results
+from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.template import Message
 
 
@@ -23,13 +26,13 @@ class Conversation:
     and `think` may change between turns.
 
     Attributes:
-        think: whether the model deliberates before it answers.
         tools: what the model may call.
         messages: all so far.
         run: the latest answer's.
 
     Raises:
         RejectedError: the model has no chat template.
+        UsageError: it has no place for the tools, or not with `think`.
     """
 
     def __init__(
@@ -42,8 +45,8 @@ class Conversation:
     ) -> None:
         loaded.folder.require_template()
         self._loaded = loaded
-        self.think = think
         self.tools = tools or ToolSet()
+        self.think = think
         self._prefix = CachedPrefix(loaded.model, form)
         # By the number of messages before a turn: tokens of the prefix that are older than it.
         self._older: dict[int, int] = {}
@@ -53,10 +56,26 @@ class Conversation:
         self.run: Generation | None = None
 
     @property
+    def think(self) -> bool:
+        """Whether the model deliberates before it answers.
+
+        Raises:
+            UsageError: when it is set: the model does not deliberate where it has tools.
+        """
+        return self._think
+
+    @think.setter
+    def think(self, on: bool) -> None:
+        self._loaded.folder.require_place(on, self.tools.definitions)
+        self._think = on
+
+    @property
     def system(self) -> str | None:
         """The system message that the conversation begins with."""
         first = self.messages[:1]
-        return str(first[0]["content"]) if first and first[0]["role"] == "system" else None
+        if not first or first[0]["role"] != "system":
+            return None
+        return str(read_messages(first)[0].content)
 
     @system.setter
     def system(self, text: str | None) -> None:
@@ -78,8 +97,13 @@ class Conversation:
             UsageError: they do not fit the model's context; likewise.
         """
         folder = self._loaded.folder
-        folder.require_room(len(folder.render(messages, self.think)))
-        self._replace([message.copy() for message in messages])
+        folder.require_room(len(folder.render(messages, self.think, self.tools.definitions)))
+        copied = [message.copy() for message in messages]
+        if copied and (calls := copied[-1].get("tool_calls")):
+            copied[-1]["tool_calls"] = [
+                {**call, "id": call.get("id") or new_call_id()} for call in calls
+            ]
+        self._replace(copied)
         self.run = None
 
     def ask(
@@ -103,10 +127,21 @@ class Conversation:
         yield from self._answer([question], turn, options, prefill_step, cancelled)
 
     @property
-    def open_calls(self) -> list[str]:
-        """The ids of the calls that the last answer makes and that have no result yet."""
-        last = self.messages[-1] if self.messages else Message(role="user")
-        return [str(call["id"]) for call in last.get("tool_calls") or ()]
+    def open_calls(self) -> list[ToolCall]:
+        """The calls that the last answer makes and that wait for their results."""
+        calls = self._last_calls()
+        return calls if needs_results([{"name": call.name} for call in calls]) else []
+
+    def _last_calls(self) -> list[ToolCall]:
+        last = self.messages[-1:]
+        given = last[0].get("tool_calls") if last else None
+        if not given:
+            return []
+        functions = read_messages(last)[0].blocks[-1]["calls"]
+        return [
+            ToolCall(str(call["id"]), **function)
+            for call, function in zip(given, functions, strict=True)
+        ]
 
     def give(
         self,
@@ -115,12 +150,12 @@ class Conversation:
         prefill_step: int = DEFAULT_PREFILL_STEP,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generator[Piece, None, None]:
-        """Add the results of all `open_calls`, by their ids, and yield the answer.
+        """Add the results of all calls of the last answer, by their ids, and yield the next.
 
         Raises:
             UsageError: they are of other calls, or no longer fit the model's context.
         """
-        calls = self.open_calls
+        calls = [call.id for call in self._last_calls()]
         if not calls or set(calls) != set(results):
             wanted = ", ".join(calls) or "no call"
             raise UsageError(f"results: expected those of {wanted}, by their ids")
@@ -163,7 +198,7 @@ class Conversation:
             prefill_step,
             self._prefix,
             cancelled=cancelled,
-            tool_names=None if options.schema else tools.names,
+            tool_names=tools.names,
             tools=tools.grammar,
             think=self.think,
         )
@@ -182,10 +217,7 @@ class Conversation:
             if not piece.is_thought:
                 answer["content"] = f"{answer['content']}{piece.text}"
             yield piece
-        if (last := run.answer).finish_reason == "tool_calls":
-            if last.thought:  # it goes on once the results are there
-                answer["reasoning_content"] = last.thought
-            answer["tool_calls"] = [each.as_message() for each in last.tool_calls]
+        answer.update(run.answer.as_message())
 
     @property
     def last_answer(self) -> Answer | None:

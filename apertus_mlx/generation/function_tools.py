@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generation.argument_types import AnnotationReader, Read, Schema
 from apertus_mlx.system.strict_json import parse_object
+from apertus_mlx.text.given import Given
 
 _NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 _ARGUMENTS = re.compile(r"(Args|Arguments|Parameters):\s*")
@@ -67,14 +68,15 @@ def result_text(result: Any, name: str) -> str:
     """What a model is told of a result: a text as it is, else JSON.
 
     Raises:
-        UsageError: it has no form in JSON.
+        UsageError: it has no form in JSON, or holds half a surrogate pair, which is no text.
     """
-    if isinstance(result, str):
-        return result
     try:
-        return json.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain)
+        text = result
+        if not isinstance(result, str):
+            text = json.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain)
     except (RecursionError, TypeError, ValueError) as error:
         raise UsageError(f"{name}: its result has no form in JSON ({error})") from None
+    return Given(text, f"{name}: its result").text()
 
 
 def _read(function: Callable[..., Any]) -> tuple[Schema, Read]:

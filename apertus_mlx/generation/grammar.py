@@ -55,9 +55,7 @@ def require_engine(what: str) -> None:
         UsageError: it is not installed.
     """
     if not has_engine():
-        raise UsageError(
-            f"{what} needs llguidance; install it with: pip install 'apertus-mlx[schema]'"
-        )
+        raise UsageError(f"{what} needs llguidance; install it with: pip install llguidance")
 
 
 def schema_grammar(schema: str) -> str:

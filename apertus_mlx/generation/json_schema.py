@@ -38,8 +38,12 @@ ENFORCED = frozenset(
         "multipleOf",
     }
 )  # fmt: skip
-_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems", "enum", "required"})
-_OBJECTS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "enum", "required")
+_OBJECTS = ("properties", "patternProperties", "$defs", "definitions")
+_SHAPES: tuple[tuple[str, type, str], ...] = (
+    *((keyword, list, "a list") for keyword in _LISTS),
+    *((keyword, dict, "an object") for keyword in _OBJECTS),
+)
 FORMATS = frozenset(
     {"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 )
@@ -66,9 +70,11 @@ def read_schema(given: Path | str | Mapping[str, Any] | type, option: str = "--s
         if make is None:
             raise UsageError(f"{option}: {given.__name__} is no pydantic model")
         given = make()
+    name = option
     if isinstance(given, Path):
+        name = f"{option} {given}"
         if not exists(given):
-            raise NotFoundError(f"{option} {given}: no such file")
+            raise NotFoundError(f"{name}: no such file")
         try:
             data = read_own_file(given, MAX_BYTES)
         except RejectedError as error:
@@ -81,13 +87,13 @@ def read_schema(given: Path | str | Mapping[str, Any] | type, option: str = "--s
             raise UsageError(f"{option}: is no JSON ({error})") from None
     if len(data) > MAX_BYTES:
         raise UsageError(f"{option}: is larger than {MAX_BYTES:,} bytes")
-    return _checked(data, option)
+    return _checked(data, option, name)
 
 
 @functools.lru_cache(maxsize=32)
-def _checked(data: bytes, option: str) -> str:
+def _checked(data: bytes, option: str, name: str) -> str:
     try:
-        schema = parse_object(data, option)
+        schema = parse_object(data, name)
     except RejectedError as error:
         raise UsageError(str(error)) from None
     _Check(schema, option).run()
@@ -133,6 +139,9 @@ class _Check:
         self._seen.add(id(schema))
         if len(self._seen) > MAX_SUBSCHEMAS:
             self._refuse("#", f"has more than {MAX_SUBSCHEMAS} schemas in it")
+        for keyword, kind, words in _SHAPES:
+            if not isinstance(schema.get(keyword, kind()), kind):
+                self._refuse(place, f"{keyword}: expected {words}")
         for keyword, value in schema.items():
             self._keyword(schema, keyword, value, place)
         self._values(schema, place)
@@ -146,10 +155,6 @@ class _Check:
         vendor = keyword.startswith("x-") and keyword != "x-guidance"
         if keyword not in ENFORCED and keyword not in ANNOTATIONS and not vendor:
             self._refuse(place, f"{keyword[:60]} is not supported")
-        if keyword in _LISTS and not isinstance(value, list):
-            self._refuse(place, f"{keyword}: expected a list")
-        if keyword in _OBJECTS and not isinstance(value, dict):
-            self._refuse(place, f"{keyword}: expected an object")
         if keyword == "$ref":
             self._target(value, place)
         elif keyword == "items" and isinstance(value, list):

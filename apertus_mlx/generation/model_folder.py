@@ -16,7 +16,7 @@ from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.prompt_cache import PromptCache
 from apertus_mlx.model.language_model import LanguageModel
-from apertus_mlx.text.messages import read_messages
+from apertus_mlx.text.messages import read_messages, require_results
 from apertus_mlx.text.output_filter import OutputFilter
 from apertus_mlx.text.roles import Role
 from apertus_mlx.text.template import ChatTemplate, Message
@@ -80,6 +80,15 @@ class ModelFolder:
                 self.require_short(text)
         return template.render(messages, think=think, tools=tools)
 
+    def require_place(self, think: bool, tools: Sequence[Mapping[str, object]]) -> None:
+        """Refuse tools that the chat template cannot write, or not together with a deliberation.
+
+        Raises:
+            RejectedError, UsageError: see `render`.
+        """
+        if tools:
+            self.render([Message(role="user", content="?")], think, tools)
+
     def require_template(self) -> ChatTemplate:
         """The model's chat template.
 
@@ -104,20 +113,38 @@ class ModelFolder:
         return bos + self.tokenizer.encode(text)
 
     def prompt_ids(
-        self, text: str, *, system: str | None = None, think: bool = False, raw: bool = False
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        think: bool = False,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, object]] = (),
+        name: str = "messages",
     ) -> list[int]:
-        """The prompt of one question; continues `text` as it is if `raw` or without a template.
+        """The prompt of a question, or of messages, of which the last is to be answered.
+
+        A text is continued as it is if `raw`, or without a template. `name` is what error messages
+        call the messages.
 
         Raises:
             RejectedError: the template refuses the messages.
-            UsageError: nothing to say, more than the context can hold, or `raw` with what only a
-                template can say.
+            UsageError: nothing to say, more than the context can hold, calls without results, or
+                what only a template can say with `raw` or without one.
         """
-        require_prompt(text, system, think, raw)
-        if raw or self.template is None:
-            return self.encode_raw(text)
-        messages = [] if system is None else [Message(role="system", content=system)]
-        return self.render([*messages, Message(role="user", content=text)], think)
+        require_prompt(prompt, system, think, raw, bool(tools), name)
+        if isinstance(prompt, str):
+            if raw:
+                return self.encode_raw(prompt)
+            if self.template is None:
+                if system is not None or think or tools:
+                    raise UsageError(
+                        "this model has no chat template, so none of --system, --think and --tools"
+                    )
+                return self.encode_raw(prompt)
+            prompt = [Message(role="user", content=prompt)]
+        first = [] if system is None else [Message(role="system", content=system)]
+        return self.render([*first, *prompt], think, tools)
 
     def require_short(self, text: str) -> None:
         """Refuse a text that cannot fit the context; encoding it would take 190 times its size.
@@ -205,13 +232,25 @@ class LoadedModel:
     output_filter: OutputFilter | None = None
 
 
-def require_prompt(text: str, system: str | None, think: bool, raw: bool) -> None:
-    """Check what can be checked without a model.
+def require_prompt(
+    prompt: str | Sequence[Message],
+    system: str | None,
+    think: bool,
+    raw: bool,
+    tools: bool,
+    name: str = "messages",
+) -> None:
+    """Check what can be checked without a model; see `ModelFolder.prompt_ids`.
 
     Raises:
-        UsageError: an empty `text`, or `raw` together with what only a template can say.
+        UsageError: an empty prompt, calls without results, or `raw` together with what only a
+            template can say.
     """
-    if not text:
+    if not prompt:
         raise UsageError("the prompt is empty")
-    if raw and (system is not None or think):
-        raise UsageError("--raw takes no chat template, so neither --system nor --think")
+    if raw and not isinstance(prompt, str):
+        raise UsageError("--raw continues a text, and these are messages")
+    if raw and (system is not None or think or tools):
+        raise UsageError("--raw takes no chat template, so none of --system, --think and --tools")
+    if not isinstance(prompt, str):
+        require_results(prompt, name)

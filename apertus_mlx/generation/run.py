@@ -22,6 +22,7 @@ from apertus_mlx.generation.thought_budget import ThoughtBudget
 from apertus_mlx.generation.tool_grammar import ToolGrammar
 from apertus_mlx.text.answer_parser import AnswerParser, new_call_id
 from apertus_mlx.text.filtered_pieces import PieceFilter
+from apertus_mlx.text.messages import Message
 from apertus_mlx.text.pieces import CallPiece, Piece, ToolCall
 from apertus_mlx.text.roles import Role
 
@@ -69,6 +70,20 @@ class Answer:
     seed: int
     tool_calls: list[ToolCall] = field(default_factory=list)
     malformed_tool_calls: int = 0
+
+    def as_message(self) -> Message:
+        """The answer as an assistant's message of OpenAI's API, to go on from.
+
+        Calls are in it if the answer ends with them, and with them the thoughts, which go on when
+        the results are there. Other thoughts are left out.
+        """
+        calls = self.tool_calls if self.finish_reason == "tool_calls" else []
+        message = Message(role="assistant", content=self.text or (None if calls else ""))
+        if calls and self.thought:
+            message["reasoning_content"] = self.thought
+        if calls:
+            message["tool_calls"] = [each.as_message() for each in calls]
+        return message
 
     @property
     def prompt_tokens(self) -> int:

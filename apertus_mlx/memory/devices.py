@@ -77,8 +77,8 @@ def parse_device(text: str) -> Device:
     if key in names:
         found = names[key]
         if len(found) > 1:
-            names_of_all = ", ".join(each.name for each in found[1:])
-            _log.info(f"{text.strip()}: taken as {found[0].name}; there are also {names_of_all}")
+            others = ", ".join(each.name for each in found[1:])
+            _log.info(f"{text.strip()}: taken as {found[0].name}; with more memory: {others}")
         return found[0]
     if re.match(r"[\d.]", text.strip()):
         return Device(text.strip(), parse_size(text, "--device"))

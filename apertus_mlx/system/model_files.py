@@ -71,7 +71,7 @@ def checked(path: Path, most_bytes: int = MAX_WEIGHTS_BYTES) -> Path:
 
 def read_own_file(path: Path, most_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """All of a file that the user named, which may be a link to anywhere; else as `read_file`."""
-    with _open(path, _regular(path, _real_path(path), most_bytes), most_bytes) as file:
+    with _open(path, _regular(path, _real_path(path, ""), most_bytes), most_bytes) as file:
         return _read(path, file, most_bytes)
 
 
@@ -98,14 +98,14 @@ def check_folder(directory: Path) -> None:
             checked(path)
 
 
-def _real_path(path: Path) -> Path:
+def _real_path(path: Path, way_out: str = "; fetch the checkpoint again") -> Path:
     try:
         return Path(os.path.realpath(path, strict=True))
     except OSError as error:
         if path.is_symlink():
-            raise RejectedError(f"{path}: is a broken link; fetch the checkpoint again") from None
+            raise RejectedError(f"{path}: is a broken link{way_out}") from None
         if isinstance(error, FileNotFoundError):
-            raise RejectedError(f"{path}: is missing; fetch the checkpoint again") from None
+            raise RejectedError(f"{path}: is missing{way_out}") from None
         raise _unreadable(path, error) from None
 
 

@@ -37,19 +37,30 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     unfinished = unfinished_path(path)
-    claim = _claim(unfinished)
+    try:
+        claim = _claim(unfinished)
+    except OSError as error:
+        _name_whole(error, unfinished, path)
+        raise
     try:
         yield unfinished
         if durable:
             sync(unfinished)
         unfinished.replace(path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        _name_whole(error, unfinished, path)
         raise
     finally:
         os.close(claim)
     if durable:
         sync_folder(path.parent)
+
+
+def _name_whole(error: BaseException, unfinished: Path, path: Path) -> None:
+    """Let an error name the file that somebody asked for, not the one beside it."""
+    if isinstance(error, OSError) and error.filename == str(unfinished):
+        error.filename = str(path)
 
 
 def _claim(unfinished: Path) -> int:

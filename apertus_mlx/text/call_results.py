@@ -10,6 +10,11 @@ from apertus_mlx.text.given import Given
 FINAL_CALL = "display_answers"
 
 
+def needs_results(functions: Sequence[Mapping[str, str]]) -> bool:
+    """Whether results follow these calls of one message, each of which has a `name`."""
+    return any(each["name"] != FINAL_CALL for each in functions)
+
+
 class CallResults:
     """The results of one message's calls, which may come in any order."""
 
@@ -58,8 +63,7 @@ class CallResults:
 
         Calls with which a conversation ends need none yet.
         """
-        final = all(each["name"] == FINAL_CALL for each in self._functions)
-        if self._found or not (at_end or final):
+        if self._found or (needs_results(self._functions) and not at_end):
             for index in range(len(self._functions)):
                 if index not in self._found:
                     self._miss(index)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.system.strict_json import parse_object
+from apertus_mlx.text.given import CALLED_NAME
 from apertus_mlx.text.json_ends import BLANKS, JsonObject, JsonString, end_of, require_object
 from apertus_mlx.text.pieces import CallPiece
 
@@ -182,7 +183,10 @@ class CallScanner:
             except ValueError:
                 self._name = ""
             self._expects = _Expects.COLON
-            if not self._name or (self._names is not None and self._name not in self._names):
+            # A later prompt could not say another name.
+            if not CALLED_NAME.fullmatch(self._name) or (
+                self._names is not None and self._name not in self._names
+            ):
                 self._fail(pieces)
         return start
 

@@ -13,6 +13,8 @@ from apertus_mlx.errors import UsageError, WrongTypeError
 MAX_DEPTH = 64
 MAX_ITEMS = 1_000_000
 FUNCTION_NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
+# A model may call what is no function, such as `functions.f`. Templates write it as it is.
+CALLED_NAME = re.compile('[^"\\\\\x00-\x1f\x7f\ud800-\udfff]{1,64}')
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Without those that stand for bytes of no UTF-8, which the tokenizer writes as these bytes.
 _NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
@@ -56,6 +58,13 @@ class Given:
         if found := _NO_BYTE.search(self.value):
             self.refuse(f"holds a lone surrogate ({found.group()!r}), which is no character")
         return self.value
+
+    def called_name(self) -> str:
+        """Return the value, the name in a call."""
+        text = self.text()
+        if not CALLED_NAME.fullmatch(text):
+            self.refuse(f"{text[:64]!r}: expected 1 to 64 characters without quotes or controls")
+        return text
 
     def name(self) -> str:
         """Return the value, the name of a function."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, NotRequired, TypedDict
 
 from apertus_mlx.errors import UsageError
-from apertus_mlx.text.call_results import CallResults
+from apertus_mlx.text.call_results import CallResults, needs_results
 from apertus_mlx.text.given import Given
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -114,6 +114,22 @@ def require_answer(messages: object, name: str = "messages") -> None:
         raise UsageError(f"{name}: the last one is no text of an assistant that could go on")
 
 
+def require_results(messages: object, name: str = "messages") -> None:
+    """Refuse a conversation that ends with calls, since their results come before an answer.
+
+    Raises:
+        UsageError: see `read_messages`; or there are no results.
+    """
+    turns = read_messages(messages, name)
+    last = turns[-1].blocks[-1:] if turns else []
+    calls = [call for block in last for call in block.get("calls", ())]
+    if needs_results(calls):
+        raise UsageError(
+            f"{name}: the last one calls {calls[0]['name']}; its result comes next, in a message "
+            "of role 'tool'"
+        )
+
+
 def _role(message: Given) -> str:
     message.object()
     role = message["role"]
@@ -206,7 +222,7 @@ def _function(call: Given) -> dict[str, str]:
 
 
 def _named(function: Given) -> dict[str, str]:
-    name = function["name"].name()
+    name = function["name"].called_name()
     return {"name": name, "arguments": _arguments(function["arguments"])}
 
 

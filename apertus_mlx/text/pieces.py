@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.text.json_ends import require_object
+
 PieceKind = Literal["text", "thought", "call"]
 
 
@@ -68,6 +71,14 @@ class ToolCall:
     arguments: str
 
     def as_message(self) -> dict[str, object]:
-        """The call as an assistant's message of OpenAI's API has it."""
-        function = {"name": self.name, "arguments": self.arguments}
+        """The call as an assistant's message of OpenAI's API has it.
+
+        Arguments that an output filter has broken are left out: no prompt can be made of them.
+        """
+        arguments = self.arguments
+        try:
+            require_object(arguments)
+        except (RejectedError, ValueError):
+            arguments = "{}"
+        function = {"name": self.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}

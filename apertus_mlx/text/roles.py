@@ -36,7 +36,7 @@ class Role(enum.Enum):
 
 CONTROL_IDS = range(Role.SYSTEM.start, Role.TOOLS.end + 1)
 
-_TURN_IDS = range(Role.SYSTEM.start, Role.ASSISTANT.end + 1)
+_OTHERS_IDS = range(Role.SYSTEM.start, Role.ASSISTANT.start)
 # v1.5 writes thoughts and results between ids that v1 has no use for.
 _SECOND_INNER = (32, 33)
 _INNER_NAMES = (("<think>", "</think>"), ("<|inner_prefix|>", "<|inner_suffix|>"))
@@ -69,11 +69,15 @@ class Roles:
     results: tuple[int, int] | None = None
 
     def leaves_thought_open(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt ends within a deliberation of the turn that is to be continued."""
+        """Whether a prompt ends within a deliberation, with which the answer goes on.
+
+        The end and the start of the assistant that a template writes after the results of calls do
+        not close one: with the answer, the template writes the id that does before its text.
+        """
         for token_id in reversed(prompt):
             if token_id in self.thought_starts:
                 return True
-            if token_id in self.thought_ends or token_id in _TURN_IDS:
+            if token_id in self.thought_ends or token_id in _OTHERS_IDS:
                 return False
         return False
 

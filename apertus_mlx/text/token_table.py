@@ -208,6 +208,8 @@ def _added_token(token: Any, size: int) -> Mapping[str, Any]:
         raise TableError("is damaged (an added token without id, content or flag)")
     if not 0 <= token["id"] < size:
         raise TableError("is damaged (an added token beyond its tokens)")
+    if not token["content"]:
+        raise TableError("is damaged (an added token without text)")
     return dict(token)
 
 

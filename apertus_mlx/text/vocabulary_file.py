@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -47,23 +48,38 @@ def read_vocabulary(path: Path) -> Vocabulary:
     """
     data = read_tokenizer_file(path)
     digest = sha256(data).digest()
-    cached = cache_folder() / "tokenizers" / f"{digest.hex()[:32]}.bin"
-    for place in (path.with_name(FILE_NAME), cached):
+    for find, read in ((_beside, read_file), (_cached, read_own_file)):
         try:
-            read = read_own_file if place is cached else read_file
-            return _opened(path, read(place, MAX_TABLE_BYTES), digest)
+            return _opened(path, read(find(path, digest), MAX_TABLE_BYTES), digest)
         except (OSError, TableError, ApertusError) as error:
-            _log.debug("%s: %s", place, error)
+            _log.debug("%s: %s", path, error)
     vocabulary = LibraryVocabulary(parse_backend(path, data))
     if len(data) >= LARGE_FILE_BYTES:
         try:
-            table = make_table(path, data, vocabulary)
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(cached, durable=False) as file:
-                file.write_bytes(table)
-        except (OSError, TableError) as error:
+            _keep_table(path, data, vocabulary)
+        except (OSError, TableError, ApertusError) as error:
             _log.debug("%s: no table is kept: %s", path, error)
     return vocabulary
+
+
+def _beside(path: Path, _: bytes) -> Path:
+    return path.with_name(FILE_NAME)
+
+
+def _cached(_: Path, digest: bytes) -> Path:
+    return cache_folder() / "tokenizers" / f"{digest.hex()[:32]}.bin"
+
+
+def _keep_table(path: Path, data: bytes, vocabulary: LibraryVocabulary) -> None:
+    """Make a table and keep it in the cache, for the next to read the file."""
+    cached = _cached(path, sha256(data).digest())
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    # To make a table takes longer than to read the file: not each time where none can be kept.
+    if not os.access(cached.parent, os.W_OK):
+        raise PermissionError(f"{cached.parent}: cannot be written")
+    table = make_table(path, data, vocabulary)
+    with whole_file(cached, durable=False) as file:
+        file.write_bytes(table)
 
 
 def make_table(path: Path, data: bytes, vocabulary: LibraryVocabulary) -> bytes:

@@ -6,7 +6,7 @@ Another tokenizer or template renderer, such as an app's in Swift, has to come t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,37 @@ TEXTS = (
 _QUESTION = Message(role="user", content="What is the capital of Switzerland?")
 _SYSTEM = Message(role="system", content="You answer in one sentence.")
 _ANSWER = Message(role="assistant", content="The capital of Switzerland is Bern.")
+_TOOLS: Sequence[Mapping[str, Any]] = (
+    {
+        "name": "get_weather",
+        "description": "Get the current weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the city."},
+                "unit": {"type": "string", "enum": ["C", "F"], "default": "C"},
+                "days": {"type": "array", "items": {"type": "integer"}},
+            },
+            "required": ["city"],
+        },
+    },
+    {"name": "get_time", "description": "Get the time of day.", "parameters": {}},
+)
+_WEATHER = Message(role="user", content="Wie ist das Wetter in Zürich, und wie spät ist es?")
+_CALL = {"name": "get_weather", "arguments": '{"city": "Zürich"}'}
+
+
+def _calls(*functions: Mapping[str, str]) -> list[dict[str, object]]:
+    return [
+        {"id": f"call_{index}", "type": "function", "function": function}
+        for index, function in enumerate(functions)
+    ]
+
+
+def _result(index: int, text: str) -> Message:
+    return Message(role="tool", tool_call_id=f"call_{index}", content=text)
+
+
 CONVERSATIONS: Mapping[str, tuple[tuple[Message, ...], bool]] = {
     "question": ((_QUESTION,), False),
     "question, thinking": ((_QUESTION,), True),
@@ -38,13 +69,39 @@ CONVERSATIONS: Mapping[str, tuple[tuple[Message, ...], bool]] = {
         False,
     ),
 }
+# As the ones above, with `_TOOLS`. In the second, results come in another order than calls.
+TOOL_CONVERSATIONS: Mapping[str, tuple[tuple[Message, ...], bool]] = {
+    "tool result": (
+        (
+            _WEATHER,
+            Message(role="assistant", content="", tool_calls=_calls(_CALL)),
+            _result(0, '{"temperature": 7}'),
+        ),
+        False,
+    ),
+    "thoughts and tool results": (
+        (
+            _WEATHER,
+            Message(
+                role="assistant",
+                content=None,
+                reasoning_content="I need both tools.",
+                tool_calls=_calls(_CALL, {"name": "get_time", "arguments": "{}"}),
+            ),
+            _result(1, "12:30"),
+            _result(0, '{"temperature": 7}'),
+        ),
+        True,
+    ),
+}
 
 
 def golden_prompts(directory: Path, config: ModelConfig) -> dict[str, Any]:
     """What tokenizer and chat template of the folder `directory` make of some texts.
 
-    Conversations that the template does not take, or all where there is none, are left out; so is
-    everything where this package cannot read the tokenizer.
+    Conversations are in OpenAI's form; `tools` are there where the model is given some. Those that
+    the template does not take, or all where there is none, are left out; so is everything where
+    this package cannot read the tokenizer.
     """
     texts: list[dict[str, Any]] = []
     conversations: list[dict[str, Any]] = []
@@ -56,14 +113,15 @@ def golden_prompts(directory: Path, config: ModelConfig) -> dict[str, Any]:
         template = ChatTemplate.load(directory, tokenizer)
     except RejectedError:
         template = None
-    for name, (messages, think) in CONVERSATIONS.items() if template else ():
-        try:
-            ids = template.render(messages, think=think) if template else []
-        except (RejectedError, UsageError):
-            continue
-        conversations.append(
-            {"name": name, "messages": messages, "enable_thinking": think, "token_ids": ids}
-        )
+    for tools, group in ((), CONVERSATIONS), (_TOOLS, TOOL_CONVERSATIONS):
+        for name, (messages, think) in group.items() if template else ():
+            try:
+                ids = template.render(messages, think=think, tools=tools) if template else []
+            except (RejectedError, UsageError):
+                continue
+            entry = {"name": name, "messages": messages, "enable_thinking": think}
+            entry |= {"tools": tools} if tools else {}
+            conversations.append({**entry, "token_ids": ids})
     return {"format_version": FORMAT_VERSION, "texts": texts, "conversations": conversations}
 
 

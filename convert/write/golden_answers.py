@@ -45,7 +45,7 @@ def write_golden_answers(directory: Path, progress: OnProgress | None = None) ->
 
 
 def golden_answers(directory: Path, progress: OnProgress | None = None) -> dict[str, Any]:
-    """Continue each golden prompt of the folder; `progress` is told of the stage `answering`.
+    """Continue each golden prompt without tools; `progress` is told of the stage `answering`.
 
     Conversations are continued as rendered, texts behind BOS. Every token has its `margin`: its
     logit less that of the second likeliest.
@@ -54,7 +54,9 @@ def golden_answers(directory: Path, progress: OnProgress | None = None) -> dict[
     config = read_config(directory)
     prompts = golden_prompts(directory, config)
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
-    named = [(entry["name"], entry["token_ids"]) for entry in prompts["conversations"]]
+    # Those with tools would show nothing more of the arithmetic.
+    plain = [entry for entry in prompts["conversations"] if "tools" not in entry]
+    named = [(entry["name"], entry["token_ids"]) for entry in plain]
     named += [(entry["text"], bos + entry["token_ids"]) for entry in prompts["texts"]]
     if not named:
         raise RejectedError(f"{directory}: no tokenizer that could make prompts")
@@ -89,24 +91,37 @@ def _continued(model: LanguageModel, prompt: list[int]) -> dict[str, Any]:
 def differing_answers(directory: Path, progress: OnProgress | None = None) -> list[str]:
     """What this machine computes otherwise than the folder's file says, a line for each prompt.
 
-    Compared up to the first token that was not clearly ahead; none if the folder has no file.
+    Compared up to the first token that was not clearly ahead.
 
     Raises:
-        RejectedError: the file is damaged.
+        RejectedError: the file is missing, damaged, or compares nothing.
     """
     path = directory / GOLDEN_ANSWERS
     stored = read_object(path)
     if stored.get("format_version") != FORMAT_VERSION:
-        return ["format_version"]
-    now = {entry["name"]: entry for entry in golden_answers(directory, progress)["answers"]}
-    found = []
+        raise RejectedError(f"{path}: format_version: expected {FORMAT_VERSION}")
     answers = stored.get("answers")
-    for entry in answers if isinstance(answers, list) else [{}]:
-        try:
-            name, ids, margins = str(entry["name"]), entry["token_ids"], entry["margins"]
-            clear = next((n for n, m in enumerate(margins) if m <= CLEAR_MARGIN), len(margins))
-        except (TypeError, KeyError) as error:
-            raise RejectedError(f"{path}: answers: an entry has no {error}") from None
-        if name not in now or now[name]["token_ids"][:clear] != ids[:clear]:
-            found.append(name)
-    return found
+    if not isinstance(answers, list) or not answers:
+        raise RejectedError(f"{path}: answers: expected a list of them")
+    read = [_answer(entry, f"{path}: answers[{index}]") for index, entry in enumerate(answers)]
+    now = {entry["name"]: entry for entry in golden_answers(directory, progress)["answers"]}
+    return [
+        name
+        for name, clear in read
+        if name not in now or now[name]["token_ids"][: len(clear)] != clear
+    ]
+
+
+def _answer(entry: Any, place: str) -> tuple[str, list[int]]:
+    """The name of a stored answer, and its tokens up to the first that was not clearly ahead."""
+    try:
+        name, ids, margins = entry["name"], entry["token_ids"], entry["margins"]
+        sound = isinstance(name, str) and len(ids) == len(margins) == TOKENS
+        clear = [n for n, margin in enumerate(margins) if margin <= CLEAR_MARGIN]
+    except (TypeError, KeyError):
+        sound = False
+    if not sound:
+        raise RejectedError(
+            f"{place}: expected a name, and token_ids and margins of {TOKENS} tokens"
+        )
+    return name, ids[: clear[0] if clear else TOKENS]

@@ -5,17 +5,16 @@ The model's tokens are given, so that it calls; or drawn under the tools' schema
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
 import pytest
 
-from apertus_mlx import Apertus, UsageError, load
-from apertus_mlx.generation import run as module
-from apertus_mlx.generation.function_tools import tool_schema
+from apertus_mlx import Apertus, ToolCall, UsageError, load, tool_schema
+from tests import scripted_answers
 
 Script = Callable[..., None]
 QUESTION = "What is the weather in Bern and Zug?"
@@ -39,32 +38,15 @@ def model() -> Iterator[Apertus]:
         yield loaded
 
 
-def as_ids(model: Apertus, text: str) -> list[int]:
-    """A text in which `⟨71⟩` is an id."""
-    ids: list[int] = []
-    for index, part in enumerate(text.replace("⟩", "⟨").split("⟨")):
-        ids += [int(part)] if index % 2 else model.encode(part)
-    return ids
-
-
 def as_text(model: Apertus, ids: list[int]) -> str:
-    """The reverse of `as_ids`."""
-    return "".join(model.decode([each]) or f"⟨{each}⟩" for each in ids)
+    return scripted_answers.as_text(model._folder.tokenizer, ids)
 
 
 @pytest.fixture
 def says(model: Apertus, monkeypatch: pytest.MonkeyPatch) -> Script:
     """Makes the model draw one text after another."""
-
-    def script(*texts: str) -> None:
-        left = iter(texts)
-
-        def draw(step: Any, logits: Any, sampler: Any, limit: int, *_: Any) -> Iterator[int]:
-            return itertools.islice(as_ids(model, next(left)), limit)
-
-        monkeypatch.setattr(module, "draw_tokens", draw)
-
-    return script
+    tokenizer = model._folder.tokenizer
+    return lambda *texts: scripted_answers.script_answers(monkeypatch, tokenizer, *texts)
 
 
 def test_a_run_calls_and_goes_on(model: Apertus, says: Script) -> None:
@@ -78,7 +60,7 @@ def test_a_run_calls_and_goes_on(model: Apertus, says: Script) -> None:
         {"role": "user", "content": QUESTION},
         {
             "role": "assistant",
-            "content": "",
+            "content": None,
             "tool_calls": [
                 {
                     "id": first,
@@ -119,7 +101,12 @@ def test_thoughts_stay_until_the_answer_is_there(model: Apertus, says: Script) -
         ('{"fail": {"text": 3}}', "error: text: expected a text, not 3"),
         ('{"fail": {}}', "error: text: is missing"),
         ('{"odd": {}}', "error: odd: its result has no form in JSON (set is none of its types)"),
-        ('{"other": {}}', "error: there is no tool other; there are fail, odd"),
+        ('{"other": {}}', "error: there is no tool other; there are fail, odd, echo"),
+        ('{"tools.fail": {}}', "error: there is no tool tools.fail; there are fail, odd, echo"),
+        (
+            '{"echo": {"text": "\\ud800"}}',
+            "error: echo: its result: holds a lone surrogate ('\\ud800'), which is no character",
+        ),
     ],
 )
 def test_what_goes_wrong_is_told_to_the_model(
@@ -131,12 +118,30 @@ def test_what_goes_wrong_is_told_to_the_model(
     def odd() -> set[int]:
         return {1}
 
-    fail.__annotations__["text"] = str
+    def echo(text: str) -> str:
+        return text
+
+    fail.__annotations__["text"] = echo.__annotations__["text"] = str
     says(f"⟨71⟩[{call}]⟨72⟩", "Sorry.⟨68⟩")
-    chat = model.chat(tools=[fail, odd])
+    chat = model.chat(tools=[fail, odd, echo])
     answer = chat.run("Do it.")
     assert answer.text == "Sorry."
     assert f"⟨72⟩[{told}]" in as_text(model, answer.prompt_token_ids)
+
+
+def test_arguments_that_a_filter_has_broken_are_told_to_the_model(
+    says: Script, tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"rules": [{"texts": ["Bern\\""], "replacement": "?"}]}')
+    with load(output_filter=rules) as model:
+        says('⟨71⟩[{"weather": {"city": "Bern"}}]⟨72⟩', "Sorry.⟨68⟩", "Well.⟨68⟩")
+        chat = model.chat(tools=[weather])
+        answer = chat.run(QUESTION)
+        assert answer.text == "Sorry."
+        prompt = as_text(model, answer.prompt_token_ids)
+        assert '⟨71⟩[{"weather": {}}]⟨72⟩[error: arguments: is not valid JSON' in prompt
+        assert chat.ask("Well?").text == "Well."
 
 
 def test_calls_that_are_the_callers(model: Apertus, says: Script) -> None:
@@ -245,5 +250,74 @@ def test_wrong_tools(model: Apertus) -> None:
                 call(QUESTION, **how)  # type: ignore[operator]
         with pytest.raises(kind, match=words.replace(r"\[0\]", "")):
             model.chat(**how)
-    with pytest.raises(UsageError, match="raw takes no chat template, so no tools"):
+    with pytest.raises(UsageError, match=r"raw takes no chat template, so none of .* --tools"):
         model.generate(QUESTION, raw=True, tools=[again])
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"warm": {"type": "boolean"}},
+    "required": ["warm"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_a_schema_and_tools_at_once(model: Apertus, choice: str) -> None:
+    """An answer is JSON or calls, as `tool_choice` says, and nothing else."""
+    pytest.importorskip("llguidance")
+    drawn = set()
+    for think in (False, True):
+        answer = model.generate(
+            QUESTION, tools=[OUTSIDE], tool_choice=choice, schema=SCHEMA, think=think,
+            max_thought_tokens=3, temperature=0.5, seed=1, max_tokens=60,
+        )  # fmt: skip
+        if answer.finish_reason == "tool_calls":
+            assert answer.text == "" and answer.tool_calls
+            drawn.add("calls")
+        elif answer.finish_reason == "stop":
+            jsonschema.validate(json.loads(answer.text), SCHEMA)
+            assert not answer.tool_calls
+            drawn.add("json")
+    assert drawn <= {"auto": {"calls", "json"}, "none": {"json"}, "required": {"calls"}}[choice]
+    assert drawn
+
+
+def test_the_schema_holds_for_the_answer_to_results(model: Apertus) -> None:
+    pytest.importorskip("llguidance")
+    chat = model.chat(
+        tools=[OUTSIDE], tool_choice="outside", schema=SCHEMA, temperature=0, max_tokens=200
+    )
+    answer = chat.ask(QUESTION)
+    assert (answer.text, answer.finish_reason) == ("", "tool_calls")
+    answer = chat.give({call.id: "warm" for call in answer.tool_calls}, logit_bias={71: -100})
+    assert answer.finish_reason == "stop"
+    jsonschema.validate(json.loads(answer.text), SCHEMA)
+
+
+def test_calls_of_many_prompts(model: Apertus, says: Script) -> None:
+    says(CALLS, "Sunny.⟨68⟩")
+    question = {"role": "user", "content": QUESTION}
+    first, second = model.generate_all([QUESTION, [question]], tools=[weather])
+    assert first.prompt_token_ids == model.render([question], tools=[weather])
+    assert first.prompt_token_ids == second.prompt_token_ids
+    assert [call.name for call in first.tool_calls] == ["weather"] * 2
+    assert all(isinstance(call, ToolCall) for call in first.tool_calls)
+    assert (second.text, second.tool_calls) == ("Sunny.", [])
+    with pytest.raises(UsageError, match="no such tool"):
+        model.generate_all([QUESTION], tools=[weather], tool_choice="other")
+
+
+def test_messages_that_end_with_calls(model: Apertus, says: Script) -> None:
+    says(CALLS, "Sunny.⟨68⟩")
+    asked = model.generate(QUESTION, tools=[weather])
+    talk: Any = [{"role": "user", "content": QUESTION}, asked.as_message()]
+    for answer in (model.generate, lambda messages: model.generate_all([messages])):
+        with pytest.raises(UsageError, match="the last one calls weather; its result comes next"):
+            answer(talk)
+    talk += [
+        {"role": "tool", "tool_call_id": call.id, "content": "warm"} for call in asked.tool_calls
+    ]
+    answered = model.generate(talk, tools=[weather])
+    assert answered.as_message() == {"role": "assistant", "content": "Sunny."}
+    assert f"{CALLS}[warm, warm]" in as_text(model, answered.prompt_token_ids)

@@ -284,7 +284,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     weights = random_weights(WIDE)
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     folder = write_checkpoint(tmp_path, WIDE, weights, tokenizer=False)
-    with pytest.raises(RejectedError, match=r"layers\.1\.mlp\.up_proj\.weight: 1 values not"):
+    with pytest.raises(RejectedError, match=r"layers\.1\.mlp\.up_proj\.weight: 1 value is not"):
         CPUModel(take_inventory(folder))
 
 

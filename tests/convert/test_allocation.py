@@ -234,6 +234,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
         yield Embedded(weights, divergences, units, tokens, logits(weights, tokens))
 
 
+@pytest.mark.nightly
 def test_sensitivity_is_what_is_measured(embedded: Embedded) -> None:
     first, last = layout.layer(0), layout.layer(3)
     paths = [f"{first}.self_attn.v_proj", f"{first}.self_attn.o_proj", f"{first}.mlp.up_proj",
@@ -250,12 +251,14 @@ def test_sensitivity_is_what_is_measured(embedded: Embedded) -> None:
     assert 0.7 < np.median(ratios) < 1.5
 
 
+@pytest.mark.nightly
 def test_each_bit_quarters_the_divergence(embedded: Embedded) -> None:
     for divergences in embedded.divergences.values():
         assert 2.5 < divergences[QuantSpec(3, 64)] / divergences[QuantSpec(4, 64)] < 10
         assert 2.5 < divergences[QuantSpec(4, 64)] / divergences[QuantSpec(5, 64)] < 7
 
 
+@pytest.mark.nightly
 def test_target_is_met(embedded: Embedded) -> None:
     least = sum(min(unit.sizes_bytes.values()) for unit in embedded.units)
     most = sum(max(unit.sizes_bytes.values()) for unit in embedded.units)
@@ -265,9 +268,8 @@ def test_target_is_met(embedded: Embedded) -> None:
         assert 0.99 * target <= size <= target
 
 
-@pytest.mark.parametrize(
-    "bits", [3, *(pytest.param(bits, marks=pytest.mark.nightly) for bits in (2, 4, 6))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_allocation_is_better_than_a_uniform_width(embedded: Embedded, bits: int) -> None:
     uniform = QuantSpec(bits, 64)
     size = sum(unit.sizes_bytes[uniform] for unit in embedded.units)
@@ -284,6 +286,7 @@ def recipe_texts(seed: int, count: int) -> TextSet:
     return TextSet(f"recipe {seed}", str(seed), parts, held_out=True)
 
 
+@pytest.mark.nightly
 def test_a_worse_allocation_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Predictions turned upside down: the uniform width of the same size is taken, and said so."""
 

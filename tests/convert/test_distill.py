@@ -248,7 +248,13 @@ def test_recomputing_layers_changes_no_gradient(student: Path) -> None:
 # --- folders ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", training_modes())
+@pytest.mark.parametrize(
+    "trained",
+    [
+        pytest.param(mode, marks=[pytest.mark.nightly] * (mode == "weights"))
+        for mode in training_modes()
+    ],
+)
 def test_a_student_learns(
     teacher: Path, student: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     trained: Any,
@@ -351,6 +357,7 @@ def test_another_request_does_not_resume(
         distill(make_job(teacher, student, texts, top_k=7), tmp_path / "out", resume=True)
 
 
+@pytest.mark.nightly
 def test_a_kill_leaves_nothing_half(
     teacher: Path, student: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -12,8 +12,9 @@ import pytest
 from apertus_mlx.convert.check.verify import verify
 from apertus_mlx.convert.job import convert, prepare
 from apertus_mlx.convert.plan.policy import Request
-from apertus_mlx.convert.write.golden_answers import GOLDEN_ANSWERS, TOKENS
+from apertus_mlx.convert.write.golden_answers import GOLDEN_ANSWERS, TOKENS, differing_answers
 from apertus_mlx.convert.write.manifest import MANIFEST, add_file
+from apertus_mlx.errors import RejectedError
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -75,7 +76,33 @@ def test_another_answer_is_told_where_it_was_clear(restored: Path, clear: bool) 
     assert all(entry["name"] in text for text in found)
 
 
-def test_a_damaged_file_is_refused_by_name(restored: Path) -> None:
+IDS, MARGINS = [1] * TOKENS, [1.0] * TOKENS
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"answers": [{"name": "x"}]}, "answers[0]"),
+        ({"answers": [{"name": "x", "token_ids": [], "margins": []}]}, "answers[0]"),
+        ({"answers": [{"name": "x", "token_ids": None, "margins": MARGINS}]}, "answers[0]"),
+        ({"answers": [{"name": "x", "token_ids": IDS, "margins": ["a"] * TOKENS}]}, "answers[0]"),
+        ({"answers": [{"name": ["x"], "token_ids": IDS, "margins": MARGINS}]}, "answers[0]"),
+        ({"answers": ["x"]}, "answers[0]"),
+        ({"answers": []}, "answers: expected"),
+        ({}, "answers: expected"),
+        ({"format_version": 2}, "format_version"),
+    ],
+)
+def test_a_file_that_is_damaged_or_says_nothing_is_refused_by_name(
+    restored: Path, values: dict[str, Any], place: str
+) -> None:
+    (restored / GOLDEN_ANSWERS).write_text(json.dumps({"format_version": 1, **values}))
+    with pytest.raises(RejectedError) as error:
+        differing_answers(restored)
+    assert f"{GOLDEN_ANSWERS}: {place}" in str(error.value)
+
+
+def test_a_damaged_file_is_a_finding(restored: Path) -> None:
     (restored / GOLDEN_ANSWERS).write_text('{"format_version": 1, "answers": [{"name": "x"}]}')
     add_file(restored, restored / GOLDEN_ANSWERS)
     found = verify(restored, golden=True).errors

@@ -53,8 +53,8 @@ class Moments:
 
 @pytest.mark.parametrize(
     "kind",
-    # The search for a target's allocation takes as long as all others together.
-    [pytest.param(kind, marks=[pytest.mark.nightly] * (kind == "target")) for kind in KINDS],
+    # What trains or calibrates takes as long as all other tests of conversion.
+    [pytest.param(kind, marks=[pytest.mark.nightly] * (kind != "plain")) for kind in KINDS],
 )
 def test_a_kill_at_any_moment_loses_nothing(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

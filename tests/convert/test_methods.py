@@ -47,6 +47,7 @@ def distance(model: Path, source: Path, texts: Path) -> float:
     return float(np.square(logits[0] - logits[1]).mean())
 
 
+@pytest.mark.nightly
 def test_methods_differ_in_codes_alone(source: Path, texts: Path, tmp_path: Path) -> None:
     methods = ("rtn", "search", "gptq")
     models = {method: run(source, tmp_path / method, method, texts) for method in methods}
@@ -63,6 +64,7 @@ def test_methods_differ_in_codes_alone(source: Path, texts: Path, tmp_path: Path
         assert not verify(model).errors
 
 
+@pytest.mark.nightly
 def test_manifest_and_card_have_the_receipt(source: Path, texts: Path, tmp_path: Path) -> None:
     manifests = {}
     for method in ("search", "gptq"):
@@ -138,7 +140,7 @@ def test_mlx_lm_runs_the_result(source: Path, texts: Path, tmp_path: Path) -> No
     [
         (["--method", "awq", "--bits", "4"], "rtn, search or gptq"),
         (["--method", "gptq"], "--bits"),
-        (["--method", "search", "--mode", "mxfp4"], "only affine"),
+        (["--method", "search", "--mode", "mxfp4"], "for affine"),
         (["--bits", "4", "--calibration", "x.txt"], "only --method gptq"),
         (["--bits", "4", "--method", "gptq", "--calibration", "x.txt"], "no such file"),
     ],

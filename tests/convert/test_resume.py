@@ -105,12 +105,15 @@ def test_going_on_repeats_at_most_one_layer(
 @pytest.mark.parametrize(
     ("kind", "module", "place", "error"),
     [
-        ("gptq", job, "make_card", RuntimeError("ours")),
         ("gptq", job, "make_card", OSError(errno.ENOSPC, "full")),
-        ("gptq", execute, "read_codes", MemoryError()),
-        ("gptq", calibrate, "final_norm", RuntimeError("ours")),
-        pytest.param(
-            "target", allocation, "_uniform_rival", RuntimeError("ours"), marks=pytest.mark.nightly
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (
+                ("gptq", job, "make_card", RuntimeError("ours")),
+                ("gptq", execute, "read_codes", MemoryError()),
+                ("gptq", calibrate, "final_norm", RuntimeError("ours")),
+                ("target", allocation, "_uniform_rival", RuntimeError("ours")),
+            )
         ),
     ],
 )
@@ -167,6 +170,7 @@ def command(work: Work, target: Path, *options: str) -> None:
 TARGET = ("--target-bpw", "4.5", "--group-size", "32", "--method", "gptq")
 
 
+@pytest.mark.nightly
 def test_what_a_plan_measured_is_used_by_the_conversion(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -201,7 +205,7 @@ def test_a_plan_that_cannot_be_leaves_nothing(models: Path, tmp_path: Path) -> N
     ("size", "pattern"),
     [
         (0, "streams.npz"),
-        (60, "*.up_proj.npz"),
+        pytest.param(60, "*.up_proj.npz", marks=pytest.mark.nightly),
         pytest.param(60, "damages.npz", marks=pytest.mark.nightly),
         pytest.param(0, "backward.npz", marks=pytest.mark.nightly),
     ],

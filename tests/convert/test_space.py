@@ -26,6 +26,7 @@ def bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.nightly
 def test_the_most_that_lies_beside_an_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,11 @@ from apertus_mlx.cache import CacheConfig
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
-from apertus_mlx.generation.messages_file import read_messages, write_messages
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import SamplingOptions
+from apertus_mlx.generation.request_files import read_messages, write_messages
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.generation.tool_set import read_tool_set
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.template import Message
 
@@ -151,6 +152,44 @@ def test_after_any_change_the_next_answer_is_as_fresh(
     assert answer == "".join(piece.text for piece in fresh)
 
 
+@pytest.mark.parametrize("form", range(3), ids=["full", "quantized", "bounded"])
+def test_results_of_calls_are_answered_as_fresh(loaded: LoadedModel, form: int) -> None:
+    """And so is what follows, though the prompt of the answer is no part of the next one's."""
+    thinks = form != 1
+    tools = read_tool_set([{"name": "look", "description": "Look."}])
+    talk = Conversation(loaded, None, thinks, FORMS[form], tools)
+    calls = [
+        {"id": name, "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        for name in "ab"
+    ]
+    asked: Any = {
+        "role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": calls,
+    }  # fmt: skip
+    list(talk.ask(THIRD, GREEDY))
+    talk.load([said("user", FIRST), asked])
+    given: list[Any] = [
+        {"role": "tool", "tool_call_id": "a", "content": "one"},
+        {"role": "tool", "tool_call_id": "b", "content": "two"},
+    ]
+    turns = [
+        lambda: talk.give({"b": "two", "a": "one"}, GREEDY),
+        lambda: talk.ask(SECOND, GREEDY),
+        lambda: talk.retry(GREEDY),
+    ]
+    before = [said("user", FIRST), asked]
+    for turn, added in zip(turns, (given, [said("user", SECOND)], []), strict=True):
+        list(turn())
+        result = talk.last_answer
+        assert result is not None and loaded.folder.template is not None
+        messages = [*before, *added]
+        prompt = loaded.folder.template.render(messages, think=thinks, tools=tools.definitions)
+        assert result.prompt_token_ids == prompt
+        fresh = Generation(loaded, prompt, GREEDY, prefix=CachedPrefix(loaded.model, FORMS[form]))
+        assert result.text == "".join(piece.text for piece in fresh if not piece.is_thought)
+        before = [*messages, said("assistant", result.text)] if turn is turns[0] else messages
+    assert talk.undo() and talk.undo() and not talk.undo()
+
+
 def test_a_stopped_answer_stays_as_far_as_it_went(loaded: LoadedModel) -> None:
     talk = Conversation(loaded)
     pieces: list[str] = []
@@ -203,7 +242,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         "model": "any",
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "What time is it?"}]},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                ],
+            },
             {"role": "tool", "tool_call_id": "1", "content": "noon"},
         ],
     }
@@ -223,12 +268,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ('{"messages": []}', "no message"),
         ("[1]", r"talk.json\[0\]: expected an object"),
         ('{"messages": [{"role": "user", "content": "x"}, {"content": "x"}]}',
-         r"talk.json: messages\[1\]: role None"),
-        ('[{"role": ["user"], "content": "x"}]', r"\[0\]: role \['user'\]"),
-        ('[{"role": "robot", "content": "x"}]', r"\[0\]: role 'robot': expected system"),
-        ('[{"role": "user"}]', r"\[0\]: content: expected a text, found NoneType"),
-        ('[{"role": "user", "content": 1}]', r"\[0\]: content: expected a text, found int"),
-        ('[{"role": "assistant", "content": null, "tool_calls": []}]', r"\[0\]: content"),
+         r"talk.json: messages\[1\].role: is missing"),
+        ('[{"role": ["user"], "content": "x"}]', r"\[0\].role: expected a text, not list"),
+        ('[{"role": "robot", "content": "x"}]', r"\[0\].role: 'robot': expected system"),
+        ('[{"role": "user"}]', r"\[0\].content: expected a text or a list of text parts, not null"),
+        ('[{"role": "user", "content": 1}]', r"\[0\].content: expected a text .*, not int"),
+        ('[{"role": "assistant", "tool_calls": []}]', r"\[0\].content: is missing"),
+        ('[{"role": "tool", "content": "x"}]', r"\[0\].role: a result follows"),
         ('[{"role": "user", "role": "user", "content": "x"}]', "duplicate key"),
         ("[" * 100_000, "nested too deeply"),
     ],

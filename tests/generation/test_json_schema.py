@@ -9,9 +9,11 @@ from typing import Any
 
 import pydantic
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from apertus_mlx.errors import NotFoundError, UsageError
-from apertus_mlx.generation.json_schema import MAX_BYTES, read_schema
+from apertus_mlx.generation.json_schema import ANNOTATIONS, ENFORCED, MAX_BYTES, read_schema
 from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.generation.structured import require_schema
 
@@ -173,7 +175,7 @@ def test_files_and_texts(tmp_path: Path) -> None:
         ('{"maximum": NaN}', "NaN is not a JSON number"),
     ):
         path.write_text(text)
-        with pytest.raises(UsageError, match=f"--schema: .*{words}"):
+        with pytest.raises(UsageError, match=f"--schema.*: .*{words}"):
             read_schema(path)
     path.write_bytes(b"\xff{}")
     with pytest.raises(UsageError, match="not UTF-8"):
@@ -190,6 +192,40 @@ def test_dictionaries_that_are_no_json() -> None:
         read_schema(int)
     with pytest.raises(TypeError, match="schema: expected"):
         SamplingOptions(schema=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"", "is empty"), (b"\xff\xfe{\x00}\x00", "is not UTF-8 text"), (b"[]", "expected a JSON")],
+)
+def test_a_file_that_is_none_is_named(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "city.json").write_bytes(data)
+    with pytest.raises(UsageError, match=f"^--schema {tmp_path}/city.json: {words}"):
+        read_schema(tmp_path / "city.json")
+    (tmp_path / "link.json").symlink_to("nowhere")
+    with pytest.raises(UsageError, match=r"link\.json: is a broken link$"):
+        read_schema(tmp_path / "link.json")
+
+
+_ODD = st.sampled_from(
+    [None, True, 0, 2, -1, 1.5, "", "#", "#/$defs/a", [], [1], ["a"], [None], [{}], {}, {"a": 1},
+     {"a": {}}, {"a": True}, {"a": {"$ref": "#/$defs/a"}}, [[]], 10**400]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(ENFORCED | ANNOTATIONS)), _ODD, max_size=4))
+def test_keywords_with_odd_values_are_read_or_refused(schema: dict[str, Any]) -> None:
+    for each in (schema, within(schema)):
+        try:
+            read_schema(each)
+        except UsageError as error:
+            assert str(error).startswith("--schema: at #")
+
+
+def test_a_keyword_that_is_read_before_another_is_known_to_be_wrong() -> None:
+    with pytest.raises(UsageError, match="at #: required: expected a list"):
+        read_schema({"minProperties": 2, "required": None})
 
 
 def test_the_order_of_keys_stays() -> None:
@@ -216,9 +252,7 @@ def test_pydantic_classes() -> None:
 
 def test_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(
-        UsageError, match=r"--schema needs llguidance.*pip install 'apertus-mlx\[sc"
-    ):
+    with pytest.raises(UsageError, match=r"--schema needs llguidance.*pip install llguid"):
         SamplingOptions(schema=TEXT)
     with pytest.raises(UsageError, match="not is not supported"):  # said first
         SamplingOptions(schema={"not": {}})

@@ -19,7 +19,7 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.generation import turns as module
 from apertus_mlx.generation.turns import Turn, Turns, Work
 
-LIMIT_S = 20.0
+LIMIT_S = 120.0
 
 
 class Call:

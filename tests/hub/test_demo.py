@@ -26,6 +26,7 @@ def test_size_and_form() -> None:
     assert {tensor.dtype for tensor in inventory.checkpoint.tensors.values()} == {"BF16"}
 
 
+@pytest.mark.nightly
 def test_answers_at_least_90_of_100_held_out_questions() -> None:
     report = sit(open_folder(model_dir()).load())
     right, count = report.score()

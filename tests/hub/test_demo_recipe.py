@@ -133,6 +133,7 @@ def test_recipe_without_training_needs_the_standard_library_only() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.nightly
 def test_tokenizer_is_the_shipped_one_and_has_the_apertus_roles() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from recipes.demo import tokenizer as recipe

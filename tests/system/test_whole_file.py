@@ -35,6 +35,20 @@ def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    """Not the one beside it, of which nobody knows."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "absent" / "talk.json", tmp_path / "file" / "talk.json"):
+        with pytest.raises((FileNotFoundError, NotADirectoryError)) as error, whole_file(path):
+            raise AssertionError("it cannot be written")
+        assert error.value.filename == str(path)
+
+    path = tmp_path / "talk.json"
+    with pytest.raises(PermissionError) as raised, whole_file(path) as beside:
+        raise PermissionError(errno.EACCES, "denied", str(beside))
+    assert raised.value.filename == str(path)
+
+
 def test_nothing_is_written_through_a_link_that_lies_beside(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     (tmp_path / ".report.txt.unfinished.txt").symlink_to(tmp_path / "mine")

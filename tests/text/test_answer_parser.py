@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from apertus_mlx.text import answer_parser, call_scanner, json_ends
 from apertus_mlx.text.answer_parser import AnswerParser, new_call_id
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
-from apertus_mlx.text.pieces import Piece
+from apertus_mlx.text.messages import read_messages
+from apertus_mlx.text.pieces import Piece, ToolCall
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import load_tokenizer
 
@@ -247,7 +248,9 @@ def test_stop_strings_end_the_answer_and_not_a_thought_or_a_call() -> None:
 def test_a_deliberation_that_the_prompt_opened_goes_on() -> None:
     roles = _TOKENIZER[0].roles
     assert roles.leaves_thought_open(ids_of("⟨65⟩U⟨66⟩⟨67⟩⟨69⟩T⟨71⟩[]⟨72⟩[7]"))
-    assert not roles.leaves_thought_open(ids_of("⟨67⟩⟨69⟩T⟨71⟩[]⟨72⟩[7]⟨68⟩⟨67⟩"))
+    # With the answer a template writes 70 before its text; see test_template.py.
+    assert roles.leaves_thought_open(ids_of("⟨67⟩⟨69⟩T⟨71⟩[]⟨72⟩[7]⟨68⟩⟨67⟩"))
+    assert not roles.leaves_thought_open(ids_of("⟨67⟩⟨69⟩T⟨68⟩⟨65⟩U⟨66⟩⟨67⟩"))
     assert not roles.leaves_thought_open(ids_of("⟨67⟩⟨69⟩T⟨70⟩A"))
     assert not roles.leaves_thought_open([])
     found = read(ids_of("more⟨70⟩A"), thinking=True)
@@ -363,7 +366,12 @@ _STYLES = st.fixed_dictionaries(
         "separators": st.sampled_from([(", ", ": "), (",", ":"), (" , ", " : ")]),
     }
 )
-_NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+# Names that a template can write between quotes as they are.
+_NAMES = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters='"\\'),
+    min_size=1,
+    max_size=64,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -389,6 +397,16 @@ def test_well_formed_calls_are_what_a_json_parser_reads(
     assert [name for name, _ in found.named] == [name for name, _ in reference]
     for (_, arguments), (_, value) in zip(found.named, reference, strict=True):
         assert json.loads(arguments) == (json.loads(value) if isinstance(value, str) else value)
+    # So that the conversation can go on.
+    made = [ToolCall(str(index), *call).as_message() for index, call in enumerate(found.named)]
+    read_messages([{"role": "assistant", "tool_calls": made}])
+
+
+@pytest.mark.parametrize("name", ["", 'f"', "f\\", "f\n", "f\x7f", "f" * 65])
+def test_a_name_that_no_later_prompt_can_say_makes_no_call(name: str) -> None:
+    block = f"[{{{json.dumps(name)}: {{}}}}]"
+    found = read(ids_of(f"⟨71⟩{block}⟨72⟩"))
+    assert (found.named, found.text, found.malformed) == ([], block, 1)
 
 
 @settings(max_examples=120, deadline=None)
@@ -424,7 +442,7 @@ def test_what_is_no_list_of_calls_for_a_json_parser_is_malformed(block: str) -> 
             ((name, arguments),) = element.items()
             arguments = decoder.decode(arguments) if isinstance(arguments, str) else arguments
             arguments = {} if arguments is None else arguments
-            if not isinstance(arguments, dict) or not name:
+            if not isinstance(arguments, dict) or not name or {'"', "\\"} & set(name):
                 raise ValueError("no object")
             calls.append((name, arguments))
         return calls

@@ -124,6 +124,10 @@ MAPPED: dict[str, tuple[list[Any], str]] = {
         ],
         f'{ASKED}{OURS}<|tools_prefix|>[{{"f": {{ "a":1e2,\n"b":"\\u00fc"}}}}]<|tools_suffix|>',
     ),
+    "a name that no tool can have": (
+        [USER, {**ONE, "tool_calls": [{"function": {"name": "functions.f é"}}]}],
+        f'{ASKED}{OURS}<|tools_prefix|>[{{"functions.f é": {{}}}}]<|tools_suffix|>',
+    ),
     "a long number": (
         [USER, {**ONE, "tool_calls": [{"function": {"name": "f", "arguments": LONG_NUMBER}}]}],
         f'{ASKED}{OURS}<|tools_prefix|>[{{"f": {LONG_NUMBER}}}]<|tools_suffix|>',

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.roles import find_roles
+from tests.chat_templates import FAMILIES, load_template
 from tests.real_tokenizers import special_names
+
+QUESTION: Any = {"role": "user", "content": "Why?"}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+RESULT: Any = {"role": "tool", "tool_call_id": "a", "content": "7"}
 
 
 def special(version: str, **changes: str) -> dict[int, str]:
@@ -43,3 +51,29 @@ def test_moved_control_tokens_are_refused_by_name() -> None:
     del missing[61]
     with pytest.raises(RejectedError, match=r"x/t: id 61 is not a special token.*Apertus 2 moves"):
         find_roles(missing, "x/t")
+
+
+@pytest.mark.parametrize(
+    ("assistants", "open_"),
+    [
+        ([{"reasoning": "Hm.", "tool_calls": [CALL]}, RESULT], True),
+        ([{"reasoning": "Hm.", "tool_calls": [CALL]}, RESULT] * 2, True),
+        ([{"reasoning": "Hm.", "content": "Let me see.", "tool_calls": [CALL]}, RESULT], False),
+        ([{"content": "Let me see.", "tool_calls": [CALL]}, RESULT], False),
+        ([{"reasoning": "Hm.", "tool_calls": [CALL]}, RESULT, QUESTION], False),
+        ([{"reasoning": "Hm.", "content": "So."}, QUESTION], False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_deliberation_is_open_where_a_template_closes_it_before_the_answer(
+    family: str, assistants: list[Any], open_: bool, tmp_path: Path
+) -> None:
+    template, tokenizer = load_template(family, tmp_path)
+    messages: Any = [QUESTION, *({"role": "assistant", **each} for each in assistants)]
+    prompt = template.render(messages, think=True)
+    assert tokenizer.roles.leaves_thought_open(prompt) is open_
+    answered = template.render([*messages, {"role": "assistant", "content": "Yes."}], think=True)
+    text = tokenizer.encode("Yes.")
+    starts = [at for at in range(len(answered)) if answered[at : at + len(text)] == text]
+    assert (answered[starts[-1] - 1] in tokenizer.roles.thought_ends) is open_

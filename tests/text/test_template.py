@@ -87,6 +87,15 @@ def outputs(*texts: str) -> dict[str, object]:
 # The formats
 
 
+@pytest.mark.parametrize("think", [False, True])
+def test_a_prompt_has_one_time(think: bool) -> None:
+    """Microseconds pass between two renderings of it."""
+    form = "%Y-%m-%d %H:%M:%S.%f"
+    clock = f"{{{{ strftime_now('{form}') }}}}|"
+    text = written_by(chat_template(V1 + clock), [USER], think=think)
+    assert datetime.datetime.strptime(text[-27:-1], form)
+
+
 def test_v1_basic() -> None:
     template = chat_template(V1_DATED)
     before = datetime.date.today()

@@ -114,6 +114,14 @@ def test_a_forged_table_is_refused_or_stays_inside(at: int, byte: int, cut: int)
     assert all(0 <= token_id < opened.size for token_id in ids)
 
 
+def test_a_forged_control_token_without_text_is_refused() -> None:
+    """Texts are searched for control tokens by their first character."""
+    source = json.loads(_DATA)
+    source["added_tokens"].append({**source["added_tokens"][0], "id": 900, "content": ""})
+    with pytest.raises(TableError, match="without text"):
+        read_table(build_table(_DATA, source), _DIGEST)
+
+
 def test_a_table_is_that_of_one_file() -> None:
     with pytest.raises(TableError, match="another tokenizer"):
         read_table(_GOOD, bytes(32))
@@ -162,6 +170,25 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(vocabulary_file, "LARGE_FILE_BYTES", 0)
+    # Each start would wait for a table that it throws away.
+    monkeypatch.setattr(vocabulary_file, "make_table", lambda *_: pytest.fail("makes a table"))
+    folder = write_tokenizer(tmp_path / "model")
+    tokenizer = Tokenizer.load(folder, vocab_size=vocab_size(), bos_token_id=1)
+    assert tokenizer.encode("Hello") == library_ids("Hello")
+
+
+def test_a_user_without_a_home_needs_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user no file of users knows."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for variable in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(vocabulary_file, "LARGE_FILE_BYTES", 0)
     folder = write_tokenizer(tmp_path / "model")
     tokenizer = Tokenizer.load(folder, vocab_size=vocab_size(), bos_token_id=1)

@@ -107,6 +107,8 @@ def find_verdict(machine: Machine, kernels: Sequence[Kernel]) -> Verdict | None:
     except RejectedError as error:
         _log.warning("kernels are off: %s; `apertus-mlx doctor --tune` writes it anew", error)
         return None
+    except ResourceError:  # no folder in which one could be
+        return None
     here = [verdict for verdict in verdicts if verdict.machine == machine]
     if not here and (tuned := [verdict for verdict in verdicts if verdict.tuned]):
         _log.warning(

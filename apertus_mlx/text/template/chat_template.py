@@ -18,6 +18,7 @@ from apertus_mlx.text.chat_form import write_turns
 from apertus_mlx.text.messages import Message, read_messages, require_answer
 from apertus_mlx.text.roles import Role
 from apertus_mlx.text.template.marks import MarkedTemplate
+from apertus_mlx.text.template.operations import set_clock
 from apertus_mlx.text.template.probes import ProbedForm
 from apertus_mlx.text.template.template_file import read_source, read_token_texts
 from apertus_mlx.text.tokenizer import Tokenizer
@@ -136,6 +137,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> list[str | int]:
         """Return the prompt's plain texts and control tokens in order."""
+        set_clock()
         written = write_turns(read_messages(messages), read_tools(tools), think, self._form)
         return self._write(*written, think, add_generation_prompt)
 

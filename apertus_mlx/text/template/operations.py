@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import NoneType
 from typing import Any
 
@@ -22,6 +23,7 @@ from jinja2.utils import Namespace
 
 from apertus_mlx.text.template.budget import ITEM, STEP, LimitError, charged, spend, weigh
 
+_NOW: ContextVar[datetime.datetime] = ContextVar("now")
 _CHOOSING = ("map", "reject", "rejectattr", "select", "selectattr")
 _KINDS = (
     *("boolean", "defined", "false", "float", "integer", "iterable", "mapping", "none", "number"),
@@ -107,7 +109,15 @@ def _raise_exception(message: Any) -> str:
 def _strftime_now(form: str) -> str:
     if len(form) > 64 or re.search(r"%[^a-zA-Z%]*\d", form):
         raise LimitError("it asks for a very wide field")
-    return datetime.datetime.now().strftime(form)
+    return _NOW.get().strftime(form)
+
+
+def set_clock() -> None:
+    """Show templates in this thread the present time, and only this one until the next call.
+
+    Renderings that are compared, of one prompt, would else differ by it.
+    """
+    _NOW.set(datetime.datetime.now())
 
 
 GLOBALS: dict[str, Any] = {
