@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.swift_fixtures.answers import write_answer_fixtures
+from tests.swift_fixtures.conversations import write_conversation_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 
@@ -19,6 +21,8 @@ def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer_fixtures(out)
+    write_conversation_fixtures(out)
+    write_answer_fixtures(out)
 
 
 main()
