@@ -12,8 +12,8 @@ BLANKS = " \t\r\n"
 
 _STRING = re.compile(r'[^"\\]*')
 _OUTSIDE = re.compile(r'[^"{}\[\]]*')
-_BEGUN_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?$")
-_HALF_OF_PAIR = re.compile("[\ud800-\udbff]$")
+_BEGUN_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+_HALF_OF_PAIR = re.compile("[\ud800-\udbff]\\Z")
 _PAIRS = {"}": "{", "]": "["}
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.swift_fixtures.answers import write_answer_fixtures
 from tests.swift_fixtures.checkpoints import write_checkpoint_fixtures
 from tests.swift_fixtures.configs import write_config_fixtures
+from tests.swift_fixtures.conversations import write_conversation_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 
@@ -23,6 +25,8 @@ def main() -> None:
     write_tokenizer_fixtures(out)
     write_config_fixtures(out)
     write_checkpoint_fixtures(out)
+    write_conversation_fixtures(out)
+    write_answer_fixtures(out)
 
 
 main()

@@ -160,6 +160,15 @@ ROWS: list[Row] = [
     ('⟨71⟩[{"f": "{\\"a\\": \\', True, "", "", [("f", '{"a": ')], "length", 0),
     ('⟨71⟩[{"f": "{\\"a\\": \\"\\ud83d', True, "", "", [("f", '{"a": "')], "length", 0),
     ('⟨71⟩[{"f": "no object', True, '[{"f": "no object', "", [], "length", 1),
+    # A line break after it: the escape is no longer at the end.
+    (
+        '⟨71⟩[{"f": "{\\"a\\": \\"\\\\\n',
+        True, '[{"f": "{\\"a\\": \\"\\\\\n', "", [], "length", 1,
+    ),
+    (
+        '⟨71⟩[{"f": "{\\"a\\": \\"\\ud83d\\n',
+        True, '[{"f": "{\\"a\\": \\"\\ud83d\\n', "", [], "length", 1,
+    ),
     # Malformed in other ways; a whole call before stands.
     ('⟨71⟩[{"f": {}}, {"g": 1}]⟨72⟩', False, ', {"g": 1}]', "", [("f", "{}")], "tool_calls", 1),
     ('⟨71⟩[{"f": {"a": 1, "a": 2}}]⟨72⟩', False, '[{"f": {"a": 1, "a": 2}}]', "", [], "stop", 1),

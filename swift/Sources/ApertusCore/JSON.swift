@@ -29,11 +29,16 @@ package indirect enum JSON: Equatable, Sendable {
 
     /// Read all of `bytes`.
     ///
-    /// - Parameter uniqueKeys: whether a key that stands twice in an object is an error. Telling takes
-    ///   time that a vocabulary does not need.
+    /// - Parameters:
+    ///   - uniqueKeys: whether a key that stands twice in an object is an error. Telling takes time
+    ///     that a vocabulary does not need.
+    ///   - halves: whether a text may hold an escaped half of a surrogate pair, as RFC 8259 lets it;
+    ///     its three bytes are no UTF-8.
     /// - Throws: `Malformed`.
-    package init(_ bytes: some Collection<UInt8>, uniqueKeys: Bool = true) throws(Malformed) {
-        var reader = Reader(bytes: Array(bytes), uniqueKeys: uniqueKeys)
+    package init(
+        _ bytes: some Collection<UInt8>, uniqueKeys: Bool = true, halves: Bool = false
+    ) throws(Malformed) {
+        var reader = Reader(bytes: Array(bytes), uniqueKeys: uniqueKeys, halves: halves)
         self = try reader.value(depth: 0)
         reader.skipBlanks()
         guard reader.at == reader.bytes.count else { throw reader.malformed("text after the end") }
@@ -62,6 +67,7 @@ package indirect enum JSON: Equatable, Sendable {
 private struct Reader {
     let bytes: [UInt8]
     let uniqueKeys: Bool
+    let halves: Bool
     var at = 0
 
     func malformed(_ reason: String) -> JSON.Malformed { .init(reason: reason, offset: at) }
@@ -80,8 +86,10 @@ private struct Reader {
     }
 
     mutating func value(depth: Int) throws(JSON.Malformed) -> JSON {
-        guard depth < JSON.deepest else { throw malformed(JSON.tooDeep) }
         skipBlanks()
+        if depth == JSON.deepest, next == UInt8(ascii: "{") || next == UInt8(ascii: "[") {
+            throw malformed(JSON.tooDeep)
+        }
         switch next {
         case UInt8(ascii: "{"): return try object(depth: depth)
         case UInt8(ascii: "["): return try array(depth: depth)
@@ -166,7 +174,7 @@ private struct Reader {
             }
         }
         guard next != nil else { throw malformed("no end of a text") }
-        guard String(validating: out, as: UTF8.self) != nil else {
+        guard halves || String(validating: out, as: UTF8.self) != nil else {
             at = start
             throw malformed("a text that is no UTF-8")
         }
@@ -186,17 +194,24 @@ private struct Reader {
         case UInt8(ascii: "\""), UInt8(ascii: "\\"), UInt8(ascii: "/"): out.append(letter!)
         case UInt8(ascii: "u"):
             var code = try hex()
-            if (0xD800 ..< 0xDC00).contains(code) {
-                guard bytes[min(at, bytes.count)...].starts(with: "\\u".utf8) else {
-                    throw malformed("half a character")
-                }
+            if (0xD800 ..< 0xDC00).contains(code), bytes[at...].starts(with: "\\u".utf8) {
+                let second = at
                 at += 2
                 let low = try hex()
-                guard (0xDC00 ..< 0xE000).contains(low) else { throw malformed("half a character") }
-                code = 0x10000 + (code - 0xD800) << 10 + (low - 0xDC00)
+                if (0xDC00 ..< 0xE000).contains(low) {
+                    code = 0x10000 + (code - 0xD800) << 10 + (low - 0xDC00)
+                } else {
+                    at = second
+                }
             }
-            guard let scalar = Unicode.Scalar(code) else { throw malformed("half a character") }
-            out.append(contentsOf: UTF8.encode(scalar)!)
+            if let scalar = Unicode.Scalar(code) {
+                out.append(contentsOf: UTF8.encode(scalar)!)
+            } else if halves {
+                let bytes = [0xE0 | code >> 12, 0x80 | code >> 6 & 63, 0x80 | code & 63]
+                out += bytes.map { UInt8($0) }
+            } else {
+                throw malformed("half a character")
+            }
         default: throw malformed("an unknown escape")
         }
     }
