@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.swift_fixtures.checkpoints import write_checkpoint_fixtures
 from tests.swift_fixtures.configs import write_config_fixtures
+from tests.swift_fixtures.models import write_model_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     write_tokenizer_fixtures(out)
     write_config_fixtures(out)
     write_checkpoint_fixtures(out)
+    write_model_fixtures(out)
 
 
 main()
