@@ -1,4 +1,4 @@
-"""Apertus in float64 with NumPy alone, straight from the equations; nothing of the package's model."""
+"""Apertus in float64 with NumPy alone, straight from the equations, without the package's model."""
 
 from __future__ import annotations
 

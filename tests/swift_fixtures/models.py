@@ -1,11 +1,10 @@
 """Tiny checkpoints in all forms, with the logits that Python computes from them, bit by bit.
 
-`models/NAME/` is the folder, and `expected.safetensors` in `models/NAME.expected/` holds `ids` (a
-prompt), and for each type that is computed in (`float32.`, `bfloat16.`): `prompt` (logits
-`[L, vocabulary]` of one pass), `steps` (logits `[N, vocabulary]` of the next tokens, one at a time).
-In float32 also `greedy` and `sampled.CASE` ids, and, for each form of cache, `form.CASE.logits` and
-`.greedy`; `cases.json` beside it has the cases. `exact` are the prompt's logits in float64, computed
-by NumPy alone.
+`models/NAME/` is the folder. `expected.safetensors` in `models/NAME.expected/` holds `ids` (a
+prompt), `exact` (its logits in float64, by NumPy alone), and, for each type that is computed in
+(`float32.`, `bfloat16.`): `prompt` (logits `[L, vocabulary]` of one pass) and `steps` (logits
+`[N, vocabulary]` of the next tokens, one at a time). In float32 also `greedy` and `sampled.CASE`
+ids and, for each form of cache, `form.CASE.logits` and `.greedy`; the cases are in `cases.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.mlx import load_model
-from apertus_mlx.cache import CacheConfig
+from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.model.apertus import Model
@@ -58,7 +57,7 @@ def write_model_fixtures(out: Path) -> None:
     for name, write in _models():
         folder = out / "models" / name
         write(folder)
-        _write_expected(folder, with_forms=name in FORMS_OF)
+        _write_expected(folder)
 
 
 def _models() -> Iterator[tuple[str, Callable[[Path], object]]]:
@@ -158,7 +157,9 @@ def _with_factors(folder: Path) -> None:
     _quantized(config_4x(), factors=factors, bits=8, group_size=64)(folder)
 
 
-def _write_expected(folder: Path, with_forms: bool) -> None:
+def _write_expected(folder: Path) -> None:
+    sampled: dict[str, Any] = SAMPLED if folder.name in SAMPLED_FROM else {}
+    forms: dict[str, Any] = FORMS if folder.name in FORMS_OF else {}
     rng = np.random.default_rng(1)
     ids = rng.integers(0, 384, PROMPT)
     exact = exact_logits(folder, ids).astype(np.float32)
@@ -170,22 +171,17 @@ def _write_expected(folder: Path, with_forms: bool) -> None:
         if dtype == "float32":
             greedy = SamplingParams(temperature=0.0, seed=0)
             found["greedy"] = _drawn(model, tokens, greedy, DRAWN)
-        if dtype == "float32" and folder.name in SAMPLED_FROM:
-            for name, values in SAMPLED.items():
+            for name, values in sampled.items():
                 params = SamplingParams(**{"seed": 7, **values})
                 found[f"sampled.{name}"] = _drawn(model, tokens, params, DRAWN)
-            if with_forms:
-                for name, form in FORMS.items():
-                    found |= {
-                        f"form.{name}.{key}": value
-                        for key, value in _in_form(model, tokens, CacheConfig(**form)).items()
-                    }
+            for name, form in forms.items():
+                run = _in_form(model, tokens, CacheConfig(**form))
+                found |= {f"form.{name}.{key}": value for key, value in run.items()}
         arrays |= {f"{dtype}.{key}": value for key, value in found.items()}
     beside = folder.with_name(f"{folder.name}.expected")
     beside.mkdir(exist_ok=True)
     mx.save_safetensors(str(beside / "expected.safetensors"), arrays)
-    sampled = SAMPLED if folder.name in SAMPLED_FROM else {}
-    cases = {"sampled": sampled, "forms": FORMS if with_forms else {}}
+    cases = {"sampled": sampled, "forms": forms}
     (beside / "cases.json").write_text(json.dumps(cases, indent=1), encoding="utf-8")
 
 
@@ -205,9 +201,9 @@ def _drawn(
     ids: list[int],
     params: SamplingParams,
     count: int,
-    form: CacheConfig | None = None,
+    form: CacheConfig = FULL_PRECISION,
 ) -> mx.array:
-    cache = model.make_cache(form or CacheConfig())
+    cache = model.make_cache(form)
     logits = prefill(model, ids, cache, step=64)
     sampler = Sampler(params, ids, model.config.output_vocab_size)
     return mx.array(list(decode(model, logits, cache, sampler, count)), mx.int32)

@@ -24,7 +24,7 @@ import Testing
         #expect(cases.count > 7)
         for (name, options) in cases {
             let form = try form(options)
-            let rows = expected["float32.form.\(name).logits"]!
+            let rows = try #require(expected["float32.form.\(name).logits"])
             let cache = try model.makeCache(form)
             var logits = try prefill(model, ids, cache: cache, step: 64) { _ in }
             for row in 0 ..< rows.dim(0) {
@@ -32,7 +32,7 @@ import Testing
                 let token = argMax(logits, axis: -1).reshaped([1, 1])
                 logits = model.nextTokenLogits(token, cache: cache)
             }
-            let tokens = ints(expected["float32.form.\(name).greedy"]!)
+            let tokens = ints(try #require(expected["float32.form.\(name).greedy"]))
             let run = try CachedPrefix(model: model, form: form).begin(
                 ids, maxTokens: tokens.count, prefillStep: 64)
             #expect(try drain(run) == tokens, "\(name)")
@@ -47,7 +47,7 @@ import Testing
         let ids = fixture.ids(expected)
         let model = try ApertusModel(folder: fixture.folder, computeType: .float32)
         for (name, options) in try fixture.cases("forms") {
-            let tokens = ints(expected["float32.form.\(name).greedy"]!)
+            let tokens = ints(try #require(expected["float32.form.\(name).greedy"]))
             let run = try CachedPrefix(model: model, form: form(options)).begin(
                 ids, maxTokens: 20, prefillStep: step)
             #expect(try drain(run) == Array(tokens[..<20]), "\(name)")
@@ -66,7 +66,8 @@ import Testing
             let after = model.nextTokenLogits(MLXArray([9], [1, 1]), cache: fresh)
             let cache = try model.makeCache(form)
             _ = try prefill(model, Array(ids[..<140]), cache: cache, step: 64) { _ in }
-            let canTrim = form.bound.map { $0 >= 140 } ?? true
+            // Rings that have turned have lost what would come back.
+            let canTrim = form.bound == nil
             for layer in cache { #expect(layer.trim(20) == canTrim, "\(name)") }
             guard canTrim else { continue }
             #expect(cache[0].offset == 120)
