@@ -19,12 +19,12 @@ public struct ApertusModel {
     /// Load the model in `folder`, ready to run.
     ///
     /// - Parameters:
-    ///   - folder: `config.json` and safetensors as `apertus-mlx convert` or Hugging Face writes them.
+    ///   - folder: `config.json` and safetensors, written by `apertus-mlx convert` or Hugging Face.
     ///   - computeType: `.bfloat16`, `.float16` or `.float32`; nil stands for bfloat16 where all
     ///     weights are stored so and a GPU computes, else float32.
     ///   - onBytes: is told the bytes read so far and in all.
-    /// - Throws: `ApertusError`: a tensor is missing, left over, or of another shape or type than the
-    ///   config says (known before any array is read), or a file is damaged.
+    /// - Throws: `ApertusError`: a tensor is missing, left over, or of another shape or type than
+    ///   the config says (known before any array is read), or a file is damaged.
     public init(
         folder: URL, computeType: DType? = nil, onBytes: ((Int, Int) -> Void)? = nil
     ) throws {

@@ -19,7 +19,7 @@ public final class CachedPrefix {
     /// The token behind `known`, whose id has not been read yet: decoding runs ahead.
     private var pending: MLXArray?
     /// Counts owners; a run that is not the latest may go no further.
-    fileprivate private(set) var owner = 0
+    private(set) var owner = 0
 
     /// An empty prefix.
     ///
@@ -33,8 +33,10 @@ public final class CachedPrefix {
     public var tokens: [Int] {
         get throws {
             if let pending {
-                known.append(try catchingMLX("decoding") { Int(pending.item(Int32.self)) })
                 self.pending = nil
+                try forgettingOnError {
+                    known.append(try catchingMLX("decoding") { Int(pending.item(Int32.self)) })
+                }
             }
             return known
         }
@@ -99,20 +101,44 @@ public final class CachedPrefix {
     }
 
     /// Take over what a prefix of the same model and form exported when it held `tokens`.
+    ///
+    /// - Throws: `ApertusError` of kind `rejected`: a token is none, or an array is missing, or of
+    ///   another shape or type than model, form and number of tokens say; nothing is held then.
     public func restore(tokens: [Int], layers arrays: [[String: MLXArray]]) throws {
         try forget()
         guard !tokens.isEmpty else { return }
-        try catchingMLX("restoring a cache") {
-            for (layer, kept) in zip(layers, arrays) {
-                layer.restore(kept, positions: tokens.count)
+        guard tokens.allSatisfy({ (0 ..< model.config.vocabSize).contains($0) }),
+            arrays.count == layers.count
+        else { throw ApertusError(.rejected, "the cache is not one of this model") }
+        let (heads, width) = (model.config.kvHeads, model.config.headDim)
+        for (index, kept) in arrays.enumerated() {
+            let wanted = layers[index].exported(
+                tokens.count, kvHeads: heads, headDim: width, type: model.computeType)
+            let differing = Set(kept.keys).union(wanted.keys).sorted().first { name in
+                guard let wanted = wanted[name] else { return true }
+                guard let array = kept[name] else { return !wanted.isOptional }
+                return array.shape != wanted.shape || array.dtype != wanted.type
             }
-            eval(layers.flatMap(\.arrays))
+            if let differing {
+                throw ApertusError(
+                    .rejected,
+                    "layer \(index), \(differing.prefix(40)): not what a cache of this model and "
+                        + "form holds after \(tokens.count) tokens")
+            }
+        }
+        try forgettingOnError {
+            try catchingMLX("restoring a cache") {
+                for (layer, kept) in zip(layers, arrays) {
+                    layer.restore(kept, positions: tokens.count)
+                }
+                eval(layers.flatMap(\.arrays))
+            }
         }
         known = tokens
     }
 
     /// Compute `ids`, and return the logits `[vocabulary]` after them.
-    fileprivate func read(
+    func read(
         _ ids: [Int], step: Int, onChunk: (Int) throws -> Void
     ) throws -> MLXArray {
         _ = try tokens
@@ -126,7 +152,7 @@ public final class CachedPrefix {
     }
 
     /// Logits after one more token (shape `[]`), which need not have been computed yet.
-    fileprivate func step(_ token: MLXArray) throws -> MLXArray {
+    func step(_ token: MLXArray) throws -> MLXArray {
         _ = try tokens
         return try forgettingOnError {
             let logits = try catchingMLX("decoding") {
@@ -146,98 +172,6 @@ public final class CachedPrefix {
         } catch {
             try forget()
             throw error
-        }
-    }
-}
-
-/// One prompt and what is drawn after it, on a prefix that belongs to this run until the next.
-public final class TokenRun {
-    /// Tokens of the prompt that the prefix held already.
-    public let reused: Int
-    /// Tokens drawn so far.
-    public private(set) var drawn = 0
-
-    private let prefix: CachedPrefix
-    private let owner: Int
-    private let prompt: [Int]
-    private let maxTokens, prefillStep: Int
-    private let isCancelled: () -> Bool
-    private let onPrefill: ((Int) -> Void)?
-    private var sampler: Sampler
-    /// The token that comes next, being computed, and the logits that it was drawn by.
-    private var next: (token: MLXArray, logits: MLXArray)?
-
-    /// Positions after which MLX's pool of free buffers is emptied, so that it does not grow for ever.
-    private static let clearInterval = 256
-
-    fileprivate init(
-        prefix: CachedPrefix, owner: Int, prompt: [Int], reused: Int,
-        sampling: SamplingParameters, maxTokens: Int, prefillStep: Int,
-        isCancelled: @escaping () -> Bool, onPrefill: ((Int) -> Void)?
-    ) {
-        (self.prefix, self.owner, self.prompt, self.reused) = (prefix, owner, prompt, reused)
-        (self.maxTokens, self.prefillStep) = (maxTokens, prefillStep)
-        (self.isCancelled, self.onPrefill) = (isCancelled, onPrefill)
-        sampler = Sampler(sampling, prompt: prompt, vocabSize: prefix.model.config.outputVocabSize)
-    }
-
-    /// The next token id; nil after `maxTokens`. The first call reads the prompt.
-    ///
-    /// The step after a token has begun before the token is read, so that a GPU never waits: the last
-    /// token returned may have been computed already.
-    ///
-    /// - Throws: `ApertusError`: `cancelled`, when `isCancelled` says so; `rejected`, when the logits
-    ///   are not finite or all the same (looked at for the first token, and wherever id 0 is drawn);
-    ///   `bug`, when another run has taken the prefix.
-    public func nextToken() throws -> Int? {
-        guard drawn < maxTokens else { return nil }
-        try requireOwner()
-        try requireNotCancelled()
-        if drawn == 0 {
-            let logits = try prefix.read(Array(prompt[reused...]), step: prefillStep) { done in
-                onPrefill?(done)
-                if done < prompt.count { try requireNotCancelled() }
-            }
-            next = try draw(logits)
-        }
-        let (token, logits) = next!
-        next = drawn + 1 < maxTokens ? try draw(try prefix.step(token)) : nil
-        let value = try catchingMLX("decoding") { Int(token.item(Int32.self)) }
-        // Where the logits tell nothing apart token 0 is drawn by greedy choice.
-        if drawn == 0 || value == 0 { try requireSound(logits) }
-        drawn += 1
-        if drawn % Self.clearInterval == 0 { Memory.clearCache() }
-        return value
-    }
-
-    private func draw(_ logits: MLXArray) throws -> (MLXArray, MLXArray) {
-        try catchingMLX("drawing a token") {
-            let token = sampler(logits)
-            asyncEval([token])
-            return (token, logits)
-        }
-    }
-
-    private func requireOwner() throws {
-        guard prefix.owner == owner else {
-            throw ApertusError(
-                .bug, "this run is over: its cache was cut, or taken by another run")
-        }
-    }
-
-    private func requireNotCancelled() throws {
-        if isCancelled() { throw ApertusError(.cancelled, "cancelled") }
-    }
-
-    private func requireSound(_ logits: MLXArray) throws {
-        let values = try catchingMLX("decoding") { logits.asType(.float32).asArray(Float.self) }
-        let isFinite = values.allSatisfy(\.isFinite)
-        guard isFinite, values.count == 1 || values.contains(where: { $0 != values[0] }) else {
-            try prefix.forget()
-            throw ApertusError(
-                .rejected,
-                "the model computed no finite logits, or all equal, at token \(drawn + 1): its "
-                    + "weights are damaged or overflow in this type; try --dtype float32")
         }
     }
 }

@@ -53,7 +53,7 @@ public struct SamplingParameters: Hashable, Sendable {
     public var isGreedy: Bool { temperature < 1e-6 || topK == 1 }
 }
 
-/// Draws tokens for one sequence; all stays lazy where a GPU computes, so that decoding can run ahead.
+/// Draws tokens for one sequence; where a GPU computes all stays lazy, so that decoding runs ahead.
 ///
 /// The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 struct Sampler {

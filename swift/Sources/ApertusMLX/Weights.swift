@@ -7,7 +7,7 @@ struct Weights {
     let computeType: DType
     private var arrays: [String: MLXArray] = [:]
 
-    /// Read the arrays of `checkpoint`, whose names, shapes and types have been matched, one by one.
+    /// Read the arrays of `checkpoint`, whose names, shapes and types are matched, one by one.
     ///
     /// - Parameters:
     ///   - computeType: nil stands for bfloat16 where all weights are stored so and a GPU computes,
@@ -33,7 +33,8 @@ struct Weights {
             } catch {
                 throw ApertusError(.rejected, "\(url.path): cannot be read (\(error))")
             }
-            for info in wanted.values.filter({ $0.file == file }).sorted(by: { $0.name < $1.name }) {
+            let inFile = wanted.values.filter { $0.file == file }
+            for info in inFile.sorted(by: { $0.name < $1.name }) {
                 guard let stored = loaded.removeValue(forKey: info.name), stored.shape == info.shape
                 else {
                     throw ApertusError(

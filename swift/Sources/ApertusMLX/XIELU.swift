@@ -2,8 +2,8 @@ import MLX
 
 /// xIELU of `x`, of any shape, computed in float32 whatever the type of `x`, and returned in it.
 ///
-/// x > 0: `alphaP x^2 + beta x`; else `alphaN (expm1(min(x, eps)) - x) + beta x`. With the slopes of
-/// trained models (up to 170) 16-bit arithmetic loses a fifth of the negative branch.
+/// x > 0: `alphaP x^2 + beta x`; else `alphaN (expm1(min(x, eps)) - x) + beta x`. With the slopes
+/// of trained models (up to 170) 16-bit arithmetic loses a fifth of the negative branch.
 ///
 /// - Parameters: the final slopes, see `slopes(alphaP:alphaN:beta:eps:)`.
 public func xielu(

@@ -97,6 +97,40 @@ import Testing
         }
     }
 
+    @Test func foreignArraysAreRefused() throws {
+        let fixture = Self.fixtures[0]
+        let ids = fixture.ids(try fixture.expected())
+        let model = try ApertusModel(folder: fixture.folder, computeType: .float32)
+        let zero = MLXArray.zeros([1, 1, 1, 1])
+        for (name, options) in try fixture.cases("forms") {
+            let form = try form(options)
+            let prefix = try CachedPrefix(model: model, form: form)
+            _ = try drain(try prefix.begin(ids, maxTokens: 1))
+            let (tokens, layers) = (try prefix.tokens, try prefix.export())
+            func expectRefusal(_ tokens: [Int], _ layers: [[String: MLXArray]]) {
+                let error = #expect(throws: ApertusError.self, "\(name)") {
+                    try prefix.restore(tokens: tokens, layers: layers)
+                }
+                #expect(error?.kind == .rejected)
+                #expect((try? prefix.tokens) == [])
+            }
+            expectRefusal(tokens, [layers[0]])
+            expectRefusal(tokens.dropLast() + [384], layers)
+            for array in layers[1].keys {
+                var changed = layers
+                changed[1][array] = zero
+                expectRefusal(tokens, changed)
+                changed[1][array] = array == "departed" ? zero : nil
+                expectRefusal(tokens, changed)
+                changed[1] = layers[1]
+                changed[1]["more"] = zero
+                expectRefusal(tokens, changed)
+            }
+            try prefix.restore(tokens: tokens, layers: layers)
+            #expect(try prefix.tokens == tokens)
+        }
+    }
+
     @Test func aRingKeepsSinksAndTheLatest() {
         let ring = Ring(size: 6, kept: 2)
         func row(_ numbers: [Int]) -> [MLXArray] {
@@ -129,7 +163,9 @@ import Testing
         for (index, value) in values.enumerated() {
             let bit = index * bits
             var code = UInt64(words[bit / 32]) >> UInt64(bit % 32)
-            if bit / 32 + 1 < words.count { code |= UInt64(words[bit / 32 + 1]) << UInt64(32 - bit % 32) }
+            if bit / 32 + 1 < words.count {
+                code |= UInt64(words[bit / 32 + 1]) << UInt64(32 - bit % 32)
+            }
             let number = Float(code & (1 << UInt64(bits) - 1))
             let found = number * scales[index / 32] + biases[index / 32]
             // Half a step, and what the search may leave out at an end of the range.

@@ -89,8 +89,8 @@ import Testing
         let tokens = ints(try #require(expected["float32.greedy"]))
         let model = try ApertusModel(folder: fixture.folder, computeType: .float32)
         for form in [CacheForm.full, try CacheForm(bound: 200), try CacheForm(keyBits: 8)] {
-            let clean = try drain(
-                try CachedPrefix(model: model, form: form).begin(ids, maxTokens: 6, prefillStep: 32))
+            let whole = try CachedPrefix(model: model, form: form)
+            let clean = try drain(try whole.begin(ids, maxTokens: 6, prefillStep: 32))
             if form == .full { #expect(clean == Array(tokens[..<6])) }
             let prefix = try CachedPrefix(model: model, form: form)
             // It is asked before and between 5 chunks of the prompt, then before each token.

@@ -14,8 +14,8 @@ private actor Engine {
     init(_ folder: URL) async throws {
         prefix = try CachedPrefix(model: try ApertusModel(folder: folder))
     }
-    func ask(_ prompt: [Int]) throws -> (tokens: [Int], thread: UInt) {
-        (try drain(try prefix.begin(prompt, maxTokens: 3)), UInt(bitPattern: pthread_self().hashValue))
+    func ask(_ prompt: [Int]) throws -> (tokens: [Int], thread: Int) {
+        (try drain(try prefix.begin(prompt, maxTokens: 3)), pthread_self().hashValue)
     }
 }
 
@@ -23,7 +23,7 @@ private actor Engine {
     @Test func manyTasksOneThread() async throws {
         let engine = try await Engine(ModelFixture(name: "affine-4-64").folder)
         let expected = try await engine.ask([5, 6, 7])
-        try await withThrowingTaskGroup(of: ([Int], UInt).self) { group in
+        try await withThrowingTaskGroup(of: ([Int], Int).self) { group in
             for _ in 0 ..< 200 {
                 group.addTask {
                     try await Task.detached { try await engine.ask([5, 6, 7]) }.value

@@ -78,10 +78,50 @@ import Testing
 
     @Test func progressEndsWithAllBytes() throws {
         var told: [(Int, Int)] = []
-        _ = try ApertusModel(
-            folder: ModelFixture(name: "float32-sharded").folder, onBytes: { told.append(($0, $1)) })
+        let folder = ModelFixture(name: "float32-sharded").folder
+        _ = try ApertusModel(folder: folder, onBytes: { told.append(($0, $1)) })
         #expect(told.last.map { $0.0 == $0.1 } == true)
         #expect(zip(told, told.dropFirst()).allSatisfy { $0.0 < $1.0 && $0.1 == $1.1 })
+    }
+
+    /// Bytes changed, added or taken away anywhere: the model loads, or an error says why not.
+    @Test(arguments: ["affine-4-64", "mxfp4", "float32-sharded"])
+    func damagedFilesLoadOrSayWhatIsWrong(name: String) throws {
+        let copy = try FolderCopy(ModelFixture(name: name))
+        var state: UInt64 = 88_172_645_463_325_252
+        func random(_ limit: Int) -> Int {
+            state ^= state << 13
+            state ^= state >> 7
+            state ^= state << 17
+            return Int(state % UInt64(limit))
+        }
+        let files = try FileManager.default.contentsOfDirectory(atPath: copy.url.path)
+            .filter { $0.hasPrefix("model") || $0 == "config.json" }.sorted()
+        var outcomes = ["loads": 0, "refused": 0]
+        for round in 0 ..< 60 {
+            let file = copy.url.appendingPathComponent(files[round % files.count])
+            let whole = try Data(contentsOf: file)
+            var data = whole
+            // Half of all changes fall into the header, which is at the beginning.
+            let place = random(round % 2 == 0 ? min(4000, data.count) : data.count)
+            switch round % 5 {
+            case 0: data.removeLast(data.count - place)
+            case 1: data.insert(UInt8(random(256)), at: place)
+            case 2: data.remove(at: place)
+            default: data[place] = UInt8(random(256))
+            }
+            try data.write(to: file)
+            defer { try? whole.write(to: file) }
+            do {
+                let prefix = try CachedPrefix(model: try ApertusModel(folder: copy.url))
+                _ = try drain(try prefix.begin([5, 6], maxTokens: 2))
+                outcomes["loads"]! += 1
+            } catch let error as ApertusError {
+                #expect(error.kind == .rejected, "\(error)")
+                outcomes["refused"]! += 1
+            }
+        }
+        #expect(outcomes.values.allSatisfy { $0 > 5 }, "\(outcomes)")
     }
 
     /// 50 loads leave nothing behind.

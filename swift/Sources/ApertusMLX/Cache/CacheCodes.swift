@@ -2,8 +2,8 @@ import MLX
 
 /// Vectors `[B, kvHeads, S, headDim]` in MLX's affine format: `scale * code + bias`.
 ///
-/// `words` are the packed codes, `scales` and `biases` have one entry per group of `groupSize` along
-/// headDim, in a 16-bit type.
+/// `words` are the packed codes, `scales` and `biases` have one entry per group of `groupSize`
+/// along headDim, in a 16-bit type.
 struct CacheCodes {
     let words, scales, biases: MLXArray
     let bits, groupSize: Int

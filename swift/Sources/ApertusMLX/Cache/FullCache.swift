@@ -43,6 +43,13 @@ final class FullCache: LayerCache {
 
     func export() -> [String: MLXArray] { ["rows": concatenated(store.rows(), axis: 1)] }
 
+    func exported(
+        _ positions: Int, kvHeads: Int, headDim: Int, type: DType
+    ) -> [String: ExportedArray] {
+        let held = min(positions, form.bound ?? positions)
+        return ["rows": ExportedArray(shape: [1, 2 * kvHeads, held, headDim], type: type)]
+    }
+
     func restore(_ arrays: [String: MLXArray], positions: Int) {
         let (keys, values) = halves(arrays["rows"]!)
         store.restore([keys, values], length: positions)

@@ -39,8 +39,19 @@ protocol LayerCache: AnyObject {
     func expect(_ positions: Int)
     /// What `restore` needs, by name.
     func export() -> [String: MLXArray]
+    /// What `export` gives after so many positions.
+    func exported(
+        _ positions: Int, kvHeads: Int, headDim: Int, type: DType
+    ) -> [String: ExportedArray]
     /// Take over what a cache of the same form exported after so many positions.
     func restore(_ arrays: [String: MLXArray], positions: Int)
+}
+
+/// An array that a cache exports: its shape and type, and whether it may be absent.
+struct ExportedArray {
+    let shape: [Int]
+    let type: DType
+    var isOptional = false
 }
 
 /// An empty cache of one layer.

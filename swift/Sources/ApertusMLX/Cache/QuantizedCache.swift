@@ -5,8 +5,8 @@ import MLX
 ///
 /// After N positions, S sinks and a window of W, the first f(N) = floor((N - S - W) / 32) * 32
 /// positions after the sinks are codes, all others full precision. A query at position i sees what
-/// stands after i + 1 positions, also inside a chunk: so results do not depend on the chunking. With
-/// a bound, the codes are a ring of Q positions, and the query sees those from f(i + 1) - Q on.
+/// stands after i + 1 positions, also inside a chunk: so results do not depend on the chunking.
+/// With a bound, the codes are a ring of Q positions: the query sees those from f(i + 1) - Q on.
 final class QuantizedCache: LayerCache {
     private let form: CacheForm
     private let groupSize: Int
@@ -91,6 +91,37 @@ final class QuantizedCache: LayerCache {
         if let recent, held > 0 { arrays["recent"] = recent[.ellipsis, 0 ..< held, 0...] }
         if older.length > 0 { arrays["departed"] = departed }
         return arrays
+    }
+
+    func exported(
+        _ positions: Int, kvHeads: Int, headDim: Int, type: DType
+    ) -> [String: ExportedArray] {
+        let flushed = form.flushed(positions)
+        func array(
+            _ heads: Int, _ held: Int, _ width: Int, _ type: DType, isOptional: Bool = false
+        ) -> ExportedArray {
+            .init(shape: [1, heads, held, width], type: type, isOptional: isOptional)
+        }
+        var all: [String: ExportedArray] = [:]
+        if positions > flushed {
+            all["recent"] = array(2 * kvHeads, positions - flushed, headDim, type)
+        }
+        guard flushed > 0 else { return all }
+        // A rewind has taken it back.
+        all["departed"] = array(2 * kvHeads, CacheForm.step, headDim, type, isOptional: true)
+        let held = min(flushed, form.ring ?? flushed)
+        let stored: DType = type == .float32 ? .bfloat16 : type
+        for (name, bits) in [("keys", form.keyBits), ("values", form.valueBits)] {
+            if bits == CacheForm.fullBits {
+                all[name] = array(kvHeads, held, headDim, type)
+                continue
+            }
+            all["\(name).words"] = array(kvHeads, held, headDim * bits / 32, .uint32)
+            for part in ["scales", "biases"] {
+                all["\(name).\(part)"] = array(kvHeads, held, headDim / groupSize, stored)
+            }
+        }
+        return all
     }
 
     func restore(_ arrays: [String: MLXArray], positions: Int) {

@@ -2,8 +2,8 @@ import MLX
 
 /// Growing memory for rows along the positions' axis: without end, or as a ring.
 ///
-/// A store holds several arrays `[B, heads, S, width]` that grow together. What is expected gets room
-/// at once; beyond that, room is added in steps of an eighth (at least 256 rows).
+/// A store holds several arrays `[B, heads, S, width]` that grow together. What is expected gets
+/// room at once; beyond that, room is added in steps of an eighth (at least 256 rows).
 class Store {
     fileprivate(set) var arrays: [MLXArray] = []
     fileprivate(set) var length = 0
@@ -27,7 +27,7 @@ class Store {
 
     /// Write rows behind the others; returns all that are to be read, of each array.
     ///
-    /// - Parameter keepEvicted: also those that these rows push out, for queries that still see them.
+    /// - Parameter keepEvicted: also those that these rows push out, for queries that see them.
     func append(_ new: [MLXArray], keepEvicted: Bool = false) -> [MLXArray] {
         let start = length
         length += new[0].dim(2)

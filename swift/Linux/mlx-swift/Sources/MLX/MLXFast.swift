@@ -20,7 +20,8 @@ public enum MLXFast {
         switch mask {
         case .none: MLXArray(mx_sdpa(queries.raw, keys.raw, values.raw, scale, "", nil))
         case .causal: MLXArray(mx_sdpa(queries.raw, keys.raw, values.raw, scale, "causal", nil))
-        case .array(let m): MLXArray(mx_sdpa(queries.raw, keys.raw, values.raw, scale, "array", m.raw))
+        case .array(let mask):
+            MLXArray(mx_sdpa(queries.raw, keys.raw, values.raw, scale, "array", mask.raw))
         }
     }
 }
