@@ -55,7 +55,7 @@ struct Weights {
     private static func final(
         _ stored: MLXArray, _ info: TensorInfo, _ shape: [Int], _ computeType: DType, _ file: String
     ) throws -> MLXArray {
-        try catchingMLX("\(file): \(info.name)") {
+        try catchingMLX("\(file): \(info.name)", kind: .rejected) {
             guard stored.dtype.isFloatingPoint else {
                 eval(stored)
                 return stored
