@@ -241,7 +241,7 @@ def nucleus(probabilities: mx.array, top_p: float) -> mx.array:
         # Sorting is slow in MLX here. Tokens below this bound all fit into the tail together.
         values = np.asarray(probabilities)
         candidates = np.flatnonzero(values >= (1 - top_p) / size)
-        order = candidates[np.argsort(-values[candidates])]
+        order = candidates[np.argsort(-values[candidates], kind="stable")]
         ranked = values[order].astype(np.float64)
         chosen = np.zeros(size, np.bool_)
         chosen[order[np.cumsum(ranked) - ranked < top_p]] = True

@@ -168,3 +168,17 @@ def test_whose_word_counts() -> None:
     assert not resolve_params(
         GenerationConfig(do_sample=False), SamplingOptions(temperature=1.0)
     ).greedy
+
+
+def test_equal_tokens_stay_in_their_order() -> None:
+    """Of tokens that are equal the lower ids stay, whatever sorts them."""
+    logits = np.arange(400) * 7 % 5
+    shares = np.exp(logits) / np.exp(logits).sum()
+    total, expected = 0.0, []
+    for token in sorted(range(400), key=lambda token: (-logits[token], token)):
+        if total < 0.8:
+            expected.append(token)
+        total += shares[token]
+    params = SamplingParams(temperature=1.0, top_p=0.8)
+    found = np.array(filter_logits(NextTokenLogits(mx.array(logits)), params))
+    assert np.flatnonzero(np.isfinite(found)).tolist() == sorted(expected)

@@ -15,6 +15,7 @@ from tests.swift_fixtures.answers import write_answer_fixtures
 from tests.swift_fixtures.checkpoints import write_checkpoint_fixtures
 from tests.swift_fixtures.configs import write_config_fixtures
 from tests.swift_fixtures.conversations import write_conversation_fixtures
+from tests.swift_fixtures.models import write_model_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     write_checkpoint_fixtures(out)
     write_conversation_fixtures(out)
     write_answer_fixtures(out)
+    write_model_fixtures(out)
 
 
 main()

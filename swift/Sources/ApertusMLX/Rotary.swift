@@ -1,0 +1,20 @@
+import ApertusCore
+import MLX
+
+/// Rotary position embedding over the whole head, half-rotated (not interleaved).
+struct Rotary {
+    let headDim: Int
+    let wavelengths: MLXArray
+
+    init(_ config: ModelConfig) {
+        headDim = config.headDim
+        wavelengths = MLXArray(config.wavelengths)
+    }
+
+    /// Rotate `x` `[B, heads, L, headDim]`, whose first position is `offset`.
+    func callAsFunction(_ x: MLXArray, offset: Int) -> MLXArray {
+        MLXFast.RoPE(
+            x, dimensions: headDim, traditional: false, base: nil, scale: 1, offset: offset,
+            freqs: wavelengths)
+    }
+}
