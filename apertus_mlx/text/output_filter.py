@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from apertus_mlx.errors import NotFoundError, RejectedError
-from apertus_mlx.system.model_files import read_own_file
+from apertus_mlx.system.model_files import exists, read_own_file
 from apertus_mlx.system.strict_json import parse_object
 from apertus_mlx.text.bounded_pattern import MAX_CHARACTERS, most_characters
 
@@ -134,17 +134,23 @@ def load_output_filter(source: str | os.PathLike[str] | OutputFilter) -> OutputF
 
     Raises:
         NotFoundError: there is neither.
-        RejectedError: the file is no file of rules, or what the entry point returns no filter.
+        RejectedError: the file is no file of rules, or the entry point fails or returns no filter.
     """
     if isinstance(source, OutputFilter):
         return source
     path = Path(source)
-    if path.exists():
+    if exists(path):
         return read_rules(path)
     from importlib.metadata import entry_points
 
     for found in entry_points(group=ENTRY_POINTS, name=str(source)):
-        made = found.load()()
+        try:
+            made = found.load()()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RejectedError(
+                f"output filter {found.name}: {found.value} fails ({reason})"
+            ) from error
         if not isinstance(made, OutputFilter):
             raise RejectedError(f"output filter {found.name}: {found.value} returns no filter")
         return made

@@ -198,14 +198,21 @@ def test_filters_of_programs_and_of_packages(
     assert load_output_filter(own) is own and isinstance(own, OutputFilter)
     here = EntryPoint("upper", f"{__name__}:Upper", "apertus_mlx.output_filters")
     wrong = EntryPoint("wrong", "builtins:dict", "apertus_mlx.output_filters")
+    broken = EntryPoint("broken", "no_such_module:make", "apertus_mlx.output_filters")
 
     def installed(group: str, name: str) -> list[EntryPoint]:
-        return [each for each in (here, wrong) if (each.group, each.name) == (group, name)]
+        points = (here, wrong, broken)
+        return [each for each in points if (each.group, each.name) == (group, name)]
 
     monkeypatch.setattr("importlib.metadata.entry_points", installed)
     assert through(load_output_filter("upper").begin("text"), ["a", "b"]) == "AB"
     with pytest.raises(RejectedError, match=r"wrong: .* returns no filter"):
         load_output_filter("wrong")
+    with pytest.raises(RejectedError, match=r"broken: no_such_module:make fails \(ModuleNotFound"):
+        load_output_filter("broken")
+    (tmp_path / "link.json").symlink_to("nowhere")
+    with pytest.raises(RejectedError, match=r"link\.json: is a broken link$"):
+        load_output_filter(tmp_path / "link.json")
     with pytest.raises(NotFoundError, match="absent"):
         load_output_filter("absent")
     with pytest.raises(NotFoundError, match=r"none\.json"):
