@@ -302,8 +302,6 @@ class Engine:
     def _end(self, job: Job) -> None:
         """Let go of a job, and keep its cache."""
         work = self._work.pop(job, None)
-        if job in self._running:
-            self._running.remove(job)
         if job.cancelled and job.finish != "error":
             job.finish = "cancelled"
         try:
@@ -315,3 +313,5 @@ class Engine:
             _log.exception("a request could not be ended")
         job.prefix = None
         self.metrics.ended(job, job.finish)
+        if job in self._running:
+            self._running.remove(job)
