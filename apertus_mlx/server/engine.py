@@ -302,8 +302,6 @@ class Engine:
     def _end(self, job: Job) -> None:
         """Let go of a job, and keep its cache."""
         work = self._work.pop(job, None)
-        if job.cancelled and job.finish != "error":
-            job.finish = "cancelled"
         try:
             if work is not None:
                 work.close()  # type: ignore[attr-defined]

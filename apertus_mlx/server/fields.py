@@ -62,7 +62,7 @@ class Number:
         return float(value)
 
     def __str__(self) -> str:
-        return f"{self.least:.2g} to {self.most:.2g}"
+        return f"{self.least:.3g} to {self.most:.3g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ class Job:
         choice: int,
         prefill_step: Callable[[], int],
     ) -> Iterator[None]:
-        task, self.reads = self.task, True
+        task, self.reads, self.finish = self.task, True, "cancelled"
         run = prefix.begin(task.prompt)
         if choice == 0:
             self.cached = run.reused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -28,6 +29,15 @@ KEY_VARIABLE = "APERTUS_MLX_API_KEY"
 MOST_CONNECTIONS = 4096
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_KEY_BYTES = 4096
+
+
+def _raise_file_limit() -> None:
+    """Each connection is a file; systems begin with few, and allow more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MOST_CONNECTIONS
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -134,6 +144,7 @@ def serve(app: Application, engine: Engine, listening: socket.socket, grace_s: f
     )
     server = _Server(config, engine, grace_s)
     engine.on_failure = lambda: setattr(server, "should_exit", True)
+    _raise_file_limit()
     # uvicorn raises the signal once more when it has ended; that is then no reason to die of it.
     before: Any = signal.signal(signal.SIGTERM, lambda *_: None)
     engine.start()

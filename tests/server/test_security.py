@@ -15,7 +15,6 @@ from apertus_mlx.server.options import ServeOptions
 from apertus_mlx.server.security import Access
 from tests.server.running import serving
 
-
 ALL = "0.0.0.0"  # noqa: S104
 
 
