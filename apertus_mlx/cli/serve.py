@@ -32,10 +32,12 @@ def serve(
     from apertus_mlx.server.listen import serve as listen
     from apertus_mlx.server.served_model import ServedModel
     from apertus_mlx.text.output_filter import load_output_filter
+    from apertus_mlx.text.template.operations import fix_now
 
     access = read_access(serving)
     chosen = None if output_filter is None else load_output_filter(output_filter)
     socket = bind(serving.host, serving.port)
+    fix_now()
     folder = open_model(model, settings)
     plan = plan_run(folder.inventory, settings, serving.context or CHAT_CONTEXT)
 
