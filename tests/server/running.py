@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 from typing import Any, TypeVar
 
 import httpx
@@ -79,26 +79,30 @@ class Server:
         self._loop.close()
 
 
+@cache
+def embedded() -> LoadedModel:
+    """The embedded model, loaded once for all tests of a process."""
+    return open_folder(model_dir()).load()
+
+
 @contextmanager
 def serving(
-    directory: Path | None = None,
     *,
     access: Access | None = None,
     limits: EngineLimits | None = None,
     names: tuple[str, ...] = ("tiny", "other-name"),
-    settings: RunOptions | None = None,
     load: Callable[[], LoadedModel] | None = None,
     wait: bool = True,
     model: dict[str, Any] | None = None,
     **endpoints: Any,
 ) -> Iterator[Server]:
-    """A server of the embedded model, or of the one in `directory`."""
-    folder = open_folder(directory or model_dir())
-    plan = plan_memory(folder.inventory, settings or RunOptions(), CHAT_CONTEXT)
+    """A server of the embedded model, or of what `load` gives."""
+    folder = embedded().folder
+    plan = plan_memory(folder.inventory, RunOptions(), CHAT_CONTEXT)
     loaded = threading.Event()
 
     def loading() -> LoadedModel:
-        found = (load or (lambda: folder.load(settings)))()
+        found = (load or embedded)()
         loaded.set()
         return found
 

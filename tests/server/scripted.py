@@ -9,11 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from apertus_mlx.generation.model_folder import open_folder
-from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.text.tokenizer import Tokenizer
-from tests.server.running import Server, serving
+from tests.server.running import Server, embedded, serving
 
 
 class ScriptedModel:
@@ -70,8 +68,7 @@ class ScriptedServer:
 
 @contextmanager
 def scripted(**settings: Any) -> Iterator[ScriptedServer]:
-    folder = open_folder(model_dir())
-    loaded = folder.load()
+    loaded = embedded()
     model = ScriptedModel(loaded.model)
     with serving(load=lambda: replace(loaded, model=model), **settings) as server:
-        yield ScriptedServer(server, model, folder.tokenizer)
+        yield ScriptedServer(server, model, loaded.folder.tokenizer)

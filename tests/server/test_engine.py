@@ -12,23 +12,23 @@ import pytest
 from apertus_mlx.cache import CacheConfig
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.memory_plan import plan_memory
-from apertus_mlx.generation.model_folder import LoadedModel, open_folder
+from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Generation
-from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.server import jobs as jobs_module
 from apertus_mlx.server.admission import MemoryBudget
 from apertus_mlx.server.engine import Engine, EngineLimits
 from apertus_mlx.server.errors import ApiError
 from apertus_mlx.server.jobs import Ended, Event, Failed, Job, Task, Told
+from tests.server.running import embedded
 
-FOLDER = open_folder(model_dir())
+FOLDER = embedded().folder
 LONG = {2: -100, 68: -100, 72: -100}  # no answer ends by itself
 
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    return FOLDER.load()
+    return embedded()
 
 
 class Box:
@@ -53,7 +53,7 @@ class Box:
 
 def job(text: str = "The capital of France", box: Box | None = None, **fields: Any) -> Job:
     options = SamplingOptions(
-        **{"temperature": 0, "max_tokens": 12, "logit_bias": LONG, **fields.pop("options", {})}
+        **{"temperature": 0, "max_tokens": 9, "logit_bias": LONG, **fields.pop("options", {})}
     )
     task = Task(FOLDER.encode_raw(text), options, streams=True, **fields)
     return Job(task, box or Box())
@@ -83,7 +83,7 @@ def tokens_of(one: Job) -> list[int]:
 @pytest.mark.parametrize("settings", [RunOptions(), RunOptions(kv_bits=4), RunOptions(max_kv=64)])
 def test_neighbours_change_nothing(loaded: LoadedModel, settings: RunOptions) -> None:
     """Each of several that take turns says what it says alone, to the token."""
-    texts = ["The capital of France", "Zurich is", "word " * 150, "In the year"]
+    texts = ["The capital of France", "Zurich is", "word " * 80, "In the year"]
     how = [{}, {"temperature": 2.0, "seed": 3}, {}, {"frequency_penalty": 1.0}]
     form = settings.form or CacheConfig()
     alone = []
@@ -94,7 +94,7 @@ def test_neighbours_change_nothing(loaded: LoadedModel, settings: RunOptions) ->
         )
         list(run)
         alone.append(run.answer.token_ids)
-    made = engine(loaded, replace(settings, prefill_step=64), idle_prefixes=0)
+    made = engine(loaded, replace(settings, prefill_step=32), idle_prefixes=0)
     try:
         several = [job(text, options=options) for text, options in zip(texts, how, strict=True)]
         made.submit(several)

@@ -10,16 +10,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from apertus_mlx.generation.model_folder import LoadedModel, open_folder
-from apertus_mlx.hub.demo import model_dir
-from tests.server.running import ANSWER, QUESTION, Server, serving
+from apertus_mlx.generation.model_folder import LoadedModel
+from tests.server.running import ANSWER, QUESTION, Server, embedded, serving
 
-LOADED = open_folder(model_dir())
+FOLDER = embedded().folder
 
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    return LOADED.load()
+    return embedded()
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,14 @@ def reference(loaded: LoadedModel, ids: list[int]) -> np.ndarray:
 
 
 def test_of_a_chat(server: Server, loaded: LoadedModel) -> None:
-    prompt = LOADED.render(QUESTION)  # type: ignore[arg-type]
-    answer = LOADED.tokenizer.encode(ANSWER)
+    prompt = FOLDER.render(QUESTION)  # type: ignore[arg-type]
+    answer = FOLDER.tokenizer.encode(ANSWER)
     # Neither temperature nor penalties change what is told.
     fields = {"logprobs": True, "top_logprobs": 3, "frequency_penalty": 0.1}
     found = server.chat(**fields).json()["choices"][0]["logprobs"]["content"]
     expected = reference(loaded, [*prompt, *answer])[len(prompt) - 1 :]
     assert bytes(byte for each in found for byte in each["bytes"]).decode() == ANSWER
-    assert [each["token"] for each in found] == [LOADED.tokenizer.decode([i]) for i in answer]
+    assert [each["token"] for each in found] == [FOLDER.tokenizer.decode([i]) for i in answer]
     for row, token, each in zip(expected, answer, found, strict=False):
         assert math.isclose(each["logprob"], row[token], abs_tol=1e-3)
         best = sorted(row, reverse=True)[:3]

@@ -16,7 +16,7 @@ from apertus_mlx.server.errors import ApiError
 from apertus_mlx.server.jobs import Failed, Told
 from apertus_mlx.server.outbox import RequestOutbox
 from apertus_mlx.text.pieces import Piece
-from tests.server.running import QUESTION, Server, serving
+from tests.server.running import QUESTION, Server, embedded, serving
 
 LONG = {"max_tokens": 1500, "logit_bias": {"2": -100, "68": -100, "72": -100}, "temperature": 0}
 
@@ -185,14 +185,11 @@ def test_a_full_queue_is_told() -> None:
 
 
 def test_before_the_model_is_there() -> None:
-    from apertus_mlx.generation.model_folder import open_folder
-    from apertus_mlx.hub.demo import model_dir
-
     go = threading.Event()
 
     def load() -> Any:
         go.wait(60)
-        return open_folder(model_dir()).load()
+        return embedded()
 
     with serving(load=load, wait=False) as server:
         assert server.get("/health").status_code == 503
