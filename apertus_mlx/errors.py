@@ -21,6 +21,10 @@ class UsageError(ApertusError):
     exit_code = 2
 
 
+class TooLongError(UsageError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
 class WrongTypeError(UsageError, TypeError):
     """A message or a tool holds a value of a wrong type: wrong usage, and Python's TypeError."""
 

@@ -13,8 +13,8 @@ from apertus_mlx.cli import sink
 
 # Each in the module of its name; `eval` is a word of Python.
 COMMANDS = (
-    *("generate", "chat", "models", "inspect", "plan", "convert", "distill", "verify", "bench"),
-    *("doctor", "eval"),
+    *("generate", "chat", "serve", "models", "inspect", "plan", "convert", "distill", "verify"),
+    *("bench", "doctor", "eval"),
 )
 
 

@@ -12,7 +12,7 @@ from apertus_mlx.cache import CacheConfig
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
-from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.errors import RejectedError, TooLongError, UsageError
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.prompt_cache import PromptCache
 from apertus_mlx.model.language_model import LanguageModel
@@ -156,7 +156,7 @@ class ModelFolder:
             return  # no token is shorter than a byte, and knowing the longest takes a second
         least = self.tokenizer.least_tokens(text)
         if least > self.context_length:
-            raise UsageError(
+            raise TooLongError(
                 f"the prompt has {least} tokens or more, but the model's context is "
                 f"{self.context_length}, answer included; shorten it"
             )
@@ -169,7 +169,7 @@ class ModelFolder:
         """
         room = self.context_length - prompt_tokens
         if room < 1:
-            raise UsageError(
+            raise TooLongError(
                 f"the prompt has {prompt_tokens} tokens, but the model's context is "
                 f"{self.context_length}, answer included; shorten it by {1 - room} or more"
             )

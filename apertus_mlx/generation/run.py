@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +21,7 @@ from apertus_mlx.generation.sampling import Sampler, resolve_params
 from apertus_mlx.generation.structured import answer_rules
 from apertus_mlx.generation.thought_budget import ThoughtBudget
 from apertus_mlx.generation.tool_grammar import ToolGrammar
+from apertus_mlx.model.language_model import NextTokenLogits
 from apertus_mlx.text.answer_parser import AnswerParser, new_call_id
 from apertus_mlx.text.filtered_pieces import PieceFilter
 from apertus_mlx.text.messages import Message
@@ -119,6 +121,10 @@ class Generation:
             nothing.
         think: whether a deliberation may come before an answer whose form is prescribed.
         new_call_id: makes the id of a tool call.
+        on_token: is told each token, and the logits `[vocabulary]` that it was drawn from as the
+            model computed them, before penalties and what else changes them.
+        stepwise: whether a piece without text is yielded after each token, so that whoever reads
+            gets to do something else.
         reused: tokens of the prompt that were not computed; known once the run has begun.
 
     Raises:
@@ -137,6 +143,8 @@ class Generation:
     tools: ToolGrammar | None = None
     think: bool = False
     new_call_id: Callable[[], str] = new_call_id
+    on_token: Callable[[int, mx.array], None] | None = None
+    stepwise: bool = False
     reused: int = field(default=0, init=False)
     token_ids: list[int] = field(default_factory=list, init=False)
 
@@ -207,10 +215,20 @@ class Generation:
         stop_ids = self.loaded.folder.stop_ids
         sampler = Sampler(self._params, self.prompt, self._vocab_size, self._thought_budget())
         parser = self._parser
-        for token in draw_tokens(run.step, logits, sampler, self._max_tokens, self._rules):
+        sources = deque([logits])
+
+        def step(token: mx.array) -> NextTokenLogits:
+            found = run.step(token)
+            sources.append(found.values)
+            return found
+
+        for token in draw_tokens(step, logits, sampler, self._max_tokens, self._rules):
             self._last = time.perf_counter()
             self._first = self._first or self._last
             self.token_ids.append(token)
+            source = sources.popleft()
+            if self.on_token is not None:
+                self.on_token(token, source)
             if token in stop_ids:
                 self._finish = self._end
                 break
@@ -220,6 +238,8 @@ class Generation:
                 break
             if self.cancelled is not None and self.cancelled():
                 break
+            if self.stepwise:
+                yield Piece("")
         else:
             self._finish = "length"
         yield from self._kept(self._filtered(parser.finish(cut=self._finish != "stop")))

@@ -106,6 +106,18 @@ def _raise_exception(message: Any) -> str:
     raise jinja2.TemplateError(as_text(message)[:300])
 
 
+# What `strftime_now` tells, if `fix_now` was called.
+_fixed: list[datetime.datetime] = []
+
+
+def fix_now() -> None:
+    """Let templates of this process write the present date for ever.
+
+    Prompts that begin with a date then begin alike tomorrow, too, so that caches stay of use.
+    """
+    _fixed[:] = [datetime.datetime.now()]
+
+
 def _strftime_now(form: str) -> str:
     if len(form) > 64 or re.search(r"%[^a-zA-Z%]*\d", form):
         raise LimitError("it asks for a very wide field")
@@ -117,7 +129,7 @@ def set_clock() -> None:
 
     Renderings that are compared, of one prompt, would else differ by it.
     """
-    _NOW.set(datetime.datetime.now())
+    _NOW.set(_fixed[0] if _fixed else datetime.datetime.now())
 
 
 GLOBALS: dict[str, Any] = {

@@ -1,0 +1,83 @@
+"""`apertus-mlx serve`: an HTTP server as OpenAI's clients expect it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from apertus_mlx.cli import options
+from apertus_mlx.cli.sink import note
+from apertus_mlx.errors import UsageError
+from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions
+from apertus_mlx.server.options import ServeOptions
+
+if TYPE_CHECKING:
+    from apertus_mlx.generation.model_folder import LoadedModel
+
+
+def serve(
+    model: options.ModelArgument = None,
+    *,
+    serving: ServeOptions,
+    settings: RunOptions,
+    output_filter: options.OutputFilterOption = None,
+) -> None:
+    """Serve MODEL at http://HOST:PORT/v1; see docs/server.md."""
+    _require_libraries()
+    from apertus_mlx.cli.model_source import open_model, plan_run
+    from apertus_mlx.server.admission import MemoryBudget
+    from apertus_mlx.server.app import build_app
+    from apertus_mlx.server.engine import Engine, EngineLimits
+    from apertus_mlx.server.listen import bind, read_access
+    from apertus_mlx.server.listen import serve as listen
+    from apertus_mlx.server.served_model import ServedModel
+    from apertus_mlx.text.output_filter import load_output_filter
+    from apertus_mlx.text.template.operations import fix_now
+
+    access = read_access(serving)
+    chosen = None if output_filter is None else load_output_filter(output_filter)
+    socket = bind(serving.host, serving.port)
+    fix_now()
+    folder = open_model(model, settings)
+    plan = plan_run(folder.inventory, settings, serving.context or CHAT_CONTEXT)
+
+    def load() -> LoadedModel:
+        return replace(folder.load(settings), output_filter=chosen)
+
+    budget = MemoryBudget(folder.inventory, plan, settings.force)
+    limits = EngineLimits(
+        serving.parallel, serving.max_queue, serving.keep_prefixes, serving.idle_unload
+    )
+    engine = Engine(folder, load, budget, limits)
+    served = ServedModel(
+        folder,
+        [_name(model, folder.directory.name), *(serving.alias or ())],
+        serving.max_tokens,
+        serving.think,
+        serving.max_thought_tokens,
+        chosen is not None,
+    )
+    app = build_app(engine, served, access, metrics=serving.metrics)
+    host = f"[{serving.host}]" if ":" in serving.host else serving.host
+    note(f"serving {served.name} at http://{host}:{socket.getsockname()[1]}/v1")
+    listen(app, engine, socket, serving.grace)
+
+
+def _name(model: str | None, folder: str) -> str:
+    """What the model is called: its Hub id, or the name of its folder."""
+    from pathlib import Path
+
+    if model is None:
+        return "embedded"
+    return folder if Path(model).exists() else model
+
+
+def _require_libraries() -> None:
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "serve needs its libraries; install them with: pip install 'apertus-mlx[serve]'"
+        ) from None

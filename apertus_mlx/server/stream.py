@@ -1,0 +1,86 @@
+"""Server-sent events: data as it comes, comments while there is none, and an end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from apertus_mlx.server.engine import Engine
+from apertus_mlx.server.jobs import Ended, Event, Failed, Job
+from apertus_mlx.server.outbox import RequestOutbox
+
+# Seconds of silence before a comment says that the server is at work.
+PING_AFTER_S = 5.0
+_PING = b": at work\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+def event_stream(
+    engine: Engine,
+    jobs: Sequence[Job],
+    outbox: RequestOutbox,
+    chunks: Callable[[int, Event], Iterator[dict[str, Any]]],
+    last: Callable[[], Iterator[dict[str, Any]]],
+    ping_after_s: float = PING_AFTER_S,
+) -> StreamingResponse:
+    """The response that tells what jobs do.
+
+    Args:
+        engine: where the jobs are.
+        jobs: all of one request, with one outbox. They end if the client goes away.
+        outbox: theirs.
+        chunks: what an event of the job of a number becomes on the wire.
+        last: what follows when all answers are whole.
+        ping_after_s: see `PING_AFTER_S`.
+    """
+
+    async def body() -> AsyncIterator[bytes]:
+        left = sum(job.task.choices for job in jobs)
+        yield _PING
+        while left:
+            found = await outbox.get(ping_after_s)
+            if found is None:
+                yield _PING
+                continue
+            number, event = found
+            if isinstance(event, Failed):
+                yield _data(event.error.body())
+                return
+            for chunk in chunks(number, event):
+                yield _data(chunk)
+            left -= isinstance(event, Ended)
+        for chunk in last():
+            yield _data(chunk)
+        yield _DONE
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    response = _JobsStream(body(), media_type="text/event-stream", headers=headers)
+    response.leave = lambda: end(engine, jobs)
+    return response
+
+
+class _JobsStream(StreamingResponse):
+    """A stream whose jobs end with it, however it ends."""
+
+    leave: Callable[[], None]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.leave()
+
+
+def end(engine: Engine, jobs: Sequence[Job]) -> None:
+    """Have jobs end, if they have not."""
+    for job in jobs:
+        job.cancel()
+    engine.wake()
+
+
+def _data(value: dict[str, Any]) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode("utf-8", "replace")

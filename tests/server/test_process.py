@@ -1,0 +1,182 @@
+"""A real process, with the openai client: answers, streams, the page's example, SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apertus_mlx.cli.serve import serve
+from apertus_mlx.errors import UsageError
+from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.server.options import ServeOptions
+from tests.commands import COMMAND
+from tests.server.running import ANSWER, QUESTION
+
+PAGE = Path(__file__).parents[2] / "docs/server.md"
+
+
+class Process:
+    """`apertus-mlx serve`, on a free port."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [*COMMAND, "serve", "--port", "0", *arguments],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert self._process.stderr is not None
+        self.lines: list[str] = []
+        for line in self._process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"serving .* at (http://\S+):(\d+)/v1", line):
+                self.port = int(found[2])
+                break
+        self._reading = threading.Thread(target=self._read)
+        self._reading.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        self.lines += self._process.stderr
+
+    def client(self) -> Any:
+        from openai import OpenAI
+
+        base = f"http://127.0.0.1:{self.port}/v1"
+        # The model is loaded meanwhile: 503 with Retry-After, which the client honours.
+        return OpenAI(base_url=base, api_key="none", max_retries=20)
+
+    def end(self, how: int = signal.SIGTERM) -> int:
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+        code = self._process.wait(60)
+        self._reading.join()
+        return code
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    found = Process("--alias", "small")
+    yield found
+    assert found.end() == 0
+    assert not any("Traceback" in line for line in found.lines), found.lines
+
+
+def test_the_openai_client(process: Process) -> None:
+    import openai
+
+    client = process.client()
+    asked: dict[str, Any] = {"model": "small", "messages": QUESTION, "temperature": 0}
+    answer = client.chat.completions.create(**asked)
+    assert answer.choices[0].message.content == ANSWER and answer.usage is not None
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    said = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(said) == ANSWER and chunks[-1].usage == answer.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
+    assert [each.id for each in client.models.list()] == ["embedded"]
+    text = client.completions.create(model="small", prompt="The capital of France", max_tokens=4,
+                                     temperature=0)  # fmt: skip
+    assert text.choices[0].text == " is Paris."
+    for fields, kind, param in (
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"model": "gpt-4"}, openai.NotFoundError, "model"),
+        ({"extra_body": {"unknown": 1}}, openai.BadRequestError, "unknown"),
+    ):
+        with pytest.raises(kind) as refused:
+            client.chat.completions.create(**{**asked, **fields})
+        assert refused.value.param == param  # type: ignore[attr-defined]
+
+
+def test_the_client_reads_schemas_and_calls(process: Process) -> None:
+    from pydantic import BaseModel
+
+    class Place(BaseModel):
+        days: int
+
+    client = process.client()
+    asked: dict[str, Any] = {"model": "small", "messages": QUESTION, "max_tokens": 60, "seed": 1}
+    parsed = client.chat.completions.parse(**asked, response_format=Place)
+    assert isinstance(parsed.choices[0].message.parsed, Place)
+    tool = {"type": "function", "function": {"name": "now", "description": "Time"}}
+    with client.chat.completions.stream(
+        **asked, tools=[tool], tool_choice="required", parallel_tool_calls=False
+    ) as stream:
+        final = stream.get_final_completion()
+    [call] = final.choices[0].message.tool_calls
+    assert call.function.name == "now" and json.loads(call.function.arguments) == {}
+
+
+def test_the_example_of_the_page(process: Process, capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    process.client().models.list()
+    exec(code.replace(":8080", f":{process.port}"), {})  # noqa: S102
+    assert "France" in capsys.readouterr().out
+
+
+def test_a_port_in_use_and_hosts_without_a_key(process: Process) -> None:
+    for options, words in (
+        ({"port": process.port}, f"--port {process.port}"),
+        ({"host": "0.0.0.0", "port": 0}, "key"),  # noqa: S104
+    ):
+        with pytest.raises(UsageError, match=words):
+            serve(serving=ServeOptions(**options), settings=RunOptions())
+
+
+@pytest.mark.nightly
+def test_sigterm_ends_what_does_not_end() -> None:
+    import openai
+
+    process = Process("--grace", "0")
+    stream = process.client().completions.create(
+        model="default", prompt="The", max_tokens=2000, temperature=0, stream=True,
+        logit_bias={"2": -100, "68": -100, "72": -100},
+    )  # fmt: skip
+    next(iter(stream))
+    codes: list[int] = []
+    ending = threading.Thread(target=lambda: codes.append(process.end()))
+    ending.start()
+    with pytest.raises(openai.APIError, match="shutting down"):
+        list(stream)
+    ending.join()
+    assert codes == [0]
+
+
+def test_a_connection_that_says_nothing(process: Process) -> None:
+    """Idle connections cost nothing that others need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    idle = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(1000)]
+    try:
+        assert process.client().models.list().data[0].id == "embedded"
+    finally:
+        for each in idle:
+            each.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_sigterm_lets_an_answer_end(process: Process) -> None:
+    """The last test: it ends the process of all others."""
+    client = process.client()
+    stream = client.completions.create(
+        model="default", prompt="The", max_tokens=300, temperature=0, stream=True,
+        logit_bias={"2": -100, "68": -100, "72": -100},
+    )  # fmt: skip
+    first = next(iter(stream))
+    codes: list[int] = []
+    ending = threading.Thread(target=lambda: codes.append(process.end()))
+    ending.start()
+    rest = list(stream)
+    ending.join()
+    assert codes == [0] and first.choices and rest[-1].choices[0].finish_reason == "length"
