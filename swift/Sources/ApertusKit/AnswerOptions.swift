@@ -50,6 +50,7 @@ public struct AnswerOptions: Sendable, Equatable {
             topP: topP ?? config.topP ?? (isRecommended ? 1 : Self.defaultTopP),
             topK: topK ?? config.topK ?? 0, minP: minP ?? config.minP ?? 0,
             repetitionPenalty: repetitionPenalty ?? config.repetitionPenalty ?? 1,
+            presencePenalty: presencePenalty ?? 0, frequencyPenalty: frequencyPenalty ?? 0,
             seed: seed ?? UInt64(UInt32.random(in: 0 ... .max)))
     }
 }

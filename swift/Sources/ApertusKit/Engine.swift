@@ -126,7 +126,7 @@ package actor Engine {
     }
 
     /// Wait until the GPU has nothing to do any more.
-    func settle() { ApertusMLX.synchronize() }
+    func settle() { MLX.Stream().synchronize() }
 
     /// Hold no keys and values, and no free memory.
     func clear() throws {

@@ -46,7 +46,9 @@ package struct ModelFolder: Sendable {
                 "\(url.filePath): no manifest says of which form the chat template is; convert the model "
                     + "with apertus-mlx, or give LoadOptions.chatTemplate")
         }
-        return try ChatFormat(template, day: day, tokenizer: tokenizer, bos: config.bosTokenId)
+        return try ChatFormat(
+            template, system: manifest?.defaultSystem, day: day, tokenizer: tokenizer,
+            bos: config.bosTokenId)
     }
 
     /// The prompt that `text` is without a chat template: BOS, if the model has one, and the text.
@@ -68,11 +70,10 @@ package struct ModelFolder: Sendable {
         let context = min(options.context, config.maxPositions)
         let limit = options.memoryLimit ?? DeviceMemory.available
         if options.ignoresMemoryLimit {
-            let form = options.cacheForm ?? .full
-            let step = options.prefillStep ?? Self.usualStep
-            let needed = planner.footprint(form, context: context, prefillStep: step)
-            return MemoryPlan(
-                form: form, prefillStep: step, context: context, footprint: needed, limitBytes: limit)
+            let (form, step) = (options.cacheForm ?? .full, options.prefillStep ?? Self.usualStep)
+            let needed = planner.footprint(form, context: context, prefillStep: step).totalBytes
+            return try planner.plan(
+                limitBytes: max(limit, needed), context: context, form: form, prefillStep: step)
         }
         // The usual step, where it fits with the best cache; else the planner weighs both.
         if options.prefillStep == nil,

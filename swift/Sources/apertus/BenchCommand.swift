@@ -103,7 +103,7 @@ enum BenchCommand {
             Sink.note("\(task.words): \(counted(workload.rounds, "round"))")
             taken.append(try await measure(task, workload, apertus))
         }
-        let report = report(
+        let report = Self.report(
             arguments, workload, taken, apertus, folder, started: started, loaded: loaded)
         if arguments.has("--json") {
             Sink.putLine(report.written())
@@ -112,7 +112,7 @@ enum BenchCommand {
         Sink.put(
             "loads in \(rounded(loaded, 2)) s, peak memory \(formatBytes(apertus.memory.peak)), cache in "
                 + "\(plan.form)\n\n")
-        let rates = zip(workload.tasks, taken).map { rates($0, workload, $1) }
+        let rates = zip(workload.tasks, taken).map { Self.rates($0, workload, $1) }
         let names = workload.tasks.map(\.words)
         let width = (["tokens/s"] + names).map(\.count).max() ?? 0
         Sink.put("tokens/s".padding(toLength: width, withPad: " ", startingAt: 0) + "  apertus\n")

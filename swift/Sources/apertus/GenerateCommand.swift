@@ -37,7 +37,7 @@ enum GenerateCommand {
         let chat = apertus.conversation(
             system: arguments.text("--system"), thinks: arguments.has("--think"))
         let pieces = isRaw
-            ? apertus.continuation(of: prompt, options: options) { outcome.value = $0 }
+            ? apertus.continuation(of: prompt, options: options, onEnd: { outcome.value = $0 })
             : chat.ask(prompt, options: options)
         interrupts.expect { apertus.stop() }
         var printer = AnswerPrinter()

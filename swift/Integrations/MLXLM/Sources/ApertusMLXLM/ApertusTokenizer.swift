@@ -28,13 +28,13 @@ public struct ApertusTokenizerLoader: TokenizerLoader {
 public struct ApertusTokenizer: MLXLMCommon.Tokenizer {
     private let tokenizer: ApertusCore.Tokenizer
     private let config: ModelConfig
-    private let template: String?
+    private let manifest: Manifest?
 
     /// - Throws: `ApertusError`, naming the file.
     public init(folder: URL) throws {
         config = try ModelConfig(folder: folder)
         tokenizer = try ApertusCore.Tokenizer(folder: folder)
-        template = try Manifest(folder: folder)?.chatTemplate
+        manifest = try Manifest(folder: folder)
     }
 
     public func encode(text: String, addSpecialTokens: Bool) -> [Int] {
@@ -73,12 +73,13 @@ public struct ApertusTokenizer: MLXLMCommon.Tokenizer {
         messages: [[String: any Sendable]], tools: [[String: any Sendable]]?,
         additionalContext: [String: any Sendable]?
     ) throws -> [Int] {
-        guard let template else {
+        guard let template = manifest?.chatTemplate else {
             throw ApertusError(
                 .rejected,
                 "no manifest says of which form the chat template is; convert the model with apertus-mlx")
         }
-        let format = try ChatFormat(template, tokenizer: tokenizer, bos: config.bosTokenId)
+        let format = try ChatFormat(
+            template, system: manifest?.defaultSystem, tokenizer: tokenizer, bos: config.bosTokenId)
         let definitions = try tools.map { try ToolDefinition.list(json: data($0)) } ?? []
         let thinks = additionalContext?["enable_thinking"] as? Bool ?? false
         let ids = try format.prompt(
