@@ -1,8 +1,8 @@
 """A folder as `convert` writes it, and what Python answers with it.
 
-`answered/model` is the embedded model in 4 bits, with golden answers. `answered/expected.json` holds
-the likeliest tokens after prompts, computed by MLX in float32: `questions` (each with `text` and
-`token_ids`), `raw` and `second_turn` (after the first question); and `keys`, those that
+`answered/model` is the embedded model in 4 bits, with golden answers. `expected.json` beside it
+holds the likeliest tokens after prompts, computed by MLX in float32: `questions` (each with `text`
+and `token_ids`), `raw` and `second_turn` (after the first question); and `keys`, those that
 `generate --json` and `verify --json` print, nested ones as `memory.cache`.
 """
 

@@ -1,7 +1,8 @@
 import ApertusCore
 import ApertusMLX
 
-/// How an answer is drawn; nil leaves a value to the model's makers, then to this package's defaults.
+/// How an answer is drawn; nil leaves a value to the model's makers, then to this package's
+/// defaults.
 public struct AnswerOptions: Sendable, Equatable {
     /// Most tokens of the answer, its deliberation included.
     public var maxTokens = 1024
@@ -36,7 +37,8 @@ public struct AnswerOptions: Sendable, Equatable {
 
     static let defaultTemperature = 0.8, defaultTopP = 0.9
 
-    /// What was asked for, else what the model's makers recommend, else temperature 0.8 and top-p 0.9.
+    /// What was asked for, else what the model's makers recommend, else temperature 0.8 and top-p
+    /// 0.9.
     ///
     /// - Throws: `ApertusError` of kind `usage`: a value outside its range.
     func parameters(_ config: GenerationConfig) throws -> SamplingParameters {

@@ -5,13 +5,13 @@ import Foundation
 /// An Apertus model on this device, from the folder that `apertus-mlx convert` wrote.
 ///
 /// ```swift
-/// let apertus = try await Apertus(folder: modelURL)
-/// let chat = apertus.conversation(system: "You answer in one sentence.")
-/// for try await piece in chat.ask("Wie heisst der höchste Berg der Schweiz?") { text += piece.text }
+/// let apertus = try await Apertus(folder: modelURL) let chat = apertus.conversation(system: "You
+/// answer in one sentence.") for try await piece in chat.ask("Wie heisst der höchste Berg der
+/// Schweiz?") { text += piece.text }
 /// ```
 ///
-/// It needs no network. All work with MLX happens on one thread of its own, whoever asks; answers are
-/// computed one at a time. When the last reference goes, so does the model's memory.
+/// It needs no network. All work with MLX happens on one thread of its own, whoever asks; answers
+/// are computed one at a time. When the last reference goes, so does the model's memory.
 public final class Apertus: Sendable {
     /// The folder of the model.
     public let folder: URL
@@ -29,11 +29,13 @@ public final class Apertus: Sendable {
     ///
     /// In this order: config, manifest and tokenizer are read; what the model will take is compared
     /// with the memory that there is, before any weights are opened; then sizes, names, shapes and
-    /// types of all weights are checked, and they are loaded. Nothing is hashed: see `Verification`.
+    /// types of all weights are checked, and they are loaded. Nothing is hashed: see
+    /// `Verification`.
     ///
     /// - Parameter onProgress: is told the share of the weights that is loaded, from 0 to 1.
     /// - Throws: `ApertusError`, which names file, key or tensor and says what to do: `notFound`
-    ///   without such a folder, `rejected` for a damaged or unsupported one, `resource` where memory
+    ///   without such a folder, `rejected` for a damaged or unsupported one,
+    ///   `resource` where memory
     ///   does not suffice, with the number that is missing.
     public convenience init(
         folder: URL, options: LoadOptions = .init(),
@@ -107,8 +109,8 @@ public final class Apertus: Sendable {
 
     /// Give back the memory of keys and values, and what MLX keeps for its next operations.
     ///
-    /// Conversations go on as before; the next answer reads its prompt from the beginning. It waits for
-    /// an answer that is being computed.
+    /// Conversations go on as before; the next answer reads its prompt from the beginning. It waits
+    /// for an answer that is being computed.
     public func clearCaches() async { try? await engine.clear() }
 
     /// What the app does by itself when the system says that memory runs short: answers end with an

@@ -13,8 +13,8 @@ public struct ToolResult: Sendable, Equatable {
 
 /// Messages so far; every turn reads only what is new of them.
 ///
-/// Any thread may use it. Answers of one model are computed one at a time: a second `ask` waits until
-/// the first is over, in the order in which they came, also across conversations.
+/// Any thread may use it. Answers of one model are computed one at a time: a second `ask` waits
+/// until the first is over, in the order in which they came, also across conversations.
 ///
 /// Keys and values are kept of the prompt that was computed last; a conversation that goes on after
 /// another one has been answered is read again from where the two differ.
@@ -56,13 +56,14 @@ public final class Conversation: Sendable {
 
     /// Add a user's turn and answer it.
     ///
-    /// The answer is computed whether or not anybody reads it; ending the task that reads it, or its
-    /// loop, ends the answer behind the next token, or part of the prompt. What was said until then
-    /// stays in the conversation.
+    /// The answer is computed whether or not anybody reads it; ending the task that reads it, or
+    /// its loop, ends the answer behind the next token, or part of the prompt. What was said until
+    /// then stays in the conversation.
     ///
     /// - Parameter onPrefill: is told how many tokens of the prompt are done, on the thread of MLX.
-    /// - Returns: text, thoughts and calls as they become certain. It throws `ApertusError`: of kind
-    ///   `usage`, when the conversation does not fit the context any more, `rejected`, when the chat
+    /// - Returns: text, thoughts and calls as they become certain. It throws `ApertusError`: of
+    ///   kind `usage`, when the conversation does not fit the context any more, `rejected`, when
+    ///   the chat
     ///   template is of an unknown form, `resource`, when memory ran short. After `usage` and
     ///   `rejected` the conversation is as it was.
     public func ask(
@@ -131,7 +132,8 @@ public final class Conversation: Sendable {
                 let answer = outcome.answer
                 state.with { state in
                     // Thoughts are no part of later prompts.
-                    state.messages = asked.with { $0 }
+                    state.messages =
+                        asked.with { $0 }
                         + [.assistant(answer.text, calls: answer.calls)]
                     state.last = outcome
                 }

@@ -19,8 +19,8 @@ enum DeviceMemory {
 
     /// Bytes that a model may take now.
     ///
-    /// On iPhone and iPad what the system leaves this process, on a Mac 70 % of the memory it has, on
-    /// Linux 90 % of what is free.
+    /// On iPhone and iPad what the system leaves this process, on a Mac 70 % of the memory it has,
+    /// on Linux 90 % of what is free.
     static var available: Int {
         #if os(iOS) || os(visionOS) || os(tvOS) || os(watchOS)
             os_proc_available_memory()

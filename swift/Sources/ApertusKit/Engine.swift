@@ -19,7 +19,8 @@ package actor Engine {
     }
 
     /// Load the weights; `onProgress` is told the share that is done.
-    func load(_ type: LoadOptions.ComputeType?, _ onProgress: (@Sendable (Double) -> Void)?) throws {
+    func load(_ type: LoadOptions.ComputeType?, _ onProgress: (@Sendable (Double) -> Void)?) throws
+    {
         Memory.cacheLimit = plan.bufferCacheBytes
         let model = try ApertusModel(folder: folder.url, computeType: type?.dtype) { done, total in
             onProgress?(total > 0 ? Double(done) / Double(total) : 1)
@@ -109,7 +110,8 @@ package actor Engine {
         return ids
     }
 
-    /// Seconds that reading `prompt` anew takes, and then drawing `newTokens` after the first token.
+    /// Seconds that reading `prompt` anew takes, and then drawing `newTokens` after the first
+    /// token.
     package func measure(
         _ prompt: [Int], newTokens: Int
     ) throws -> (reading: Double, drawing: Double) {
@@ -153,14 +155,15 @@ extension Engine {
         guard promptTokens < contextLength else {
             throw ApertusError(
                 .usage,
-                "the prompt has \(promptTokens) tokens, but the context is \(contextLength), answer "
-                    + "included; shorten it, or load with a larger context")
+                "the prompt has \(promptTokens) tokens, but the context is \(contextLength), "
+                    + "answer included; shorten it, or load with a larger context")
         }
         return contextLength - promptTokens
     }
 }
 
-private func seconds(from start: ContinuousClock.Instant, to end: ContinuousClock.Instant) -> Double {
+private func seconds(from start: ContinuousClock.Instant, to end: ContinuousClock.Instant) -> Double
+{
     let (whole, parts) = start.duration(to: end).components
     return Double(whole) + Double(parts) * 1e-18
 }

@@ -18,33 +18,41 @@ package struct ModelFolder: Sendable {
     ///
     /// - Throws: `ApertusError` that names file and key.
     package init(_ url: URL, chatTemplate: String? = nil) throws {
-        #if targetEnvironment(simulator)
-            throw ApertusError(
-                .resource,
-                "MLX does not run in the simulator; run on a device, or on a Mac as \"Designed for iPad\"")
-        #endif
+        try Self.requireDevice()
         self.url = url
         config = try ModelConfig(folder: url)
         manifest = try Manifest(folder: url)
+        try manifest?.check(config)
         generationConfig = try GenerationConfig(folder: url, vocabSize: config.vocabSize)
         tokenizer = try Tokenizer(folder: url)
         roles = try Roles(tokenizer)
         template = chatTemplate ?? manifest?.chatTemplate
-        let stated = generationConfig.eosTokenIds.isEmpty
+        let stated =
+            generationConfig.eosTokenIds.isEmpty
             ? config.eosTokenIds : generationConfig.eosTokenIds
         stopIDs = Set(stated + [Role.assistant.end, Role.tools.end])
     }
 
+    private static func requireDevice() throws {
+        #if targetEnvironment(simulator)
+            throw ApertusError(
+                .resource,
+                "MLX does not run in the simulator; run on a device, or on a Mac as "
+                    + "\"Designed for iPad\""
+            )
+        #endif
+    }
+
     /// The format in which conversations of today are written for the model.
     ///
-    /// - Throws: `ApertusError` of kind `rejected`: nobody says what it is, or it is of a form that this
-    ///   package does not write.
+    /// - Throws: `ApertusError` of kind `rejected`: nobody says what it is, or it is of a form that
+    ///   this package does not write.
     package func chatFormat(day: String = ChatFormat.today()) throws -> ChatFormat {
         guard let template else {
             throw ApertusError(
                 .rejected,
-                "\(url.filePath): no manifest says of which form the chat template is; convert the model "
-                    + "with apertus-mlx, or give LoadOptions.chatTemplate")
+                "\(url.filePath): no manifest says of which form the chat template is; convert the "
+                    + "model with apertus-mlx, or give LoadOptions.chatTemplate")
         }
         return try ChatFormat(
             template, system: manifest?.defaultSystem, day: day, tokenizer: tokenizer,
@@ -65,7 +73,8 @@ package struct ModelFolder: Sendable {
         guard options.context > 0 else {
             throw ApertusError(.usage, "a context of \(options.context) tokens: expected 1 or more")
         }
-        let terms = try manifest?.memory ?? MemoryTerms(Checkpoint(folder: url), on: DeviceMemory.machine)
+        let terms =
+            try manifest?.memory ?? MemoryTerms(Checkpoint(folder: url), on: DeviceMemory.machine)
         let planner = MemoryPlanner(config, terms)
         let context = min(options.context, config.maxPositions)
         let limit = options.memoryLimit ?? DeviceMemory.available

@@ -4,10 +4,10 @@ import Foundation
 
 /// Whether this device tokenizes, renders and computes as the machine that wrote the folder.
 ///
-/// It compares with the folder's golden prompts, and with its golden answers where `apertus-mlx verify
-/// --golden` has written them: the likeliest tokens after each prompt, computed in float32 from the same
-/// weights. Where a token was not clearly ahead of the second, the comparison of its answer ends: there
-/// the rounding of 16 bits may choose otherwise.
+/// It compares with the folder's golden prompts, and with its golden answers where
+/// `apertus-mlx verify --golden` has written them: the likeliest tokens after each prompt, computed
+/// in float32 from the same weights. Where a token was not clearly ahead of the second, the
+/// comparison of its answer ends: there the rounding of 16 bits may choose otherwise.
 public struct SelfTest: Sendable, Equatable {
     /// The first thing that came out otherwise.
     public struct Difference: Sendable, Equatable, CustomStringConvertible {
@@ -54,8 +54,8 @@ extension Apertus {
     /// difference.
     ///
     /// - Parameter onProgress: is told the share that is done, from 0 to 1.
-    /// - Throws: `ApertusError`: of kind `notFound` where the folder has no golden prompts, `cancelled`
-    ///   when the task is.
+    /// - Throws: `ApertusError`: of kind `notFound` where the folder has no golden prompts,
+    ///   `cancelled` when the task is.
     public func selfTest(onProgress: (@Sendable (Double) -> Void)? = nil) async throws -> SelfTest {
         guard let prompts = try GoldenPrompts(folder: folder) else {
             throw ApertusError(
@@ -74,7 +74,8 @@ extension Apertus {
             if Task.isCancelled { throw ApertusError(.cancelled, "cancelled") }
             onProgress?(Double(index) / Double(answers.answers.count))
             let count = answer.clearCount(answers.clearMargin)
-            let found = try await engine.continuation(of: answer.promptIds.map(Int.init), count: count)
+            let found = try await engine.continuation(
+                of: answer.promptIds.map(Int.init), count: count)
             result.answers += 1
             result.answerTokens += count
             if let place = answer.firstDifference(
@@ -103,7 +104,8 @@ extension Apertus {
         for conversation in prompts.conversations {
             // The system block may hold the day on which the folder was written.
             let written = engine.folder.tokenizer.decode(conversation.ids)
-            let format = try engine.folder.chatFormat(day: Self.day(in: written) ?? ChatFormat.today())
+            let format = try engine.folder.chatFormat(
+                day: Self.day(in: written) ?? ChatFormat.today())
             let found = try format.prompt(
                 conversation.messages.map(Self.message), thinks: conversation.thinks)
             result.conversations += 1
@@ -120,7 +122,9 @@ extension Apertus {
         case "assistant": .assistant(golden.content)
         case let role:
             throw ApertusError(
-                .rejected, "\(GoldenPrompts.fileName): conversations: role \(role.prefix(40).debugDescription)")
+                .rejected,
+                "\(GoldenPrompts.fileName): conversations: role \(role.prefix(40).debugDescription)"
+            )
         }
     }
 

@@ -20,12 +20,13 @@ public struct Verification: Sendable {
     /// What makes the folder unusable or untrue.
     public var errors: [Finding] { findings.filter { $0.level == .error } }
 
-    /// Check all of `folder`: sizes and SHA-256 of every file, names, shapes and types of all tensors,
-    /// the tokenizer and the golden prompts. Weights are hashed a block at a time, not loaded.
+    /// Check all of `folder`: sizes and SHA-256 of every file, names, shapes and types of all
+    /// tensors, the tokenizer and the golden prompts. Weights are hashed a block at a time, not
+    /// loaded.
     ///
     /// It takes as long as the files take to be read; call it from a task in the background.
     ///
-    /// - Parameter onBytes: is told the bytes hashed so far, and all; what it throws ends the check.
+    /// - Parameter onBytes: is told the bytes hashed so far, and all; what it throws ends this.
     /// - Throws: `ApertusError` of kind `notFound` without such a folder.
     public init(
         folder: URL, onBytes: (_ done: Int, _ total: Int) throws -> Void = { _, _ in }

@@ -72,13 +72,12 @@ struct Grammar: Sendable {
 struct Arguments {
     private var values: [String: [String]] = [:]
     private(set) var operands: [String] = []
-    let wantsHelp: Bool
+    private(set) var wantsHelp = false
 
     /// - Throws: `ApertusError` of kind `usage`, naming the option.
     init(_ words: [String], _ grammar: Grammar) throws {
         var rest = words[...]
         var takesOptions = true
-        var help = false
         while let word = rest.popFirst() {
             guard takesOptions, word.hasPrefix("-"), word != "-" else {
                 operands.append(word)
@@ -90,16 +89,17 @@ struct Arguments {
             }
             var (name, given) = (word, String?.none)
             if word.hasPrefix("--"), let equals = word.firstIndex(of: "=") {
-                (name, given) = (String(word[..<equals]), String(word[word.index(after: equals)...]))
+                (name, given) = (
+                    String(word[..<equals]), String(word[word.index(after: equals)...])
+                )
             }
             if Grammar.help.names.contains(name) {
-                help = true
+                wantsHelp = true
                 continue
             }
             try take(name, given, &rest, grammar)
         }
-        wantsHelp = help
-        guard operands.count <= grammar.operands.count || help else {
+        guard operands.count <= grammar.operands.count || wantsHelp else {
             throw Self.wrong(
                 "unexpected argument \(operands[grammar.operands.count].debugDescription)", grammar)
         }
@@ -112,7 +112,8 @@ struct Arguments {
             if case .flagOrNot = option.kind { return name == "--no-" + option.name.dropFirst(2) }
             return false
         }
-        guard let option = negated ?? grammar.options.first(where: { $0.names.contains(name) }) else {
+        guard let option = negated ?? grammar.options.first(where: { $0.names.contains(name) })
+        else {
             throw Self.wrong("no such option: \(name)", grammar)
         }
         var value = ""
@@ -147,7 +148,9 @@ struct Arguments {
             guard let number = Double(value), range.contains(number) else {
                 throw ApertusError(
                     .usage,
-                    "\(name) \(shown): expected a number, \(range.lowerBound) to \(range.upperBound)")
+                    "\(name) \(shown): expected a number, \(range.lowerBound) to "
+                        + "\(range.upperBound)"
+                )
             }
         case .flag, .flagOrNot, .text: break
         }

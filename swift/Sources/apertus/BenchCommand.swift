@@ -41,7 +41,9 @@ enum BenchCommand {
             let room = contextLength - newTokens - 1
             guard room >= 1 else {
                 throw ApertusError(
-                    .usage, "--new-tokens \(newTokens): the model's context is \(contextLength); give fewer")
+                    .usage,
+                    "--new-tokens \(newTokens): the model's context is \(contextLength); give fewer"
+                )
             }
             promptTokens = try Self.counts(
                 "--prompt-tokens", arguments, 1, [128, 512, 2048], contextLength - 1)
@@ -77,8 +79,8 @@ enum BenchCommand {
                     guard count <= most else {
                         throw ApertusError(
                             .usage,
-                            "\(option) \(word): at most \(most) fit the model's context beside the new "
-                                + "tokens")
+                            "\(option) \(word): at most \(most) fit the model's context beside the "
+                                + "new tokens")
                     }
                     return count
                 }
@@ -90,7 +92,10 @@ enum BenchCommand {
         let started = Date()
         let clock = ContinuousClock()
         let begun = clock.now
-        let folder = try ModelFolder(ModelOptions.folder(arguments))
+        guard let path = arguments.operands.first else {
+            throw ApertusError(.usage, "MODEL is missing; see `apertus bench --help`")
+        }
+        let folder = try ModelFolder(URL(fileURLWithPath: path, isDirectory: true))
         let workload = try Workload(arguments, contextLength: folder.config.maxPositions)
         var load = try ModelOptions.load(arguments)
         load.context = min(workload.context, folder.config.maxPositions)
@@ -110,8 +115,8 @@ enum BenchCommand {
             return
         }
         Sink.put(
-            "loads in \(rounded(loaded, 2)) s, peak memory \(formatBytes(apertus.memory.peak)), cache in "
-                + "\(plan.form)\n\n")
+            "loads in \(rounded(loaded, 2)) s, peak memory "
+                + "\(formatBytes(apertus.memory.peak)), cache in \(plan.form)\n\n")
         let rates = zip(workload.tasks, taken).map { Self.rates($0, workload, $1) }
         let names = workload.tasks.map(\.words)
         let width = (["tokens/s"] + names).map(\.count).max() ?? 0
@@ -130,7 +135,8 @@ enum BenchCommand {
     ) async throws -> [Double] {
         var generator = SplitMix(state: UInt64(workload.seed))
         let size = apertus.engine.folder.config.vocabSize
-        let prompt = (0 ..< task.positions).map { _ in Int.random(in: 0 ..< size, using: &generator) }
+        let prompt = (0 ..< task.positions).map { _ in Int.random(in: 0 ..< size, using: &generator)
+        }
         let new = task.kind == "prefill" ? 0 : workload.newTokens
         var found: [Double] = []
         for _ in 0 ... workload.rounds {
@@ -160,45 +166,64 @@ enum BenchCommand {
         let measurements = zip(workload.tasks, taken).map { task, seconds -> Report in
             let found = rates(task, workload, seconds)
             let rate = Report.object([
-                ("median", .number(median(found))), ("spread", .number((found.last! - found[0]) / 2)),
+                ("median", .number(median(found))),
+                ("spread", .number((found.last! - found[0]) / 2)),
                 ("samples", .list(found.map { .number($0) })),
             ])
             return .object([
                 ("task", .object([("kind", .text(task.kind)), ("tokens", .integer(task.tokens))])),
                 ("tokens_per_s", rate), ("seconds", .list(seconds.map { .list([.number($0)]) })),
-                ("kv_read_bytes", .null), ("roofline_tokens_per_s", .null), ("roofline_share", .null),
+                ("kv_read_bytes", .null), ("roofline_tokens_per_s", .null),
+                ("roofline_share", .null),
             ])
         }
         let system = ProcessInfo.processInfo
         let model = arguments.operands.first ?? ""
         return .object([
             ("date", .text(started.ISO8601Format())),
-            ("machine", .object([
-                ("identity", .object([("system", .text(system.operatingSystemVersionString))])),
-                ("memory_bytes", .integer(Int(system.physicalMemory))),
-                ("available_bytes", .integer(plan.limitBytes)),
-            ])),
-            ("model", .object([
-                ("name", .text(model)),
-                ("bits_per_weight", folder.manifest.map { .number($0.bitsPerWeight) } ?? .null),
-                ("context_tokens", .integer(folder.config.maxPositions)),
-            ])),
-            ("workload", .object([
-                ("prompt_tokens", .integers(workload.promptTokens)),
-                ("depths", .integers(workload.depths)), ("new_tokens", .integer(workload.newTokens)),
-                ("rounds", .integer(workload.rounds)), ("seed", .integer(workload.seed)),
-            ])),
-            ("sides", .list([
+            (
+                "machine",
                 .object([
-                    ("name", .text("apertus")),
-                    ("ready", .object([
-                        ("cache", .text("\(plan.form)")),
-                        ("prefill_step", .integer(plan.prefillStep)), ("load_s", .number(loaded)),
-                    ])),
-                    ("peak_memory_bytes", .integer(apertus.memory.peak)),
-                    ("measurements", .list(measurements)),
+                    ("identity", .object([("system", .text(system.operatingSystemVersionString))])),
+                    ("memory_bytes", .integer(Int(system.physicalMemory))),
+                    ("available_bytes", .integer(plan.limitBytes)),
                 ])
-            ])),
+            ),
+            (
+                "model",
+                .object([
+                    ("name", .text(model)),
+                    ("bits_per_weight", folder.manifest.map { .number($0.bitsPerWeight) } ?? .null),
+                    ("context_tokens", .integer(folder.config.maxPositions)),
+                ])
+            ),
+            (
+                "workload",
+                .object([
+                    ("prompt_tokens", .integers(workload.promptTokens)),
+                    ("depths", .integers(workload.depths)),
+                    ("new_tokens", .integer(workload.newTokens)),
+                    ("rounds", .integer(workload.rounds)), ("seed", .integer(workload.seed)),
+                ])
+            ),
+            (
+                "sides",
+                .list([
+                    .object([
+                        ("name", .text("apertus")),
+                        (
+                            "ready",
+                            .object([
+                                ("cache", .text("\(plan.form)")),
+                                ("prefill_step", .integer(plan.prefillStep)),
+                                ("load_s", .number(loaded)),
+                            ])
+                        ),
+                        ("peak_memory_bytes", .integer(apertus.memory.peak)),
+                        ("measurements", .list(measurements)),
+                    ])
+                ])
+            ),
             ("ratios", .list([])), ("notes", .list([])),
         ])
     }

@@ -41,7 +41,8 @@ enum ChatCommand {
                 continue
             }
             switch text {
-            case "/undo": Sink.note(chat.undo() ? "forgot the last question" : "there is nothing to undo")
+            case "/undo":
+                Sink.note(chat.undo() ? "forgot the last question" : "there is nothing to undo")
             case "/retry": try await answer(chat.retry(options: options), chat, apertus, interrupts)
             case "/reset":
                 chat = apertus.conversation(system: system, thinks: chat.thinks)
@@ -54,7 +55,8 @@ enum ChatCommand {
             case "/exit": return
             default:
                 let word = text.prefix { $0 != " " }
-                Sink.note("\(word): unknown; /help lists the commands, /\(word) sends it as a message")
+                Sink.note(
+                    "\(word): unknown; /help lists the commands, /\(word) sends it as a message")
             }
         }
     }

@@ -1,7 +1,8 @@
 import ApertusKit
 import Foundation
 
-/// `apertus verify`: whether a folder is what its manifest says, and whether this program can run it.
+/// `apertus verify`: whether a folder is what its manifest says, and whether this program can run
+/// it.
 enum VerifyCommand {
     static let grammar = Grammar(
         command: "verify", words: "Check DIRECTORY: hashes, names, shapes, config and tokenizer.",
@@ -26,16 +27,21 @@ enum VerifyCommand {
                 ]).written())
         } else {
             for finding in result.findings {
-                Sink.put(Sink.printable("\(finding.level): \(finding.place): \(finding.text)") + "\n")
+                Sink.put(
+                    Sink.printable("\(finding.level): \(finding.place): \(finding.text)") + "\n")
             }
             if result.findings.isEmpty {
-                Sink.put(Sink.printable("\(path): \(counted(result.files, "file")), all as they should be") + "\n")
+                Sink.put(
+                    Sink.printable(
+                        "\(path): \(counted(result.files, "file")), all as they should be") + "\n")
             }
         }
         if let first = result.errors.first {
             throw ApertusError(
                 .rejected,
-                "\(path): \(counted(result.errors.count, "problem")), first: \(first.place): \(first.text)")
+                "\(path): \(counted(result.errors.count, "problem")), first: \(first.place): "
+                    + first.text
+            )
         }
     }
 }
@@ -52,17 +58,21 @@ enum SelfTestCommand {
             throw ApertusError(.usage, "DIRECTORY is missing; see `apertus selftest --help`")
         }
         let apertus = try await Apertus(
-            folder: URL(fileURLWithPath: path, isDirectory: true), options: ModelOptions.load(arguments))
+            folder: URL(fileURLWithPath: path, isDirectory: true),
+            options: ModelOptions.load(arguments))
         let result = try await apertus.selfTest()
         if arguments.has("--json") {
             Sink.putLine(report(result, path).written())
         } else {
             Sink.put(
-                "\(counted(result.texts, "text")), \(counted(result.conversations, "conversation")), "
-                    + "\(counted(result.answers, "answer")) of \(counted(result.answerTokens, "token"))"
+                "\(counted(result.texts, "text")), "
+                    + "\(counted(result.conversations, "conversation")), "
+                    + "\(counted(result.answers, "answer")) of "
+                    + "\(counted(result.answerTokens, "token"))"
                     + (result.difference == nil ? ": all as they should be\n" : "\n"))
             if !result.coversArithmetic {
-                Sink.note("the folder has no golden answers: apertus-mlx verify --golden writes them")
+                Sink.note(
+                    "the folder has no golden answers: apertus-mlx verify --golden writes them")
             }
         }
         if let difference = result.difference {

@@ -24,8 +24,10 @@ enum GenerateCommand {
         let clock = ContinuousClock()
         let started = clock.now
         let folder = try ModelFolder(ModelOptions.folder(arguments))
-        let messages = (arguments.text("--system").map { [Message.system($0)] } ?? []) + [.user(prompt)]
-        let count = isRaw
+        let messages =
+            (arguments.text("--system").map { [Message.system($0)] } ?? []) + [.user(prompt)]
+        let count =
+            isRaw
             ? folder.rawPrompt(prompt).count
             : try folder.chatFormat().prompt(messages, thinks: arguments.has("--think")).count
         load.context = min(count + options.maxTokens, folder.config.maxPositions)
@@ -36,7 +38,8 @@ enum GenerateCommand {
         let outcome = Last()
         let chat = apertus.conversation(
             system: arguments.text("--system"), thinks: arguments.has("--think"))
-        let pieces = isRaw
+        let pieces =
+            isRaw
             ? apertus.continuation(of: prompt, options: options, onEnd: { outcome.value = $0 })
             : chat.ask(prompt, options: options)
         interrupts.expect { apertus.stop() }

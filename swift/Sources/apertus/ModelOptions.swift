@@ -21,7 +21,8 @@ enum ModelOptions {
         Option("--top-k", kind: .integer(0 ... .max), "Draw from so many likeliest; 0 from all."),
         Option("--min-p", kind: .number(0 ... 1), "Drop tokens below this share of the likeliest."),
         Option(
-            "--repetition-penalty", kind: .number(1e-20 ... 100), "Above 1 discourages repetition."),
+            "--repetition-penalty", kind: .number(1e-20 ... 100),
+            "Above 1 discourages repetition."),
         Option(
             "--presence-penalty", kind: .number(-2 ... 2),
             "Above 0 discourages words the answer has; -2 to 2."),
@@ -39,7 +40,8 @@ enum ModelOptions {
             "--kv-bits", kind: .integer(2 ... 16),
             "Bits of cached keys and values: 2, 3, 4, 6, 8 or 16 (full)."),
         Option(
-            "--kv-bits-v", kind: .integer(2 ... 16), "Bits of cached values; default: those of keys."),
+            "--kv-bits-v", kind: .integer(2 ... 16),
+            "Bits of cached values; default: those of keys."),
         Option(
             "--max-kv", kind: .integer(1 ... 1 << 30),
             "Keep at most this many positions: the first few, the latest."),
@@ -61,8 +63,9 @@ enum ModelOptions {
 
     /// The folder that `--model` names; there is no embedded model here.
     static func folder(_ arguments: Arguments) throws -> URL {
-        guard let path = arguments.text("--model") ?? arguments.operands.first, !path.isEmpty else {
-            throw ApertusError(.usage, "--model is missing: the folder that apertus-mlx convert wrote")
+        guard let path = arguments.text("--model"), !path.isEmpty else {
+            throw ApertusError(
+                .usage, "--model is missing: the folder that apertus-mlx convert wrote")
         }
         return URL(fileURLWithPath: path, isDirectory: true)
     }
@@ -95,7 +98,8 @@ enum ModelOptions {
         if let name = arguments.text("--dtype") {
             guard let type = LoadOptions.ComputeType(rawValue: name) else {
                 throw ApertusError(
-                    .usage, "--dtype \(name.prefix(40).debugDescription): expected bfloat16, float16 "
+                    .usage,
+                    "--dtype \(name.prefix(40).debugDescription): expected bfloat16, float16 "
                         + "or float32")
             }
             options.computeType = type

@@ -50,5 +50,7 @@ enum Report {
 
 extension Report {
     /// A list of whole numbers.
-    static func integers(_ numbers: some Sequence<Int>) -> Report { .list(numbers.map { .integer($0) }) }
+    static func integers(_ numbers: some Sequence<Int>) -> Report {
+        .list(numbers.map { .integer($0) })
+    }
 }

@@ -8,8 +8,8 @@ import Foundation
 
 /// Where the program writes: data to stdout, all else to stderr.
 ///
-/// Names and texts come from strangers' files. On a terminal, and on stderr always, what it would obey
-/// is shown as `\u{1b}`; into a pipe or file goes the model's text as it is.
+/// Names and texts come from strangers' files. On a terminal, and on stderr always, what it would
+/// obey is shown as `\u{1b}`; into a pipe or file goes the model's text as it is.
 enum Sink {
     /// Write data, as it is unless a terminal reads it.
     static func put(_ text: String) {

@@ -7,7 +7,7 @@ import Testing
     @Suite(.serialized) struct CommandTests {
         private func run(_ arguments: String...) throws -> (code: Int32, out: Data, err: String) {
             let process = Process()
-            process.executableURL = try #require(Self.program)
+            process.executableURL = try Self.program
             process.arguments = arguments
             let (out, err) = (Pipe(), Pipe())
             (process.standardOutput, process.standardError) = (out, err)
@@ -20,14 +20,16 @@ import Testing
         }
 
         /// Beside what runs the tests.
-        private static var program: URL? {
-            var folder = URL(fileURLWithPath: CommandLine.arguments[0]).deletingLastPathComponent()
-            while folder.path != "/" {
-                let found = folder.appendingPathComponent("apertus")
-                if FileManager.default.isExecutableFile(atPath: found.path) { return found }
-                folder.deleteLastPathComponent()
+        private static var program: URL {
+            get throws {
+                var folder = URL(fileURLWithPath: CommandLine.arguments[0])
+                while folder.path != "/" {
+                    folder.deleteLastPathComponent()
+                    let found = folder.appendingPathComponent("apertus")
+                    if FileManager.default.isExecutableFile(atPath: found.path) { return found }
+                }
+                throw ApertusError(.notFound, "apertus is not beside the tests")
             }
-            return nil
         }
 
         private func keys(_ value: Any, _ prefix: String = "") -> Set<String> {
@@ -47,13 +49,16 @@ import Testing
             let object = try JSONSerialization.jsonObject(with: done.out)
             #expect(keys(object) == Set(expected.keys["generate"] ?? []))
             #expect((object as? [String: Any])?["text"] as? String == expected.questions[1].text)
-            #expect((object as? [String: Any])?["token_ids"] as? [Int] == expected.questions[1].token_ids)
+            #expect(
+                (object as? [String: Any])?["token_ids"] as? [Int]
+                    == expected.questions[1].token_ids)
         }
 
         @Test func textGoesToStdoutAndTheRestToStderr() throws {
             let expected = try KitFixtures.expected
             let done = try run(
-                "generate", "--model", try KitFixtures.model.path, "--max-tokens=\(expected.tokens)",
+                "generate", "--model", try KitFixtures.model.path,
+                "--max-tokens=\(expected.tokens)",
                 "--temp", "0", expected.questions[1].prompt)
             #expect(String(decoding: done.out, as: UTF8.self) == expected.questions[1].text + "\n")
             #expect(done.err.contains("tokens/s"))
@@ -72,15 +77,16 @@ import Testing
             #expect(String(decoding: done.out, as: UTF8.self).contains("all as they should be"))
         }
 
-        @Test(arguments: [
-            (["generate", "--nonsense", "Hi"], 2), (["generate", "-n", "0", "Hi"], 2),
-            (["generate", "-n", "3", "-n", "4", "Hi"], 2), (["generate", "a", "b"], 2),
-            (["nonsense"], 2), (["generate", "-m", "/nowhere", "Hi"], 4), (["verify"], 2),
-            (["verify", "/nowhere"], 4), (["generate", "Hi"], 2),
-        ] as [([String], Int32)])
+        @Test(
+            arguments: [
+                (["generate", "--nonsense", "Hi"], 2), (["generate", "-n", "0", "Hi"], 2),
+                (["generate", "-n", "3", "-n", "4", "Hi"], 2), (["generate", "a", "b"], 2),
+                (["nonsense"], 2), (["generate", "-m", "/nowhere", "Hi"], 4), (["verify"], 2),
+                (["verify", "/nowhere"], 4), (["generate", "Hi"], 2),
+            ] as [([String], Int32)])
         func refusalsAreOneLine(_ words: [String], _ code: Int32) throws {
             let process = Process()
-            process.executableURL = try #require(Self.program)
+            process.executableURL = try Self.program
             process.arguments = words
             let err = Pipe()
             process.standardError = err
@@ -101,7 +107,7 @@ import Testing
 
         @Test func anInterruptEndsTheAnswer() throws {
             let process = Process()
-            process.executableURL = try #require(Self.program)
+            process.executableURL = try Self.program
             process.arguments = [
                 "generate", "-m", try KitFixtures.model.path, "-t", "0", "-n", "2000", "--raw",
                 "The capital of France is",

@@ -21,7 +21,8 @@ import Testing
     @Test func goesOnWithWhatHasBeenComputed() async throws {
         let (apertus, expected) = (try await KitFixtures.load(), try KitFixtures.expected)
         let chat = apertus.conversation()
-        _ = try await text(of: chat.ask(expected.questions[0].prompt, options: KitFixtures.greedy()))
+        _ = try await text(
+            of: chat.ask(expected.questions[0].prompt, options: KitFixtures.greedy()))
         let second = try await text(
             of: chat.ask(expected.second_turn.prompt, options: KitFixtures.greedy()))
         #expect(second == expected.second_turn.text)
@@ -30,7 +31,8 @@ import Testing
         #expect(chat.messages.count == 4)
     }
 
-    /// Ending the loop behind each token leaves a conversation that answers as one that was not ended.
+    /// Ending the loop behind each token leaves a conversation that answers as one that was not
+    /// ended.
     @Test func endsAtEachToken() async throws {
         let (apertus, expected) = (try await KitFixtures.load(), try KitFixtures.expected)
         let question = expected.questions[0]
@@ -61,10 +63,13 @@ import Testing
         await apertus.stopAndWait()
         #expect(!apertus.isBusy)
         let question = try KitFixtures.expected.questions[1]
-        #expect(try await text(of: chat.ask(question.prompt, options: KitFixtures.greedy())) == question.text)
+        #expect(
+            try await text(of: chat.ask(question.prompt, options: KitFixtures.greedy()))
+                == question.text)
     }
 
-    /// Asks from detached tasks are answered one at a time, on one thread, each as if it were alone.
+    /// Asks from detached tasks are answered one at a time, on one thread, each as if it were
+    /// alone.
     @Test func twoHundredAsksOnOneThread() async throws {
         let (apertus, expected) = (try await KitFixtures.load(), try KitFixtures.expected)
         let threads = Threads()

@@ -2,7 +2,8 @@ import ApertusKit
 import Foundation
 import Testing
 
-/// The embedded model in 4 bits, and what Python answers with it: `python -m tests.swift_fixtures OUT`.
+/// The embedded model in 4 bits, and what Python answers with it: `python -m tests.swift_fixtures
+/// OUT`.
 enum KitFixtures {
     struct Answered: Decodable, Sendable {
         let prompt, text: String
@@ -28,7 +29,8 @@ enum KitFixtures {
     static var expected: Expected {
         get throws {
             try JSONDecoder().decode(
-                Expected.self, from: Data(contentsOf: folder.appendingPathComponent("expected.json")))
+                Expected.self,
+                from: Data(contentsOf: folder.appendingPathComponent("expected.json")))
         }
     }
 

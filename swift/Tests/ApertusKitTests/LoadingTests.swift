@@ -20,7 +20,8 @@ import Testing
             _ = try await Apertus(folder: folder)
         } throws: { error in
             let error = error as? ApertusError
-            return error?.kind == .rejected && error?.description.contains("model.safetensors") == true
+            return error?.kind == .rejected
+                && error?.description.contains("model.safetensors") == true
         }
     }
 

@@ -89,7 +89,8 @@ final class ChatModel {
                 note = "\(error)"
             }
             if let outcome = conversation.lastOutcome {
-                note = "\(outcome.tokenIDs.count) tokens, "
+                note =
+                    "\(outcome.tokenIDs.count) tokens, "
                     + outcome.decodeTokensPerSecond.formatted(.number.precision(.fractionLength(1)))
                     + " a second"
             }

@@ -127,7 +127,8 @@ private struct StatusLine: View {
             if let memory = chat.memory {
                 Text(
                     "Memory \(size(memory.active)), peak \(size(memory.peak)), planned "
-                        + "\(size(memory.planned)) of \(size(memory.limit))")
+                        + "\(size(memory.planned)) of \(size(memory.limit))"
+                )
                 .monospacedDigit()
             }
         }

@@ -5,9 +5,9 @@ import Observation
 
 /// Fetches a model folder file by file, and goes on where it stopped.
 ///
-/// The folder's manifest says which files there are, their sizes and SHA-256. A file is written beside
-/// its place, hashed, and moved there when it is right; only then does it count. When all are there the
-/// folder is moved to its own place: a folder that has a name is whole.
+/// The folder's manifest says which files there are, their sizes and SHA-256. A file is written
+/// beside its place, hashed, and moved there when it is right; only then does it count. When all
+/// are there the folder is moved to its own place: a folder that has a name is whole.
 @MainActor
 @Observable
 final class FolderDownload {
@@ -30,7 +30,9 @@ final class FolderDownload {
                 let fetcher = FolderFetcher(address: address, models: ModelFolders.downloads)
                 let folder = try await fetcher.fetch { done, total in
                     Task { @MainActor [weak self] in
-                        if case .running = self?.state { self?.state = .running(done: done, total: total) }
+                        if case .running = self?.state {
+                            self?.state = .running(done: done, total: total)
+                        }
                     }
                 }
                 state = .done(folder)
@@ -140,7 +142,8 @@ struct FolderFetcher: Sendable {
         done += block.count
         guard done == size else {
             if done > size { try? FileManager.default.removeItem(at: part) }
-            throw ApertusError(.notFound, "\(file): the connection ended at \(done) of \(size) bytes")
+            throw ApertusError(
+                .notFound, "\(file): the connection ended at \(done) of \(size) bytes")
         }
     }
 
@@ -154,8 +157,9 @@ struct FolderFetcher: Sendable {
     private func requireSpace(_ total: Int, for folder: URL) throws {
         let keys: Set<URLResourceKey> = [.volumeAvailableCapacityForImportantUsageKey]
         let free = try folder.resourceValues(forKeys: keys).volumeAvailableCapacityForImportantUsage
-        let held = (try? FileManager.default.contentsOfDirectory(
-            at: folder, includingPropertiesForKeys: nil)) ?? []
+        let held =
+            (try? FileManager.default.contentsOfDirectory(
+                at: folder, includingPropertiesForKeys: nil)) ?? []
         let missing = Int64(total - held.reduce(0) { $0 + (size(of: $1) ?? 0) })
         if let free, free < missing {
             throw ApertusError(

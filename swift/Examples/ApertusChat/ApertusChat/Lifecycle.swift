@@ -7,7 +7,8 @@ import SwiftUI
 /// Leaves the GPU alone while the app is in the background.
 ///
 /// There, work on the GPU ends the process, and nothing can catch that. So the answer is stopped as
-/// soon as the app is no longer active, and the system is asked for time until the last token is done.
+/// soon as the app is no longer active, and the system is asked for time until the last token is
+/// done.
 @MainActor
 enum Lifecycle {
     static func changed(to phase: ScenePhase, _ chat: ChatModel) {

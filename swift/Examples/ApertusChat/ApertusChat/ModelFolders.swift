@@ -1,11 +1,12 @@
 import Foundation
 
-/// Where models lie: in the app's documents, where Files and the Finder put them, in what the app has
-/// downloaded, and in its bundle.
+/// Where models lie: in the app's documents, where Files and the Finder put them, in what the app
+/// has downloaded, and in its bundle.
 enum ModelFolders {
     /// Of this app, created when it is first asked for; not part of backups.
     static var downloads: URL {
-        var folder = URL.applicationSupportDirectory.appending(path: "Models", directoryHint: .isDirectory)
+        var folder = URL.applicationSupportDirectory.appending(
+            path: "Models", directoryHint: .isDirectory)
         try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
         var values = URLResourceValues()
         values.isExcludedFromBackup = true

@@ -29,8 +29,9 @@ struct ModelPicker: View {
                 } header: {
                     Text("Fetch a folder")
                 } footer: {
-                    Text("The address of a folder that apertus-mlx convert wrote. What has been "
-                        + "fetched stays when the download is interrupted.")
+                    Text(
+                        "The address of a folder that apertus-mlx convert wrote. What has been "
+                            + "fetched stays when the download is interrupted.")
                 }
             }
             .navigationTitle("Models")

@@ -11,8 +11,8 @@ import MLXLMCommon
 /// let session = ChatSession(container)
 /// ```
 ///
-/// Load with `LLMModelFactory.shared`: the free function tries every linked factory and shows the last
-/// one's error.
+/// Load with `LLMModelFactory.shared`: the free function tries every linked factory and shows the
+/// last one's error.
 public struct ApertusTokenizerLoader: TokenizerLoader {
     public init() {}
 
@@ -76,7 +76,9 @@ public struct ApertusTokenizer: MLXLMCommon.Tokenizer {
         guard let template = manifest?.chatTemplate else {
             throw ApertusError(
                 .rejected,
-                "no manifest says of which form the chat template is; convert the model with apertus-mlx")
+                "no manifest says of which form the chat template is; convert the model with "
+                    + "apertus-mlx"
+            )
         }
         let format = try ChatFormat(
             template, system: manifest?.defaultSystem, tokenizer: tokenizer, bos: config.bosTokenId)
