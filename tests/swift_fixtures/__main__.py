@@ -16,6 +16,7 @@ from tests.swift_fixtures.checkpoints import write_checkpoint_fixtures
 from tests.swift_fixtures.configs import write_config_fixtures
 from tests.swift_fixtures.conversations import write_conversation_fixtures
 from tests.swift_fixtures.models import write_model_fixtures
+from tests.swift_fixtures.answered import write_answered_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 
@@ -24,6 +25,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer_fixtures(out)
+    write_answered_fixtures(out)
     write_config_fixtures(out)
     write_checkpoint_fixtures(out)
     write_conversation_fixtures(out)

@@ -37,6 +37,8 @@ SAMPLED = {
     "min-p": {"top_p": 1.0, "min_p": 0.05, "temperature": 0.6},
     "penalty": {"repetition_penalty": 1.3, "top_k": 50},
     "greedy-penalty": {"temperature": 0.0, "repetition_penalty": 1.2},
+    "answer-penalties": {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+    "greedy-frequency": {"temperature": 0.0, "frequency_penalty": -0.3, "presence_penalty": 0.4},
 }
 SAMPLED_FROM = ("float32-sharded", "affine-4-64")
 FORMS_OF = ("affine-4-64", "llama3-head-dim")

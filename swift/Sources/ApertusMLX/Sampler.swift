@@ -19,13 +19,18 @@ public struct SamplingParameters: Hashable, Sendable {
     public let minP: Double
     /// Above 1 discourages repetition; from 1e-20 to 100.
     public let repetitionPenalty: Double
+    /// Above 0 discourages tokens that have been drawn already; from -2 to 2.
+    public let presencePenalty: Double
+    /// The same for each time that they were drawn; from -2 to 2.
+    public let frequencyPenalty: Double
     /// The same seed gives the same tokens, here and in Python.
     public let seed: UInt64
 
     /// - Throws: `ApertusError` of kind `usage`: a value outside its range.
     public init(
         temperature: Double = 0.8, topP: Double = 0.9, topK: Int = 0, minP: Double = 0,
-        repetitionPenalty: Double = 1, seed: UInt64 = .random(in: 0 ..< 1 << 32)
+        repetitionPenalty: Double = 1, presencePenalty: Double = 0, frequencyPenalty: Double = 0,
+        seed: UInt64 = .random(in: 0 ..< 1 << 32)
     ) throws {
         func require(_ name: String, _ value: Double, _ range: ClosedRange<Double>) throws {
             guard range.contains(value) else {
@@ -41,6 +46,9 @@ public struct SamplingParameters: Hashable, Sendable {
         try require("top-k", Double(topK), 0 ... 0x1p53)
         if minP != 0 { try require("min-p", minP, smallest ... 1) }
         try require("repetition-penalty", repetitionPenalty, 1e-20 ... 100)
+        try require("presence-penalty", presencePenalty, -2 ... 2)
+        try require("frequency-penalty", frequencyPenalty, -2 ... 2)
+        (self.presencePenalty, self.frequencyPenalty) = (presencePenalty, frequencyPenalty)
         (self.temperature, self.topP, self.topK) = (temperature, topP, topK)
         (self.minP, self.repetitionPenalty, self.seed) = (minP, repetitionPenalty, seed)
     }
@@ -55,13 +63,16 @@ public struct SamplingParameters: Hashable, Sendable {
 
 /// Draws tokens for one sequence; where a GPU computes all stays lazy, so that decoding runs ahead.
 ///
-/// The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+/// The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. OpenAI's
+/// presence and frequency penalties follow the repetition penalty.
 struct Sampler {
     private let parameters: SamplingParameters
     private let sortsOnGPU: Bool
     private var key: MLXArray
     /// 1 for each token that has come, and the tokens' numbers; nil without a penalty.
     private var seen: (marks: MLXArray, numbers: MLXArray)?
+    /// How often each token has been drawn, and the tokens' numbers; nil without a penalty.
+    private var drawn: (counts: MLXArray, numbers: MLXArray)?
 
     init(
         _ parameters: SamplingParameters, prompt: [Int], vocabSize: Int,
@@ -69,6 +80,9 @@ struct Sampler {
     ) {
         (self.parameters, self.sortsOnGPU) = (parameters, sortsOnGPU)
         key = MLXRandom.key(parameters.seed)
+        if parameters.presencePenalty != 0 || parameters.frequencyPenalty != 0 {
+            drawn = (MLXArray.zeros([vocabSize]), MLXArray(Array(0 ..< vocabSize)))
+        }
         guard parameters.repetitionPenalty != 1 else { return }
         var marks = [Float](repeating: 0, count: vocabSize)
         for token in prompt where token < vocabSize { marks[token] = 1 }
@@ -81,6 +95,11 @@ struct Sampler {
         if let seen {
             logits = penalize(logits, seen.marks, Float(parameters.repetitionPenalty))
         }
+        if let counts = drawn?.counts {
+            let often = counts * Float(parameters.frequencyPenalty)
+            let present = (counts .> Float(0)).asType(.float32) * Float(parameters.presencePenalty)
+            logits = logits.asType(.float32) - often - present
+        }
         let token: MLXArray
         if parameters.isGreedy {
             token = argMax(logits, axis: -1)
@@ -92,6 +111,9 @@ struct Sampler {
         }
         if let (marks, numbers) = seen {
             seen = (maximum(marks, (numbers .== token).asType(.float32)), numbers)
+        }
+        if let (counts, numbers) = drawn {
+            drawn = (counts + (numbers .== token).asType(.float32), numbers)
         }
         return token
     }

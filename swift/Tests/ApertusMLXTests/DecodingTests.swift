@@ -64,7 +64,9 @@ import Testing
             temperature: options["temperature"]?.double ?? 0.8,
             topP: options["top_p"]?.double ?? 0.9, topK: options["top_k"]?.int ?? 0,
             minP: options["min_p"]?.double ?? 0,
-            repetitionPenalty: options["repetition_penalty"]?.double ?? 1, seed: 7)
+            repetitionPenalty: options["repetition_penalty"]?.double ?? 1,
+            presencePenalty: options["presence_penalty"]?.double ?? 0,
+            frequencyPenalty: options["frequency_penalty"]?.double ?? 0, seed: 7)
     }
 
     @Test func resumesWithNewTokensAlone() throws {

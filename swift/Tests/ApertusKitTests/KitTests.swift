@@ -1,4 +1,0 @@
-import ApertusKit
-import Testing
-
-@Test func builds() {}
