@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.swift_fixtures.answered import write_answered_fixtures
 from tests.swift_fixtures.answers import write_answer_fixtures
 from tests.swift_fixtures.checkpoints import write_checkpoint_fixtures
 from tests.swift_fixtures.configs import write_config_fixtures
 from tests.swift_fixtures.conversations import write_conversation_fixtures
 from tests.swift_fixtures.models import write_model_fixtures
-from tests.swift_fixtures.answered import write_answered_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 

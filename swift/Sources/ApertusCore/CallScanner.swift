@@ -165,7 +165,8 @@ struct CallScanner: Sendable {
         guard string.isClosed else { return end }
         begin(string.value() ?? [])
         expected = .colon
-        if name.isEmpty || names?.contains(name) == false { fail(&parts) }
+        // A later prompt could not say another name.
+        if !isCalledName(name) || names?.contains(name) == false { fail(&parts) }
         return end
     }
 

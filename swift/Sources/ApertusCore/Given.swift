@@ -40,6 +40,15 @@ struct Given {
         return text
     }
 
+    /// The name in a call.
+    func calledName() throws -> String {
+        let name = try text()
+        guard isCalledName(name.utf8) else {
+            throw refuse("\(beginning(of: name)): \(calledNameRule)")
+        }
+        return name
+    }
+
     /// The name of a function.
     func name() throws -> String {
         let name = try text()

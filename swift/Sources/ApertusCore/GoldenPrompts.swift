@@ -10,15 +10,12 @@ public struct GoldenPrompts: Sendable, Equatable {
         /// As the text alone is encoded.
         public let ids: [Int32]
     }
-    /// A message of a conversation, plain text.
-    public struct Message: Sendable, Equatable {
-        public let role: String
-        public let content: String
-    }
     /// A conversation and its prompt.
     public struct Conversation: Sendable, Equatable {
         public let name: String
         public let messages: [Message]
+        /// What the model may call; most conversations have none.
+        public let tools: [ToolDefinition]
         public let thinks: Bool
         /// As it is rendered for an answer.
         public let ids: [Int32]
@@ -42,14 +39,12 @@ public struct GoldenPrompts: Sendable, Equatable {
             Text(text: try keys.text("text"), ids: try GoldenReader.ids(keys, "token_ids"))
         }
         conversations = try reader.entries("conversations").map { keys in
-            let messages = (keys.value("messages")?.items ?? []).map {
-                KeyReader($0, "\(name): conversations: messages")
-            }
-            return Conversation(
+            Conversation(
                 name: try keys.text("name"),
-                messages: try messages.map {
-                    Message(role: try $0.text("role"), content: try $0.text("content"))
-                },
+                messages: try Message.list(Given(keys.value("messages"), at: "\(name): messages")),
+                tools: try keys.value("tools").map {
+                    try ToolDefinition.list(Given($0, at: "\(name): tools"))
+                } ?? [],
                 thinks: try keys.optionalFlag("enable_thinking") ?? false,
                 ids: try GoldenReader.ids(keys, "token_ids"))
         }

@@ -10,7 +10,11 @@ extension Message {
     /// - Parameter json: a list of `{role, content, tool_calls, tool_call_id, reasoning_content}`.
     /// - Throws: `ApertusError`, naming what is wrong as `messages[3].tool_call_id`.
     public static func list(json: Data) throws -> [Message] {
-        try Given.read(json, as: "messages").list("a list of messages").map { try Message($0) }
+        try list(Given.read(json, as: "messages"))
+    }
+
+    static func list(_ given: Given) throws -> [Message] {
+        try given.list("a list of messages").map { try Message($0) }
     }
 
     private init(_ message: Given) throws {
@@ -67,7 +71,7 @@ extension ToolCall {
         let (id, function) = (try call["id"], try call["function"])
         self.init(
             id: id.value == nil ? nil : try id.text(),
-            name: try function["name"].name(),
+            name: try function["name"].calledName(),
             arguments: try function["arguments"].arguments())
     }
 }

@@ -27,8 +27,12 @@ public struct ToolDefinition: Equatable, Sendable {
     ///   `{name, description, parameters}`.
     /// - Throws: `ApertusError`, naming what is wrong as `tools[1].function.name`.
     public static func list(json: Data) throws -> [ToolDefinition] {
+        try list(Given.read(json, as: "tools"))
+    }
+
+    static func list(_ given: Given) throws -> [ToolDefinition] {
         var names: Set<String> = []
-        return try Given.read(json, as: "tools").list("a list of tools").map { tool in
+        return try given.list("a list of tools").map { tool in
             let definition = try ToolDefinition(tool)
             guard names.insert(definition.name).inserted else {
                 let place = try tool["function"].value == nil ? tool : tool["function"]

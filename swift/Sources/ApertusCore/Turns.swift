@@ -82,8 +82,8 @@ struct CallResults {
         hasIDs = calls.contains { $0.id != nil }
         for (index, call) in calls.enumerated() {
             let field = "\(place).tool_calls[\(index)]"
-            guard isFunctionName(call.name) else {
-                throw refusal("\(field).function.name", functionNameRule)
+            guard isCalledName(call.name.utf8) else {
+                throw refusal("\(field).function.name", calledNameRule)
             }
             try requireArguments(call.arguments, at: "\(field).function.arguments")
             guard hasIDs else { continue }
@@ -136,6 +136,16 @@ struct CallResults {
             throw refusal("\(place).\(field)", "has no result; it needs a message of role 'tool'")
         }
     }
+}
+
+let calledNameRule = "expected 1 to 64 characters without quotes or controls"
+
+/// Whether a call may have this name. A model may call what is no function, such as `functions.f`, which
+/// prompts then write as it is.
+func isCalledName(_ name: some Collection<UInt8>) -> Bool {
+    let text = String(decoding: name, as: UTF8.self).unicodeScalars
+    return (1 ... 64).contains(text.count)
+        && text.allSatisfy { $0 != "\"" && $0 != "\\" && $0.value >= 0x20 && $0.value != 0x7F }
 }
 
 let functionNameRule = "expected 1 to 64 of the characters a-z A-Z 0-9 _ -"

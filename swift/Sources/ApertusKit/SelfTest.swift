@@ -107,24 +107,11 @@ extension Apertus {
             let format = try engine.folder.chatFormat(
                 day: Self.day(in: written) ?? ChatFormat.today())
             let found = try format.prompt(
-                conversation.messages.map(Self.message), thinks: conversation.thinks)
+                conversation.messages, tools: conversation.tools, thinks: conversation.thinks)
             result.conversations += 1
             result.difference = Self.difference(
                 .conversation, conversation.name, found, conversation.ids)
             if result.difference != nil { return }
-        }
-    }
-
-    private static func message(_ golden: GoldenPrompts.Message) throws -> Message {
-        switch golden.role {
-        case "system": .system(golden.content)
-        case "user": .user(golden.content)
-        case "assistant": .assistant(golden.content)
-        case let role:
-            throw ApertusError(
-                .rejected,
-                "\(GoldenPrompts.fileName): conversations: role \(role.prefix(40).debugDescription)"
-            )
         }
     }
 
