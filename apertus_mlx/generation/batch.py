@@ -35,15 +35,19 @@ __all__ = ["Batch", "Event", "Row"]
 
 _log = logging.getLogger(__name__)
 
+SHARED_PREFILL_STEP = 128
+
 
 class Event(NamedTuple):
     """What happened to a row: a token came, some of its prompt was read, or it failed and is out.
 
-    After its last token (`row.left` is 0) it has left by itself.
+    After its last token (`row.left` is 0) it has left by itself. `logits` `[vocabulary]` are what
+    the model computed before the token, without penalties and what else changed them.
     """
 
     row: Row
     token: int | None = None
+    logits: mx.array | None = None
     error: Exception | None = None
 
 
@@ -56,7 +60,8 @@ class Batch:
     Args:
         model: an MLX model computes all rows together; another, one after the other.
         prefixes: what rows leave there is reused by others. None: nothing is.
-        prefill_step: most tokens of a prompt that are read between two decode steps.
+        prefill_step: most tokens of a prompt that are read at a time.
+        shared_step: the same while rows decode, which wait for it.
 
     Attributes:
         running: rows that decode, in the order in which they began to.
@@ -69,10 +74,12 @@ class Batch:
         model: LanguageModel,
         prefixes: PrefixTrie | None = None,
         prefill_step: int = DEFAULT_PREFILL_STEP,
+        shared_step: int = SHARED_PREFILL_STEP,
     ) -> None:
         self.model = model
         self.prefixes = PrefixTrie(0) if prefixes is None else prefixes
         self.prefill_step = prefill_step
+        self.shared_step = min(shared_step, prefill_step)
         self.running: list[Row] = []
         self.waiting: deque[Row] = deque()
         self.faults = 0
@@ -149,7 +156,8 @@ class Batch:
             row.read = row.reused = 0 if hit is None else hit.length
             expect(row.caches, len(prompt) - row.read)
         ends = [*(place for place in row.boundaries if place > row.read), len(prompt)]
-        size = chunk_sizes(ends[0] - row.read, self.prefill_step)[0]
+        step = self.shared_step if self.running else self.prefill_step
+        size = chunk_sizes(ends[0] - row.read, step)[0]
         chunk = mx.array(prompt[row.read : row.read + size])[None]
         logits = read_chunk(self.model, chunk, row.caches, row.read + size == len(prompt))
         row.read += size
@@ -183,7 +191,7 @@ class Batch:
 
     def _value(self, row: Row) -> Event:
         try:
-            return Event(row, row.value())
+            return Event(row, row.value(), row.logits)
         except ApertusError as error:
             return Event(row, error=error)
 

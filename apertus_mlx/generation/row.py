@@ -88,6 +88,12 @@ class Row:
         assert self._draw is not None
         return self._draw.token
 
+    @property
+    def logits(self) -> mx.array:
+        """What `token` was drawn from, as the model computed it; `[vocabulary]`."""
+        assert self._draw is not None
+        return self._draw.after.values
+
     def begin(self, after: NextTokenLogits) -> None:
         """Draw the next token from the logits after `ids`; also anew, where that was done before.
 

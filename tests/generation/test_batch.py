@@ -193,6 +193,33 @@ def test_a_step_comes_between_chunks_and_the_oldest_first(model: Model) -> None:
     assert order == [first] * 4 + [second] * 4
 
 
+def test_chunks_are_short_while_rows_decode(model: Model) -> None:
+    batch = Batch(model, prefill_step=96, shared_step=64)
+    first, second = (new_row(prompt, max_tokens=100)[0] for prompt in prompts(2, 192))
+    for row, chunks in ((first, [96, 192]), (second, [64, 128, 192])):
+        batch.join(row)
+        found = []
+        while batch.waiting:
+            list(batch.turn())
+            found.append(row.read)
+        assert found == chunks
+
+
+def test_events_tell_what_a_token_was_drawn_from(model: Model) -> None:
+    """As the model computed it, whatever penalties made of it."""
+    batch = Batch(model)
+    (row, _), (plain, its) = (
+        new_row(prompts(1)[0], repetition_penalty=penalty) for penalty in (1.9, 1.0)
+    )
+    for each in (row, plain):
+        batch.join(each)
+    while len(batch.running) < 2:
+        batch.read()
+    told = {event.row: event.logits for event in batch.step()}
+    assert told[row] is not None
+    assert np.array_equal(np.array(told[row]), its.logits(1)[0])
+
+
 class Broken(FullCache):
     """A cache that fails from so many positions on."""
 
