@@ -14,6 +14,7 @@ import importlib
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,8 @@ def main() -> None:
             for name in sorted(sides, reverse=bool(turn % 2)):
                 seconds = sides[name](given, arguments.steps)
                 rates[rows][name].append(rows * arguments.steps / seconds)
+                note = f"round {turn + 1}, {rows} rows, {name}: {rates[rows][name][-1]:.2f} tokens/s"
+                print(note, file=sys.stderr, flush=True)
     report = {
         "device": "MLX on the GPU" if has_gpu() else "MLX on the CPU",
         "rows": {rows: summary(found) for rows, found in rates.items()},

@@ -24,6 +24,7 @@ from apertus_mlx.generation.structured import AnswerRules, require_schema
 from apertus_mlx.generation.thought_budget import ThoughtBudget
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.language_model import NextTokenLogits
 from tests.batch_play import VOCABULARY, answer, new_row, play_many, run
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import FORMS, TOLERANCE
@@ -53,9 +54,9 @@ def prompts(count: int, length: int = 12, seed: int = 0) -> list[list[int]]:
     return [[chance.randrange(74, 330) for _ in range(length)] for _ in range(count)]
 
 
-def greedy_alone(model: Model, prompt: Sequence[int], count: int) -> list[int]:
+def drawn_alone(model: Model, prompt: Sequence[int], count: int, **params: Any) -> list[int]:
     caches = model.make_cache()
-    sampler = Sampler(SamplingParams(temperature=0), prompt, VOCABULARY)
+    sampler = Sampler(SamplingParams(**{"temperature": 0.0, **params}), prompt, VOCABULARY)
     return list(
         draw_tokens(
             lambda token: model.next_token_logits(token.reshape(1, 1), caches),
@@ -125,7 +126,7 @@ def test_joining_and_leaving_touch_no_other_cache(model: Model) -> None:
     assert [id(array) for layer in first.caches for array in layer.state] == kept
     assert batch.running == [first, third] and second.caches is None
     list(batch.turn())
-    assert answer(first) == greedy_alone(model, first.ids[:12], 50)[: len(answer(first))]
+    assert answer(first) == drawn_alone(model, first.ids[:12], 50)[: len(answer(first))]
 
 
 def test_answers_of_a_form_in_a_batch(embedded: LoadedModel) -> None:
@@ -291,19 +292,22 @@ def test_only_the_guilty_row_fails(failing: Failing, model: Model, last: int) ->
     assert list(errors) == [guilty] and str(errors[guilty]) == "this row is broken"
     assert batch.faults and len(answer(guilty)) == max(0, last - 12)
     for row, prompt in zip(rows, given, strict=True):
-        assert answer(row) == greedy_alone(model, prompt, 20)
+        assert answer(row) == drawn_alone(model, prompt, 20)
 
 
 @pytest.mark.parametrize("once", [1, 3, 4])
 def test_what_fails_once_fails_nobody(failing: Failing, model: Model, once: int) -> None:
     failing.once = once
     given = prompts(4)
-    rows = [new_row(prompt, max_tokens=20)[0] for prompt in given]
+    chance = [{"temperature": 1.5, "top_p": 1.0, "seed": seed} for seed in range(4)]
+    rows = [
+        new_row(prompt, max_tokens=20, **how)[0] for prompt, how in zip(given, chance, strict=True)
+    ]
     batch = Batch(failing)
     assert not collect(batch, rows)
     assert batch.faults == 1
-    for row, prompt in zip(rows, given, strict=True):
-        assert answer(row) == greedy_alone(model, prompt, 20)
+    for row, prompt, how in zip(rows, given, chance, strict=True):
+        assert answer(row) == drawn_alone(model, prompt, 20, **how)
 
 
 def test_too_many_rows_lose_the_newest(failing: Failing, model: Model) -> None:
@@ -313,7 +317,7 @@ def test_too_many_rows_lose_the_newest(failing: Failing, model: Model) -> None:
     errors = collect(batch, rows)
     assert list(errors) == [rows[3]]
     for row in rows[:3]:
-        assert answer(row) == greedy_alone(model, row.ids[:12], 20)
+        assert answer(row) == drawn_alone(model, row.ids[:12], 20)
 
 
 def test_rules_fail_their_own_row(model: Model) -> None:
@@ -333,6 +337,40 @@ def test_rules_fail_their_own_row(model: Model) -> None:
     assert [len(answer(row)) for row in rows[:2]] == [8, 8] and batch.faults == 0
 
 
+def test_rules_that_change_have_the_draw_made_again(model: Model) -> None:
+    """A token drawn ahead under rules that hold no more is drawn anew, by the same key."""
+
+    class OnlyAfterThree:
+        """Steady; after three tokens only one is allowed, and then all again."""
+
+        def __init__(self) -> None:
+            self.count, self.allowed, self.steady = 0, None, True
+
+        def accept(self, token: int) -> bool:
+            self.count += 1
+            only = mx.arange(VOCABULARY) == 99
+            self.allowed = only if self.count == 3 else None
+            return self.count in (3, 4)
+
+    given = prompts(2)
+    how = {"temperature": 1.5, "top_p": 1.0}
+    rows = []
+    for seed, prompt in enumerate(given):
+        sampler = Sampler(SamplingParams(**how, seed=seed), prompt, VOCABULARY)
+        rows.append(Row(prompt, sampler, 12, rules=OnlyAfterThree()))  # type: ignore[arg-type]
+    run(Batch(model), rows)
+    for seed, row in enumerate(rows):
+        caches = model.make_cache()
+        sampler = Sampler(SamplingParams(**how, seed=seed), row.ids[:12], VOCABULARY)
+        logits, expected = prefill(model, row.ids[:12], caches), []
+        for index in range(12):
+            allowed = mx.arange(VOCABULARY) == 99 if index == 3 else None
+            expected.append(int(sampler(NextTokenLogits(logits), allowed)))
+            token = mx.array([expected[-1:]])
+            logits = model.next_token_logits(token, caches).values
+        assert answer(row) == expected and expected[3] == 99
+
+
 def test_damaged_logits_fail_their_own_row(folder: Path, model: Model) -> None:
     """One token's embedding is no number; who has it gets the error, others their answers."""
     damaged = load_model(folder)
@@ -346,7 +384,7 @@ def test_damaged_logits_fail_their_own_row(folder: Path, model: Model) -> None:
     assert list(errors) == [guilty] and isinstance(errors[guilty], RejectedError)
     assert "no finite logits" in str(errors[guilty]) and batch.faults == 0
     for row, prompt in zip(rows, given, strict=True):
-        assert answer(row) == greedy_alone(model, prompt, 8)
+        assert answer(row) == drawn_alone(model, prompt, 8)
 
 
 def test_rows_go_on_where_others_stopped(model: Model) -> None:
@@ -361,7 +399,7 @@ def test_rows_go_on_where_others_stopped(model: Model) -> None:
     run(batch, [second])
     # The last token of an answer has not been fed.
     assert second.reused == len(first.ids) - 1
-    assert answer(second) == greedy_alone(model, ids, 8)
+    assert answer(second) == drawn_alone(model, ids, 8)
     again = new_row(first.ids[:40])[0]
     run(batch, [again])
     assert again.reused == 39 and answer(again) == answer(first)
