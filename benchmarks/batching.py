@@ -55,8 +55,9 @@ def main() -> None:
             given = prompts_of(rows, arguments.prompt_tokens, ours.config.vocab_size)
             for name in sorted(sides, reverse=bool(turn % 2)):
                 seconds = sides[name](given, arguments.steps)
-                rates[rows][name].append(rows * arguments.steps / seconds)
-                note = f"round {turn + 1}, {rows} rows, {name}: {rates[rows][name][-1]:.2f} tokens/s"
+                rate = rows * arguments.steps / seconds
+                rates[rows][name].append(rate)
+                note = f"round {turn + 1}, {rows} rows, {name}: {rate:.2f} tokens/s"
                 print(note, file=sys.stderr, flush=True)
     report = {
         "device": "MLX on the GPU" if has_gpu() else "MLX on the CPU",
