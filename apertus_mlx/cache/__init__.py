@@ -19,6 +19,7 @@ __all__ = [
     "QuantizedCache",
     "Segments",
     "expect",
+    "fork",
     "make_layer_cache",
     "rewind",
 ]
@@ -47,6 +48,20 @@ def expect(caches: Sequence[Cache], more: int) -> None:
     for cache in caches:
         if isinstance(cache, FullCache | QuantizedCache):
             cache.expect(cache.offset + more)
+
+
+def fork(caches: Sequence[Cache]) -> list[Cache]:
+    """Caches of the same positions that go their own way; memory is shared until one writes.
+
+    Raises:
+        TypeError: a cache is not one of ours.
+    """
+    twins: list[Cache] = []
+    for cache in caches:
+        if not isinstance(cache, FullCache | QuantizedCache):
+            raise TypeError(f"{type(cache).__name__} cannot be forked")
+        twins.append(cache.fork())
+    return twins
 
 
 def rewind(caches: Sequence[Cache], positions: int) -> bool:

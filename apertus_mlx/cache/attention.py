@@ -23,6 +23,10 @@ MAX_SCORES_BYTES = 2**23
 
 def attend(queries: mx.array, keys: Stored, values: Stored, scale: float, mask: Mask) -> mx.array:
     """Scaled dot-product attention of `queries` `[B, heads, L, head_dim]`; the same shape."""
+    if isinstance(keys, tuple):
+        assert isinstance(values, tuple)
+        each = zip(mx.split(queries, len(keys)), keys, values, strict=True)
+        return mx.concatenate([attend(*row, scale, mask) for row in each])
     if isinstance(keys, mx.array):
         assert isinstance(values, mx.array)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Self
+
 import mlx.core as mx
 
 from apertus_mlx.cache.config import CacheConfig
@@ -85,6 +88,16 @@ class FullCache:
         """Take over what a cache of the same form exported after so many positions."""
         rows = arrays["rows"]
         self.rows.restore([rows] if self.joined else halves(rows), positions)
+
+    def fork(self) -> Self:
+        """A cache of the same positions that goes its own way; who writes first copies them."""
+        twin = copy(self)
+        twin.rows = self.rows.fork()
+        return twin
+
+    def compact(self) -> None:
+        """Give back memory that the positions held do not need."""
+        self.rows.compact()
 
     def size(self) -> int:
         """Number of positions held."""

@@ -10,8 +10,10 @@ from apertus_mlx.cache.segments import Segments
 
 # None, "causal" (all keys up to the query's own), or a boolean array `[L, S]`.
 Mask = mx.array | str | None
-# Keys or values as attention gets them: one array `[B, kv_heads, S, head_dim]`, or several parts.
-Stored = mx.array | Segments
+# Keys or values as attention gets them: one array `[B, kv_heads, S, head_dim]`, or several parts;
+# for sequences of different lengths, these of each of them.
+One = mx.array | Segments
+Stored = One | tuple[One, ...]
 
 
 class Cache(Protocol):

@@ -9,6 +9,8 @@ a bound, the codes are a ring of Q positions, and the query sees those from f(i 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from typing import Self
 
 import mlx.core as mx
 
@@ -135,6 +137,18 @@ class QuantizedCache:
             for name, bits in zip(("keys", "values"), self._bits, strict=True)
             for part in ([""] if bits == FULL_BITS else parts)
         ]
+
+    def fork(self) -> Self:
+        """A cache of the same positions that goes its own way; who writes first copies them."""
+        twin = copy(self)
+        twin.older = self.older.fork()
+        # `departed` is replaced, never written to.
+        twin.recent = None if self.recent is None else mx.array(self.recent)
+        return twin
+
+    def compact(self) -> None:
+        """Give back memory that the positions held do not need."""
+        self.older.compact()
 
     def size(self) -> int:
         """Number of positions held."""

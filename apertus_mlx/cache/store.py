@@ -9,6 +9,8 @@ however long the cache gets, growing copies a row some ten times in all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 import mlx.core as mx
 
@@ -99,6 +101,18 @@ class Store:
         if held:
             self.append(rows)
         self.length = length
+
+    def fork(self) -> Self:
+        """A store with the same rows that goes its own way; who writes first copies them."""
+        twin = copy(self)
+        twin.arrays = [mx.array(array) for array in self.arrays]
+        return twin
+
+    def compact(self) -> None:
+        """Give back the room that the rows held do not need."""
+        self.expected, wanted = 0, self.capacity(self.held)
+        if wanted < self.room:
+            self.arrays = [mx.contiguous(array[:, :, :wanted]) for array in self.arrays if wanted]
 
     def can_shrink(self, length: int) -> bool:
         """Whether what was held with `length` rows is still there."""

@@ -39,16 +39,24 @@ def prefill(
     expect(cache, len(prompt))
     done = 0
     for size in chunk_sizes(len(prompt), step):
-        hidden = model.model(ids[:, done : done + size], cache)
+        chunk = ids[:, done : done + size]
         done += size
-        last = done == len(prompt)
-        logits = model.logits(hidden[:, -1:])[0, 0] if last else None
-        # Only the caches and the last logits are wanted; hidden states of a chunk are not.
-        mx.eval([layer.state for layer in cache], [] if logits is None else logits)
-        mx.clear_cache()
+        logits = read_chunk(model, chunk, cache, wanted=done == len(prompt))
         if on_chunk is not None:
             on_chunk(done)
     assert logits is not None
+    return logits
+
+
+def read_chunk(
+    model: LanguageModel, ids: mx.array, cache: Sequence[Cache], wanted: bool
+) -> mx.array | None:
+    """Run `ids` `[1, L]` through the model; the logits `[vocabulary]` after them, if `wanted`."""
+    hidden = model.model(ids, cache)
+    logits = model.logits(hidden[:, -1:])[0, 0] if wanted else None
+    # Only the caches and the last logits are wanted; hidden states of a chunk are not.
+    mx.eval([layer.state for layer in cache], [] if logits is None else logits)
+    mx.clear_cache()
     return logits
 
 
@@ -109,7 +117,7 @@ def draw_tokens(
         return token, after
 
     token, after = draw(NextTokenLogits(logits))
-    sound = _tell_apart(logits)
+    sound = tell_apart(logits)
     mx.async_eval(sound)  # known with the first token, before the step after it
     for index in range(max_tokens):
         following = None
@@ -120,13 +128,10 @@ def draw_tokens(
         value = int(token)
         # Where the logits tell nothing apart token 0 is drawn by greedy choice, so that after the
         # first time only then a look is worth its while. Rules may not allow 0.
-        if index and (value == 0 or (not ahead and not _is_finite(after.values, token))):
-            sound = _tell_apart(after.values)
+        if index and (value == 0 or (not ahead and not is_finite(after.values, token))):
+            sound = tell_apart(after.values)
         if not sound.item():
-            raise RejectedError(
-                f"the model computed no finite logits, or all equal, at token {index + 1}: its "
-                "weights are damaged or overflow in this type; try --dtype float32"
-            )
+            raise unsound(index)
         if rules is not None:
             next_logits = None if following is None else following[1]
             if not ahead and index + 1 < max_tokens and not rules.ends_with(value):
@@ -143,11 +148,20 @@ def draw_tokens(
             mx.clear_cache()
 
 
-def _is_finite(logits: mx.array, token: mx.array) -> bool:
+def unsound(index: int) -> RejectedError:
+    """What is raised where the logits of token `index` of an answer are of no use."""
+    return RejectedError(
+        f"the model computed no finite logits, or all equal, at token {index + 1}: its "
+        "weights are damaged or overflow in this type; try --dtype float32"
+    )
+
+
+def is_finite(logits: mx.array, token: mx.array) -> bool:
+    """Whether the logit of `token` (shape `[]`) is a number."""
     return bool(mx.isfinite(logits[token]).item())
 
 
-def _tell_apart(logits: mx.array) -> mx.array:
+def tell_apart(logits: mx.array) -> mx.array:
     """Whether all logits are numbers, and not all the same one; shape `[]`."""
     finite = mx.isfinite(logits).all()
     return finite if logits.size == 1 else finite & (logits.max() > logits.min())

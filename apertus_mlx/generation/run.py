@@ -217,18 +217,18 @@ class Generation:
         parser = self._parser
         sources = deque([logits])
 
-        def step(token: mx.array) -> NextTokenLogits:
+        def noted(token: mx.array) -> NextTokenLogits:
             found = run.step(token)
             sources.append(found.values)
             return found
 
+        step = run.step if self.on_token is None else noted
         for token in draw_tokens(step, logits, sampler, self._max_tokens, self._rules):
             self._last = time.perf_counter()
             self._first = self._first or self._last
             self.token_ids.append(token)
-            source = sources.popleft()
             if self.on_token is not None:
-                self.on_token(token, source)
+                self.on_token(token, sources.popleft())
             if token in stop_ids:
                 self._finish = self._end
                 break

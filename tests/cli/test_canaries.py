@@ -86,7 +86,8 @@ ASKED: Mapping[str, tuple[str, tuple[str, ...]]] = {
 def test_every_command_is_asked() -> None:
     from apertus_mlx.cli.app import COMMANDS
 
-    assert set(COMMANDS) == ASKED.keys()
+    # `serve` does not end by itself; tests/server/test_process.py has it.
+    assert set(COMMANDS) - {"serve"} == ASKED.keys()
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -70,7 +70,8 @@ class Counted:
         return watched
 
 
-@pytest.mark.parametrize("kind", ["gptq", pytest.param("target", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["gptq", "target"])
 def test_going_on_repeats_at_most_one_layer(
     kind: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     wholes: Callable[[str], dict[str, bytes]],

@@ -13,7 +13,7 @@ from apertus_mlx.generation.options import RunOptions
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import FORMS, Counts, Play
 
-SEQUENCES, STEPS = 5, 5
+SEQUENCES, STEPS = 6, 6
 
 
 @pytest.fixture(scope="module")

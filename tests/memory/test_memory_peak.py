@@ -109,6 +109,7 @@ def test_planned_weights_are_those_in_memory() -> None:
         assert weights_bytes(built.inventory, 4) == held
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("form", [CacheConfig(bound=256), CacheConfig(4, 4, bound=256)])
 def test_a_bound_keeps_memory_flat(form: CacheConfig) -> None:
     model = build((64, 128, 2, 2, 1, 64, 256, 16)).model

@@ -243,7 +243,7 @@ def test_values_are_shared_by_the_heads_of_a_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("untied", "gptq"),
+        pytest.param("untied", "gptq", marks=pytest.mark.nightly),
         ("tied", "rtn"),
         pytest.param("untied", "rtn", marks=pytest.mark.nightly),
         pytest.param("untied", "search", marks=pytest.mark.nightly),
@@ -276,7 +276,7 @@ def test_every_method(
 
 
 @pytest.mark.parametrize(
-    "method", ["rtn", "search", pytest.param("gptq", marks=pytest.mark.nightly)]
+    "method", ["rtn", *(pytest.param(m, marks=pytest.mark.nightly) for m in ("search", "gptq"))]
 )
 def test_smoothing_saves_a_model_with_outliers(method: str, texts: Path, tmp_path: Path) -> None:
     config = config_4x(torch_dtype="bfloat16")
@@ -292,6 +292,7 @@ def test_smoothing_saves_a_model_with_outliers(method: str, texts: Path, tmp_pat
     assert errors[1] < (1 if method == "gptq" else 0.8) * errors[0]
 
 
+@pytest.mark.nightly
 def test_an_interrupted_run_goes_on(
     untied: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
     return "".join([*map(stream.push, ids), stream.finish()])
 
 
+@pytest.mark.nightly
 def test_texts_of_160_locales_and_others(
     ours: dict[str, Tokenizer], transformers: Any, library: tokenizers.Tokenizer, mistral: Any
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
@@ -65,6 +66,18 @@ class CPUStore(Store):
             return []
         return [mx.array(self.buffer[:, :, : self.length])]
 
+    def fork(self) -> Self:
+        """As `Store` does; what numpy writes in place is copied at once."""
+        twin = super().fork()
+        if self.buffer is not None:
+            twin.buffer = self.buffer[:, :, : self.capacity(self.length)].copy()
+        return twin
+
+    def compact(self) -> None:
+        """Give back the room that the rows held do not need."""
+        if self.buffer is not None and self.capacity(self.length) < self.room:
+            self.buffer = self.buffer[:, :, : self.capacity(self.length)].copy()
+
     def restore(self, rows: Sequence[mx.array], length: int) -> None:
         """As `Store` does, in a new buffer."""
         self.buffer = None
@@ -87,6 +100,12 @@ class CPUCache(FullCache):
         """
         buffer = self.rows.reserve_more(batch, 2 * kv_heads, count, width)
         return buffer[:, :kv_heads], buffer[:, kv_heads:]
+
+    def fork(self) -> Self:
+        """See `FullCache.fork`."""
+        twin = super().fork()
+        twin.step_memory = None
+        return twin
 
     def advance(self, count: int) -> None:
         """Count `count` positions that were written behind the others."""

@@ -1,0 +1,263 @@
+"""Many sequences at once: one decode step for all of them, and prompts read in between.
+
+All but attention is computed for all rows together; each row attends to its own cache, in whatever
+form and of whatever length (`cache/rows.py`). Nothing is copied when a row joins or leaves.
+
+What fails, fails one row: after an exception each row of the step is computed once more, alone and
+from its tokens, since nobody knows what became of its cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from apertus_mlx.cache import FullCache, QuantizedCache, expect, fork
+from apertus_mlx.cache.rows import rows_of
+from apertus_mlx.errors import ApertusError
+from apertus_mlx.generation.decode import (
+    CLEAR_INTERVAL,
+    DEFAULT_PREFILL_STEP,
+    chunk_sizes,
+    prefill,
+    read_chunk,
+)
+from apertus_mlx.generation.prefix_trie import PrefixTrie
+from apertus_mlx.generation.row import Row
+from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
+
+__all__ = ["Batch", "Event", "Row"]
+
+_log = logging.getLogger(__name__)
+
+SHARED_PREFILL_STEP = 128
+
+
+class Event(NamedTuple):
+    """What happened to a row: a token came, some of its prompt was read, or it failed and is out.
+
+    After its last token (`row.left` is 0) it has left by itself. `logits` `[vocabulary]` are what
+    the model computed before the token, without penalties and what else changed them.
+    """
+
+    row: Row
+    token: int | None = None
+    logits: mx.array | None = None
+    error: Exception | None = None
+
+
+class Batch:
+    """Rows of one model. Prompts are read in the order in which rows joined, one chunk at a time.
+
+    Whoever runs it calls `step` and `read` in turn, and `leave` for a row that has come to a stop
+    id or is not wanted any more: then it is gone at once. Not for several threads at the same time.
+
+    Args:
+        model: an MLX model computes all rows together; another, one after the other.
+        prefixes: what rows leave there is reused by others. None: nothing is.
+        prefill_step: most tokens of a prompt that are read at a time.
+        shared_step: the same while rows decode, which wait for it.
+
+    Attributes:
+        running: rows that decode, in the order in which they began to.
+        waiting: rows whose prompt is not read yet; the first one's is being read.
+        faults: how often something failed that concerned more than one row's rules.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prefixes: PrefixTrie | None = None,
+        prefill_step: int = DEFAULT_PREFILL_STEP,
+        shared_step: int = SHARED_PREFILL_STEP,
+    ) -> None:
+        self.model = model
+        self.prefixes = PrefixTrie(0) if prefixes is None else prefixes
+        self.prefill_step = prefill_step
+        self.shared_step = min(shared_step, prefill_step)
+        self.running: list[Row] = []
+        self.waiting: deque[Row] = deque()
+        self.faults = 0
+        self._steps = 0
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def join(self, row: Row) -> None:
+        """Take a row in; its prompt is read when those before it are."""
+        self.waiting.append(row)
+
+    def leave(self, row: Row) -> None:
+        """Let a row go, and keep what it computed for others; harmless if it is gone already."""
+        if row in self.running:
+            self.running.remove(row)
+        elif row in self.waiting:
+            self.waiting.remove(row)
+        else:
+            return
+        self._keep_and_free(row)
+
+    def turn(self) -> Iterator[Event]:
+        """One decode step, then one chunk of a prompt."""
+        yield from self.step()
+        if (event := self.read()) is not None:
+            yield event
+
+    def step(self) -> list[Event]:
+        """Hand out one token of each running row, and compute what follows it."""
+        rows = self.running[:]
+        if not rows:
+            return []
+        try:
+            found = self._advance(rows)
+        except Exception as error:  # noqa: BLE001 - whatever it is, others go on
+            found = self._one_by_one(rows, error)
+        events = [self._hand_out(event) for event in found]
+        if self.running:
+            self._start()
+        self._steps += 1
+        if self._steps % CLEAR_INTERVAL == 0:
+            mx.clear_cache()
+        return events
+
+    def read(self) -> Event | None:
+        """Read a chunk of the oldest prompt; None if all are read."""
+        if not self.waiting:
+            return None
+        row = self.waiting[0]
+        try:
+            after = self._read_chunk(row)
+            if after is not None:
+                row.begin(after)
+                mx.async_eval(row.token)
+        except Exception as error:  # noqa: BLE001 - it is this row's
+            self._note_fault(error)
+            row.caches, row.read = None, 0
+            if not row.retried:
+                row.retried = True
+                return Event(row)
+            self.waiting.popleft()
+            return Event(row, error=error)
+        if after is not None:
+            self.running.append(self.waiting.popleft())
+        return Event(row)
+
+    def _read_chunk(self, row: Row) -> NextTokenLogits | None:
+        """Read on in the prompt of `row`; the logits after it, if that was the end."""
+        prompt = row.ids
+        if row.caches is None:
+            hit = self.prefixes.find(prompt, row.form)
+            row.caches = self.model.make_cache(row.form) if hit is None else hit.caches
+            row.read = row.reused = 0 if hit is None else hit.length
+            expect(row.caches, len(prompt) - row.read)
+        ends = [*(place for place in row.boundaries if place > row.read), len(prompt)]
+        step = self.shared_step if self.running else self.prefill_step
+        size = chunk_sizes(ends[0] - row.read, step)[0]
+        chunk = mx.array(prompt[row.read : row.read + size])[None]
+        logits = read_chunk(self.model, chunk, row.caches, row.read + size == len(prompt))
+        row.read += size
+        if row.read in row.boundaries:
+            self.prefixes.keep(prompt[: row.read], row.form, fork(row.caches))
+        return None if logits is None else NextTokenLogits(logits)
+
+    def _advance(self, rows: Sequence[Row]) -> list[Event]:
+        """Compute the token of each row, and meanwhile what follows."""
+        going = [row for row in rows if row.left > 1]
+        for row, after in zip(going, self._logits(going), strict=True):
+            row.follow(after)
+        mx.async_eval([row.pending() for row in rows])
+        return [self._value(row) for row in rows]
+
+    def _logits(self, rows: Sequence[Row]) -> list[NextTokenLogits]:
+        """Logits after the token of each row."""
+        caches = [row.caches for row in rows if row.caches is not None]
+        if len(rows) < 2 or not isinstance(self.model, Model):
+            return [
+                self.model.next_token_logits(row.token.reshape(1, 1), own)
+                for row, own in zip(rows, caches, strict=True)
+            ]
+        ours = [
+            [layer for layer in own if isinstance(layer, FullCache | QuantizedCache)]
+            for own in caches
+        ]
+        tokens = mx.stack([row.token for row in rows])[:, None]
+        logits = self.model.logits(self.model.model(tokens, rows_of(ours)))
+        return [NextTokenLogits(logits[index, 0]) for index in range(len(rows))]
+
+    def _value(self, row: Row) -> Event:
+        try:
+            return Event(row, row.value(), row.logits)
+        except ApertusError as error:
+            return Event(row, error=error)
+
+    def _hand_out(self, event: Event) -> Event:
+        row = event.row
+        if event.token is not None:
+            try:
+                row.hand_out(event.token)
+            except Exception as error:  # noqa: BLE001 - it is this row's
+                event = Event(row, error=error)
+        if event.error is not None:
+            self._drop(row)
+        elif row.left == 0:
+            self.leave(row)
+        return event
+
+    def _start(self) -> None:
+        """Let the GPU begin with what was drawn last."""
+        try:
+            mx.async_eval([row.token for row in self.running])
+        except Exception as error:  # noqa: BLE001
+            # The next step meets it again, and finds out whose it is.
+            self._note_fault(error)
+
+    def _one_by_one(self, rows: list[Row], error: Exception) -> list[Event]:
+        """Do the step that failed with `error` for each row alone."""
+        self._note_fault(error)
+        events = []
+        if all(row.retried for row in rows):
+            # Alone each went well: together they are too many.
+            events.append(Event(rows.pop(), error=error))
+            events[0].row.caches = None
+        for row in rows:
+            try:
+                self._recompute(row)
+                events += self._advance([row])
+                row.retried = True
+            except Exception as own:  # noqa: BLE001 - it is this row's
+                events.append(Event(row, error=own))
+                row.caches = None
+        return events
+
+    def _recompute(self, row: Row) -> None:
+        """Compute all that a running row has so far from its tokens."""
+        row.caches = None  # the memory, before it is taken anew
+        row.caches = self.model.make_cache(row.form)
+        logits = prefill(self.model, row.ids, row.caches, self.prefill_step)
+        row.begin(NextTokenLogits(logits))
+
+    def _note_fault(self, error: Exception) -> None:
+        """Count and log it, and give back what memory there is, in case that was missing."""
+        self.faults += 1
+        _log.error("a step failed: %s: %s", type(error).__name__, error)
+        self.prefixes.clear()
+        mx.clear_cache()
+
+    def _drop(self, row: Row) -> None:
+        if row in self.running:
+            self.running.remove(row)
+        row.caches = None
+
+    def _keep_and_free(self, row: Row) -> None:
+        held, caches, row.caches = row.held, row.caches, None
+        if caches is None or not held:
+            return
+        try:
+            self.prefixes.keep(held, row.form, caches)
+        except Exception as error:  # noqa: BLE001 - the row has gone; nobody waits for it
+            self._note_fault(error)
