@@ -88,6 +88,7 @@ enum GenerateCommand {
         return .object([
             ("text", .text(outcome.answer.text)),
             ("thoughts", .text(outcome.answer.thoughts)),
+            ("message", message(outcome)),
             ("token_ids", .integers(outcome.tokenIDs)),
             ("prompt_token_ids", .integers(outcome.promptTokenIDs)),
             ("finish_reason", .text(outcome.finishReason.rawValue)),
@@ -105,6 +106,31 @@ enum GenerateCommand {
             ("generated_tokens", .integer(outcome.tokenIDs.count)),
             ("memory", memory(plan)),
         ])
+    }
+
+    /// The answer as an assistant's message of OpenAI's API, to go on from. Calls are in it if the
+    /// answer ends with them, and with them the thoughts, which go on when the results are there.
+    private static func message(_ outcome: Outcome) -> Report {
+        let answer = outcome.answer
+        let calls = outcome.finishReason == .toolCalls ? answer.calls : []
+        let content: Report = answer.text.isEmpty && !calls.isEmpty ? .null : .text(answer.text)
+        var members: [(String, Report)] = [("role", .text("assistant")), ("content", content)]
+        if !calls.isEmpty, !answer.thoughts.isEmpty {
+            members.append(("reasoning_content", .text(answer.thoughts)))
+        }
+        if !calls.isEmpty {
+            let list = calls.map { call in
+                let function = Report.object([
+                    ("name", .text(call.name)), ("arguments", .text(call.arguments)),
+                ])
+                return Report.object([
+                    ("id", .text(call.id ?? "")), ("type", .text("function")),
+                    ("function", function),
+                ])
+            }
+            members.append(("tool_calls", .list(list)))
+        }
+        return .object(members)
     }
 
     /// What was chosen and what it is to take, in bytes.

@@ -37,9 +37,11 @@ enum Report {
             case "\r": out += "\\r".unicodeScalars
             case "\t": out += "\\t".unicodeScalars
             case _ where Sink.isOrder(scalar):
-                let digits = String(scalar.value, radix: 16)
-                let zeros = String(repeating: "0", count: 4 - digits.count)
-                out += "\\u\(zeros)\(digits)".unicodeScalars
+                for unit in String(scalar).utf16 {
+                    let digits = String(unit, radix: 16)
+                    let zeros = String(repeating: "0", count: 4 - digits.count)
+                    out += "\\u\(zeros)\(digits)".unicodeScalars
+                }
             default: out.append(scalar)
             }
         }

@@ -105,7 +105,7 @@ import Testing
             ([.assistant("", calls: [call]), .result("7", of: "b")], "messages[1].tool_call_id"),
             ([.assistant("", calls: [call]), .result("7", of: nil)], "messages[1].tool_call_id"),
             (
-                [.assistant("", calls: [.init(id: "a", name: "a b", arguments: "{}")])],
+                [.assistant("", calls: [.init(id: "a", name: "a\"b", arguments: "{}")])],
                 "messages[0].tool_calls[0].function.name"
             ),
             (
