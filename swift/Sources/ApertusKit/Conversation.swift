@@ -129,12 +129,8 @@ public final class Conversation: Sendable {
                     parser: try format.parser(after: ids, stops: options.stops, tools: tools))
             },
             end: { [self] outcome in
-                let answer = outcome.answer
                 state.with { state in
-                    // Thoughts are no part of later prompts.
-                    state.messages =
-                        asked.with { $0 }
-                        + [.assistant(answer.text, calls: answer.calls)]
+                    state.messages = asked.with { $0 } + [outcome.message]
                     state.last = outcome
                 }
             })

@@ -33,6 +33,13 @@ public struct Outcome: Sendable, Equatable {
     /// The most memory that was held, in bytes: MLX's, on Linux the process's.
     public internal(set) var peakMemory = 0
 
+    /// The message that goes on with a conversation. Calls are in it if the answer ends with them, and
+    /// with them the thoughts, which go on when the results are there.
+    public var message: Message {
+        let calls = finishReason == .toolCalls ? answer.calls : []
+        return .assistant(answer.text, thoughts: calls.isEmpty ? "" : answer.thoughts, calls: calls)
+    }
+
     /// Prompt tokens computed in a second; 0 if there was nothing to time.
     public var prefillTokensPerSecond: Double {
         rate(promptTokenIDs.count - reusedPromptTokens, secondsToFirstToken)

@@ -108,16 +108,12 @@ enum GenerateCommand {
         ])
     }
 
-    /// The answer as an assistant's message of OpenAI's API, to go on from. Calls are in it if the
-    /// answer ends with them, and with them the thoughts, which go on when the results are there.
+    /// The answer as an assistant's message of OpenAI's API, to go on from.
     private static func message(_ outcome: Outcome) -> Report {
-        let answer = outcome.answer
-        let calls = outcome.finishReason == .toolCalls ? answer.calls : []
-        let content: Report = answer.text.isEmpty && !calls.isEmpty ? .null : .text(answer.text)
+        guard case .assistant(let text, let thoughts, let calls) = outcome.message else { return .null }
+        let content: Report = text.isEmpty && !calls.isEmpty ? .null : .text(text)
         var members: [(String, Report)] = [("role", .text("assistant")), ("content", content)]
-        if !calls.isEmpty, !answer.thoughts.isEmpty {
-            members.append(("reasoning_content", .text(answer.thoughts)))
-        }
+        if !thoughts.isEmpty { members.append(("reasoning_content", .text(thoughts))) }
         if !calls.isEmpty {
             let list = calls.map { call in
                 let function = Report.object([
