@@ -40,7 +40,11 @@ REASONS = {
 
 def all_cases() -> Iterator[object]:
     for package, module in MODULES.items():
-        lacks = pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not here")
+        # mlx-lm brings transformers along, but not the PyTorch that it writes with.
+        needed = (package,) if package == "mlx_lm" else (package, "torch")
+        lacks = pytest.mark.skipif(
+            not all(map(find_spec, needed)), reason=f"{' and '.join(needed)} are not here"
+        )
         for case in module.cases():
             marks = [lacks] if case.form in DAILY else [lacks, pytest.mark.nightly]
             yield pytest.param(case, id=f"{module.TOOL}: {case.form}", marks=marks)
