@@ -41,7 +41,7 @@ REASONS = {
 def all_cases() -> Iterator[object]:
     for package, module in MODULES.items():
         # mlx-lm brings transformers along, but not the PyTorch that it writes with.
-        needed = (package,) if package == "mlx_lm" else (package, "torch")
+        needed = (package,) if package in ("mlx_lm", "numpy") else (package, "torch")
         lacks = pytest.mark.skipif(
             not all(map(find_spec, needed)), reason=f"{' and '.join(needed)} are not here"
         )
