@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("compute", ["mlx", "cpu"])
+@pytest.mark.parametrize("compute", ["mlx", pytest.param("cpu", marks=pytest.mark.nightly)])
 def test_logits_are_those_of_a_fresh_run(
     compute: Compute, form: str, folder: Path, tmp_path: Path
 ) -> None:
