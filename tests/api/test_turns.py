@@ -16,6 +16,7 @@ import pytest
 
 from apertus_mlx import Apertus, Piece, Stream, UsageError, load
 from apertus_mlx.generation.cached_prefix import CachedPrefix
+from tests.daily import every
 
 QUESTION = "What is the capital of France?"
 OTHER = "What is the chemical symbol for gold?"
@@ -57,7 +58,7 @@ def ids(model: Apertus, question: str, **how: Any) -> list[int]:
     return model.generate(question, temperature=0, **how).token_ids
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=str)
+@pytest.mark.parametrize("kept", every(3, KEPT), ids=str)
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_after_an_early_end_the_next_question_is_as_fresh(
     compute: Any, kept: dict[str, Any]
@@ -95,7 +96,7 @@ def test_after_an_early_end_the_next_question_is_as_fresh(
         assert told.prompt_token_ids == model.render(going_on.messages[:-1], think=think)
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=str)
+@pytest.mark.parametrize("kept", every(3, KEPT), ids=str)
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_after_an_interrupt_the_next_question_is_as_fresh(
     compute: Any, kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -125,7 +126,7 @@ def test_after_an_interrupt_the_next_question_is_as_fresh(
             assert ids(model, OTHER) == expected
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=str)
+@pytest.mark.parametrize("kept", every(3, KEPT), ids=str)
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_load_on_one_thread_ask_on_others(compute: Any, kept: dict[str, Any]) -> None:
     need(compute)

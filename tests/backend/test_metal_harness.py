@@ -11,6 +11,7 @@ import pytest
 
 from apertus_mlx.backend.metal.kernel import KernelText
 from tests import metal_harness
+from tests.daily import every
 from tests.metal_harness import Array, HarnessError, generate, metal_kernel
 
 needs_compiler = pytest.mark.skipif(
@@ -182,7 +183,7 @@ FAULTS = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("fault", every(4, FAULTS.values()), ids=FAULTS.keys())
 def test_faults_are_refused(fault: Fault) -> None:
     with pytest.raises(HarnessError, match=fault.message):
         run(fault.body, cpu_limit_s=0.3)

@@ -78,6 +78,7 @@ def test_mutants_follow_from_the_text() -> None:
 
 
 @needs_compiler
+@pytest.mark.nightly
 def test_mutants_are_noticed() -> None:
     kernel, inputs = Dot(), Dot().trial(0)
     (exact,) = kernel.exact(inputs)

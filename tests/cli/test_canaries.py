@@ -19,6 +19,7 @@ from apertus_mlx import cli
 from apertus_mlx.convert.write.golden import GOLDEN
 from apertus_mlx.convert.write.manifest import MANIFEST
 from tests.builders import config_4x, write_checkpoint
+from tests.daily import every
 
 CONFIG = config_4x(num_hidden_layers=1)
 SECRET = "the-words-of-a-private-key"
@@ -90,7 +91,15 @@ def test_every_command_is_asked() -> None:
     assert set(COMMANDS) - {"serve"} == ASKED.keys()
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in {"generate", "convert", "verify"}
+        else pytest.param(name, marks=pytest.mark.nightly)
+        for name in ASKED
+    ],
+)
 def test_nothing_runs_leaves_hangs_or_paints(name: str, place: Path) -> None:
     folder, arguments = ASKED[name]
     if name == "eval":
@@ -151,7 +160,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link"])
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", every(2, ARGUMENTS))
 def test_every_file_that_is_read(
     name: str,
     kind: str,

@@ -212,6 +212,7 @@ def test_gradients_are_those_of_the_surrogate() -> None:
             assert float(np.array(slopes[name])[place]) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.nightly
 def test_an_untrained_student_is_the_stored_model(student: Path) -> None:
     ids = mx.array([[1, 100, 200, 300, 5], [1, 7, 90, 91, 92]])
     expected = np.array(load_model(student, "float32")(ids))
@@ -392,6 +393,7 @@ def test_a_kill_leaves_nothing_half(
     assert not verify(out).errors and not partial_path(out).exists()
 
 
+@pytest.mark.nightly
 def test_a_stale_run_stops_early_with_the_best_weights(
     teacher: Path, student: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
