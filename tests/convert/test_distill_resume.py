@@ -15,7 +15,6 @@ from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.convert.write.workspace import how_to_go_on, partial_path
 from apertus_mlx.errors import ResourceError, UsageError
 from tests.convert_builders import tree
-from tests.daily import every
 from tests.resumable_work import Work, make_work
 
 RATES = RATE, LOWER = 1e-3, 1e-4
@@ -56,8 +55,9 @@ def whole(work: Work, tmp_path_factory: pytest.TempPathFactory) -> dict[float, d
 
 @pytest.mark.parametrize(
     ("place", "error"),
-    every(3, [("make_distilled_card", RuntimeError("ours")), ("_write_model", OSError(28, "full")),
-              ("measure", MemoryError())]),
+    [("make_distilled_card", RuntimeError("ours")),
+     pytest.param("_write_model", OSError(28, "full"), marks=pytest.mark.nightly),
+     pytest.param("measure", MemoryError(), marks=pytest.mark.nightly)],
 )  # fmt: skip
 def test_a_failure_after_the_training_keeps_it(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception,
@@ -147,7 +147,11 @@ def test_the_teacher_goes_on_at_its_layer(
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    every(3, [("state.safetensors", 0), ("best.safetensors", 100), ("000000.npz", 100)]),
+    [
+        ("state.safetensors", 0),
+        pytest.param("best.safetensors", 100, marks=pytest.mark.nightly),
+        pytest.param("000000.npz", 100, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_torn_file_counts_as_absent(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int,
