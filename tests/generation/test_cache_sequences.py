@@ -12,6 +12,7 @@ from apertus_mlx.generation.model_folder import open_folder
 from apertus_mlx.generation.options import RunOptions
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import FORMS, Counts, Play
+from tests.daily import every
 
 SEQUENCES, STEPS = 6, 6
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), config)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", every(3, FORMS))
 @pytest.mark.parametrize("compute", ["mlx", pytest.param("cpu", marks=pytest.mark.nightly)])
 def test_logits_are_those_of_a_fresh_run(
     compute: Compute, form: str, folder: Path, tmp_path: Path

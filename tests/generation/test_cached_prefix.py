@@ -23,6 +23,7 @@ from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.text.template import Message
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import interrupt_after, layers_of
+from tests.daily import every
 from tests.decode_step import JoinedPlain
 
 GREEDY = SamplingOptions(temperature=0, seed=0)
@@ -123,8 +124,8 @@ def test_an_interrupt_between_layers_leaves_no_row(
 
 @pytest.mark.parametrize(
     "form",
-    [CacheConfig(), CacheConfig(4, 4), CacheConfig(8, 8), CacheConfig(bound=64),
-     CacheConfig(4, 4, bound=200)],
+    every(4, [CacheConfig(), CacheConfig(4, 4), CacheConfig(8, 8), CacheConfig(bound=64),
+              CacheConfig(4, 4, bound=200)]),
     ids=str,
 )  # fmt: skip
 def test_nothing_speaks_on_after_undo(loaded: LoadedModel, form: CacheConfig) -> None:
@@ -142,7 +143,14 @@ def test_nothing_speaks_on_after_undo(loaded: LoadedModel, form: CacheConfig) ->
 
 @pytest.mark.parametrize(
     "form",
-    [CacheConfig(bound=90), CacheConfig(4, 4, window=8), CacheConfig(8, 8, bound=120, window=8)],
+    every(
+        3,
+        [
+            CacheConfig(bound=90),
+            CacheConfig(4, 4, window=8),
+            CacheConfig(8, 8, bound=120, window=8),
+        ],
+    ),
     ids=str,
 )
 def test_an_interrupt_before_any_bytecode(form: CacheConfig, model: LanguageModel) -> None:

@@ -21,6 +21,7 @@ from apertus_mlx.generation.run import Generation
 from apertus_mlx.generation.tool_set import read_tool_set
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.template import Message
+from tests.daily import every
 
 GREEDY = SamplingOptions(temperature=0, max_tokens=8)
 FIRST, SECOND, THIRD = "What is the capital of France?", "And of Italy?", "Who wrote Faust?"
@@ -114,7 +115,7 @@ CHANGES = [undo, undo_all, retry, reset, system, no_system, think, load, load_ow
 
 
 @pytest.mark.parametrize("form", range(3), ids=["full", "quantized", "bounded"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", every(3, CHANGES))
 def test_after_any_change_the_next_answer_is_as_fresh(
     loaded: LoadedModel, change: Callable[..., list[Message]], form: int
 ) -> None:

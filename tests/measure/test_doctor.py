@@ -253,6 +253,7 @@ def test_enabled_asks_machine_verdict_and_switch(
     assert enabled.enabled(*model) == verdict.NOTHING
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(metal_harness.missing() is not None, reason=str(metal_harness.missing()))
 def test_real_kernels_pass_on_the_real_device(tiny: Path) -> None:
     """From the texts that Metal would get, which the harness runs, to the whole model."""
