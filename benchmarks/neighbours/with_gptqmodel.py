@@ -16,7 +16,8 @@ def cases() -> list[Case]:
     """Its defaults, then each option that changes the files."""
     options: dict[str, dict[str, Any]] = {
         "bits=4, group_size=128": {"bits": 4, "group_size": 128},
-        "bits=4, group_size=128, desc_act": {"bits": 4, "group_size": 128, "desc_act": True},
+        # More groups than one in each matrix.
+        "bits=4, group_size=32, desc_act": {"bits": 4, "group_size": 32, "desc_act": True},
         "bits=4, group_size=32, format=gptq_v2": {
             "bits": 4, "group_size": 32, "format": "gptq_v2"
         },
@@ -29,6 +30,9 @@ def cases() -> list[Case]:
         },
         "bits=3, group_size=64": {"bits": 3, "group_size": 64},
         "bits=8, group_size=-1": {"bits": 8, "group_size": -1},
+        "quant_method=awq, format=gemm": {
+            "quant_method": "awq", "format": "gemm", "bits": 4, "group_size": 128
+        },
     }  # fmt: skip
     return [
         Case(name, partial(quantized, options=each), "float16") for name, each in options.items()
