@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.neighbours import environments
 from benchmarks.neighbours.check import check
-from benchmarks.neighbours.corpus import leave_out
+from benchmarks.neighbours.corpus import leave_out, tell_death
 
 
 def main() -> int:
@@ -54,8 +54,9 @@ def make(
         return 0
     died = 0
     for name in modules:
-        if code := environments.run(python, name, folder):
-            print(f"{environment.name}: {name}: ended with {code}", file=sys.stderr)
+        if reason := environments.run(python, name, folder):
+            print(f"{environment.name}: {name}: the process died: {reason}", file=sys.stderr)
+            tell_death(folder, reason)
             died += 1
     return died
 

@@ -19,6 +19,7 @@ Values = dict[str, NDArray[np.float32]]
 # The type that a library computes its values in -> the relative error of a few roundings to it.
 ROUNDING = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 EXPECTED, ABOUT = "expected.npz", "about.json"
+DIED = "the process died"
 # Characters of an error that the table shows.
 MOST_SAID = 240
 
@@ -48,7 +49,7 @@ def make(tool: str, package: str | None, cases: list[Case], corpus: Path) -> Non
         if _is_made(place):
             continue
         # A process that dies leaves this behind.
-        _begin(place, tool, version, case, "the process died")
+        _begin(place, tool, version, case, DIED)
         try:
             values = case.make(base, place / "model")
         except Exception as error:  # of any library
@@ -66,6 +67,15 @@ def leave_out(tool: str, package: str, cases: list[Case], corpus: Path, reason: 
     for case in cases:
         _begin(_place(tool, "-", case, corpus), tool, "-", case, _one_line(reason, corpus))
     print(f"{tool} ({package}): left out: {reason}", flush=True)
+
+
+def tell_death(corpus: Path, reason: str) -> None:
+    """Write into the form at which a process died what it died of."""
+    for path in corpus.glob(f"*/*/{ABOUT}"):
+        about = json.loads(path.read_text())
+        if about.get("not_made") == DIED:
+            about["not_made"] = _one_line(f"{DIED}: {reason}", corpus)
+            path.write_text(json.dumps(about))
 
 
 def _version(package: str | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -100,11 +101,19 @@ def build(environment: Environment, folder: Path) -> Path:
     return python
 
 
-def run(python: Path, module: str, corpus: Path) -> int:
-    """Have the tool of a module write its folders; returns the exit code."""
+def run(python: Path, module: str, corpus: Path) -> str | None:
+    """Have the tool of a module write its folders; returns what its process died of, if it did."""
     call = [str(python), "-m", "benchmarks.neighbours.making", module, str(corpus)]
-    done = subprocess.run(call, check=False, env=_surroundings(), cwd=ROOT, stdout=sys.stderr)
-    return done.returncode
+    last = ""
+    with subprocess.Popen(
+        call, env=_surroundings(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    ) as process:  # fmt: skip
+        for line in process.stdout or ():
+            sys.stderr.write(line)
+            if re.match(r"\w*(Error|Exception)\b", line):
+                last = line.strip()
+    return (last or f"exit code {process.returncode}") if process.returncode else None
 
 
 def _surroundings() -> dict[str, str]:

@@ -11,6 +11,8 @@ from benchmarks.neighbours.corpus import Case, Values
 TOOL, PACKAGE = "GPTQModel", "gptqmodel"
 TEXTS = ["Paris is the capital of France. " * 12, "the quick brown fox jumps over the dog " * 8] * 4
 
+AWQ = {"quant_method": "awq", "format": "gemm", "bits": 4, "group_size": 128}
+
 
 def cases() -> list[Case]:
     """Its defaults, then each option that changes the files."""
@@ -30,9 +32,12 @@ def cases() -> list[Case]:
         },
         "bits=3, group_size=64": {"bits": 3, "group_size": 64},
         "bits=8, group_size=-1": {"bits": 8, "group_size": -1},
-        "quant_method=awq, format=gemm": {
-            "quant_method": "awq", "format": "gemm", "bits": 4, "group_size": 128
+        "bits=8, group_size=-1, act_group_aware=False": {
+            "bits": 8, "group_size": -1, "act_group_aware": False
         },
+        "quant_method=awq, format=gemm, sym=False": {**AWQ, "sym": False},
+        # The last, since a process that dies makes no other form.
+        "quant_method=awq, format=gemm": AWQ,
     }  # fmt: skip
     return [
         Case(name, partial(quantized, options=each), "float16") for name, each in options.items()

@@ -5,6 +5,7 @@ The whole corpus is `benchmarks/neighbours`; here is one of each kind, the other
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +14,16 @@ import pytest
 
 from benchmarks.neighbours import rebuilt, with_compressed_tensors, with_mlx_lm, with_transformers
 from benchmarks.neighbours.check import check, check_folder
-from benchmarks.neighbours.corpus import ROUNDING, Case, Values, leave_out, make, write_base
-from benchmarks.neighbours.environments import ENVIRONMENTS
+from benchmarks.neighbours.corpus import (
+    ROUNDING,
+    Case,
+    Values,
+    leave_out,
+    make,
+    tell_death,
+    write_base,
+)
+from benchmarks.neighbours.environments import ENVIRONMENTS, run
 
 MODULES = {
     "mlx_lm": with_mlx_lm, "transformers": with_transformers,
@@ -68,6 +77,19 @@ def test_a_form_that_a_tool_refuses_is_a_row_that_says_why(tmp_path: Path) -> No
     # The next run tries it again.
     make("Tool", None, [Case("form", rebuilt_one.make)], tmp_path)
     assert [row.kind for row in check(tmp_path) if row.tool == "Tool"] == ["runs as it is"] * 2
+
+
+def test_a_process_that_dies_leaves_a_row(tmp_path: Path) -> None:
+    def dies(*_: Path) -> Values:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        make("Tool", None, [Case("form", dies)], tmp_path)
+    reason = run(Path(sys.executable), "with_nothing", tmp_path)
+    assert reason is not None and reason.startswith("ModuleNotFoundError: No module named")
+    tell_death(tmp_path, reason)
+    [row] = check(tmp_path)
+    assert row.result.startswith("not made: the process died: ModuleNotFoundError: No module")
 
 
 def test_every_tool_has_an_environment() -> None:
