@@ -3,8 +3,8 @@
     python -m benchmarks.neighbours FOLDER [--environments DIR] [--only MODULE ...]
 
 Each group of tools runs in a virtual environment (`environments.py`), which pip builds in DIR. What
-is there already is not made again. A form that a tool refuses to make is a row that says why. Ends
-with 1 if a folder is read wrongly, or a tool's process dies.
+is there already is not made again. A form that a tool refuses to make, or dies at, is a row that says
+why. Ends with 1 if a folder is read wrongly.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import sys
 from collections import Counter
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from benchmarks.neighbours import environments
 from benchmarks.neighbours.check import check
 from benchmarks.neighbours.corpus import leave_out, tell_death
+
+OWN_PACKAGES = "this package with the extras test and parity"
 
 
 def main() -> int:
@@ -34,40 +37,44 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.folder.resolve()
     place = (options.environments or folder / "environments").resolve()
-    died = sum(make(each, place, folder, options.only) for each in environments.ENVIRONMENTS)
-    return 1 if report(folder) or died else 0
+    for each in environments.ENVIRONMENTS:
+        make(each, place, folder, options.only)
+    return 1 if report(folder) else 0
 
 
 def make(
     environment: environments.Environment, place: Path, folder: Path, only: list[str] | None
-) -> int:
-    """Have an environment's tools write their folders; returns how many processes died."""
+) -> None:
+    """Have an environment's tools write their folders."""
     modules = [name for name in environment.modules if only is None or name in only]
     if not modules:
-        return 0
+        return
     try:
         python = environments.build(environment, place)
     except RuntimeError as error:
         for name in modules:
-            module = importlib.import_module(f"benchmarks.neighbours.{name}")
+            module = tool(name)
             leave_out(module.TOOL, module.PACKAGE, module.cases(), folder, str(error))
-        return 0
-    died = 0
+        return
     for name in modules:
         if reason := environments.run(python, name, folder):
             print(f"{environment.name}: {name}: the process died: {reason}", file=sys.stderr)
             tell_death(folder, reason)
-            died += 1
-    return died
+
+
+def tool(name: str) -> Any:
+    """The module of a tool."""
+    return importlib.import_module(f"benchmarks.neighbours.{name}")
 
 
 def report(folder: Path) -> int:
     """Print the tables; returns how many folders are read wrongly."""
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     print(f"\n{date.today()}, {machine}, Python {platform.python_version()}\n")
-    print("| environment | packages |\n|---|---|")
+    print("| environment | packages | makes the rows of |\n|---|---|---|")
     for each in environments.ENVIRONMENTS:
-        print(f"| {each.name} | {', '.join(each.packages) or 'extras test and parity'} |")
+        tools = ", ".join(tool(name).TOOL for name in each.modules)
+        print(f"| {each.name} | {', '.join(each.packages) or OWN_PACKAGES} | {tools} |")
     print("\n| tool | version | form | result |\n|---|---|---|---|")
     seen: Counter[str] = Counter()
     for row in check(folder):
