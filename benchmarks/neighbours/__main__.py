@@ -3,8 +3,8 @@
     python -m benchmarks.neighbours FOLDER [--environments DIR] [--only MODULE ...]
 
 Each group of tools runs in a virtual environment (`environments.py`), which pip builds in DIR. What
-is there already is not made again. A form that a tool refuses to make, or dies at, is a row that says
-why. Ends with 1 if a folder is read wrongly.
+is there already is not made again. A form that a tool refuses to make, or dies at, is a row that
+says why. Ends with 1 if a folder is read wrongly.
 """
 
 from __future__ import annotations
