@@ -35,7 +35,6 @@ def cases() -> list[Case]:
         "bits=8, group_size=-1, act_group_aware=False": {
             "bits": 8, "group_size": -1, "act_group_aware": False
         },
-        "quant_method=awq, format=gemm, sym=False": {**AWQ, "sym": False},
         # The last, since a process that dies makes no other form.
         "quant_method=awq, format=gemm": AWQ,
     }  # fmt: skip
