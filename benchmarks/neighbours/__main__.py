@@ -81,7 +81,7 @@ def report(folder: Path) -> int:
         seen[row.kind] += 1
         result = f"**{row.result}: {row.fault}**" if row.fault else row.result
         print(f"| {row.tool} | {row.version} | {row.form} | {result} |", flush=True)
-    print("\n" + ", ".join(f"{count} {kind}" for kind, count in sorted(seen.items())))
+    print("\n" + "; ".join(f"{count} {kind}" for kind, count in sorted(seen.items())))
     return seen["read wrongly"]
 
 
