@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyte
 
@@ -83,7 +84,7 @@ class Terminal:
 
     def paste(self, text: str) -> None:
         """Paste as a terminal does that was asked to mark it; a newline is sent as Enter is."""
-        assert BRACKETED_PASTE in self._screen.mode
+        assert self.marks_pastes
         text = text.replace("\n", "\r")
         self.send(f"\x1b[200~{text}\x1b[201~")
 
@@ -120,6 +121,19 @@ class Terminal:
         while self._read():
             pass
         return self._process.wait(timeout=HANG_S)
+
+    def modes(self) -> list[Any]:
+        """How the terminal is set: echo, lines or single keys, and so on."""
+        return termios.tcgetattr(self._ours)
+
+    @property
+    def marks_pastes(self) -> bool:
+        """Whether it was asked to mark pastes, and not to stop that."""
+        return BRACKETED_PASTE in self._screen.mode
+
+    def terminate(self) -> None:
+        """Send the signal that a system's end sends."""
+        self._process.terminate()
 
     def interrupt(self) -> None:
         """Send the signal that another program would send."""

@@ -50,12 +50,18 @@ def load_for(
         on_bytes: is told the bytes read so far and in all.
 
     Raises:
-        UsageError: `cpu`, but its libraries are missing, or with another `dtype` than float32.
+        UsageError: `cpu`, but its libraries are missing, or with another `dtype` than float32; a
+            `precision` where MLX computes.
         RejectedError: see `load_model` and `CPUModel`.
     """
     if compute == "cpu" and dtype not in (None, "float32"):
         raise UsageError(f"--compute cpu computes in float32; leave out --dtype {dtype}")
     if not _wants_cpu(compute, dtype):
+        if precision != "auto":
+            raise UsageError(
+                f"--precision {precision} is for the CPU path, but MLX computes here; "
+                "leave it out, or add --compute cpu"
+            )
         return load_inventory(inventory, dtype, on_bytes)
     try:
         from apertus_mlx.backend.cpu.model import CPUModel

@@ -44,10 +44,13 @@ def parse_quantization(keys: KeyReader, name: str) -> tuple[Quantization | None,
     """MLX's `quantization` block, or the block of another format under `quantization_config`.
 
     Raises:
-        RejectedError: a format that MLX has not, an unknown key, or two blocks that disagree.
+        RejectedError: a format that MLX has not, an unknown key, a value of a wrong type, or two
+            blocks that disagree.
     """
     block = keys.mapping("quantization")
     other = keys.mapping("quantization_config")
+    if other is not None:
+        KeyReader(other, f"{name}: quantization_config").optional_text("quant_method")
     if block is not None and other is not None and _describes_mlx(block, other):
         other = None
     if block is not None and other is not None and dict(block) != dict(other):

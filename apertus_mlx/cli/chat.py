@@ -17,7 +17,7 @@ from apertus_mlx.cli.output import print_pieces
 from apertus_mlx.cli.prompt_text import open_lines
 from apertus_mlx.cli.sink import note
 from apertus_mlx.cli.tool_options import ToolChoiceOption, ToolsOption, read_tool_options
-from apertus_mlx.errors import UsageError
+from apertus_mlx.errors import TooLongError, UsageError
 from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.foreign_errors import explain
@@ -87,7 +87,8 @@ class _Talk:
             request = read_request(line)
             if request.command is not None:
                 self._command(request)
-            elif request.text.strip():
+            elif request.text.strip() or self._waiting():
+                # A result may be empty, a question may not.
                 self._take(request.text)
 
     def _next_line(self) -> str | None:
@@ -109,7 +110,7 @@ class _Talk:
         """Take a message, or the result of a call."""
         waiting = self._waiting()
         if not waiting:
-            self._answer(partial(self._conversation.ask, text))
+            self._answer(partial(self._conversation.ask, text), text)
             return
         self._results[waiting[0].id] = text
         if len(waiting) == 1:
@@ -132,7 +133,9 @@ class _Talk:
         note("answering the last question again")
         self._answer(self._conversation.retry)
 
-    def _answer(self, start: Callable[..., Generator[Piece, None, None]]) -> None:
+    def _answer(
+        self, start: Callable[..., Generator[Piece, None, None]], question: str | None = None
+    ) -> None:
         try:
             with (
                 suppress(KeyboardInterrupt),
@@ -143,8 +146,12 @@ class _Talk:
         except Exception as error:
             known = explain(error)
             if isinstance(known, UsageError):
-                way_out = "; /undo or /reset makes room" if self._conversation.questions else ""
-                note(f"error: {known}{way_out}")
+                helps = (
+                    isinstance(known, TooLongError)
+                    and question is not None
+                    and self._conversation.fits_alone(question)
+                )
+                note(f"error: {known}{'; /undo or /reset makes room' if helps else ''}")
                 return
             # Whoever sits there can still save what has been said.
             if known is None or not (sys.stdin.isatty() and sys.stdout.isatty()):

@@ -26,11 +26,17 @@ def open_chat_lines(on_interrupt: Callable[[], None], history: bool) -> Iterator
     """A line editor where there is a terminal that can be edited on; `history` lasts.
 
     `on_interrupt` is called at Ctrl-C on an empty line. At a terminal no interrupt ends the
-    program, unless it is made to meanwhile.
+    program, unless it is made to meanwhile, and SIGTERM leaves the terminal as it was.
     """
     if not sys.stdin.isatty():
         yield PlainLines()
         return
+    with _orderly_end(), _open_terminal(on_interrupt, history) as lines:
+        yield lines
+
+
+@contextmanager
+def _open_terminal(on_interrupt: Callable[[], None], history: bool) -> Iterator[Lines]:
     # Either will do for the prompt; the other may go to a file or to a program.
     shown = sys.stderr.isatty() or sys.stdout.isatty()
     before = signal.signal(signal.SIGINT, lambda *_: None)
@@ -85,6 +91,20 @@ class TerminalLines(PlainLines):
     def _line(self, goes_on: bool) -> str:
         sink.note("  " if goes_on else "> ", end="")
         return super()._line(goes_on)
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Make SIGTERM an exit, on whose way out whoever changed the terminal changes it back."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _open_history() -> ChatHistory | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import takewhile
 
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
-from apertus_mlx.errors import UsageError
+from apertus_mlx.errors import TooLongError, UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix, shared_length
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP
 from apertus_mlx.generation.model_folder import LoadedModel
@@ -16,6 +17,9 @@ from apertus_mlx.text.answer_parser import new_call_id
 from apertus_mlx.text.call_results import needs_results
 from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.template import Message
+
+# Roles of what a conversation may begin with before its first question.
+INSTRUCTING = ("system", "developer")
 
 
 class Conversation:
@@ -71,21 +75,29 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system message that the conversation begins with."""
-        first = self.messages[:1]
-        if not first or first[0]["role"] != "system":
-            return None
-        return str(read_messages(first)[0].content)
+        """The text of the instructions that the conversation begins with.
+
+        When it is set, one system message takes the place of all leading ones of `system` and
+        `developer`, but for a developer's that has the structure of the template.
+        """
+        turns = read_messages(self.messages[: self._instructions])
+        return str(turns[0].content) if turns and turns[0].role == "system" else None
 
     @system.setter
     def system(self, text: str | None) -> None:
-        rest = self.messages[self.system is not None :]
+        count = self._instructions
+        kept = [each for each in self.messages[:count] if _is_structured(each)]
         first = [] if text is None else [Message(role="system", content=text)]
-        self._replace([*first, *rest])
+        self._replace([*first, *kept, *self.messages[count:]])
+
+    @property
+    def _instructions(self) -> int:
+        """How many messages come before the first that is neither of `system` nor `developer`."""
+        return sum(1 for _ in takewhile(lambda each: each["role"] in INSTRUCTING, self.messages))
 
     def reset(self) -> None:
-        """Forget all but the system message, in the cache, too."""
-        self._replace(self.messages[: self.system is not None])
+        """Forget all but the leading system and developer messages, in the cache, too."""
+        self._replace(self.messages[: self._instructions])
         self._prefix.forget()
         self.run = None
 
@@ -188,7 +200,7 @@ class Conversation:
         cancelled: Callable[[], bool] | None,
     ) -> Generator[Piece, None, None]:
         """Answer messages, which take the place of all from number `turn` on."""
-        tools = self.tools.after_results() if added[0]["role"] == "tool" else self.tools
+        tools = self.tools.after_results if added[0]["role"] == "tool" else self.tools
         messages = [*self.messages[:turn], *added]
         prompt = self._loaded.folder.render(messages, self.think, tools.definitions)
         run = Generation(
@@ -249,6 +261,16 @@ class Conversation:
         del self.messages[turn:]
         return True
 
+    def fits_alone(self, text: str) -> bool:
+        """Whether a question would have room if all that was said before it were forgotten."""
+        messages = [*self.messages[: self._instructions], Message(role="user", content=text)]
+        folder = self._loaded.folder
+        try:
+            folder.require_room(len(folder.render(messages, self.think, self.tools.definitions)))
+        except TooLongError:
+            return False
+        return True
+
     def _last_turn(self) -> int | None:
         """Where the user's last message stands."""
         turns = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
@@ -258,3 +280,8 @@ class Conversation:
         # What is known of the cache is by the number of a message, and the numbers change.
         self._older.clear()
         self.messages = messages
+
+
+def _is_structured(message: Message) -> bool:
+    """Whether it is a developer's in the template's own structure, which is no text."""
+    return message["role"] == "developer" and isinstance(message.get("content"), Mapping)

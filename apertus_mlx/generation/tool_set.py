@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from apertus_mlx.generation.function_tools import call_function, tool_schema
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 Tool = Mapping[str, object] | Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ToolSet:
     """Tools, and whether the model may or must call them.
 
@@ -38,14 +39,15 @@ class ToolSet:
         """The tools whose calls may come without control tokens; None if none may come."""
         return [each["name"] for each in self.definitions] if self.choice != "none" else None
 
-    @property
+    @cached_property
     def grammar(self) -> ToolGrammar | None:
-        """What keeps calls to their schemas; None without tools."""
+        """What keeps calls to their schemas, compiled once; None without tools."""
         return ToolGrammar(self.definitions, self.choice) if self.definitions else None
 
+    @cached_property
     def after_results(self) -> ToolSet:
         """The same tools where none has to be called any more."""
-        return self if self.choice == "none" else replace(self, choice="auto")
+        return self if self.choice in ("none", "auto") else replace(self, choice="auto")
 
     def can_call(self, calls: Sequence[ToolCall]) -> bool:
         """Whether `answer` knows what to say to all of these: none is for the caller to do."""

@@ -1,55 +1,88 @@
-"""Makes the corpus with whatever of the tools is installed, and prints how it is read.
+"""Makes the corpus with the tools themselves, and prints how each folder is read.
 
-    python -m benchmarks.neighbours FOLDER [--make-only]
+    python -m benchmarks.neighbours FOLDER [--environments DIR] [--only MODULE ...]
 
-Tools that exclude each other (transformers 4 and 5) take turns: run it once in each environment on
-the same FOLDER, with `--make-only` where this package's own dependencies are too old. What is there
-already is not made again. Ends with 1 if a folder is read wrongly.
+Each group of tools runs in a virtual environment (`environments.py`), which pip builds in DIR. What
+is there already is not made again. A form that a tool refuses to make, or dies at, is a row that
+says why. Ends with 1 if a folder is read wrongly.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
+import os
 import platform
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
+from typing import Any
 
-from benchmarks.neighbours.corpus import make
+from benchmarks.neighbours import environments
+from benchmarks.neighbours.check import check
+from benchmarks.neighbours.corpus import leave_out, tell_death
 
-MODULES = {
-    "mlx_lm": "with_mlx_lm", "transformers": "with_transformers",
-    "compressed_tensors": "with_compressed_tensors", "gptqmodel": "with_gptqmodel",
-    "auto_round": "with_auto_round", "numpy": "rebuilt",
-}  # fmt: skip
+OWN_PACKAGES = "this package with the extras test and parity"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--make-only", action="store_true")
-    parser.add_argument("--only", choices=MODULES, help="make only what this tool writes")
+    parser.add_argument(
+        "--environments", type=Path, help="where they are; default: FOLDER/environments"
+    )
+    modules = sorted({name for each in environments.ENVIRONMENTS for name in each.modules})
+    parser.add_argument("--only", nargs="+", choices=modules, help="make only what these write")
     options = parser.parse_args()
-    for package, name in MODULES.items():
-        if options.only in (None, package) and importlib.util.find_spec(package):
-            module = importlib.import_module(f"benchmarks.neighbours.{name}")
-            make(module.TOOL, module.PACKAGE, module.cases(), options.folder)
-    return 0 if options.make_only else report(options.folder)
+    folder = options.folder.resolve()
+    place = (options.environments or folder / "environments").resolve()
+    for each in environments.ENVIRONMENTS:
+        make(each, place, folder, options.only)
+    return 1 if report(folder) else 0
+
+
+def make(
+    environment: environments.Environment, place: Path, folder: Path, only: list[str] | None
+) -> None:
+    """Have an environment's tools write their folders."""
+    modules = [name for name in environment.modules if only is None or name in only]
+    if not modules:
+        return
+    try:
+        python = environments.build(environment, place)
+    except RuntimeError as error:
+        for name in modules:
+            module = tool(name)
+            leave_out(module.TOOL, module.PACKAGE, module.cases(), folder, str(error))
+        return
+    for name in modules:
+        if reason := environments.run(python, name, folder):
+            print(f"{environment.name}: {name}: the process died: {reason}", file=sys.stderr)
+            tell_death(folder, reason)
+
+
+def tool(name: str) -> Any:
+    """The module of a tool."""
+    return importlib.import_module(f"benchmarks.neighbours.{name}")
 
 
 def report(folder: Path) -> int:
-    """Print the table; returns 1 if something is read wrongly."""
-    from benchmarks.neighbours.check import check
-
-    print(f"\n{date.today()}, {platform.system()} {platform.machine()}\n")
-    print("| tool | version | form | result |\n|---|---|---|---|")
-    faults = 0
+    """Print the tables; returns how many folders are read wrongly."""
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    print(f"\n{date.today()}, {machine}, Python {platform.python_version()}\n")
+    print("| environment | packages | makes the rows of |\n|---|---|---|")
+    for each in environments.ENVIRONMENTS:
+        tools = ", ".join(tool(name).TOOL for name in each.modules)
+        print(f"| {each.name} | {', '.join(each.packages) or OWN_PACKAGES} | {tools} |")
+    print("\n| tool | version | form | result |\n|---|---|---|---|")
+    seen: Counter[str] = Counter()
     for row in check(folder):
-        faults += bool(row.fault)
+        seen[row.kind] += 1
         result = f"**{row.result}: {row.fault}**" if row.fault else row.result
         print(f"| {row.tool} | {row.version} | {row.form} | {result} |", flush=True)
-    return 1 if faults else 0
+    print("\n" + "; ".join(f"{count} {kind}" for kind, count in sorted(seen.items())))
+    return seen["read wrongly"]
 
 
 if __name__ == "__main__":

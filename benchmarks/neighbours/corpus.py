@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ Values = dict[str, NDArray[np.float32]]
 # The type that a library computes its values in -> the relative error of a few roundings to it.
 ROUNDING = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 EXPECTED, ABOUT = "expected.npz", "about.json"
+DIED = "the process died"
+# Characters of an error that the table shows.
+MOST_SAID = 240
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,77 @@ def write_base(folder: Path) -> Path:
 
 
 def make(tool: str, package: str | None, cases: list[Case], corpus: Path) -> None:
-    """Write those of `cases` that are not there yet; what fails is said and left out."""
-    version = importlib.metadata.version(package) if package else "rebuilt"
+    """Write those of `cases` that are not there yet; what fails leaves the reason."""
+    version = _version(package)
     base = write_base(corpus / "base")
     for case in cases:
-        place = corpus / f"{tool} {version}" / case.form.replace("/", " ")
-        if (place / ABOUT).exists():
+        place = _place(tool, version, case, corpus)
+        if _is_made(place):
             continue
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        # A process that dies leaves this behind.
+        _begin(place, tool, version, case, DIED)
         try:
             values = case.make(base, place / "model")
         except Exception as error:  # of any library
-            print(f"{tool} {version}: {case.form}: could not be made: {error!r:.200}")
+            said = f"{type(error).__name__}: {error}"
+            _begin(place, tool, version, case, _one_line(said, corpus))
+            print(f"{tool} {version}: {case.form}: not made: {said:.400}", flush=True)
             continue
         np.savez(place / EXPECTED, **values)  # type: ignore[arg-type]
-        about = {"tool": tool, "version": version, "form": case.form, "dtype": case.dtype}
-        (place / ABOUT).write_text(json.dumps(about))
-        print(f"{tool} {version}: {case.form}: made")
+        _tell(place, tool, version, case)
+        print(f"{tool} {version}: {case.form}: made", flush=True)
+
+
+def leave_out(tool: str, package: str, cases: list[Case], corpus: Path, reason: str) -> None:
+    """Say why none of `cases` is made, as of a tool that cannot be installed."""
+    for case in cases:
+        _begin(_place(tool, "-", case, corpus), tool, "-", case, _one_line(reason, corpus))
+    print(f"{tool} ({package}): left out: {reason}", flush=True)
+
+
+def tell_death(corpus: Path, reason: str) -> None:
+    """Write into the form at which a process died what it died of."""
+    for path in corpus.glob(f"*/*/{ABOUT}"):
+        about = json.loads(path.read_text())
+        if about.get("not_made") == DIED:
+            about["not_made"] = _one_line(f"{DIED}: {reason}", corpus)
+            path.write_text(json.dumps(about))
+
+
+def _version(package: str | None) -> str:
+    if package is None:
+        return "rebuilt"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def _place(tool: str, version: str, case: Case, corpus: Path) -> Path:
+    return corpus / f"{tool} {version}" / case.form.replace("/", " ")
+
+
+def _is_made(place: Path) -> bool:
+    about = place / ABOUT
+    return about.exists() and "not_made" not in json.loads(about.read_text())
+
+
+def _begin(place: Path, tool: str, version: str, case: Case, reason: str) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    _tell(place, tool, version, case, not_made=reason)
+
+
+def _tell(place: Path, tool: str, version: str, case: Case, **more: str) -> None:
+    about = {"tool": tool, "version": version, "form": case.form, "dtype": case.dtype}
+    (place / ABOUT).write_text(json.dumps(about | more))
+
+
+def _one_line(message: str, corpus: Path) -> str:
+    """What of an error fits in the table: its first lines, without places on this machine."""
+    words = " ".join(message.replace(str(corpus), "FOLDER").replace("|", "/").split())
+    words = re.sub(r"/\S+/", "", words)
+    return words if len(words) <= MOST_SAID else words[:MOST_SAID].rpartition(" ")[0] + " ..."
 
 
 def base_values(base: Path) -> Values:

@@ -11,12 +11,15 @@ from benchmarks.neighbours.corpus import Case, Values
 TOOL, PACKAGE = "GPTQModel", "gptqmodel"
 TEXTS = ["Paris is the capital of France. " * 12, "the quick brown fox jumps over the dog " * 8] * 4
 
+AWQ = {"quant_method": "awq", "format": "gemm", "bits": 4, "group_size": 128}
+
 
 def cases() -> list[Case]:
     """Its defaults, then each option that changes the files."""
     options: dict[str, dict[str, Any]] = {
         "bits=4, group_size=128": {"bits": 4, "group_size": 128},
-        "bits=4, group_size=128, desc_act": {"bits": 4, "group_size": 128, "desc_act": True},
+        # More groups than one in each matrix.
+        "bits=4, group_size=32, desc_act": {"bits": 4, "group_size": 32, "desc_act": True},
         "bits=4, group_size=32, format=gptq_v2": {
             "bits": 4, "group_size": 32, "format": "gptq_v2"
         },
@@ -29,6 +32,11 @@ def cases() -> list[Case]:
         },
         "bits=3, group_size=64": {"bits": 3, "group_size": 64},
         "bits=8, group_size=-1": {"bits": 8, "group_size": -1},
+        "bits=8, group_size=-1, act_group_aware=False": {
+            "bits": 8, "group_size": -1, "act_group_aware": False
+        },
+        # The last, since a process that dies makes no other form.
+        "quant_method=awq, format=gemm": AWQ,
     }  # fmt: skip
     return [
         Case(name, partial(quantized, options=each), "float16") for name, each in options.items()

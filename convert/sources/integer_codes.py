@@ -74,8 +74,8 @@ class IntegerMatrix(MatrixSource):
         """Why the codes cannot be kept."""
         if self.reordered:
             return (
-                "columns are reordered (act-order, desc_act): the columns of a group do not lie "
-                "side by side, as MLX wants them"
+                "columns are reordered (act-order, desc_act), each matrix's in its own way: the "
+                "columns of a group do not lie side by side, as MLX wants them"
             )
         return f"MLX has no {self.bits}-bit codes in groups of {self.group_size}"
 

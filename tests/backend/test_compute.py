@@ -49,6 +49,9 @@ def test_choices(inventory: Inventory) -> None:
     assert isinstance(model, CPUModel) and model.precision == "int8"
     with pytest.raises(UsageError, match="--dtype bfloat16"):
         load_for(inventory, "cpu", "bfloat16")
+    for dtype, compute in ((None, "mlx"), ("bfloat16", "auto")):
+        with pytest.raises(UsageError, match="--precision int8 is for the CPU path"):
+            load_for(inventory, compute, dtype, precision="int8")
 
 
 def test_missing_library(

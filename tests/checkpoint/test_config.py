@@ -327,6 +327,12 @@ def test_bits_and_groups_of_the_mode(block: dict[str, Any], spec: QuantSpec) -> 
     assert parsed is not None and parsed.default == spec
 
 
+@pytest.mark.parametrize("method", [["gptq"], {"gptq": 4}, 4, True])
+def test_a_method_is_a_text(method: object) -> None:
+    with pytest.raises(RejectedError, match="quantization_config: quant_method: expected a string"):
+        parse_config(config_4x(quantization_config={"quant_method": method, "bits": 4}))
+
+
 def test_autoround_words_for_an_mlx_folder() -> None:
     """`quantization_config` in AutoRound's words, beside MLX's own block."""
     words = {"quant_method": "auto-round", "packing_format": "mlx", "bits": 4, "group_size": 64,

@@ -17,7 +17,10 @@ from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.generation.conversation import Conversation
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import SamplingOptions
+from apertus_mlx.generation.tool_grammar import ToolGrammar
+from apertus_mlx.generation.tool_set import read_tool_set
 from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.text.template import Message
 
 GREEDY = SamplingOptions(temperature=0)
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -172,6 +175,33 @@ def test_a_refused_file_changes_nothing(talk: Conversation, tmp_path: Path) -> N
     assert talk.messages == before[:1]
 
 
+def test_instructions_of_a_developer(talk: Conversation) -> None:
+    """They lead a conversation as a system message does."""
+    chat = commands(talk)
+    developer, question = said_by("developer", "Be brief."), said_by("user", QUESTION)
+    talk.load([developer, question, said_by("assistant", ANSWER)])
+    assert said(chat, "/system") == "the system message is: Be brief."
+    assert said(chat, "/reset") == "forgot the conversation; the system message stays"
+    assert talk.messages == [developer]
+    talk.load([said_by("system", "Be kind."), developer, question])
+    assert said(chat, "/system") == "the system message is: Be kind.\n\nBe brief."
+    said(chat, "/system Be loud.")
+    assert talk.messages == [said_by("system", "Be loud."), question]
+    said(chat, "/system off")
+    assert talk.messages == [question]
+    # The structure of a template is no text, and stays.
+    structure = Message(role="developer", content={"has_tool_calling": False})
+    talk.messages = [structure, developer, question]
+    said(chat, "/system Be kind.")
+    assert talk.messages == [said_by("system", "Be kind."), structure, question]
+    said(chat, "/reset")
+    assert talk.messages == [said_by("system", "Be kind."), structure]
+
+
+def said_by(role: str, content: str) -> Message:
+    return Message(role=role, content=content)
+
+
 class Typed:
     """Lines that somebody types; a function among them is called in the next answer."""
 
@@ -230,17 +260,56 @@ def test_an_interrupt_ends_the_answer_and_a_second_one_at_once(
     assert capsys.readouterr().out == f"{ANSWER}\n"
 
 
+def test_a_result_may_be_empty(talk: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = [
+        {"id": each, "type": "function", "function": {"name": each, "arguments": "{}"}}
+        for each in ("first", "second")
+    ]
+    talk.load([said_by("user", QUESTION), Message(role="assistant", tool_calls=calls)])
+    _Talk(talk, Typed("", " sunny"), GREEDY, 512).run()
+    assert [
+        (each["tool_call_id"], each["content"]) for each in talk.messages if each["role"] == "tool"
+    ] == [("first", ""), ("second", " sunny")]
+    # A question may not.
+    before = list(talk.messages)
+    _Talk(talk, Typed("", "  "), GREEDY, 512).run()
+    assert talk.messages == before
+    assert "error" not in capsys.readouterr().err
+
+
+def test_tools_are_compiled_once(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    class Counted(ToolGrammar):
+        def __init__(self, tools: Any, choice: str = "auto") -> None:
+            compiled.append(choice)
+            super().__init__(tools, choice)
+
+    monkeypatch.setattr("apertus_mlx.generation.tool_set.ToolGrammar", Counted)
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+    talk = Conversation(loaded, tools=read_tool_set([{"type": "function", "function": function}]))
+    short = SamplingOptions(temperature=0, max_tokens=2, logit_bias={71: -100})
+    for _ in range(3):
+        list(talk.ask(QUESTION, short))
+    assert compiled == ["auto"]
+
+
 def test_errors_of_a_turn(
     talk: Conversation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that does not fit is told; after others the chat goes on only where somebody sits."""
-    long = "word " * 9999
-    _Talk(talk, Typed(long, QUESTION, long), GREEDY, 512).run()
+    # Two tokens a word, and 17 beside them.
+    too_long, long = "word " * 9999, "word " * ((talk.context_length - 20) // 2)
+    _Talk(talk, Typed(too_long, QUESTION, too_long, long), GREEDY, 512).run()
     out, err = capsys.readouterr()
     assert out == f"{ANSWER}\n"
-    # With nothing to forget there is no room to be made.
+    # What is too long by itself finds no room however much is forgotten.
     rooms = ["/undo or /reset makes room" in line for line in err.splitlines()]
-    assert rooms == [False, False, True] and err.count("error: the prompt has") == 2
+    assert rooms == [False, False, False, True] and err.count("error: the prompt has") == 3
+    # Nor is it room that other mistakes want.
+    _Talk(talk, Typed(QUESTION), SamplingOptions(logit_bias={10**6: 1}), 512).run()
+    err = capsys.readouterr().err
+    assert "error: " in err and "makes room" not in err
 
     def fail(*_: Any) -> Any:
         raise MemoryError

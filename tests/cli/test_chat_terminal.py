@@ -93,6 +93,16 @@ def test_an_answer_is_stopped_and_stays(talker: Path, tmp_path: Path) -> None:
         assert ORDER.encode() not in terminal.raw
 
 
+def test_a_termination_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
+    with Terminal(["chat", "--no-history"], environment=at_home(tmp_path)) as terminal:
+        before = terminal.modes()
+        terminal.wait_for_prompt()
+        assert terminal.modes() != before
+        terminal.terminate()
+        assert terminal.end() == 128 + 15
+        assert terminal.modes() == before and not terminal.marks_pastes
+
+
 def test_typing_commands_and_history(tmp_path: Path) -> None:
     home, here = at_home(tmp_path / "home"), tmp_path / "here"
     here.mkdir()

@@ -5,6 +5,7 @@ The whole corpus is `benchmarks/neighbours`; here is one of each kind, the other
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.neighbours import rebuilt, with_compressed_tensors, with_mlx_lm, with_transformers
-from benchmarks.neighbours.check import check_folder
-from benchmarks.neighbours.corpus import ROUNDING, Case, write_base
+from benchmarks.neighbours.check import check, check_folder
+from benchmarks.neighbours.corpus import (
+    ROUNDING,
+    Case,
+    Values,
+    leave_out,
+    make,
+    tell_death,
+    write_base,
+)
+from benchmarks.neighbours.environments import ENVIRONMENTS, run
 
 MODULES = {
     "mlx_lm": with_mlx_lm, "transformers": with_transformers,
@@ -48,6 +58,47 @@ def all_cases() -> Iterator[object]:
         for case in module.cases():
             marks = [lacks] if case.form in DAILY else [lacks, pytest.mark.nightly]
             yield pytest.param(case, id=f"{module.TOOL}: {case.form}", marks=marks)
+
+
+def test_a_form_that_a_tool_refuses_is_a_row_that_says_why(tmp_path: Path) -> None:
+    def fails(_: Path, folder: Path) -> Values:
+        folder.mkdir()
+        raise OSError(f"no {tmp_path}/x and no /usr/lib/y.so | z\nhere, {'for ever ' * 40}")
+
+    rebuilt_one = rebuilt.cases()[0]
+    make("Tool", None, [Case("form", fails), rebuilt_one], tmp_path)
+    leave_out("Other", "other", [Case("form", fails)], tmp_path, "pip cannot install it")
+    made, absent, refused = sorted(check(tmp_path), key=lambda row: row.result)[::-1]
+    assert made.form == rebuilt_one.form and made.result == "runs as it is; values equal"
+    assert absent.result == "not made: pip cannot install it"
+    assert refused.result.startswith("not made: OSError: no FOLDER/x and no y.so / z here, for")
+    assert refused.result.endswith(" ...") and len(refused.result) < 270
+    assert {row.kind for row in (made, refused, absent)} == {"runs as it is", "not made"}
+    # The next run tries it again.
+    make("Tool", None, [Case("form", rebuilt_one.make)], tmp_path)
+    assert [row.kind for row in check(tmp_path) if row.tool == "Tool"] == ["runs as it is"] * 2
+
+
+def test_a_process_that_dies_leaves_a_row(tmp_path: Path) -> None:
+    def dies(*_: Path) -> Values:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        make("Tool", None, [Case("form", dies)], tmp_path)
+    reason = run(Path(sys.executable), "with_nothing", tmp_path)
+    assert reason is not None and reason.startswith("ModuleNotFoundError: No module named")
+    tell_death(tmp_path, reason)
+    [row] = check(tmp_path)
+    assert row.result.startswith("not made: the process died: ModuleNotFoundError: No module")
+
+
+def test_every_tool_has_an_environment() -> None:
+    folder = Path(rebuilt.__file__).parent
+    modules = {path.stem for path in folder.glob("with_*.py")} | {"rebuilt"}
+    assert {name for each in ENVIRONMENTS for name in each.modules} == modules
+    # What is pinned is pinned to one version.
+    steps = [step for each in ENVIRONMENTS for step in each.steps]
+    assert all("==" in word for step in steps for word in step if not word.startswith("-"))
 
 
 @pytest.fixture(scope="module")

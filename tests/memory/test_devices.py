@@ -17,16 +17,18 @@ from apertus_mlx.memory import parse_device, parse_size
 from apertus_mlx.memory.devices import known_devices
 
 # Transfers per second of the memory in millions, over a bus of 64 bits.
-LPDDR_RATES = {"A14": 4266, "A15": 4266, "A16": 6400, "A17 Pro": 6400, "A18": 7500, "A19": 8533}
+LPDDR_RATES = {"A14": 4266, "A15": 4266, "A16": 6400, "A17 Pro": 6400, "A18": 7500, "A19": 8533,
+               "A19 Pro, 5 GPU cores": 8533}  # fmt: skip
 # Apple's announcements.
 APPLE_GB_PER_S = {
-    "m1-pro-16gb": 200, "m1-max-64gb": 400, "m1-ultra-128gb": 800,
+    "m1-8gb": 68.25, "m1-pro-16gb": 200, "m1-max-64gb": 400, "m1-ultra-128gb": 800,
     "m2-8gb": 100, "m2-pro-32gb": 200, "m2-max-96gb": 400, "m2-ultra-192gb": 800,
     "m3-24gb": 100, "m3-pro-36gb": 150, "m3-max-36gb": 300, "m3-max-128gb": 400,
     "m3-ultra-512gb": 819,
     "m4-16gb": 120, "m4-pro-64gb": 273, "m4-max-36gb": 410, "m4-max-128gb": 546,
     "m5-32gb": 153, "m5-pro-48gb": 307, "m5-max-36gb": 460, "m5-max-128gb": 614,
-    "macbook-neo": 60, "ipad-air-m4": 120, "ipad-pro-m5-16gb": 153,
+    "macbook-neo": 60, "iphone-17": 68.3, "iphone-air": 68.3, "iphone-17-pro": 75.8,
+    "ipad-air-m4": 120, "ipad-pro-m5-16gb": 153,
 }  # fmt: skip
 # GiB of RAM: all iPhones with an A14 or later, and iPads with that or an M chip.
 MOBILE_RAM = {
@@ -70,7 +72,8 @@ def test_figures_are_those_published() -> None:
 def test_every_figure_has_a_source() -> None:
     for device in known_devices():
         for source in (device.ram_source, device.memory_source, device.bandwidth_source):
-            assert source and re.search(r"[A-Za-z]{3}", source)
+            # An address that somebody has seen, or the word that nobody has.
+            assert source and re.search(r"https://[a-z0-9.-]+\.[a-z]+/|not looked up", source)
     names = [device.name for device in known_devices()]
     assert len(set(names)) == len(names)
 
