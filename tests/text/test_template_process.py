@@ -67,6 +67,15 @@ def test_one_that_was_ended_starts_again(process: TemplateProcess) -> None:
     assert process._running() is not running
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the limits of a process")
+def test_who_gets_out_of_jinja_can_open_nothing(process: TemplateProcess) -> None:
+    process.render(question("a"))
+    running = psutil.Process(process._running().pid)
+    for limit in (psutil.RLIMIT_NOFILE, psutil.RLIMIT_NPROC, psutil.RLIMIT_CORE):
+        assert running.rlimit(limit) == (0, 0)
+    assert running.rlimit(psutil.RLIMIT_AS) == (2**28, 2**28)
+
+
 def test_threads_take_turns(process: TemplateProcess) -> None:
     told: dict[str, set[str]] = {name: set() for name in "abcd"}
 

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from types import BuiltinMethodType
 from typing import Any
 
 if __name__ == "__main__":
@@ -35,7 +36,7 @@ _TESTS = (
     "boolean defined false float integer iterable mapping none number sequence string true "
     "undefined == eq equalto != ne < lt lessthan <= le in > gt greaterthan >= ge"
 )
-_METHODS = {
+_METHODS: dict[type, str] = {
     str: "capitalize endswith join lower lstrip replace rstrip split startswith strip title upper",
     dict: "get items keys values",
 }
@@ -77,11 +78,11 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         }
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        name = getattr(__obj, "__name__", type(__obj).__name__)
-        owner: Any = type(getattr(__obj, "__self__", None))
-        methods = _METHODS.get(owner, "").split()
         known = isinstance(__obj, Macro | Undefined) or __obj in __self.globals.values()
-        if not known and name not in methods:
+        if isinstance(__obj, BuiltinMethodType):
+            known = __obj.__name__ in _METHODS.get(type(__obj.__self__), "").split()
+        if not known:
+            name = getattr(__obj, "__name__", type(__obj).__name__)
             raise SecurityError(f"{name} is not available to chat templates")
         return __context.call(__obj, *args, **kwargs)
 
@@ -168,9 +169,8 @@ def render(question: Mapping[str, Any]) -> str:
             raise
         except Exception:  # a template can make any
             return None
-        return (
-            result if result.translate({ord(some[name]): name for name in some}) == text else None
-        )
+        names_of = {ord(mark): name for name, mark in some.items()}
+        return result if result.translate(names_of) == text else None
 
     text = write({})
     if len(text) > _MOST + _MOST_PER_CHARACTER * len(question["data"]):
@@ -205,19 +205,29 @@ def _answer(question: Mapping[str, Any]) -> str:
     try:
         return json.dumps(["written", render(question)])
     except MemoryError:
-        signal.raise_signal(signal.SIGKILL)
         raise
     except Exception as error:  # a template can make any
         kind, says = _explain(error)
         return json.dumps([kind, question["name"] + says])
 
 
-if __name__ == "__main__":
-    if memory_bytes := int(sys.argv[2]):
+def main(seconds: float, memory_bytes: int) -> None:
+    """Answer questions until there are no more; who gets out of Jinja here can open nothing."""
+    _answer({"name": "", "source": "{{ 'a' }}{{ b", "marks": {}})  # loads what loads late
+    if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
+    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
         resource.setrlimit(limit, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))  # its signal ends this process
-        print(_answer(json.loads(line)), flush=True)  # noqa: T201  # the other side reads it
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            answer = _answer(json.loads(line))
+        except MemoryError:
+            signal.raise_signal(signal.SIGKILL)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        print(answer, flush=True)  # noqa: T201  # the other side reads it
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))
