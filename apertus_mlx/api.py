@@ -47,6 +47,7 @@ from apertus_mlx.system.foreign_errors import own_errors
 from apertus_mlx.system.progress import OnProgress, Progress
 from apertus_mlx.text.output_filter import OutputFilter, load_output_filter
 from apertus_mlx.text.template import Message
+from apertus_mlx.text.template_process import TEMPLATES
 
 __all__ = [
     "Answer", "Apertus", "Chat", "Message", "Piece", "Progress", "Stream", "ToolCall", "load",
@@ -104,6 +105,7 @@ def load(
         UsageError: a value out of range.
     """
     _require_process()
+    TEMPLATES.start()
     settings = RunOptions(**known(RunOptions, options))
     chosen = None if output_filter is None else load_output_filter(output_filter)
     report = progress or (lambda _: None)

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
+from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.template import ChatTemplate, Message
 from apertus_mlx.text.tokenizer import Tokenizer
 
@@ -98,7 +99,7 @@ def encode_with_control(tokenizer: Tokenizer, text: str) -> list[int]:
 def written_by(template: ChatTemplate, messages: Sequence[Message], **how: Any) -> str:
     """What `template` writes, for reading; `how` as for `render`."""
     how = {"think": False, "tools": (), "add_generation_prompt": True, **how}
-    pieces = template._render(messages, **how)
+    pieces = template._render(read_messages(messages), **how)
     names = template._tokenizer.id_to_token
     return "".join(each if isinstance(each, str) else names(each) or "" for each in pieces)
 

@@ -21,6 +21,7 @@ from apertus_mlx.errors import TooLongError, UsageError
 from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.foreign_errors import explain
+from apertus_mlx.text.template_process import TEMPLATES
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.conversation import Conversation
@@ -47,6 +48,7 @@ def chat(
     settings: RunOptions,
 ) -> None:
     """Talk with a model; earlier turns are not computed again. /help lists what it understands."""
+    TEMPLATES.start()
     from apertus_mlx.backend.memory_limits import mlx_limits
     from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
     from apertus_mlx.generation.conversation import Conversation

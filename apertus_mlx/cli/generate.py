@@ -19,6 +19,7 @@ from apertus_mlx.generation import request_files
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import counted, format_bytes
+from apertus_mlx.text.template_process import TEMPLATES
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.run import Answer, Generation
@@ -53,6 +54,7 @@ def generate(
     json: options.JsonOption = False,
 ) -> None:
     """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
+    TEMPLATES.start()
     from apertus_mlx.backend.memory_limits import mlx_limits
     from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
     from apertus_mlx.generation.cached_prefix import CachedPrefix

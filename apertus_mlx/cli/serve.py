@@ -32,7 +32,7 @@ def serve(
     from apertus_mlx.server.listen import serve as listen
     from apertus_mlx.server.served_model import ServedModel
     from apertus_mlx.text.output_filter import load_output_filter
-    from apertus_mlx.text.template.operations import fix_now
+    from apertus_mlx.text.template.chat_template import fix_now
 
     access = read_access(serving)
     chosen = None if output_filter is None else load_output_filter(output_filter)

@@ -6,7 +6,7 @@ import datetime
 import functools
 import json
 import tracemalloc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.text.template import ChatTemplate
+from apertus_mlx.text.template import ChatTemplate, marks
+from apertus_mlx.text.template_process import TemplateProcess
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import load_tokenizer, write_tokenizer, written_by
 
@@ -458,6 +459,13 @@ HOSTILE = {
     "cycler": "{{ cycler.__init__.__globals__ }}",
     "macro": "{% macro f() %}{% endmacro %}{{ f.__globals__['x'] }}",
     "self": "{{ self.__init__.__globals__ }}",
+    "own function": "{{ raise_exception.__globals__['json'] }}",
+    "own method": "{{ strftime_now.__self__.parse('x') }}",
+    "block in itself": "{% block a %}{{ self.a() }}{% endblock %}",
+    "markup": "{{ ('{0.__class__}' | safe).format('a') }}",
+    "format by map": "{{ ['{0.__class__}'] | map('format', 'a') | list }}",
+    "method by name": "{{ messages | map(attribute='__class__') | list }}",
+    "change": "{{ messages.append(messages[0]) }}",
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as os %}",
     "extends": "{% extends 'x' %}",
@@ -475,31 +483,93 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_template_is_refused_in_one_line(name: str) -> None:
+@pytest.fixture(scope="module")
+def small() -> Iterator[TemplateProcess]:
+    process = TemplateProcess(seconds=0.2, memory_bytes=2**26)
+    yield process
+    process.end()
+
+
+def refusal(source: str) -> str:
+    """The line that refuses a template, which costs this process little memory."""
     tracemalloc.start()
     try:
         with pytest.raises(RejectedError) as caught:
-            chat_template(HOSTILE[name]).render([USER])
-        peak_bytes = tracemalloc.get_traced_memory()[1]
+            chat_template(source).render([USER])
+        assert tracemalloc.get_traced_memory()[1] < 128 * 2**20
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 128 * 2**20
     assert str(caught.value).startswith("chat_template.jinja")
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-MANY_STEPS = {
-    "prints": "{% for i in range(9999) %}" + "{{ i or i and not i }}" * 1000 + "{% endfor %}",
-    "tokens": "{% set x %}" + "<s>" * 9999 + "{% endset %}{% for i in range(500) %}{{ x }}"
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_template_is_refused_in_one_line(
+    name: str, small: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "TEMPLATES", small)
+    refusal(HOSTILE[name])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_template_is_refused_by_the_real_bounds(name: str) -> None:
+    refusal(HOSTILE[name])
+
+
+@pytest.mark.parametrize("name", ["nested loops", "times", "output"])
+def test_what_takes_too_much_is_told_with_the_bounds(
+    name: str, small: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "TEMPLATES", small)
+    says = "chat_template.jinja: the chat template takes more than 0.2 s of work or 67.1 MB"
+    assert refusal(HOSTILE[name]).startswith(says)
+    assert written_by(chat_template("{{ messages[0].content }}"), [USER]) == "Hi"
+
+
+MANY_PIECES = {
+    "prints": "{% for i in range(999) %}" + "{{ i or i and not i }}" * 999 + "{% endfor %}",
+    "tokens": "{% set x %}" + "<s>" * 999 + "{% endset %}{% for i in range(999) %}{{ x }}"
     "{% endfor %}{{ messages[0].content }}",
 }
 
 
-@pytest.mark.parametrize("name", MANY_STEPS)
-def test_what_is_written_in_many_pieces_is_limited(name: str) -> None:
-    with pytest.raises(RejectedError, match="too much work or memory"):
-        chat_template(MANY_STEPS[name]).render([USER])
+@pytest.mark.parametrize("name", MANY_PIECES)
+def test_what_is_written_is_bounded(name: str) -> None:
+    assert "characters, too many for these messages" in refusal(MANY_PIECES[name])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].items }}",
+        "{{ (messages[0].items | string) ~ 'a' }}",
+        "{{ [raise_exception] | join }}",
+        "{{ messages | map(attribute='role') }}",
+    ],
+)
+def test_what_differs_from_run_to_run_is_not_printed(source: str) -> None:
+    assert "it prints what is no data" in refusal(source + "{{ messages[0].content }}")
+
+
+def test_a_message_may_hold_an_address() -> None:
+    text = "<object object at 0x7f0011223344>"
+    source = "{{ messages[0].content }}"
+    assert written_by(chat_template(source), [{"role": "user", "content": text}]) == text
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("a\n{% if %}", "line 2: the chat template failed: Expected an expression"),
+        ("a\nb\n{{ nothing.at_all }}", "line 3: the chat template failed: 'nothing' is undef"),
+        ("a\n{{ 'b' | wordwrap }}", "line 2: the chat template failed: No filter named"),
+        ("{{ raise_exception('no') }}", ": the chat template refuses these messages: no"),
+    ],
+)
+def test_a_fault_is_told_with_its_line(source: str, says: str) -> None:
+    assert says in refusal(source)
 
 
 def test_limits_grow_with_the_conversation() -> None:

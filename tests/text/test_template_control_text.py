@@ -13,6 +13,7 @@ import jinja2.tests
 import pytest
 
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.chat_tokenizers import load_tokenizer, write_tokenizer, written_by
@@ -52,6 +53,7 @@ LOOKS = {
     "representation by string": "{{ [bos_token] | string }}",
     "json": "{{ bos_token | tojson(ensure_ascii=true) }}",
     "passed through a macro": "{% macro f(t) %}{{ t | length }}{% endmacro %}{{ f('<s>') }}",
+    "width": "{{ '%9s' % bos_token }}",
     "namespace": "{% set ns = namespace(t='') %}{% set ns.t = '<s>' %}{{ ns.t == '<s>' }}",
     "prompt by the text": "{% if bos_token == '<s>' %}{{ bos_token }}<|user_start|>"
     "{{ messages[0].content }}<|user_end|>{% else %}{{ messages[0].content }}{% endif %}",
@@ -77,6 +79,8 @@ MOVES = {
     "get": "{{ {'a': 1}.get(bos_token, 'no') == {}.get('<s>', 'no') }}",
     "length of a list": "{{ [bos_token] | length }}",
     "arguments from a list": "{{ 'a'.strip(*['a']) }}",
+    "percent": "{{ '%s-%%' % bos_token }}{{ 2 ** 3 }}",
+    "block": "{% block a %}{{ bos_token }}{% endblock %}",
     "a key that is computed": "{{ {messages[0].role: 1} }}",
     "seen in a message": "{{ '<s>' in messages[0].content }}{{ messages[0].content[:2] == '<s>' }}",
     "split at": "{{ messages[0].content.split('<s>') | join('|') }}",
@@ -92,7 +96,6 @@ MISSING = {
     "a key by dict": "{{ dict([('<s>', 'yes')])[messages[0].content[3:6]] }}",
     "representation by format": "{{ '{!r}'.format(bos_token) }}",
     "width": "{{ '{:>9}'.format(bos_token) }}",
-    "width by percent": "{{ '%9s' % bos_token }}",
     "width by the filter": "{{ '%.1s' | format(bos_token) }}",
     "same": "{{ bos_token is sameas '<s>' }}",
     "lower": "{{ bos_token is lower }}",
@@ -105,7 +108,6 @@ MISSING = {
     "dictsort": "{{ {'a': 1} | dictsort }}",
     "sum": "{{ [1, 2] | sum }}",
     "groupby": "{{ messages | groupby('role') }}",
-    "power": "{{ 2 ** 3 }}",
     "rsplit": "{{ 'a b'.rsplit(' ') }}",
     "rfind": "{{ 'ab'.rfind('b') }}",
     "partition": "{{ 'a-b'.partition('-') }}",
@@ -157,7 +159,7 @@ def test_the_token_that_is_looked_at_is_named_among_others() -> None:
 def test_a_text_that_is_looked_for_and_one_that_is_written_are_kept_apart_in_many_places() -> None:
     source = "{{ '<s>' in messages[0].content }}{{ '<s>' }}" * 300
     template = ChatTemplate(source, _TOKENIZER[0], name="chat_template.jinja")
-    pieces = template._render(MESSAGES, False, (), True)
+    pieces = template._render(read_messages(MESSAGES), False, (), True)
     assert pieces == ["True", 1] * 300
     assert ours(source) == plain_jinja(source)
 
@@ -167,7 +169,7 @@ def test_characters_that_could_be_marks_are_texts(private: str) -> None:
     source = f"{{{{ bos_token }}}}{private}{{{{ eos_token ~ '{private}' ~ messages[0].content }}}}"
     template = ChatTemplate(source, _TOKENIZER[0], name="chat_template.jinja", texts=TEXTS)
     messages: Any = [{"role": "user", "content": f"\ue002{private}\ue003"}]
-    assert template._render(messages, False, (), True) == [
+    assert template._render(read_messages(messages), False, (), True) == [
         1, private, 2, f"{private}\ue002{private}\ue003",
     ]  # fmt: skip
 

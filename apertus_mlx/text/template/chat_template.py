@@ -7,26 +7,31 @@ whatever it spells.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.text.chat_form import write_turns
-from apertus_mlx.text.messages import Message, read_messages, require_answer
+from apertus_mlx.text.messages import Message, Turn, read_messages, require_answer
 from apertus_mlx.text.roles import Role
 from apertus_mlx.text.template.marks import MarkedTemplate
-from apertus_mlx.text.template.operations import set_clock
 from apertus_mlx.text.template.probes import ProbedForm
 from apertus_mlx.text.template.template_file import read_source, read_token_texts
 from apertus_mlx.text.tokenizer import Tokenizer
 from apertus_mlx.text.tool_definitions import read_tools
 
+# What templates of this process write as the present time, if `fix_now` was called.
+_fixed: list[datetime] = []
 
-class UnsupportedTemplateError(RejectedError):
-    """A sound template that asks for what the sandbox does not have, or refuses the messages."""
+
+def fix_now() -> None:
+    """Let templates of this process write the present date for ever.
+
+    Prompts that begin with a date then begin alike tomorrow, too, so that caches stay of use.
+    """
+    _fixed[:] = [datetime.now()]
 
 
 class ChatTemplate:
@@ -63,10 +68,7 @@ class ChatTemplate:
         own_texts = dict(texts or {})
         if tokenizer.bos_id is not None:
             own_texts["bos_token"] = tokenizer.id_to_token(tokenizer.bos_id) or ""
-        try:
-            self._template = MarkedTemplate(source, tokenizer, own_texts)
-        except Exception as error:
-            raise self._rejected(error) from None
+        self._template = MarkedTemplate(source, tokenizer, name, own_texts)
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -112,8 +114,9 @@ class ChatTemplate:
         if continue_final_message:
             require_answer(messages)
             add_generation_prompt = False
-        pieces = self._render(messages, think, tools, add_generation_prompt)
-        if messages and not _holds(pieces, messages[-1]):
+        turns = read_messages(messages)
+        pieces = self._render(turns, think, tools, add_generation_prompt)
+        if turns and not _holds(pieces, turns[-1]):
             raise RejectedError(
                 f"{self.name}: the chat template leaves out the text of the last message; it is "
                 "cut off, or not for such messages"
@@ -131,73 +134,37 @@ class ChatTemplate:
 
     def _render(
         self,
-        messages: Sequence[Message],
+        turns: Sequence[Turn],
         think: bool,
         tools: Sequence[Mapping[str, object]] | None,
         add_generation_prompt: bool,
     ) -> list[str | int]:
         """Return the prompt's plain texts and control tokens in order."""
-        set_clock()
-        written = write_turns(read_messages(messages), read_tools(tools), think, self._form)
-        return self._write(*written, think, add_generation_prompt)
+        now = _fixed[0] if _fixed else datetime.now()
+        written = write_turns(turns, read_tools(tools), think, self._form)
+        return self._write(*written, think, add_generation_prompt, now)
 
     def _probe(self, messages: list[Any], tools: Any, think: bool) -> list[str | None]:
-        pieces = self._write(messages, tools, think, False)
+        # Probes are compared, so they have one time.
+        pieces = self._write(messages, tools, think, False, datetime.min)
         return [piece if isinstance(piece, str) else None for piece in pieces]
 
     def _write(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        think: bool,
-        add_generation_prompt: bool,
+        self, messages: Any, tools: Any, think: bool, add_generation_prompt: bool, now: datetime
     ) -> list[str | int]:
-        """Return what the template makes of messages and tools in its own form."""
         data = json.dumps([messages, tools or None], ensure_ascii=False)
         variables = {"add_generation_prompt": add_generation_prompt, "enable_thinking": think}
-        try:
-            return self._template.write(data, variables)
-        except Exception as error:
-            raise self._rejected(error) from None
-
-    def _rejected(self, error: Exception) -> RejectedError:
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        if isinstance(error, RecursionError):
-            reason = "it nests calls or data without end"
-        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        # A filter or test that is missing here is a TemplateAssertionError, a kind of this one.
-        damaged = type(error) is jinja2.TemplateSyntaxError
-        kind = RejectedError if damaged else UnsupportedTemplateError
-        refused = type(error) is jinja2.TemplateError  # of `raise_exception`
-        does = "refuses these messages" if refused else "failed"
-        return kind(f"{self.name}{line}: the chat template {does}: {reason}")
+        return self._template.write(data, variables, now)
 
 
-def _holds(pieces: Sequence[str | int], message: Message) -> bool:
-    """Return whether a prompt holds the text of `message`, as it is or as JSON, blanks aside.
+def _holds(pieces: Sequence[str | int], turn: Turn) -> bool:
+    """Return whether a prompt holds the texts of `turn`, as they are or as JSON, blanks aside.
 
     Of an assistant's text the last word is enough: a template may leave out thoughts.
     """
-    texts = list(_texts(message.get("content")))
-    if message.get("role") == "assistant":
-        texts = texts[-1:] and texts[-1].split()[-1:]
+    texts = turn.texts
+    if turn.role == "assistant":
+        texts = [word for text in texts for word in text.split()[-1:]]
     prompt = "".join("".join(piece for piece in pieces if isinstance(piece, str)).split())
-    return all(
-        any("".join(form.split()) in prompt for form in (text, _in_json(text))) for text in texts
-    )
-
-
-def _in_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _texts(content: object) -> Iterator[str]:
-    """Yield a message's texts: its content, or what is called `text` in a structure."""
-    if isinstance(content, Mapping):
-        items = content.items()
-        content = [each for key, each in items if key == "text" or not isinstance(each, str)]
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, Sequence):
-        for part in content:
-            yield from _texts(part)
+    forms = ((text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts)
+    return all(any("".join(form.split()) in prompt for form in both) for both in forms)
