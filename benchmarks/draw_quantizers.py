@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import matplotlib as mpl
-
 from apertus_mlx.cli.plot import Series, save_plot
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -30,6 +28,8 @@ MODEL = "embedded"
 
 def main() -> None:
     """Command line."""
+    import matplotlib as mpl
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, default=DOCS / "quantizers.svg")
     file = parser.parse_args().file

@@ -14,13 +14,16 @@ from typing import Any
 from unittest.mock import patch
 
 from apertus_mlx.cli.app import app
-from tests.docs.pages import Block, Shown, pipelines, shown
+from apertus_mlx.hub.demo import model_dir
+from tests.docs.pages import Block, Shown, blocks, pipelines, read, shown
 from tests.docs.parsing import check, check_line
+from tests.hub_server import point_client_at, serving
 
 # These run until they are stopped, or measure a machine.
 ONLY_PARSED = {"serve", "bench", "doctor"}
 # Of the system: run in a process of their own.
 SYSTEM = {"cat", "echo", "head", "jq", "printf", "wc"}
+HUB_ID = re.compile(r"\b[\w-]+/Apertus-[\w.-]*\w")
 # A time or a speed, with its unit.
 TIMED = re.compile(r"\d[\d,.]*(?= ?(?:ms|s|min|minutes|seconds|tokens/s)\b)")
 
@@ -37,6 +40,26 @@ class _Heard(StringIO):
         return super().write(text)
 
 
+def read_page(page: str, monkeypatch: Any, home: Path, *, at_night: bool = False) -> Reader:
+    """Type all of a page in a new folder; returns the reader, whose current folder it stays."""
+    text = read(page)
+    found = list(blocks(text))
+    reader = Reader(page, at_night=at_night)
+    (home / "work").mkdir()
+    monkeypatch.chdir(home / "work")
+    for block in found:
+        if block.file is not None:
+            Path(block.file).write_text(block.text, "utf-8")
+    # A Hub that knows each model that the page names, and gives the demonstration model for it.
+    with serving() as hub:
+        for repo_id in set(HUB_ID.findall(text)):
+            hub.repository(repo_id).commit_folder(model_dir())
+        point_client_at(hub.endpoint, home, monkeypatch)
+        for block in found:
+            reader.read(block)
+    return reader
+
+
 class Reader:
     """Types what a page shows, in the current folder."""
 
@@ -44,6 +67,8 @@ class Reader:
         self._page = page
         self._at_night = at_night
         self._names: dict[str, Any] = {}
+        # What each line printed on stdout.
+        self.printed: list[str] = []
 
     def read(self, block: Block) -> None:
         """Run a block, or only look whether it could run."""
@@ -73,9 +98,10 @@ class Reader:
                 is_complete &= ran is not None
                 heard = ran or ""
             out += heard
+        self.printed.append(out)
         if each.output is not None and is_complete:
             told = f"{self._page}: {each.line}\nprinted:\n{out}\nwhere the page has:\n{each.output}"
-            assert _alike(each.output, out) or _alike(each.output, both.getvalue()), told
+            assert alike(each.output, out) or alike(each.output, both.getvalue()), told
 
 
 def _run(words: Sequence[str], typed: str, both: StringIO) -> str | None:
@@ -113,7 +139,7 @@ def _run_own(arguments: list[str], typed: str, both: StringIO) -> str:
     return out.getvalue()
 
 
-def _alike(page: str, printed: str) -> bool:
+def alike(page: str, printed: str) -> bool:
     """Whether the page shows what was printed, but for times and speeds."""
     pattern = "".join(
         r"(?:.*\n)*?" if line == "..." else re.escape(TIMED.sub("0", line)) + r"\n"
