@@ -48,7 +48,7 @@ def main() -> None:
 def measured(page: str) -> Mapping[str, list[tuple[int, float]]]:
     """Bytes and divergence by line, of the model's rows in the page's table."""
     found: dict[str, list[tuple[int, float]]] = {label: [] for label in LINES}
-    for row in _rows(page):
+    for row in rows(page):
         size = int(row["bytes"].replace(",", ""))
         for label, columns in LINES.items():
             figures = [row[column] for column in columns]
@@ -60,11 +60,12 @@ def _is_number(cell: str) -> bool:
     return re.fullmatch(r"[\d.]+", cell) is not None
 
 
-def _rows(page: str) -> Iterator[Mapping[str, str]]:
+def rows(page: str) -> Iterator[Mapping[str, str]]:
+    """The rows of the model in the page's table, each cell by the name of its column."""
     lines = page[page.index("| model | bits | bytes |") :].split("\n\n")[0].splitlines()
-    header, _, *rows = ([cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines)
+    header, _, *body = ([cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines)
     model = ""
-    for row in rows:
+    for row in body:
         model = row[0] or model
         if model == MODEL:
             yield dict(zip(header, row, strict=True))

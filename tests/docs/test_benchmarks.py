@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import draw_quantizers
 from tests.docs.pages import GENERATED, PAGES, read
 from tests.house.test_house import ROOT
 
@@ -25,11 +26,11 @@ SHORT = {
     "generation": "{model} --rounds 1 --prompt-tokens 8",
     "kv_quality": "--tokens 256 --few",
     "make_checkpoint": "0.5B {new}",
-    "quantizers": "--bits 4 --models embedded --methods search gptq --windows 2",
     "structured_cost": "--rounds 1 --tokens 4",
 }
-# Run by other tests, the exam by the last one here.
-ELSEWHERE = {"draw_quantizers", "embedded_exam", "neighbours", "record_chat", "released_models"}
+# Run by other tests, two of them by the last ones here.
+ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models"}
+COMPARED = {"embedded_exam", "quantizers"}
 # Takes many minutes, and llama.cpp: its arguments are read.
 ONLY_READ = {"cpu_speed"}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="figures of pages are of Linux")
@@ -42,7 +43,7 @@ def named() -> set[str]:
 
 
 def test_each_that_a_page_names_is_run() -> None:
-    assert named() - set(SHORT) == ELSEWHERE | ONLY_READ
+    assert named() - set(SHORT) == ELSEWHERE | COMPARED | ONLY_READ
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,21 @@ def test_the_exam_gives_the_figures_of_the_page() -> None:
         row = f"| {found['weights']} | {found['weights_bytes']:,} | "
         [right] = re.findall(rf"^{re.escape(row)}(\d+) \|$", page, re.MULTILINE)
         assert abs(int(right) - found["right"]) <= 1
+
+
+@linux
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_quantizers_without_text_give_the_figures_of_the_page(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    methods = ["mlx-lm rtn", "search"]
+    run(
+        "benchmarks.quantizers", "--bits", "4", "--models", "embedded",
+        "--methods", *methods, "--json", str(file),
+    )  # fmt: skip
+    found = {each["method"]: each for each in json.loads(file.read_text("utf-8"))["results"]}
+    page = draw_quantizers.rows(read("docs/quantizers.md"))
+    [row] = [each for each in page if each["bits"] == "4"]
+    for method, column in zip(methods, ("mlx-lm, rounded", "search"), strict=True):
+        assert f"{found[method]['bytes']:,}" == row["bytes"]
+        assert found[method]["kl_mean"] == pytest.approx(float(row[column]), rel=0.02)

@@ -60,7 +60,9 @@ class Terminal:
     def lines(self) -> Iterator[str]:
         """What comes on stdout and stderr, as it comes."""
         assert self._process.stdout is not None
-        yield from self._process.stdout
+        # Not `yield from`, which would close the stream with the generator.
+        for line in self._process.stdout:  # noqa: UP028
+            yield line
 
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGTERM)
