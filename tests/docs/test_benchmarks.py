@@ -24,7 +24,7 @@ SHORT = {
     "decode_estimates": "",
     "distillation": "--bits 3 --tokens 1024 --epochs 1",
     "generation": "{model} --rounds 1 --prompt-tokens 8",
-    "kv_quality": "--tokens 256 --few",
+    "kv_quality": "--tokens 2048 --few",
     "make_checkpoint": "0.5B {new}",
     "structured_cost": "--rounds 1 --tokens 4",
 }
