@@ -7,6 +7,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests.docs import external_links
 from tests.docs.markdown import PAGES, anchors, links
 from tests.house.test_house import ROOT
 
@@ -56,3 +57,12 @@ def test_every_page_is_in_the_index() -> None:
     index = docs / "index.md"
     named = {(docs / link.partition("#")[0]).resolve() for link in links(index)}
     assert set(docs.rglob("*.md")) - {index} == {path for path in named if path.suffix == ".md"}
+
+
+def test_links_to_others_are_told_apart() -> None:
+    """What a nightly job asks; here the answers are made up."""
+    answers: dict[str, int | str] = {"a": 200, "b": 404, "c": 403, "d": "ConnectError", "e": 429}
+    assert external_links.broken(answers, answers.__getitem__) == ["b: 404", "d: ConnectError"]
+    found = external_links.addresses()
+    assert "https://github.com/ml-explore/mlx" in found
+    assert not any("127.0.0.1" in each or "#" in each for each in found)
