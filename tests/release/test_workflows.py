@@ -33,10 +33,10 @@ def steps(name: str) -> Iterator[dict[str, Any]]:
 
 def commands(script: str) -> Iterator[list[str]]:
     """What a script runs of ours: from `apertus-mlx` or `python -m` to the end of the command."""
-    text = script.replace("\\\n", " ")
-    for found in re.finditer(
-        rf"(?:\S*/)?(?:apertus-mlx\"? |python3? -m (?={OURS}))[^\n|;&)]*", text
-    ):
+    # Values of the environment are numbers or folders.
+    text = re.sub(r"\$[A-Z_]+", "1", script.replace("\\\n", " "))
+    program = rf"(?:\S*/)?(?:apertus-mlx\"? |python3? -m (?={OURS}))"
+    for found in re.finditer(program + r"[^\n|;&)]*", text):
         line = re.sub(r"(\d?>>?|<) ?\S+", "", found[0])
         for stages in pipelines(line):
             yield from stages
