@@ -80,7 +80,7 @@ def test_numbers_of_the_config(changes: dict[str, Any], named: str) -> None:
         parse_config(config_4x(**changes))
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400)])
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["large", "small"])
 def test_numbers_of_the_generation_config_that_no_float_holds(tmp_path: Path, value: int) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": value}))
     with pytest.raises(RejectedError, match="temperature: expected a number above"):
