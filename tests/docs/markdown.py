@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
+@cache
 def tokens(path: Path) -> list[Token]:
     return _MARKDOWN.parse(path.read_text("utf-8"))
 

@@ -29,6 +29,7 @@ NAMES = re.compile(
     r"|KeyError|'x'|'gptq'|^model|\(revision main\)|--schema|0123456789ab"
 )
 FIGURES = re.compile(r"\b\d[\d.,]*( tokens| bits| [kMG]B| s)?|(?<=\0)s\b|[\s():;,./\0]")
+TEXTS = {path: path.read_text("utf-8") for path in SOURCES}
 PIECE_OF_FORMAT = re.compile(r"%\.?\d?[sdf]")
 
 
@@ -37,7 +38,7 @@ def pieces(path: Path) -> frozenset[str]:
     """What stands in the texts of a module, between values."""
     return frozenset(
         piece
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(ast.parse(TEXTS[path]))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         for piece in PIECE_OF_FORMAT.split(node.value)
         if len(piece) > 3
@@ -53,13 +54,21 @@ def left_over(line: str, path: Path) -> str:
     return FIGURES.sub("", line)
 
 
+def candidates(line: str) -> list[Path]:
+    """The modules that hold three words of a line in a row: the others need not be parsed."""
+    words = line.split()
+    threes = [" ".join(words[at : at + 3]) for at in range(len(words) - 2)]
+    return [path for path, text in TEXTS.items() if any(three in text for three in threes)]
+
+
 def is_printed(line: str) -> bool:
-    return any(not left_over(line, path) for path in SOURCES)
+    return any(not left_over(line, path) for path in candidates(line))
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_the_package_prints_the_line(line: str) -> None:
-    assert is_printed(line), min((left_over(line, path) for path in SOURCES), key=len)
+    left = [left_over(line, path) for path in candidates(line)]
+    assert "" in left, left
 
 
 def test_a_line_with_another_word_is_found_out() -> None:
