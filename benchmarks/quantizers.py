@@ -29,9 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from apertus_mlx.hub.demo import model_dir
+
 # No array library here: on Linux a child's peak starts from what its parent holds.
 ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = ROOT / "apertus_mlx" / "embedded" / "model"
 # Length of windows by model, as each was trained.
 LENGTHS = {"embedded": 256, "trained": 128}
 CALIBRATION_LENGTH = 256
@@ -78,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         for name in arguments.models:
-            directory = EMBEDDED if name == "embedded" else _train(work)
+            directory = model_dir() if name == "embedded" else _train(work)
             for bits in arguments.bits:
                 for case in _cases(methods, name, directory, bits, arguments.windows):
                     found.append({"model": name, "bits": bits, "method": case.method, **_run(case)})

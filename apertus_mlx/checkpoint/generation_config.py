@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,8 @@ def read_generation_config(directory: Path, vocab_size: int) -> GenerationConfig
 
 
 def _number(keys: KeyReader, key: str) -> float | None:
-    value = keys.optional_number(key, -math.inf, math.inf)
+    # Not to infinity, since a whole number may be larger than any float.
+    value = keys.optional_number(key, -sys.float_info.max, sys.float_info.max)
     if value is not None and not RANGES[key].holds(value):
         raise keys.error(key, f"a number, {RANGES[key]}", value)
     return value

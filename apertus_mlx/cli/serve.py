@@ -79,5 +79,6 @@ def _require_libraries() -> None:
         import uvicorn  # noqa: F401
     except ImportError:
         raise UsageError(
-            "serve needs its libraries; install them with: pip install 'apertus-mlx[serve]'"
+            "serve needs its libraries; install them with: "
+            "pip install starlette uvicorn prometheus-client"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.checkpoint.generation_config import read_generation_config
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.job import prepare
@@ -76,3 +78,10 @@ def test_the_largest_slopes_of_trained_models_pass(tmp_path: Path) -> None:
 def test_numbers_of_the_config(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(RejectedError, match=f"{named}: expected a number above"):
         parse_config(config_4x(**changes))
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["large", "small"])
+def test_numbers_of_the_generation_config_that_no_float_holds(tmp_path: Path, value: int) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": value}))
+    with pytest.raises(RejectedError, match="temperature: expected a number above"):
+        read_generation_config(tmp_path, 384)

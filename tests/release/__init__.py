@@ -1,0 +1,1 @@
+"""What a release needs: one version, sound workflows, bounds."""
