@@ -18,7 +18,7 @@ from apertus_mlx.server.token_watch import TokenLogprob
 from apertus_mlx.server.tool_fields import read_response_format, read_tool_fields
 from apertus_mlx.text.pieces import CallPiece
 
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,8 @@ def _read_think(fields: Mapping[str, Any], default: bool) -> bool:
 
 
 def _effort(name: str, value: Any) -> bool:
-    if value not in _EFFORTS:
-        raise wrong(name, f"{shown(value)}: expected one of {', '.join(_EFFORTS)}")
+    if value not in EFFORTS:
+        raise wrong(name, f"{shown(value)}: expected one of {', '.join(EFFORTS)}")
     return value not in ("none", "minimal")
 
 
