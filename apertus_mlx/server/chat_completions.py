@@ -230,7 +230,15 @@ def _message(ended: Ended) -> dict[str, Any]:
     if answer.thought:
         message["reasoning_content"] = message["reasoning"] = answer.thought
     if answer.tool_calls:
-        message["tool_calls"] = [each.as_message() for each in answer.tool_calls]
+        # As far as the model wrote them, as in a stream: a cut call is never completed.
+        message["tool_calls"] = [
+            {
+                "id": each.id,
+                "type": "function",
+                "function": {"name": each.name, "arguments": each.arguments},
+            }
+            for each in answer.tool_calls
+        ]
     return message
 
 

@@ -222,6 +222,17 @@ def test_what_answers_are_made_of(double: ScriptedServer, ask: Any) -> None:
                 assert message["content"] is None
 
 
+def test_a_call_that_is_cut_is_told_as_far_as_it_was_written(double: ScriptedServer) -> None:
+    written = '{"city": "Be'
+    double.say(CALLS, f'[{{"weather": {written}')
+    most = len(double.model.script)
+    for ask in (whole, streamed):
+        found = ask(double.server, tools=TOOLS, max_tokens=most)
+        [call] = found["message"]["tool_calls"]
+        assert call["function"] == {"name": "weather", "arguments": written}
+        assert found["finish_reason"] == "length"
+
+
 def test_thoughts_that_never_end(double: ScriptedServer) -> None:
     double.say(THOUGHT, "Hm, hm, hm, hm.", END)
     body = double.server.chat(max_tokens=4).json()
