@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apertus_mlx.errors import ApertusError
+from apertus_mlx.server.billing_line import without_billing_line
 from apertus_mlx.server.errors import in_request, wrong
 from apertus_mlx.server.fields import kind_of, read_fields, read_object, shown, unsupported
 from apertus_mlx.server.jobs import Ended, Event, Task, Told
@@ -91,7 +92,8 @@ def _read(
     generates = fields.get("add_generation_prompt", not continues)
     if continues == generates:
         raise wrong("add_generation_prompt", "is the opposite of continue_final_message")
-    prompt = model.chat_prompt(fields["messages"], think, tools.definitions, continues)
+    messages = without_billing_line(fields["messages"])
+    prompt = model.chat_prompt(messages, think, tools.definitions, continues)
     return prompt, fields, tools, think
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from tests.server.process import Process
 from tests.server.running import ANSWER, QUESTION
 from tests.server.scripted_port import scripted_port
+from tests.server.test_page import PAGE
 
 langchain_core = pytest.importorskip("langchain_core")
 langchain = pytest.importorskip("langchain_openai")
@@ -54,6 +56,13 @@ def test_it_asks_and_streams(process: Process) -> None:
     assert told[-1]["output_tokens"] == answer.usage_metadata["output_tokens"]
     assert [each.content for each in model.batch([QUESTION] * 3)] == [ANSWER] * 3
     assert asyncio.run(model.ainvoke(QUESTION)).content == ANSWER
+
+
+def test_the_example_of_the_page(process: Process, capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = re.findall(r"```python\n(from langchain.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    client(process.base).invoke(QUESTION)
+    exec(code.replace("http://127.0.0.1:8080/v1", process.base), {})  # noqa: S102
+    assert "France" in capsys.readouterr().out
 
 
 def test_its_options(process: Process) -> None:

@@ -79,7 +79,7 @@ def test_the_client_reads_schemas_and_calls(process: Process) -> None:
 
 
 def test_the_example_of_the_page(process: Process, capsys: pytest.CaptureFixture[str]) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    [code] = re.findall(r"```python\n(from openai.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     process.client().models.list()
     exec(code.replace(":8080", f":{process.port}"), {})  # noqa: S102
     assert "France" in capsys.readouterr().out
