@@ -35,6 +35,10 @@ class Process:
         self.lines += self._process.stderr
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def base(self) -> str:
         """What clients of OpenAI take as their base URL."""
         return f"http://127.0.0.1:{self.port}/v1"
