@@ -116,15 +116,16 @@ def start(stack: ExitStack, folder: Path, rows: int) -> dict[str, str]:
     """All servers, which end with `stack`; returns their base URLs by name."""
     bases = {}
     for name, how in ((OURS, ["mlx", "--dtype", "float32"]), (CPU, ["cpu"])):
-        options = ["--parallel", str(rows), "--max-queue", str(4 * rows)]
-        process = Process(str(folder), "--compute", *how, *options)
+        queue = ["--parallel", str(rows), "--max-queue", str(4 * rows)]
+        process = Process(str(folder), "--compute", *how, *queue)
         stack.callback(process.end)
         bases[name] = process.base
     port = free_port()
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder),
-               "--port", str(port), "--decode-concurrency", str(rows), "--prompt-concurrency", str(rows),
-               "--log-level", "ERROR"]  # fmt: skip
-    theirs = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = ["--port", port, "--decode-concurrency", rows, "--prompt-concurrency", rows]
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", folder, *options]
+    theirs = subprocess.Popen(
+        [str(each) for each in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     stack.callback(theirs.wait, 60)
     stack.callback(theirs.terminate)
     bases[THEIRS] = f"http://127.0.0.1:{port}/v1"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from apertus_mlx.server.body import MAX_BODY_BYTES
-from benchmarks.poison_requests import KINDS, fault, send_random
+from benchmarks.poison_requests import KINDS, fault, open_files, send_random
 from tests.server.running import QUESTION, Server, serving
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -238,6 +238,7 @@ def poisoned() -> Iterator[Server]:
 
 
 def test_random_requests(poisoned: Server) -> None:
+    files = 0
     for number in range(200):
         rng = random.Random(number)
         kind = KINDS[number % len(KINDS)]
@@ -245,9 +246,9 @@ def test_random_requests(poisoned: Server) -> None:
             lambda *a, **b: poisoned.run(poisoned.ask(*a, **b)), kind, rng
         )
         assert fault(response.status_code, response.text) is None, (number, request, response.text)
-        if number % 20 == 0:
-            poisoned.lives()
-    poisoned.lives()
+        poisoned.lives()
+        files = files or open_files()
+    assert open_files() <= files
 
 
 def test_there_are_enough_kinds() -> None:
