@@ -25,9 +25,11 @@ def _without(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": _behind(content)}
-    first = content[0] if isinstance(content, list) and content else None
-    text = first.get("text") if isinstance(first, dict) else None
-    if not isinstance(first, dict) or not isinstance(text, str) or text == _behind(text):
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        return message
+    first = content[0]
+    text = first.get("text")
+    if not isinstance(text, str) or not text.startswith(PREFIX):
         return message
     rest = _behind(text)
     return {**message, "content": [*([{**first, "text": rest}] if rest else []), *content[1:]]}
