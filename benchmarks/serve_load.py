@@ -9,7 +9,8 @@ server's memory. Ends with 1 unless
 - memory grows by less than 1 MB a minute after warm-up, which is the first quarter of the run
   (asked of runs of five minutes or more: caches fill first),
 - 99 of 100 gaps between the tokens of a running text are shorter than three chunks of a prompt
-  take. What one takes is measured before: by how much it delays another answer's next token.
+  take. What one takes is measured before and after: by how much it delays the next token of
+  another answer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ STATED = {200, 429, 503}
 MOST_GROWTH = 1e6  # bytes a minute
 MOST_CHUNKS = 3
 LONG_RUN_S = 290
+READINGS = 6  # of prompts, to measure a chunk
 WATCHED_EVERY_S = 5.0
 # Kinds whose tokens come as they are made; a part of a call or of JSON may wait for another.
 TEXTS = ("short", "long", "cancel")
@@ -139,8 +141,14 @@ def share(values: list[float], part: float) -> float:
     return 1000 * sorted(values)[min(int(part * len(values)), len(values) - 1)] if values else 0.0
 
 
-async def chunk_seconds(http: httpx.AsyncClient) -> float:
-    """How long a chunk of a prompt delays the next token of an answer that is being written."""
+async def chunk_seconds(base: str) -> list[float]:
+    """How long chunks of prompts delay the next token of an answer that is being written."""
+    async with httpx.AsyncClient(base_url=base, timeout=300) as http:
+        return await delays(http)
+
+
+async def delays(http: httpx.AsyncClient) -> list[float]:
+    """The same, by a client."""
     times: list[float] = []
     reading: list[tuple[float, float]] = []
 
@@ -153,22 +161,24 @@ async def chunk_seconds(http: httpx.AsyncClient) -> float:
                     times.append(time.perf_counter())
 
     writing = asyncio.create_task(write())
-    rng = random.Random(0)
-    while not writing.done():
+    rng = random.Random()  # a prompt that was read before would not be read again
+    while not times:
+        await asyncio.sleep(0.1)
+    for _ in range(READINGS):
         await asyncio.sleep(0.3)
         text = " ".join(rng.choice(WORDS) for _ in range(800))
         started = time.perf_counter()
         await http.post("/completions", json={"prompt": text, "max_tokens": 1})
         reading.append((started, time.perf_counter()))
-    await writing
+    writing.cancel()
     inside, outside = [], []
     for before, after in itertools.pairwise(times):
         read = any(start < before and after < end for start, end in reading)
         (inside if read else outside).append(after - before)
+    assert outside, "the other answer ended too soon"
     step = statistics.median(outside)
     # A prompt is made tokens of before its first chunk; until then steps go on alone.
-    delayed = [gap - step for gap in inside if gap > 2 * step]
-    return statistics.median(delayed) if delayed else step
+    return [gap - step for gap in inside if gap > 2 * step] or [step]
 
 
 def growth(sizes: list[int]) -> float:
@@ -198,13 +208,14 @@ async def load(base: str, process: int, seconds: float, clients: int) -> int:
     async with httpx.AsyncClient(base_url=base.removesuffix("/v1")) as http:
         while (await http.get("/health?deep=1")).status_code != 200:
             await asyncio.sleep(0.2)
-    async with httpx.AsyncClient(base_url=base, timeout=300) as http:
-        chunk_s = await chunk_seconds(http)
+    before_s = await chunk_seconds(base)
     counts, sizes, until = Counts(), [], time.perf_counter() + seconds
     await asyncio.gather(
         watch(process, until, sizes),
         *(client(number, base, until, counts) for number in range(clients)),
     )
+    # The machine may have become faster or slower meanwhile.
+    chunk_s = statistics.median([*before_s, *await chunk_seconds(base)])
     for end, number in sorted(counts.ends.items()):
         print(f"{number:7} {end}")
     print(f"{counts.tokens / seconds:.0f} events a second in all")
