@@ -3,18 +3,23 @@
     python -m benchmarks.poison_requests [--count 10000] [--seed 0] [--every 50]
 
 Each answer must be a stated error or a sound answer, never a fault of ours; after every so many
-requests the server must generate a token. The server runs in this process, on the embedded model.
+requests the server must generate a token. After the last tenth it must have no more files open than
+before, and on Linux its memory may have grown by 5 % since the first tenth. The server runs in this
+process, on the embedded model.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Request = tuple[str, str, bytes, dict[str, str]]
@@ -266,6 +271,31 @@ def send_random(ask: Callable[..., Any], kind: Kind, rng: random.Random) -> tupl
     return request, ask(method, path, content=data, headers=headers)
 
 
+MOST_GROWTH = 1.05
+
+
+def open_files() -> int:
+    """How many files and sockets this process has open."""
+    return len(os.listdir("/dev/fd"))  # noqa: PTH208
+
+
+def memory_bytes() -> int:
+    """The resident memory of this process; 0 where the system does not tell."""
+    gc.collect()
+    status = Path("/proc/self/statm")
+    pages = int(status.read_text().split()[1]) if status.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def left_behind(before: tuple[int, int], after: tuple[int, int]) -> str | None:
+    """What of files and memory `(files, bytes)` was not given back; None: nothing."""
+    if after[0] > before[0]:
+        return f"{after[0]} files are open, {before[0]} before"
+    if before[1] and after[1] > MOST_GROWTH * before[1]:
+        return f"memory has grown from {before[1] / 1e6:.0f} to {after[1] / 1e6:.0f} MB"
+    return None
+
+
 def main() -> None:
     """Send them and print the counts."""
     from tests.server.running import serving
@@ -277,8 +307,11 @@ def main() -> None:
     given = parser.parse_args()
     counts: dict[str, Counter[int]] = {kind.__name__: Counter() for kind in KINDS}
     faults, started = 0, time.perf_counter()
+    before = 0, 0
     with serving() as server:
         for number in range(given.count):
+            if number == given.count // 10:
+                before = open_files(), memory_bytes()
             rng = random.Random(given.seed * 1_000_003 + number)
             kind = KINDS[number % len(KINDS)]
             request, response = send_random(
@@ -291,11 +324,16 @@ def main() -> None:
             if number % given.every == 0:
                 server.lives()
         server.lives()
+        after = open_files(), memory_bytes()
     for name, found in counts.items():
         print(f"{name:18}", "  ".join(f"{status}: {n}" for status, n in sorted(found.items())))
     took_s = time.perf_counter() - started
     print(f"{given.count} requests of {len(KINDS)} kinds in {took_s:.0f} s, {faults} faults")
-    sys.exit(1 if faults else 0)
+    print(f"open files: {before[0]}, then {after[0]}")
+    print(f"memory: {before[1] / 1e6:.0f} MB, then {after[1] / 1e6:.0f} MB")
+    if words := left_behind(before, after):
+        print(words, file=sys.stderr)
+    sys.exit(1 if faults or left_behind(before, after) else 0)
 
 
 if __name__ == "__main__":

@@ -114,11 +114,12 @@ def finish() -> None:
 
 @contextmanager
 def log_shown() -> Iterator[None]:
-    """Print what the package logs, a line each."""
-    logger, handler = logging.getLogger("apertus_mlx"), _Handler(logging.INFO)
+    """Print what the package logs, a line each; with APERTUS_MLX_DEBUG=1 details, too."""
+    level = logging.DEBUG if os.environ.get("APERTUS_MLX_DEBUG") == "1" else logging.INFO
+    logger, handler = logging.getLogger("apertus_mlx"), _Handler(level)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
     try:
         yield

@@ -24,6 +24,7 @@ from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.errors import ApiError, busy
 from apertus_mlx.server.fields import ignored_fields
 from apertus_mlx.server.jobs import Job, Task
+from apertus_mlx.server.openapi import describe
 from apertus_mlx.server.outbox import JobOutbox, RequestOutbox
 from apertus_mlx.server.security import Access, Application, Guard, error_response
 from apertus_mlx.server.served_model import ServedModel
@@ -44,12 +45,14 @@ class Endpoints:
         model: ServedModel,
         *,
         metrics: bool = False,
+        key: bool = False,
         most_body_bytes: int = MAX_BODY_BYTES,
         body_timeout_s: float = BODY_TIMEOUT_S,
         ping_after_s: float = PING_AFTER_S,
     ) -> None:
         self._engine, self._model = engine, model
         self._shows_metrics = metrics
+        self._description = describe(model.names, metrics=metrics, key=key)
         self._most_body_bytes, self._body_timeout_s = most_body_bytes, body_timeout_s
         self._ping_after_s = ping_after_s
         # Templates, tokens and grammars of requests, one after the other.
@@ -73,6 +76,7 @@ class Endpoints:
             Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
             Route("/v1/status", self.status, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
             *([Route("/metrics", self.metrics, methods=["GET"])] if self._shows_metrics else []),
         ]
 
@@ -150,6 +154,10 @@ class Endpoints:
         """GET /metrics."""
         return Response(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def openapi(self, _: Request) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(self._description)
+
     async def _body(self, request: Request) -> dict[str, Any]:
         return await read_body(request, self._most_body_bytes, self._body_timeout_s)
 
@@ -171,7 +179,8 @@ def build_app(
     engine: Engine, model: ServedModel, access: Access | None = None, **settings: Any
 ) -> Application:
     """The application; `settings` are those of `Endpoints`."""
-    endpoints = Endpoints(engine, model, **settings)
+    access = access or Access()
+    endpoints = Endpoints(engine, model, key=access.key is not None, **settings)
     known: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
         ApiError: _failed,
         HTTPException: _not_found,
@@ -179,7 +188,7 @@ def build_app(
     }
     app = Starlette(routes=endpoints.routes(), exception_handlers=known)
     app.router.redirect_slashes = False
-    return Guard(_logged(app, engine), access or Access())
+    return Guard(_logged(app, engine), access)
 
 
 def _logged(app: Application, engine: Engine) -> Application:

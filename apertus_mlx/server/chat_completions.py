@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apertus_mlx.errors import ApertusError
+from apertus_mlx.server.billing_line import without_billing_line
 from apertus_mlx.server.errors import in_request, wrong
 from apertus_mlx.server.fields import kind_of, read_fields, read_object, shown, unsupported
 from apertus_mlx.server.jobs import Ended, Event, Task, Told
@@ -18,7 +19,7 @@ from apertus_mlx.server.token_watch import TokenLogprob
 from apertus_mlx.server.tool_fields import read_response_format, read_tool_fields
 from apertus_mlx.text.pieces import CallPiece
 
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ def _read(
     generates = fields.get("add_generation_prompt", not continues)
     if continues == generates:
         raise wrong("add_generation_prompt", "is the opposite of continue_final_message")
-    prompt = model.chat_prompt(fields["messages"], think, tools.definitions, continues)
+    messages = without_billing_line(fields["messages"])
+    prompt = model.chat_prompt(messages, think, tools.definitions, continues)
     return prompt, fields, tools, think
 
 
@@ -121,8 +123,8 @@ def _read_think(fields: Mapping[str, Any], default: bool) -> bool:
 
 
 def _effort(name: str, value: Any) -> bool:
-    if value not in _EFFORTS:
-        raise wrong(name, f"{shown(value)}: expected one of {', '.join(_EFFORTS)}")
+    if value not in EFFORTS:
+        raise wrong(name, f"{shown(value)}: expected one of {', '.join(EFFORTS)}")
     return value not in ("none", "minimal")
 
 
@@ -230,7 +232,15 @@ def _message(ended: Ended) -> dict[str, Any]:
     if answer.thought:
         message["reasoning_content"] = message["reasoning"] = answer.thought
     if answer.tool_calls:
-        message["tool_calls"] = [each.as_message() for each in answer.tool_calls]
+        # As far as the model wrote them, as in a stream: a cut call is never completed.
+        message["tool_calls"] = [
+            {
+                "id": each.id,
+                "type": "function",
+                "function": {"name": each.name, "arguments": each.arguments},
+            }
+            for each in answer.tool_calls
+        ]
     return message
 
 

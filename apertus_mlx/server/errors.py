@@ -10,7 +10,23 @@ from apertus_mlx.errors import ApertusError, ResourceError, TooLongError, UsageE
 from apertus_mlx.system.foreign_errors import explain
 
 RETRY_AFTER_S = 2
-_TYPES = {
+# What a client is told of a status, in docs/server.md and in the description.
+STATUSES = {
+    400: "anything in the body is wrong, empty, too long for the context "
+    "(`context_length_exceeded`) or not supported; `param` says what",
+    401: "the key is missing or wrong",
+    403: "another Host or Origin",
+    404: "no such path or model",
+    405: "no such method here",
+    408: "headers or body came too slowly, or the answer was read too slowly",
+    413: "a body over 16 MiB",
+    415: "a body that is not `application/json`",
+    429: "too many requests wait; with `Retry-After`",
+    503: "loading, shutting down or too little memory; with `Retry-After`, and "
+    "`x-should-retry: false` where that is no use",
+    500: "our fault; the log says more",
+}
+ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -20,6 +36,7 @@ _TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    500: "server_error",
     503: "service_unavailable",
 }
 # `messages[3].tool_call_id: ...` and `--stop: ...`: where a message of ours says what is wrong.
@@ -61,7 +78,7 @@ class ApiError(Exception):
         return {
             "error": {
                 "message": self.message,
-                "type": _TYPES.get(self.status, "server_error"),
+                "type": ERROR_TYPES.get(self.status, "server_error"),
                 "param": self.param,
                 "code": self.code,
             }

@@ -228,10 +228,12 @@ def read_fields(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     """
     known, found = fields_of(endpoint), {}
     for name, value in body.items():
+        if value is None:
+            continue
         field = known.get(name)
         if field is None:
             raise unsupported(name)
-        if value is None or field.treatment == "ignored":
+        if field.treatment == "ignored":
             continue
         if field.treatment == "refused":
             if not any(value == each and type(value) is type(each) for each in field.harmless):

@@ -31,7 +31,7 @@ def tokenize(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     else:
         model.require_name(body.get("model"))
         for key in body:
-            if key not in _TEXT_KEYS:
+            if key not in _TEXT_KEYS and body[key] is not None:
                 raise unsupported(key)
         name = "prompt" if body.get("prompt") is not None else "content"
         if body.get(name) is None:
@@ -66,7 +66,7 @@ def detokenize(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     """POST /detokenize: `{tokens}` to `{prompt}`; control tokens are written as their texts."""
     model.require_name(body.get("model"))
     for key in body:
-        if key not in ("model", "tokens"):
+        if key not in ("model", "tokens") and body[key] is not None:
             raise unsupported(key)
     if body.get("tokens") is None:
         raise wrong("tokens", "is missing", "missing_required_parameter")

@@ -137,6 +137,28 @@ def test_what_completions_feed(server: Server) -> None:
     assert raw["prompt_token_ids"] == ids[1:]
 
 
+def test_a_rendered_prompt_is_the_tokens_of_its_chat(server: Server) -> None:
+    """Its text, tokenized as such, gives the same ids: no second BOS, no EOS."""
+    talk = [*QUESTION, {"role": "assistant", "content": "Paris."}, *QUESTION]
+    for messages in (QUESTION, talk):
+        rendered = server.post("/apply-template", {"messages": messages}).json()
+        for body in ({"messages": messages}, {"prompt": rendered["prompt"]}):
+            assert server.post("/tokenize", body).json()["tokens"] == rendered["tokens"]
+        fed = {"prompt": rendered["tokens"], "max_tokens": 1, "prompt_logprobs": 0}
+        [choice] = server.post("/v1/completions", fed).json()["choices"]
+        assert choice["prompt_token_ids"] == rendered["tokens"]
+
+
+def test_early_turns_are_in_the_prompt_each_once(server: Server) -> None:
+    said = ["My name is Ada.", "Hello Ada.", "I live in Bern.", "Noted.", "What is my name?"]
+    roles = ("user", "assistant")
+    talk = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+    prompt = server.post("/apply-template", {"messages": talk}).json()["prompt"]
+    places = [prompt.index(text) for text in said]
+    assert places == sorted(places) and all(prompt.count(text) == 1 for text in said)
+    assert prompt.count("<|user_start|>") == 3 and prompt.count("<|assistant_start|>") == 3
+
+
 def test_streams_equal_whole_answers(server: Server) -> None:
     assert streamed(server)["message"]["content"] == ANSWER
     body = {"messages": QUESTION, "stream_options": {"include_usage": True}, "temperature": 0}
@@ -168,9 +190,10 @@ def test_choices_are_told_apart(server: Server) -> None:
 def test_forced_calls_follow_their_schema(server: Server, ask: Any) -> None:
     named = {"type": "function", "function": {"name": "weather"}}
     only = {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]}
-    for choice in (named, {"type": "allowed_tools", "allowed_tools": only}):
+    for choice in (named, {"type": "allowed_tools", "allowed_tools": only}, "required"):
+        tools = TOOLS[:1] if choice == "required" else TOOLS
         found = ask(
-            server, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, max_tokens=120,
+            server, tools=tools, tool_choice=choice, parallel_tool_calls=False, max_tokens=120,
             temperature=1, seed=3,
         )  # fmt: skip
         [call] = found["message"]["tool_calls"]
@@ -222,6 +245,17 @@ def test_what_answers_are_made_of(double: ScriptedServer, ask: Any) -> None:
                 assert message["content"] is None
 
 
+def test_a_call_that_is_cut_is_told_as_far_as_it_was_written(double: ScriptedServer) -> None:
+    written = '{"city": "Be'
+    double.say(CALLS, f'[{{"weather": {written}')
+    most = len(double.model.script)
+    for ask in (whole, streamed):
+        found = ask(double.server, tools=TOOLS, max_tokens=most)
+        [call] = found["message"]["tool_calls"]
+        assert call["function"] == {"name": "weather", "arguments": written}
+        assert found["finish_reason"] == "length"
+
+
 def test_thoughts_that_never_end(double: ScriptedServer) -> None:
     double.say(THOUGHT, "Hm, hm, hm, hm.", END)
     body = double.server.chat(max_tokens=4).json()
@@ -256,6 +290,34 @@ def test_each_request_says_whether_to_deliberate() -> None:
         assert thinks() and thinks(reasoning_effort="high") and thinks(reasoning={"effort": "low"})
         assert not thinks(reasoning_effort="none")
         assert not thinks(chat_template_kwargs={"enable_thinking": False})
+
+
+def test_a_request_may_deliberate_where_the_server_does_not(server: Server) -> None:
+    asked = {"messages": QUESTION, "chat_template_kwargs": {"enable_thinking": True}}
+    prompt = server.post("/apply-template", asked).json()["prompt"]
+    assert "Deliberation: enabled" in prompt
+
+
+@pytest.mark.parametrize("ask", [whole, streamed])
+def test_a_deliberation_goes_on_after_a_result(double: ScriptedServer, ask: Any) -> None:
+    """It was open at the call; what follows is thought until it ends, or calls again."""
+    call = {"id": "c1", "type": "function",
+            "function": {"name": "weather", "arguments": ARGUMENTS}}  # fmt: skip
+    messages = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "7 C"},
+    ]
+    asked = {"tools": TOOLS, "messages": messages, "reasoning_effort": "high"}
+    double.say("So 7.", THOUGHT_END, "It is 7.", END)
+    found = ask(double.server, **asked)
+    assert found["message"]["reasoning_content"] == "So 7."
+    assert (found["message"]["content"], found["finish_reason"]) == ("It is 7.", "stop")
+    double.say("Again.", CALLS, CALL_TEXT, CALLS_END)
+    found = ask(double.server, **asked)
+    assert found["message"]["reasoning_content"] == "Again." and not found["message"]["content"]
+    [made] = found["message"]["tool_calls"]
+    assert (made["function"]["arguments"], found["finish_reason"]) == (ARGUMENTS, "tool_calls")
 
 
 def test_control_texts_of_users_are_text(double: ScriptedServer) -> None:

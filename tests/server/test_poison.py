@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from apertus_mlx.server.body import MAX_BODY_BYTES
-from benchmarks.poison_requests import KINDS, fault, send_random
+from apertus_mlx.server.fields import fields_of
+from benchmarks.poison_requests import KINDS, fault, open_files, send_random
 from tests.server.running import QUESTION, Server, serving
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -23,6 +24,13 @@ def schema(value: Any) -> dict[str, Any]:
     return {
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
     }
+
+
+def nested(depth: int) -> Any:
+    found: Any = {"type": "integer"}
+    for _ in range(depth):
+        found = {"type": "array", "items": found}
+    return found
 
 
 def message(**fields: Any) -> dict[str, Any]:
@@ -96,8 +104,12 @@ CHATS: tuple[tuple[dict[str, Any], int, str | None], ...] = (
     ({"store": True}, 400, "store"),
     ({"store": False}, 200, None),
     ({"no_such_field": 1}, 400, "no_such_field"),
+    ({"no_such_field": None}, 200, None),
+    ({**dict.fromkeys(fields_of("chat")), "messages": QUESTION, "max_tokens": 2}, 200, None),
     ({"response_format": {"type": "zzz"}}, 400, "response_format.type"),
     (schema({"type": "array", "uniqueItems": True}), 400, "response_format.json_schema.schema"),
+    (schema(nested(100)), 400, None),
+    (schema({"$ref": "#"}), 400, "response_format.json_schema.schema"),
     (schema({"$ref": "http://127.0.0.1:1/x"}), 400, "response_format.json_schema.schema"),
     (schema({"description": "x" * 2**20}), 400, "response_format.json_schema.schema"),
     ({"tools": [TOOL] * 2}, 400, "tools[1].function.name"),
@@ -126,6 +138,7 @@ COMPLETIONS: tuple[tuple[dict[str, Any], int, str | None], ...] = (
     ({"prompt": ["a"] * 33}, 400, "prompt"),
     ({"prompt": "\ud800"}, 400, "prompt"),
     ({"prompt": "word " * 30_000}, 400, "prompt"),
+    ({**dict.fromkeys(fields_of("completions")), "prompt": "a"}, 200, None),
     ({"prompt": "a", "suffix": "b"}, 400, "suffix"),
     ({"prompt": "a", "echo": True}, 400, "echo"),
     ({"prompt": "a", "best_of": 3}, 400, "best_of"),
@@ -238,6 +251,7 @@ def poisoned() -> Iterator[Server]:
 
 
 def test_random_requests(poisoned: Server) -> None:
+    files = 0
     for number in range(200):
         rng = random.Random(number)
         kind = KINDS[number % len(KINDS)]
@@ -245,9 +259,9 @@ def test_random_requests(poisoned: Server) -> None:
             lambda *a, **b: poisoned.run(poisoned.ask(*a, **b)), kind, rng
         )
         assert fault(response.status_code, response.text) is None, (number, request, response.text)
-        if number % 20 == 0:
-            poisoned.lives()
-    poisoned.lives()
+        poisoned.lives()
+        files = files or open_files()
+    assert open_files() <= files
 
 
 def test_there_are_enough_kinds() -> None:

@@ -2,49 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 
 from apertus_mlx.server import patience
-from apertus_mlx.server.listen import bind
-from apertus_mlx.server.patience import PatientProtocol
-from tests.server.running import Server, serving
-
-
-class Wire:
-    """A server in this process that listens on a port."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self._socket = bind("127.0.0.1", 0)
-        self._port = self._socket.getsockname()[1]
-        config = uvicorn.Config(
-            server.app, http=PatientProtocol, ws="none", lifespan="off", log_config=None
-        )
-        self._uvicorn = uvicorn.Server(config)
-        self._serving = asyncio.run_coroutine_threadsafe(
-            self._uvicorn.serve(sockets=[self._socket]), server._loop
-        )
-
-    def say(self, data: bytes) -> bytes:
-        """Send bytes, and read until the server closes or has answered."""
-        return self.server.run(self._say(data))
-
-    async def _say(self, data: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        writer.write(data)
-        await writer.drain()
-        head = await reader.readuntil(b"\r\n")
-        writer.close()
-        return head
-
-    def close(self) -> None:
-        self._uvicorn.should_exit = True
-        self._serving.result(30)
-        self._socket.close()
+from tests.server.running import serving
+from tests.server.wire import Wire
 
 
 @pytest.fixture(scope="module")

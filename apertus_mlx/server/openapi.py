@@ -1,0 +1,153 @@
+"""GET /openapi.json: what the server offers, in OpenAPI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apertus_mlx import __version__
+from apertus_mlx.server.answer_schemas import ANSWERS, named
+from apertus_mlx.server.errors import STATUSES
+from apertus_mlx.server.field_schemas import (
+    FLAG,
+    TEXT,
+    TOKEN_IDS,
+    Schema,
+    body_schema,
+    known,
+)
+
+VERSION = "3.1.0"
+_BODY = (400, 404, 408, 413, 415)
+_GENERATES = (*_BODY, 429, 503)
+# Whatever is asked may be refused by its Host, Origin or key, and may fail by our fault.
+_ALWAYS = (401, 403, 500)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a path does.
+
+    Attributes:
+        method: of HTTP, in small letters.
+        words: what it is for.
+        answer: the name of what it answers, in `ANSWERS`; or a media type.
+        errors: statuses that it may have beside those that all may have.
+        body: what the request brings.
+        chunk: the name of what an event of its stream holds; None: it does not stream.
+        parameters: in the path and the query.
+    """
+
+    method: str
+    words: str
+    answer: str
+    errors: Sequence[int] = ()
+    body: Schema | None = None
+    chunk: str | None = None
+    parameters: Sequence[Schema] = ()
+
+
+def operations(names: Sequence[str]) -> dict[str, Operation]:
+    """All of them by path; `names` are those of the model."""
+    model: Schema = {"enum": [*names, "default"]}
+    chat, text = body_schema("chat", model), body_schema("completions", model)
+    flags = {"add_special_tokens": FLAG, "parse_special": FLAG, "return_token_strs": FLAG}
+    plain = {"model": model, **flags}
+    name: Schema = {
+        "name": "name",
+        "in": "path",
+        "required": True,
+        "schema": {"minLength": 1, **TEXT},
+    }
+    deep: Schema = {"name": "deep", "in": "query", "schema": TEXT}
+    tokenized: Schema = {
+        "anyOf": [
+            known({"prompt": TEXT, **plain}, "prompt"),
+            known({"content": TEXT, **plain}, "content"),
+            {**chat, "properties": {**chat["properties"], **flags}},
+        ]
+    }
+    ids: Schema = {"type": "array", "items": TOKEN_IDS["items"]}
+    return {
+        "/v1/chat/completions": Operation(
+            "post", "Answers to a conversation", "ChatCompletion", _GENERATES, chat,
+            "ChatCompletionChunk",
+        ),
+        "/v1/completions": Operation(
+            "post", "Goes on with texts or token ids", "Completion", _GENERATES,
+            text, "CompletionChunk",
+        ),
+        "/v1/chat/completions/input_tokens": Operation(
+            "post", "Counts the tokens of a chat's prompt", "InputTokens", _BODY, chat
+        ),
+        "/tokenize": Operation("post", "Tokens of a text or chat", "Tokens", _BODY, tokenized),
+        "/detokenize": Operation(
+            "post", "The text of tokens", "Text", _BODY,
+            known({"model": model, "tokens": ids}, "tokens"),
+        ),
+        "/apply-template": Operation(
+            "post", "The prompt of a chat", "RenderedPrompt", _BODY, chat
+        ),
+        "/v1/models": Operation("get", "The served model", "Models"),
+        "/v1/models/{name}": Operation(
+            "get", "One model by name", "Model", (404,), parameters=[name]
+        ),
+        "/v1/status": Operation("get", "What the engine is doing", "Status"),
+        "/health": Operation(
+            "get", "Whether the engine works", "Health", (429, 503), parameters=[deep]
+        ),
+        "/metrics": Operation("get", "For Prometheus", "text/plain"),
+        "/openapi.json": Operation("get", "This description", "application/json"),
+    }  # fmt: skip
+
+
+def describe(names: Sequence[str], *, metrics: bool = False, key: bool = False) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        names: what the model is called.
+        metrics: whether /metrics is served.
+        key: whether requests must bring a key.
+    """
+    found = operations(names)
+    if not metrics:
+        del found["/metrics"]
+    document: dict[str, Any] = {
+        "openapi": VERSION,
+        "info": {"title": "apertus-mlx", "version": __version__},
+        "paths": {path: {each.method: _operation(each)} for path, each in found.items()},
+        "components": {"schemas": ANSWERS},
+    }
+    if key:
+        scheme = {"type": "http", "scheme": "bearer"}
+        document["components"]["securitySchemes"] = {"key": scheme}
+        document["security"] = [{"key": []}]
+        document["paths"]["/health"]["get"]["security"] = []
+    return document
+
+
+def _operation(found: Operation) -> dict[str, Any]:
+    answer = {"application/json": {"schema": named(found.answer)}}
+    if "/" in found.answer:
+        answer = {found.answer: {"schema": {}}}
+    words = "The answer"
+    if found.chunk is not None:
+        answer["text/event-stream"] = {"schema": TEXT}
+        words = f"The answer; of a stream, the data of each event is a {found.chunk} or an Error"
+    told: dict[str, Any] = {"200": {"description": words, "content": answer}}
+    for status in sorted({*_ALWAYS, *found.errors}):
+        error: dict[str, Any] = {
+            "description": STATUSES[status],
+            "content": {"application/json": {"schema": named("Error")}},
+        }
+        if status in (429, 503):
+            error["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "required": True}}
+        told[str(status)] = error
+    operation: dict[str, Any] = {"summary": found.words, "responses": told}
+    if found.parameters:
+        operation["parameters"] = list(found.parameters)
+    if found.body is not None:
+        body = {"application/json": {"schema": found.body}}
+        operation["requestBody"] = {"required": True, "content": body}
+    return operation
