@@ -26,6 +26,9 @@ SHORT = {
     "generation": "{model} --rounds 1 --prompt-tokens 8",
     "kv_quality": "--tokens 2048 --few",
     "make_checkpoint": "0.5B {new}",
+    "poison_requests": "--count 300",
+    "serve_load": "--seconds 20 --clients 4",
+    "serve_peers": "{model} --clients 1 2 --requests 1 --rounds 1 --max-tokens 4",
     "structured_cost": "--rounds 1 --tokens 4",
 }
 # Run by other tests, two of them by the last ones here.
