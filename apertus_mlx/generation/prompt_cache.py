@@ -3,7 +3,8 @@
 A safetensors file. Its metadata holds `format` and `format_version`, the form of the cache, the
 number of positions, and digests of model, weights, quantization, template and tokens. All names,
 shapes and types follow from form, model and length, so whatever differs from them is refused; the
-file chooses nothing, and nothing is read from it before its header has been checked.
+file chooses nothing, and nothing is read from it before its header has been checked. The digests are
+of texts that `swift/` writes alike, so that a file opens there, too.
 
 The last token of a prompt is never in its file: it has to be computed anyway, and not every form of
 cache could go back by it. Left out of the digests is what moves numbers by no more than rounding
@@ -39,7 +40,7 @@ from apertus_mlx.system.model_files import (
 from apertus_mlx.system.strict_json import parse_object
 from apertus_mlx.system.whole_file import whole_file
 
-FORMAT, FORMAT_VERSION = "apertus-mlx prompt cache", "2"
+FORMAT, FORMAT_VERSION = "apertus-mlx prompt cache", "3"
 TOKENS = "tokens"
 # What is wrong with a file of the right kind, and the way out.
 DAMAGED = "the file is damaged; delete it and let it be made anew"
@@ -154,17 +155,19 @@ def fingerprint(inventory: Inventory) -> Fingerprint:
     model = {field.name: getattr(config, field.name) for field in fields(config)}
     for name in ("quantization", "foreign_quantization", "dtype", "asks_for_code"):
         del model[name]
+    # As it is computed with.
+    model |= {"rope": asdict(config.rope), "rms_norm_eps": float(np.float32(config.rms_norm_eps))}
     weights = hashlib.sha256()
     for key in sorted(checkpoint.tensors):
         tensor = checkpoint.tensors[key]
-        weights.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
+        weights.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
         with open_file(checkpoint.path(tensor)) as file:
             for start in (0, max(0, tensor.size_bytes // 2)):
                 file.seek(tensor.offset + start)
                 weights.update(file.read(min(SAMPLE_BYTES, tensor.size_bytes - start)))
     formats = "\n".join(f"{path} {spec}" for path, spec in sorted(inventory.specs.items()))
     return Fingerprint(
-        model=_digest(repr(sorted(model.items()))),
+        model=_digest(json.dumps(model, sort_keys=True)),
         weights=weights.hexdigest(),
         quantization=_digest(formats),
         template=_files_digest(checkpoint.directory),

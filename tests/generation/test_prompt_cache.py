@@ -148,8 +148,8 @@ def rewrite(
     ("change", "message"),
     [
         ({"format": "other"}, "is not a prompt cache"),
-        ({"format_version": "1"}, "format version '1', this program reads 2"),
-        ({"format_version": "3"}, "format version '3'"),
+        ({"format_version": "2"}, "format version '2', this program reads 3"),
+        ({"format_version": "4"}, "format version '4'"),
         ({"model": "0" * 64}, "another model"),
         ({"weights": "0" * 64}, "another revision of the weights"),
         ({"quantization": "0" * 64}, "another quantization"),

@@ -17,6 +17,7 @@ from tests.swift_fixtures.checkpoints import write_checkpoint_fixtures
 from tests.swift_fixtures.configs import write_config_fixtures
 from tests.swift_fixtures.conversations import write_conversation_fixtures
 from tests.swift_fixtures.models import write_model_fixtures
+from tests.swift_fixtures.prompt_caches import write_prompt_cache_fixtures
 from tests.swift_fixtures.tokenizers import write_tokenizer_fixtures
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     write_conversation_fixtures(out)
     write_answer_fixtures(out)
     write_model_fixtures(out)
+    write_prompt_cache_fixtures(out)
 
 
 main()

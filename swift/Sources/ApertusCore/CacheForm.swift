@@ -98,6 +98,14 @@ public struct CacheForm: Sendable, Equatable, CustomStringConvertible {
             rotates: rotates)
     }
 
+    /// As a prompt cache holds it, by Python's names.
+    package var json: String {
+        let bound = bound.map(String.init) ?? "null"
+        let rotates = rotates.map { "\($0)" } ?? "null"
+        return #"{"key_bits": \#(keyBits), "value_bits": \#(valueBits), "bound": \#(bound), "#
+            + #""sinks": \#(sinks), "window": \#(window), "rotate": \#(rotates)}"#
+    }
+
     public var description: String {
         let form =
             !isQuantized

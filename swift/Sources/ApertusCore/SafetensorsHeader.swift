@@ -38,6 +38,18 @@ public enum SafetensorsHeader {
         return try parse(header, file.size, file: url.lastPathComponent, name: file.path)
     }
 
+    /// The texts under `__metadata__` of a file whose header `read` accepts; none where it has none.
+    package static func metadata(_ url: URL) throws -> [String: String] {
+        let file = try ModelFile(url)
+        let start = try file.read(count: min(file.size, 8))
+        let header = try file.read(at: 8, count: length(start, file.size, file.path))
+        let said = try parseObject(header, name: "\(file.path): header")["__metadata__"]
+        let texts = (said?.members ?? []).map {
+            (String(decoding: $0.key, as: UTF8.self), $0.value.text ?? "")
+        }
+        return Dictionary(texts, uniquingKeysWith: { $1 })
+    }
+
     static func length(_ start: Data, _ fileSize: Int, _ name: String) throws -> Int {
         guard fileSize >= 8, start.count >= 8 else {
             throw ApertusError(

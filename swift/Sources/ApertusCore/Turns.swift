@@ -128,13 +128,19 @@ struct CallResults {
 
     /// The results in the order of their calls; calls with which a conversation ends need none yet.
     func inOrder(atEnd: Bool) throws -> [String] {
-        let isFinal = calls.allSatisfy { $0.name == Self.finalCall }
-        if found.isEmpty, atEnd || isFinal { return [] }
+        if found.isEmpty, atEnd || !ToolCall.needResults(calls) { return [] }
         return try calls.indices.map { index in
             if let result = found[index] { return result.text }
             let field = hasIDs ? "tool_calls[\(index)].id" : "tool_calls[\(index)]"
             throw refusal("\(place).\(field)", "has no result; it needs a message of role 'tool'")
         }
+    }
+}
+
+extension ToolCall {
+    /// Whether results follow these calls of one message.
+    package static func needResults(_ calls: [ToolCall]) -> Bool {
+        calls.contains { $0.name != CallResults.finalCall }
     }
 }
 

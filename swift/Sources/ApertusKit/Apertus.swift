@@ -113,6 +113,33 @@ public final class Apertus: Sendable {
     /// for an answer that is being computed.
     public func clearCaches() async { try? await engine.clear() }
 
+    /// Keep what has been computed of the latest prompt and its answer in a file, to go on from there
+    /// another day; written whole or not at all.
+    ///
+    /// It is of use to a conversation that goes on with the same messages, whose own text is not in
+    /// it: keep `Conversation.messages` beside it. The form is that of `apertus-mlx generate
+    /// --prompt-cache`. It waits for an answer that is being computed.
+    ///
+    /// - Returns: of how many tokens keys and values are in the file.
+    /// - Throws: `ApertusError`: of kind `usage`, if nothing has been computed, `resource`, if the file
+    ///   cannot be written.
+    @discardableResult
+    public func savePromptCache(to file: URL) async throws -> Int {
+        try await engine.savePromptCache(to: file)
+    }
+
+    /// Take over what `savePromptCache` wrote, or `apertus-mlx generate --prompt-cache`: a prompt that
+    /// begins with the same tokens is not computed again.
+    ///
+    /// - Returns: how many tokens those are.
+    /// - Throws: `ApertusError`, which names the file: of kind `notFound`, if there is none,
+    ///   `rejected`, if it is damaged, or was made by another model, form of cache or type of numbers;
+    ///   nothing is held then.
+    @discardableResult
+    public func restorePromptCache(from file: URL) async throws -> Int {
+        try await engine.restorePromptCache(from: file)
+    }
+
     /// What the app does by itself when the system says that memory runs short: answers end with an
     /// error that says so, and all caches are emptied.
     public func memoryRunsShort() async {

@@ -93,6 +93,42 @@ public final class Conversation: Sendable {
         }
     }
 
+    /// The system message that the conversation begins with.
+    public var system: String? {
+        get { state.with { Self.system($0.messages) } }
+        set {
+            state.with { state in
+                let rest = state.messages.dropFirst(Self.system(state.messages) == nil ? 0 : 1)
+                state.messages = (newValue.map { [.system($0)] } ?? []) + rest
+            }
+        }
+    }
+
+    /// Forget all but the system message.
+    public func reset() {
+        state.with { state in
+            state.messages = Array(state.messages.prefix(Self.system(state.messages) == nil ? 0 : 1))
+            state.last = nil
+        }
+    }
+
+    /// Go on from `messages` instead of those so far.
+    ///
+    /// - Throws: `ApertusError`: the chat format has no place for them, or they do not fit the
+    ///   context; the conversation stays as it was.
+    public func load(_ messages: [Message]) throws {
+        let thinks = thinks
+        let ids = try format().prompt(messages, tools: tools, thinks: thinks)
+        try engine.requireRoom(ids.count)
+        state.with { ($0.messages, $0.last) = (messages, nil) }
+    }
+
+    /// The calls that the last message makes, and that wait for their results.
+    public var openCalls: [ToolCall] {
+        guard case .assistant(_, _, let calls) = messages.last else { return [] }
+        return ToolCall.needResults(calls) ? calls : []
+    }
+
     /// Forget the last question and what follows it.
     ///
     /// - Returns: whether there was one.
@@ -102,6 +138,18 @@ public final class Conversation: Sendable {
             guard let turn = Self.lastQuestion(state.messages) else { return false }
             state.messages.removeSubrange(turn...)
             return true
+        }
+    }
+
+    /// How many messages are the user's.
+    public var questions: Int {
+        messages.count { if case .user = $0 { true } else { false } }
+    }
+
+    private static func system(_ messages: [Message]) -> String? {
+        switch messages.first {
+        case .system(let text), .developer(let text): text
+        default: nil
         }
     }
 

@@ -13,6 +13,9 @@ package actor Engine {
     nonisolated let plan: MemoryPlan
     nonisolated let line = Line()
     private var prefix: CachedPrefix?
+    /// Where the next prompt is to be kept, and then what became of it.
+    private var keeping: URL?
+    private var kept: Result<Void, any Error> = .success(())
 
     init(_ folder: ModelFolder, _ plan: MemoryPlan) {
         (self.folder, self.plan) = (folder, plan)
@@ -71,6 +74,11 @@ package actor Engine {
         outcome.reusedPromptTokens = run.reused
         outcome.finishReason = .length
         do {
+            if let file = keeping {
+                keeping = nil
+                try run.readPrefix()
+                kept = Result { _ = try savePromptCache(to: file) }
+            }
             while let token = try run.nextToken() {
                 let now = ContinuousClock.now
                 if first == nil { outcome.secondsToFirstToken = seconds(from: started, to: now) }
@@ -95,7 +103,7 @@ package actor Engine {
         }
     }
 
-    private func require() throws -> CachedPrefix {
+    func require() throws -> CachedPrefix {
         guard let prefix else { throw ApertusError(.bug, "the model has not been loaded") }
         return prefix
     }
@@ -160,6 +168,56 @@ extension Engine {
         }
         return contextLength - promptTokens
     }
+}
+
+extension Engine {
+    /// Write keys and values of the latest prompt to a file.
+    ///
+    /// - Returns: of how many tokens.
+    func savePromptCache(to file: URL) throws -> Int {
+        let prefix = try require()
+        try PromptCacheFile(file, modelFolder: folder.url).save(prefix)
+        return try prefix.tokens.count
+    }
+
+    /// Take over keys and values from a file, instead of those that there are.
+    ///
+    /// - Returns: of how many tokens.
+    func restorePromptCache(from file: URL) throws -> Int {
+        let prefix = try require()
+        try PromptCacheFile(file, modelFolder: folder.url).restore(prefix)
+        return try prefix.tokens.count
+    }
+
+    /// Take over what a file holds of `prompt`.
+    ///
+    /// - Throws: `ApertusError` of kind `rejected`, too, if the file is of little use for `prompt`.
+    package func resume(_ file: URL, for prompt: [Int]) throws {
+        let count = try restorePromptCache(from: file)
+        let prefix = try require()
+        let shared = zip(try prefix.tokens, prompt.dropLast()).prefix { $0 == $1 }.count
+        guard 2 * shared >= count else {
+            throw ApertusError(
+                .rejected,
+                "\(file.filePath): tokens: its \(count) differ from the prompt from position "
+                    + "\(shared) on; give the prompt it was made for, or another file")
+        }
+        try prefix.cut(to: shared)
+        guard try prefix.tokens.count == shared else {
+            throw ApertusError(
+                .rejected,
+                "\(file.filePath): shares its first \(shared) of \(count) tokens with the prompt, "
+                    + "but a cache in \(plan.form) cannot go back to them; give another file")
+        }
+    }
+
+    /// Have the next prompt kept in a file, without its last token, which has to be computed anyway.
+    package func keepNextPrompt(in file: URL) {
+        (keeping, kept) = (file, .success(()))
+    }
+
+    /// Say whether keeping it failed: once there is an answer, which nobody should lose by it.
+    package func requireKept() throws { try kept.get() }
 }
 
 private func seconds(from start: ContinuousClock.Instant, to end: ContinuousClock.Instant) -> Double

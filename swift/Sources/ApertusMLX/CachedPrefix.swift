@@ -110,10 +110,7 @@ public final class CachedPrefix {
         guard tokens.allSatisfy({ (0 ..< model.config.vocabSize).contains($0) }),
             arrays.count == layers.count
         else { throw ApertusError(.rejected, "the cache is not one of this model") }
-        let (heads, width) = (model.config.kvHeads, model.config.headDim)
-        for (index, kept) in arrays.enumerated() {
-            let wanted = layers[index].exported(
-                tokens.count, kvHeads: heads, headDim: width, type: model.computeType)
+        for (index, (kept, wanted)) in zip(arrays, exported(tokens.count)).enumerated() {
             let differing = Set(kept.keys).union(wanted.keys).sorted().first { name in
                 guard let wanted = wanted[name] else { return true }
                 guard let array = kept[name] else { return !wanted.isOptional }
@@ -135,6 +132,14 @@ public final class CachedPrefix {
             }
         }
         known = tokens
+    }
+
+    /// What `export` gives after so many tokens, for each layer.
+    func exported(_ positions: Int) -> [[String: ExportedArray]] {
+        let (heads, width) = (model.config.kvHeads, model.config.headDim)
+        return layers.map {
+            $0.exported(positions, kvHeads: heads, headDim: width, type: model.computeType)
+        }
     }
 
     /// Compute `ids`, and return the logits `[vocabulary]` after them.

@@ -15,6 +15,8 @@ public final class TokenRun {
     private let isCancelled: () -> Bool
     private let onPrefill: ((Int) -> Void)?
     private var sampler: Sampler
+    /// Tokens of the prompt that have been read, those reused included.
+    private var readTokens: Int
     /// The token that comes next, being computed, and the logits that it was drawn by.
     private var next: (token: MLXArray, logits: MLXArray)?
 
@@ -28,7 +30,7 @@ public final class TokenRun {
     ) {
         (self.prefix, self.owner, self.prompt, self.reused) = (prefix, owner, prompt, reused)
         (self.maxTokens, self.prefillStep) = (maxTokens, prefillStep)
-        (self.isCancelled, self.onPrefill) = (isCancelled, onPrefill)
+        (self.isCancelled, self.onPrefill, readTokens) = (isCancelled, onPrefill, reused)
         sampler = Sampler(sampling, prompt: prompt, vocabSize: prefix.model.config.outputVocabSize)
     }
 
@@ -44,13 +46,7 @@ public final class TokenRun {
         guard drawn < maxTokens else { return nil }
         try requireOwner()
         try requireNotCancelled()
-        if drawn == 0 {
-            let logits = try prefix.read(Array(prompt[reused...]), step: prefillStep) { done in
-                onPrefill?(done)
-                if done < prompt.count { try requireNotCancelled() }
-            }
-            next = try draw(logits)
-        }
+        if drawn == 0 { next = try draw(try read(to: prompt.count)) }
         let (token, logits) = next!
         next = drawn + 1 < maxTokens ? try draw(try prefix.step(token)) : nil
         let value = try catchingMLX("decoding") { Int(token.item(Int32.self)) }
@@ -59,6 +55,26 @@ public final class TokenRun {
         drawn += 1
         if drawn % Self.clearInterval == 0 { Memory.clearCache() }
         return value
+    }
+
+    /// Read all of the prompt but its last token: what the prefix then holds is of use to every
+    /// answer to this prompt, whatever its form.
+    ///
+    /// - Throws: see `nextToken`.
+    public func readPrefix() throws {
+        try requireOwner()
+        try requireNotCancelled()
+        if readTokens < prompt.count - 1 { _ = try read(to: prompt.count - 1) }
+    }
+
+    /// The logits after the first `end` tokens of the prompt, of which not all have been read.
+    private func read(to end: Int) throws -> MLXArray {
+        let logits = try prefix.read(Array(prompt[readTokens ..< end]), step: prefillStep) { done in
+            onPrefill?(done)
+            if done < prompt.count { try requireNotCancelled() }
+        }
+        readTokens = end
+        return logits
     }
 
     private func draw(_ logits: MLXArray) throws -> (MLXArray, MLXArray) {

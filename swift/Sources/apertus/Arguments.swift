@@ -114,6 +114,9 @@ struct Arguments {
         }
         guard let option = negated ?? grammar.options.first(where: { $0.names.contains(name) })
         else {
+            if ModelOptions.missing.contains(name) {
+                throw ApertusError(.usage, "\(name) is there in apertus-mlx alone")
+            }
             throw Self.wrong("no such option: \(name)", grammar)
         }
         var value = ""
@@ -164,6 +167,7 @@ struct Arguments {
     /// Nil where neither the option nor its opposite was given.
     func flag(_ name: String) -> Bool? { values[name]?.last.map { $0 == "yes" } }
     func text(_ name: String) -> String? { values[name]?.last }
+    func file(_ name: String) -> URL? { text(name).map { URL(fileURLWithPath: $0) } }
     func texts(_ name: String) -> [String] { values[name] ?? [] }
     func integer(_ name: String) -> Int? { text(name).flatMap { Int($0) } }
     func number(_ name: String) -> Double? { text(name).flatMap { Double($0) } }

@@ -8,45 +8,56 @@ enum GenerateCommand {
         words: "Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr.",
         operands: ["[PROMPT]"],
         options: [
-            ModelOptions.model,
+            ModelOptions.messages, ModelOptions.model,
             Option("--raw", kind: .flag, "Continue the prompt as text, without chat template."),
-            ModelOptions.system, ModelOptions.think,
-        ] + ModelOptions.sampling + ModelOptions.running + [ModelOptions.json])
+            ModelOptions.system, ModelOptions.think, ModelOptions.tools,
+        ] + ModelOptions.sampling + ModelOptions.running
+            + [ModelOptions.promptCache, ModelOptions.json])
+
+    /// What is to be answered.
+    private enum Request {
+        /// A text that goes on.
+        case raw(String)
+        case conversation([Message])
+    }
 
     static func run(_ arguments: Arguments, _ interrupts: Interrupts) async throws {
-        let prompt = try prompt(arguments)
-        let isRaw = arguments.has("--raw")
-        if isRaw, arguments.text("--system") != nil || arguments.has("--think") {
-            throw ApertusError(.usage, "--raw has no place for --system or --think")
-        }
+        let request = try request(arguments)
+        let tools = try arguments.file("--tools").map(RequestFiles.tools) ?? []
+        let thinks = arguments.has("--think")
         let options = ModelOptions.answer(arguments)
         var load = try ModelOptions.load(arguments)
         let clock = ContinuousClock()
         let started = clock.now
         let folder = try ModelFolder(ModelOptions.folder(arguments))
-        let messages =
-            (arguments.text("--system").map { [Message.system($0)] } ?? []) + [.user(prompt)]
-        let count =
-            isRaw
-            ? folder.rawPrompt(prompt).count
-            : try folder.chatFormat().prompt(messages, thinks: arguments.has("--think")).count
-        load.context = min(count + options.maxTokens, folder.config.maxPositions)
+        let ids: [Int32] =
+            switch request {
+            case .raw(let text): folder.rawPrompt(text)
+            case .conversation(let messages):
+                try folder.chatFormat().prompt(messages, tools: tools, thinks: thinks)
+            }
+        load.context = min(ids.count + options.maxTokens, folder.config.maxPositions)
         let plan = try folder.plan(load)
         let apertus = try await Apertus(folder, plan: plan, load)
         let loaded = seconds(clock.now - started)
+        let cache = arguments.file("--prompt-cache")
+        if let cache { try await use(cache, ids, apertus) }
 
         let outcome = Last()
-        let chat = apertus.conversation(
-            system: arguments.text("--system"), thinks: arguments.has("--think"))
-        let pieces =
-            isRaw
-            ? apertus.continuation(of: prompt, options: options, onEnd: { outcome.value = $0 })
-            : chat.ask(prompt, options: options)
+        let chat = apertus.conversation(thinks: thinks, tools: tools)
+        let pieces: AsyncThrowingStream<Piece, any Error>
+        switch request {
+        case .raw(let text):
+            pieces = apertus.continuation(of: text, options: options, onEnd: { outcome.value = $0 })
+        case .conversation(let messages):
+            chat.messages = messages
+            pieces = chat.answer(with: [], options: options)
+        }
         interrupts.expect { apertus.stop() }
         var printer = AnswerPrinter()
         for try await piece in pieces where !arguments.has("--json") { printer.print(piece) }
         let wasInterrupted = interrupts.clear()
-        guard let found = isRaw ? outcome.value : chat.lastOutcome else {
+        guard let found = outcome.value ?? chat.lastOutcome else {
             throw ApertusError(.cancelled, "interrupted")
         }
         if arguments.has("--json") {
@@ -57,6 +68,46 @@ enum GenerateCommand {
             Sink.note(found.summary)
         }
         if wasInterrupted { throw ApertusError(.cancelled, "interrupted") }
+        if cache != nil { try await apertus.engine.requireKept() }
+    }
+
+    /// Go on from the file, or have it made.
+    private static func use(_ file: URL, _ prompt: [Int32], _ apertus: Apertus) async throws {
+        if FileManager.default.fileExists(atPath: file.path) {
+            try await apertus.engine.resume(file, for: prompt.map(Int.init))
+            return
+        }
+        let folder = file.deletingLastPathComponent().path
+        guard FileManager.default.fileExists(atPath: folder) else {
+            throw ApertusError(
+                .usage, "--prompt-cache \(file.path): there is no folder \(folder)")
+        }
+        await apertus.engine.keepNextPrompt(in: file)
+    }
+
+    private static func request(_ arguments: Arguments) throws -> Request {
+        let system = arguments.text("--system")
+        if arguments.has("--raw") {
+            for name in ["--system", "--think", "--messages", "--tools"]
+            where arguments.text(name) != nil {
+                throw ApertusError(.usage, "--raw has no place for \(name)")
+            }
+            return .raw(try prompt(arguments))
+        }
+        guard let file = arguments.text("--messages") else {
+            let question = Message.user(try prompt(arguments))
+            return .conversation((system.map { [.system($0)] } ?? []) + [question])
+        }
+        guard arguments.operands.isEmpty, system == nil else {
+            throw ApertusError(
+                .usage,
+                "--messages holds the whole conversation; leave out PROMPT and --system")
+        }
+        if file == "-" {
+            let data = FileHandle.standardInput.readDataToEndOfFile()
+            return .conversation(try RequestFiles.messages(data, name: "standard input"))
+        }
+        return .conversation(try RequestFiles.messages(URL(fileURLWithPath: file)))
     }
 
     private static func prompt(_ arguments: Arguments) throws -> String {
@@ -88,7 +139,7 @@ enum GenerateCommand {
         return .object([
             ("text", .text(outcome.answer.text)),
             ("thoughts", .text(outcome.answer.thoughts)),
-            ("message", message(outcome)),
+            ("message", outcome.message.report),
             ("token_ids", .integers(outcome.tokenIDs)),
             ("prompt_token_ids", .integers(outcome.promptTokenIDs)),
             ("finish_reason", .text(outcome.finishReason.rawValue)),
@@ -106,27 +157,6 @@ enum GenerateCommand {
             ("generated_tokens", .integer(outcome.tokenIDs.count)),
             ("memory", memory(plan)),
         ])
-    }
-
-    /// The answer as an assistant's message of OpenAI's API, to go on from.
-    private static func message(_ outcome: Outcome) -> Report {
-        guard case .assistant(let text, let thoughts, let calls) = outcome.message else { return .null }
-        let content: Report = text.isEmpty && !calls.isEmpty ? .null : .text(text)
-        var members: [(String, Report)] = [("role", .text("assistant")), ("content", content)]
-        if !thoughts.isEmpty { members.append(("reasoning_content", .text(thoughts))) }
-        if !calls.isEmpty {
-            let list = calls.map { call in
-                let function = Report.object([
-                    ("name", .text(call.name)), ("arguments", .text(call.arguments)),
-                ])
-                return Report.object([
-                    ("id", .text(call.id ?? "")), ("type", .text("function")),
-                    ("function", function),
-                ])
-            }
-            members.append(("tool_calls", .list(list)))
-        }
-        return .object(members)
     }
 
     /// What was chosen and what it is to take, in bytes.

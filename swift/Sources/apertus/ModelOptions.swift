@@ -6,6 +6,15 @@ enum ModelOptions {
     static let model = Option("--model", "-m", kind: .text, "Model folder.")
     static let json = Option("--json", kind: .flag, "Print one JSON object.")
     static let system = Option("--system", "-s", kind: .text, "System message.")
+    static let messages = Option(
+        "--messages", kind: .text,
+        "Answer a conversation instead: JSON as OpenAI's API takes it; - for standard input.")
+    static let tools = Option(
+        "--tools", kind: .text,
+        "Tools that the model may call: JSON as OpenAI's API takes it.")
+    static let promptCache = Option(
+        "--prompt-cache", kind: .text,
+        "Keep what a prompt computes in this file, and go on from it.")
     static let think = Option(
         "--think", kind: .flag, "Let the model deliberate first (shown on stderr).")
 
@@ -59,6 +68,15 @@ enum ModelOptions {
             "--memory-limit", kind: .text,
             "Most memory, as 1.2GB or in bytes; default: what the machine can give."),
         Option("--force", kind: .flag, "Try even where the memory will not suffice."),
+        Option("--compute", kind: .text, "auto or mlx: there is nothing else here."),
+        Option("--precision", kind: .text, "auto or float32: MLX rounds no activations."),
+        Option("--offline", kind: .flag, "Nothing else is done here."),
+    ]
+
+    /// Options of `apertus-mlx` that are not there, since what they ask for is not.
+    static let missing: Set = [
+        "--tool-choice", "--logit-bias", "--max-thought-tokens", "--schema", "--output-filter",
+        "--revision", "--against", "--plot", "--golden",
     ]
 
     /// The folder that `--model` names; there is no embedded model here.
@@ -89,11 +107,15 @@ enum ModelOptions {
         var options = LoadOptions()
         let names = ["--kv-bits", "--kv-bits-v", "--max-kv", "--kv-sink", "--kv-rotate"]
         if names.contains(where: { arguments.text($0) != nil }) {
-            options.cacheForm = try CacheForm(
+            let form = try CacheForm(
                 keyBits: arguments.integer("--kv-bits") ?? CacheForm.fullBits,
                 valueBits: arguments.integer("--kv-bits-v"), bound: arguments.integer("--max-kv"),
                 sinks: arguments.integer("--kv-sink") ?? 4, rotates: arguments.flag("--kv-rotate"))
+            try requireEffect(form, arguments)
+            options.cacheForm = form
         }
+        try require(arguments, "--compute", ["auto", "mlx"])
+        try require(arguments, "--precision", ["auto", "float32"])
         options.prefillStep = arguments.integer("--prefill-step")
         if let name = arguments.text("--dtype") {
             guard let type = LoadOptions.ComputeType(rawValue: name) else {
@@ -107,6 +129,30 @@ enum ModelOptions {
         options.memoryLimit = try arguments.text("--memory-limit").map(bytes)
         options.ignoresMemoryLimit = arguments.has("--force")
         return options
+    }
+
+    /// Refuse what would do nothing.
+    private static func requireEffect(_ form: CacheForm, _ arguments: Arguments) throws {
+        if form.rotates == true, form.keyBits == CacheForm.fullBits {
+            throw ApertusError(
+                .usage, "--kv-rotate: keys are rotated to be quantized; give --kv-bits, too")
+        }
+        if arguments.text("--kv-sink") != nil, form.bound == nil, !form.isQuantized {
+            throw ApertusError(
+                .usage,
+                "--kv-sink: without a bound or bits all positions stay as they are; give --max-kv or "
+                    + "--kv-bits, too")
+        }
+    }
+
+    private static func require(
+        _ arguments: Arguments, _ name: String, _ known: [String]
+    ) throws {
+        guard let value = arguments.text(name), !known.contains(value) else { return }
+        throw ApertusError(
+            .usage,
+            "\(name) \(value.prefix(40).debugDescription): expected \(known.joined(separator: " or ")); "
+                + "for others use apertus-mlx")
     }
 
     /// A size as 1.2GB, 800 MiB or in bytes.

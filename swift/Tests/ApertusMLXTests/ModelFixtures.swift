@@ -37,7 +37,7 @@ struct ModelFixture: Sendable, CustomTestStringConvertible {
         }
     }
 
-    private var beside: URL { Self.root.appendingPathComponent("\(name).expected") }
+    var beside: URL { Self.root.appendingPathComponent("\(name).expected") }
 }
 
 func ints(_ array: MLXArray) -> [Int] { array.asArray(Int32.self).map(Int.init) }
