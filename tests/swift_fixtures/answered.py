@@ -3,26 +3,50 @@
 `answered/model` is the embedded model in 4 bits, with golden answers. `expected.json` beside it
 holds the likeliest tokens after prompts, computed by MLX in float32: `questions` (each with `text`
 and `token_ids`), `raw` and `second_turn` (after the first question); and `keys`, those that
-`generate --json` and `verify --json` print, nested ones as `memory.cache`.
+`generate --json`, `bench --json` and `verify --json` print, nested ones as `memory.cache`.
+`help` there are the lines of chat's `/help` about commands, `bench.json` is what `bench --json` prints.
+`chat.json` is what `chat` writes when somebody types `lines`, FOLDER standing for a new folder.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
 from apertus_mlx.api import load
 from apertus_mlx.cli.app import app
+from apertus_mlx.cli.chat_commands import HELP
 from apertus_mlx.generation.run import Answer
 from apertus_mlx.tools import convert_model, verify
 
 QUESTIONS = ("Hi", "What is the capital of Switzerland?", "Grüezi! Wie heisst der Fluss? 🏔️")
 RAW = "The capital of France is"
 TOKENS = 24
+LINES = [
+    "/undo", "/retry", "/save FOLDER/a.json", "/think maybe", "/think", "/system", "Hi",
+    "/system Be kind.", "/system", "/retry", "/save FOLDER/a b.json", "/save", "/undo please", "/what",
+    "/usr/bin is what?", "//undo", "one\\", "two", "/undo", "/save FOLDER", "/reset", "/save",
+    "/load FOLDER/absent.json", "/load FOLDER/a b.json", "/system off", "/load", "/save! FOLDER/b.json",
+    "/load FOLDER/open.json", "/retry", "/load FOLDER/calls.json", "sunny", "/load FOLDER/bad.json",
+    "/think on", "/think off", "/exit", "never",
+]  # fmt: skip
+_QUICK = ("--rounds", "1", "--compute", "mlx", "--dtype", "float32")
+_CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+FILES = {
+    "open.json": [{"role": "user", "content": "Hi"}],
+    "calls.json": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+    ],
+    "bad.json": [{"role": "user", "content": 5}],
+}
 
 
 def write_answered_fixtures(out: Path) -> None:
@@ -43,26 +67,54 @@ def write_answered_fixtures(out: Path) -> None:
         chat.ask(QUESTIONS[0], **asked)
         expected["second_turn"] = _answered(QUESTIONS[1], chat.ask(QUESTIONS[1], **asked))
     expected["keys"] = {
-        "generate": _printed("generate", "-m", folder, "-n", "2", "--json", "Hi"),
-        "verify": _printed("verify", folder, "--json"),
+        "generate": _printed("generate", "-m", folder, "-n", "2", "Hi"),
+        "bench": _printed("bench", folder, "--prompt-tokens", "", "--depths", "4", *_QUICK),
+        "verify": _printed("verify", folder),
     }
-    path = out / "answered" / "expected.json"
-    path.write_text(json.dumps(expected, ensure_ascii=False), encoding="utf-8")
+    expected["help"] = HELP.split("\n")
+    _write(out / "answered" / "chat.json", _chat(folder))
+    coded = ("--prompt-tokens", "", "--depths", "4", "--kv-bits", "4", "--new-tokens", "120")
+    _write(out / "answered" / "bench.json", _report("bench", folder, *coded, *_QUICK))
+    _write(out / "answered" / "expected.json", expected)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
 def _answered(prompt: str, answer: Answer) -> dict[str, Any]:
     return {"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids}
 
 
+def _chat(model: Path) -> dict[str, Any]:
+    options = ("-t", "0", "-n", "6", "--compute", "mlx", "--dtype", "float32")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, messages in FILES.items():
+            _write(Path(folder) / name, messages)
+        typed = "\n".join(LINES).replace("FOLDER", folder) + "\n"
+        done = CliRunner().invoke(app, ["chat", "-m", str(model), *options], input=typed)
+        assert done.exit_code == 0, done.stderr
+        out, err = (text.replace(folder, "FOLDER") for text in (done.stdout, done.stderr))
+        saved = json.loads((Path(folder) / "b.json").read_text(encoding="utf-8"))
+    return {"lines": LINES, "files": FILES, "out": out, "err": err, "saved": saved}
+
+
 def _printed(*arguments: str | Path) -> list[str]:
+    return list(_keys(_report(*arguments), ""))
+
+
+def _report(*arguments: str | Path) -> dict[str, Any]:
     out = io.StringIO()
     with redirect_stdout(out):
-        app([str(each) for each in arguments], standalone_mode=False)
-    return list(_keys(json.loads(out.getvalue()), ""))
+        app([*map(str, arguments), "--json"], standalone_mode=False)
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found
 
 
 def _keys(value: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, inner in value.items():
         yield prefix + key
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            inner = inner[0]
         if isinstance(inner, dict):
             yield from _keys(inner, f"{prefix}{key}.")

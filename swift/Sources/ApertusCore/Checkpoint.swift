@@ -95,6 +95,19 @@ public struct Checkpoint: Sendable {
         Set(matrices.values.flatMap(\.tensors).map(\.dtype)).intersection(Self.floats)
     }
 
+    /// Bytes of all tensors that belong to the model, as they are stored.
+    package var storedBytes: Int {
+        files.tensors.values.reduce(0) { $0 + (dropped[$1.name] == nil ? $1.byteCount : 0) }
+    }
+
+    /// Bytes of weights that one token reads: all, but of the embedding one row.
+    ///
+    /// A tied embedding is the head as well, and so is read whole, too.
+    package var readBytes: Int {
+        let table = matrices[Layout.embedding]?.tensors.reduce(0) { $0 + $1.byteCount } ?? 0
+        return storedBytes - (config.tiesEmbeddings ? 0 : table) + table / config.vocabSize
+    }
+
     /// Whether two tensors of one shape and type hold the same bytes.
     private func sameBytes(_ first: TensorInfo, _ second: TensorInfo) throws -> Bool {
         let (a, b) = (try ModelFile(files.url(of: first)), try ModelFile(files.url(of: second)))

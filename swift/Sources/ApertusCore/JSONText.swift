@@ -1,7 +1,7 @@
 /// JSON as Python writes it: what a template writes into a prompt has to be the same to the byte.
 extension JSON {
     /// What `json.dumps(value, ensure_ascii=False)` gives.
-    var written: String { String(decoding: writtenBytes, as: UTF8.self) }
+    package var written: String { String(decoding: writtenBytes, as: UTF8.self) }
 
     private var writtenBytes: [UInt8] {
         switch self {

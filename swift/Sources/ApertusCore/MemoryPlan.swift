@@ -100,6 +100,17 @@ public struct MemoryPlanner: Sendable {
         Double(config.layers) * row * pairBits(form) / 8
     }
 
+    /// Bytes of keys and values that a token reads, on average over `steps` behind `depth`.
+    package func kvReadBytes(_ form: CacheForm, depth: Int, steps: Int) -> Int {
+        let (full, coded) = (kvBytesPerPosition(.full), kvBytesPerPosition(form))
+        let read = (depth + 1 ... depth + steps).reduce(0.0) { sum, positions in
+            let seen = min(positions, form.bound ?? positions)
+            let codes = min(form.flushed(positions), seen)
+            return sum + Double(codes) * coded + Double(seen - codes) * full
+        }
+        return Int((read / Double(steps)).rounded(.toNearestOrEven))
+    }
+
     /// The longest context, up to the model's, that stays under `limitBytes`; 0 if none does.
     public func largestContext(limitBytes: Int, _ form: CacheForm, prefillStep: Int) -> Int {
         largest(upTo: config.maxPositions) {

@@ -22,6 +22,8 @@ public final class Apertus: Sendable {
     /// Whether an answer is being computed, or waits for its turn.
     public var isBusy: Bool { engine.line.isBusy }
 
+    /// In which type activations are computed, and weights that are not quantized.
+    public let computeType: LoadOptions.ComputeType
     package let engine: Engine
     private let pressure: MemoryPressure
 
@@ -53,7 +55,7 @@ public final class Apertus: Sendable {
         try opened.manifest?.checkSizes(opened.url)
         folder = opened.url
         let engine = Engine(opened, plan)
-        try await engine.load(options.computeType, onProgress)
+        computeType = try await engine.load(options.computeType, onProgress)
         self.engine = engine
         pressure = MemoryPressure { [weak engine] in
             guard let engine else { return }

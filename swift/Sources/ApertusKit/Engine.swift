@@ -22,14 +22,18 @@ package actor Engine {
     }
 
     /// Load the weights; `onProgress` is told the share that is done.
-    func load(_ type: LoadOptions.ComputeType?, _ onProgress: (@Sendable (Double) -> Void)?) throws
-    {
+    ///
+    /// - Returns: the type that is computed in.
+    func load(
+        _ type: LoadOptions.ComputeType?, _ onProgress: (@Sendable (Double) -> Void)?
+    ) throws -> LoadOptions.ComputeType {
         Memory.cacheLimit = plan.bufferCacheBytes
         let model = try ApertusModel(folder: folder.url, computeType: type?.dtype) { done, total in
             onProgress?(total > 0 ? Double(done) / Double(total) : 1)
         }
         prefix = try CachedPrefix(model: model, form: plan.form)
         Memory.clearCache()
+        return LoadOptions.ComputeType.allCases.first { $0.dtype == model.computeType } ?? .float32
     }
 
     /// Have `ask` answered when its turn comes.

@@ -4,7 +4,12 @@ import ApertusMLX
 /// How a model is loaded; what is nil is chosen so that it fits the memory there is.
 public struct LoadOptions: Sendable {
     /// In which type activations are computed, and weights that are not quantized.
-    public enum ComputeType: String, Sendable, CaseIterable { case bfloat16, float16, float32 }
+    public enum ComputeType: String, Sendable, CaseIterable {
+        case bfloat16, float16, float32
+
+        /// Of a number.
+        package var byteCount: Int { self == .float32 ? 4 : 2 }
+    }
 
     /// Tokens of prompt and answer together for which memory must suffice, at most the model's own
     /// context. A conversation cannot become longer than this.

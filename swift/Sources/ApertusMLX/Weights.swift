@@ -102,7 +102,7 @@ extension QuantizedFormat {
 }
 
 /// Whether MLX computes on a GPU.
-var computesOnGPU: Bool {
+package var computesOnGPU: Bool {
     #if os(Linux)
         false
     #else

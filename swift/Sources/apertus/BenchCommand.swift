@@ -108,16 +108,17 @@ enum BenchCommand {
             Sink.note("\(task.words): \(counted(workload.rounds, "round"))")
             taken.append(try await measure(task, workload, apertus))
         }
-        let report = Self.report(
-            arguments, workload, taken, apertus, folder, started: started, loaded: loaded)
         if arguments.has("--json") {
-            Sink.putLine(report.written())
+            let report = BenchReport(
+                name: path, workload: workload, taken: taken, apertus: apertus,
+                checkpoint: try Checkpoint(folder: folder.url), started: started, loaded: loaded)
+            Sink.putLine(report.values.written())
             return
         }
         Sink.put(
             "loads in \(rounded(loaded, 2)) s, peak memory "
                 + "\(formatBytes(apertus.memory.peak)), cache in \(plan.form)\n\n")
-        let rates = zip(workload.tasks, taken).map { Self.rates($0, workload, $1) }
+        let rates = zip(workload.tasks, taken).map { BenchReport.rates($0, workload, $1) }
         let names = workload.tasks.map(\.words)
         let width = (["tokens/s"] + names).map(\.count).max() ?? 0
         Sink.put("tokens/s".padding(toLength: width, withPad: " ", startingAt: 0) + "  apertus\n")
@@ -125,7 +126,7 @@ enum BenchCommand {
             let spread = (found.last! - found[0]) / 2
             Sink.put(
                 name.padding(toLength: width, withPad: " ", startingAt: 0)
-                    + "  \(rounded(median(found), 1)) ± \(rounded(spread, 1))\n")
+                    + "  \(rounded(BenchReport.median(found), 1)) ± \(rounded(spread, 1))\n")
         }
     }
 
@@ -144,88 +145,6 @@ enum BenchCommand {
             found.append(new == 0 ? reading : drawing)
         }
         return Array(found.dropFirst())
-    }
-
-    /// Tokens per second of each round, ascending.
-    private static func rates(_ task: Task, _ workload: Workload, _ seconds: [Double]) -> [Double] {
-        let count = task.kind == "prefill" ? task.tokens : workload.newTokens
-        return seconds.map { Double(count) / $0 }.sorted()
-    }
-
-    private static func median(_ sorted: [Double]) -> Double {
-        let middle = sorted.count / 2
-        return sorted.count % 2 == 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
-    }
-
-    /// The keys are those of `apertus-mlx bench --json`; what is not measured here is null.
-    private static func report(
-        _ arguments: Arguments, _ workload: Workload, _ taken: [[Double]], _ apertus: Apertus,
-        _ folder: ModelFolder, started: Date, loaded: Double
-    ) -> Report {
-        let plan = apertus.plan
-        let measurements = zip(workload.tasks, taken).map { task, seconds -> Report in
-            let found = rates(task, workload, seconds)
-            let rate = Report.object([
-                ("median", .number(median(found))),
-                ("spread", .number((found.last! - found[0]) / 2)),
-                ("samples", .list(found.map { .number($0) })),
-            ])
-            return .object([
-                ("task", .object([("kind", .text(task.kind)), ("tokens", .integer(task.tokens))])),
-                ("tokens_per_s", rate), ("seconds", .list(seconds.map { .list([.number($0)]) })),
-                ("kv_read_bytes", .null), ("roofline_tokens_per_s", .null),
-                ("roofline_share", .null),
-            ])
-        }
-        let system = ProcessInfo.processInfo
-        let model = arguments.operands.first ?? ""
-        return .object([
-            ("date", .text(started.ISO8601Format())),
-            (
-                "machine",
-                .object([
-                    ("identity", .object([("system", .text(system.operatingSystemVersionString))])),
-                    ("memory_bytes", .integer(Int(system.physicalMemory))),
-                    ("available_bytes", .integer(plan.limitBytes)),
-                ])
-            ),
-            (
-                "model",
-                .object([
-                    ("name", .text(model)),
-                    ("bits_per_weight", folder.manifest.map { .number($0.bitsPerWeight) } ?? .null),
-                    ("context_tokens", .integer(folder.config.maxPositions)),
-                ])
-            ),
-            (
-                "workload",
-                .object([
-                    ("prompt_tokens", .integers(workload.promptTokens)),
-                    ("depths", .integers(workload.depths)),
-                    ("new_tokens", .integer(workload.newTokens)),
-                    ("rounds", .integer(workload.rounds)), ("seed", .integer(workload.seed)),
-                ])
-            ),
-            (
-                "sides",
-                .list([
-                    .object([
-                        ("name", .text("apertus")),
-                        (
-                            "ready",
-                            .object([
-                                ("cache", .text("\(plan.form)")),
-                                ("prefill_step", .integer(plan.prefillStep)),
-                                ("load_s", .number(loaded)),
-                            ])
-                        ),
-                        ("peak_memory_bytes", .integer(apertus.memory.peak)),
-                        ("measurements", .list(measurements)),
-                    ])
-                ])
-            ),
-            ("ratios", .list([])), ("notes", .list([])),
-        ])
     }
 }
 

@@ -165,16 +165,16 @@ struct ChatCommands {
             let type = try? FileManager.default.attributesOfItem(
                 atPath: path.resolvingSymlinksInPath().path)[.type] as? FileAttributeType
             guard type == .typeRegular else {
-                throw Self.wrong("\(path.path): is there already, and is no file; give another name")
+                throw Self.wrong("\(path.relativePath): is there already, and is no file; give another name")
             }
             guard isKnown || replaces else {
-                throw Self.wrong("\(path.path): is there already; /save! \(text) replaces it")
+                throw Self.wrong("\(path.relativePath): is there already; /save! \(text) replaces it")
             }
         }
         let report = Report.object([("messages", .list(chat.messages.map(\.report)))])
         try writeWhole(path) { try Data("\(report.written())\n".utf8).write(to: $0) }
         file = path
-        return "saved \(counted(chat.messages.count, "message")) to \(path.path)"
+        return "saved \(counted(chat.messages.count, "message")) to \(path.relativePath)"
     }
 
     private mutating func load(_ text: String) throws -> String {
@@ -184,7 +184,7 @@ struct ChatCommands {
         file = path
         var openEnd = ""
         if case .user = messages.last { openEnd = "; /retry answers the last" }
-        return "loaded \(counted(messages.count, "message")) from \(path.path)\(openEnd)"
+        return "loaded \(counted(messages.count, "message")) from \(path.relativePath)\(openEnd)"
     }
 
     private func path(_ command: String, _ text: String) throws -> URL {

@@ -5,14 +5,18 @@ import Testing
 #if os(macOS) || os(Linux)
     /// The command line, run as a shell runs it; keys and exit codes as Python's.
     @Suite(.serialized) struct CommandTests {
-        private func run(_ arguments: String...) throws -> (code: Int32, out: Data, err: String) {
+        private func run(
+            _ arguments: String..., typed: String = ""
+        ) throws -> (code: Int32, out: Data, err: String) {
             let process = Process()
             process.executableURL = try Self.program
             process.arguments = arguments
-            let (out, err) = (Pipe(), Pipe())
+            let (given, out, err) = (Pipe(), Pipe(), Pipe())
             (process.standardOutput, process.standardError) = (out, err)
-            process.standardInput = FileHandle.nullDevice
+            process.standardInput = given
             try process.run()
+            try given.fileHandleForWriting.write(contentsOf: Data(typed.utf8))
+            try given.fileHandleForWriting.close()
             let data = out.fileHandleForReading.readDataToEndOfFile()
             let notes = err.fileHandleForReading.readDataToEndOfFile()
             process.waitUntilExit()
@@ -36,7 +40,8 @@ import Testing
             guard let object = value as? [String: Any] else { return [] }
             return object.reduce(into: []) { found, member in
                 found.insert(prefix + member.key)
-                found.formUnion(keys(member.value, "\(prefix)\(member.key)."))
+                let first = (member.value as? [Any])?.first ?? member.value
+                found.formUnion(keys(first, "\(prefix)\(member.key)."))
             }
         }
 
@@ -71,6 +76,111 @@ import Testing
             #expect(keys(object) == Set(try KitFixtures.expected.keys["verify"] ?? []))
         }
 
+        /// But for those of Python's own packages and of what is not measured here.
+        @Test func benchPrintsPythonsKeys() throws {
+            let done = try run(
+                "bench", try KitFixtures.model.path, "--json", "--rounds", "1", "--prompt-tokens", "",
+                "--depths", "4", "--new-tokens", "2")
+            #expect(done.code == 0)
+            let found = keys(try JSONSerialization.jsonObject(with: done.out))
+            let absent: Set = [
+                "apertus_mlx_version", "machine.identity.mlx", "machine.identity.package",
+                "machine.python", "machine.metal", "machine.recommended_working_set_bytes",
+                "machine.largest_buffer_bytes", "machine.mlx_variables", "machine.packages",
+                "sides.ready.version", "sides.ready.kernels", "sides.start_s",
+            ]
+            let wanted = Set(try KitFixtures.expected.keys["bench"] ?? []).filter {
+                !absent.contains($0) && !$0.hasPrefix("machine.packages.")
+            }
+            #expect(found == wanted)
+        }
+
+        @Test func benchReadsThePartsThatPythonReads() throws {
+            let done = try run(
+                "bench", try KitFixtures.model.path, "--json", "--rounds", "1", "--prompt-tokens", "",
+                "--depths", "4", "--kv-bits", "4", "--new-tokens", "120")
+            let found = try JSON([UInt8](done.out))
+            let wanted = try JSON([UInt8](
+                Data(contentsOf: KitFixtures.folder.appendingPathComponent("bench.json"))))
+            for key in ["parameters", "bits_per_weight", "weights_read_bytes", "context_tokens"] {
+                #expect(found["model"]?[key]?.double == wanted["model"]?[key]?.double, "\(key)")
+            }
+            func kept(_ report: JSON) -> Double? {
+                report["sides"]?.items?[0]["measurements"]?.items?[0]["kv_read_bytes"]?.double
+            }
+            #expect(kept(found) != nil && kept(found) == kept(wanted))
+        }
+
+        /// Lines of a script that Python's chat was given, too: what both write is the same.
+        @Test func chatSaysWhatPythonSays() throws {
+            let script = try JSON([UInt8](
+                Data(contentsOf: KitFixtures.folder.appendingPathComponent("chat.json"))))
+            let folder = FileManager.default.temporaryDirectory
+                .appendingPathComponent("apertus-\(UUID().uuidString)").path
+            try FileManager.default.createDirectory(
+                atPath: folder, withIntermediateDirectories: true)
+            defer { try? FileManager.default.removeItem(atPath: folder) }
+            for file in script["files"]?.members ?? [] {
+                let name = String(decoding: file.key, as: UTF8.self)
+                try Data(file.value.written.utf8).write(
+                    to: URL(fileURLWithPath: "\(folder)/\(name)"))
+            }
+            func here(_ text: String) -> String {
+                text.replacingOccurrences(of: "FOLDER", with: folder)
+            }
+            let lines = (script["lines"]?.items ?? []).map { here($0.text ?? "") }
+            let done = try run(
+                "chat", "-m", try KitFixtures.model.path, "-t", "0", "-n", "6",
+                typed: lines.joined(separator: "\n") + "\n")
+            #expect(done.code == 0)
+            #expect(String(decoding: done.out, as: UTF8.self) == here(script["out"]?.text ?? ""))
+            // What a value is, each language says in its own words; Python tells of the machine, too.
+            func told(_ text: String) -> [String] {
+                text.split(separator: "\n").filter { !$0.hasPrefix("MLX has no GPU") }
+                    .map { $0.components(separatedBy: ", not ")[0] }
+            }
+            #expect(told(done.err) == told(here(script["err"]?.text ?? "")))
+            let saved = try JSON([UInt8](
+                Data(contentsOf: URL(fileURLWithPath: "\(folder)/b.json"))))
+            #expect(saved == script["saved"])
+        }
+
+        @Test func helpListsTheCommandsOfChat() throws {
+            let done = try run("chat", "-m", try KitFixtures.model.path, typed: "/help\n")
+            for line in try KitFixtures.expected.help { #expect(done.err.contains(line + "\n")) }
+        }
+
+        @Test func promptCachesAreMadeAndUsed() throws {
+            let file = FileManager.default.temporaryDirectory
+                .appendingPathComponent("apertus-\(UUID().uuidString)")
+            defer { try? FileManager.default.removeItem(at: file) }
+            let question = try KitFixtures.expected.questions[1]
+            let common = ["-m", try KitFixtures.model.path, "-t", "0", "-n", "4", "--json"]
+            func ask(_ prompt: String...) throws -> (code: Int32, values: JSON?) {
+                let process = Process()
+                process.executableURL = try Self.program
+                process.arguments =
+                    ["generate"] + common + ["--prompt-cache", file.path] + prompt
+                let out = Pipe()
+                (process.standardOutput, process.standardError) = (out, FileHandle.nullDevice)
+                try process.run()
+                let data = out.fileHandleForReading.readDataToEndOfFile()
+                process.waitUntilExit()
+                return (process.terminationStatus, try? JSON([UInt8](data)))
+            }
+            let (first, again) = (try ask(question.prompt), try ask(question.prompt))
+            #expect(first.values?["reused_prompt_tokens"]?.int == 0)
+            let count = try #require(first.values?["prompt_tokens"]?.int)
+            #expect(again.values?["reused_prompt_tokens"]?.int == count - 1)
+            for each in [first, again] {
+                let ids = each.values?["token_ids"]?.items?.compactMap(\.int)
+                #expect(ids == Array(question.token_ids.prefix(4)))
+            }
+            #expect(try ask("--raw", "Something else altogether").code == 3)
+            try Data(contentsOf: file).dropLast().write(to: file)
+            #expect(try ask(question.prompt).code == 3)
+        }
+
         @Test func selftestSaysWhatItCompared() throws {
             let done = try run("selftest", try KitFixtures.model.path)
             #expect(done.code == 0)
@@ -83,6 +193,12 @@ import Testing
                 (["generate", "-n", "3", "-n", "4", "Hi"], 2), (["generate", "a", "b"], 2),
                 (["nonsense"], 2), (["generate", "-m", "/nowhere", "Hi"], 4), (["verify"], 2),
                 (["verify", "/nowhere"], 4), (["generate", "Hi"], 2),
+                (["generate", "--schema", "x", "Hi"], 2), (["generate", "--compute", "cpu", "Hi"], 2),
+                (["chat", "--precision", "int8"], 2), (["chat", "--kv-sink", "3"], 2),
+                (["generate", "--kv-rotate", "Hi"], 2), (["chat", "--output-filter", "x"], 2),
+                (["generate", "--raw", "--tools", "x", "Hi"], 2),
+                (["generate", "--messages", "/nowhere"], 4),
+                (["generate", "--messages", "/dev/null"], 3), (["chat", "--tools", "/nowhere"], 4),
             ] as [([String], Int32)])
         func refusalsAreOneLine(_ words: [String], _ code: Int32) throws {
             let process = Process()

@@ -31,6 +31,34 @@ import Testing
         #expect(chat.messages.count == 4)
     }
 
+    /// Another day, in another process, with what a file holds.
+    @Test func goesOnFromAFile() async throws {
+        let expected = try KitFixtures.expected
+        let file = FileManager.default.temporaryDirectory
+            .appendingPathComponent("apertus-\(UUID().uuidString)")
+        defer { try? FileManager.default.removeItem(at: file) }
+        let apertus = try await KitFixtures.load()
+        let chat = apertus.conversation()
+        _ = try await text(
+            of: chat.ask(expected.questions[0].prompt, options: KitFixtures.greedy()))
+        let kept = try await apertus.savePromptCache(to: file)
+
+        let other = try await KitFixtures.load()
+        let later = other.conversation()
+        try later.load(chat.messages)
+        #expect(try await other.restorePromptCache(from: file) == kept)
+        let second = try await text(
+            of: later.ask(expected.second_turn.prompt, options: KitFixtures.greedy()))
+        #expect(second == expected.second_turn.text)
+        let reused = try #require(later.lastOutcome?.reusedPromptTokens)
+        #expect(reused >= expected.questions[0].token_ids.count)
+        // What cannot be opened leaves a model that answers.
+        try Data("x".utf8).write(to: file)
+        await #expect(throws: ApertusError.self) { try await other.restorePromptCache(from: file) }
+        let again = try await text(of: later.retry(options: KitFixtures.greedy()))
+        #expect(again == expected.second_turn.text)
+    }
+
     /// Ending the loop behind each token leaves a conversation that answers as one that was not
     /// ended.
     @Test func endsAtEachToken() async throws {

@@ -14,6 +14,8 @@ enum KitFixtures {
         let questions: [Answered]
         let raw, second_turn: Answered
         let keys: [String: [String]]
+        /// Lines of chat's `/help` that are about commands.
+        let help: [String]
     }
 
     static var folder: URL {
