@@ -3,8 +3,8 @@
 A safetensors file. Its metadata holds `format` and `format_version`, the form of the cache, the
 number of positions, and digests of model, weights, quantization, template and tokens. All names,
 shapes and types follow from form, model and length, so whatever differs from them is refused; the
-file chooses nothing, and nothing is read from it before its header has been checked. The digests are
-of texts that `swift/` writes alike, so that a file opens there, too.
+file chooses nothing, and nothing is read from it before its header has been checked. The digests
+are of texts that `swift/` writes alike, so that a file opens there, too.
 
 The last token of a prompt is never in its file: it has to be computed anyway, and not every form of
 cache could go back by it. Left out of the digests is what moves numbers by no more than rounding

@@ -42,7 +42,7 @@ def check_kit(directory: Path, config: ModelConfig) -> Iterator[Finding]:
         text = "cannot run this folder: tokenizer.json cuts texts otherwise than those of Apertus"
         yield Finding("warning", KIT, text)
     if template_version(directory, config) == UNKNOWN:
-        text = "cannot chat with this folder: its template writes prompts of neither v1 nor v1.1"
+        text = "cannot chat with this folder: its template writes prompts of no form of v1 or v1.1"
         yield Finding("warning", KIT, text)
 
 

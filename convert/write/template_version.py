@@ -1,7 +1,9 @@
 """Which known form of prompts a folder's chat template writes, told by what it writes.
 
-An app that has no template engine writes prompts by code, of the forms v1 and v1.1. Whether that is
-what the model was trained on is found by comparing token ids; no hash and no name would tell.
+An app that has no template engine writes prompts by code, of the forms v1, v1.1 and v1-first: the
+template that the models of v1 had at first, which never ends the assistant's last turn. Whether
+that is what the model was trained on is found by comparing token ids; no hash and no name would
+tell.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from apertus_mlx.text.template import ChatTemplate, Message
 from apertus_mlx.text.tokenizer import Tokenizer
 
 UNKNOWN = "unknown"
-# Of each form: what stands between the results of tools and what the assistant writes next.
-VERSIONS = {"v1": "", "v1.1": " "}
+# Of each form: what stands between the results of tools and what the assistant writes next, and
+# whether the assistant's last turn ends where it begins another one.
+VERSIONS = {"v1": ("", "<68>"), "v1.1": (" ", "<68>"), "v1-first": ("", "")}
 
 _OFF = "Deliberation: disabled\nTool Capabilities: disabled"
 _ON = "Deliberation: enabled\nTool Capabilities: disabled"
@@ -46,7 +49,7 @@ _SYSTEM: Message = {"role": "system", "content": "You answer in one sentence."}
 class _Case:
     """A conversation and its prompt: text, with ids of control tokens as `<61>`.
 
-    `{after}` stands for what depends on the form.
+    `{after}` and `{end}` stand for what depends on the form.
     """
 
     messages: tuple[Any, ...]
@@ -95,11 +98,19 @@ CASES = (
         ),
         tools=(_TOOL,),
     ),
+    _Case(
+        (_SYSTEM, _QUESTION, *_CALLED),
+        _prompt(
+            f"Deliberation: disabled\nTool Capabilities:\n{_TOOL_TEXT}",
+            f"{_ASKED}{_CALLED_TEXT}{{end}}<67>",
+        ),
+        tools=(_TOOL,),
+    ),
 )
 
 
 def template_version(directory: Path, config: ModelConfig) -> str | None:
-    """`v1`, `v1.1` or `unknown`; None for a folder without a template."""
+    """`v1`, `v1.1`, `v1-first` or `unknown`; None for a folder without a template."""
     return describe_template(directory, config)[0]
 
 
@@ -141,9 +152,10 @@ def _version(template: ChatTemplate, tokenizer: Tokenizer) -> str:
         except (RejectedError, UsageError):
             return UNKNOWN
         possible = {
-            version: after
-            for version, after in possible.items()
-            if ids == list(_ids(case.prompt.replace("{after}", after), tokenizer))
+            version: (after, end)
+            for version, (after, end) in possible.items()
+            if ids
+            == list(_ids(case.prompt.replace("{after}", after).replace("{end}", end), tokenizer))
         }
     return next(iter(possible), UNKNOWN)
 

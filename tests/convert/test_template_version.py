@@ -14,7 +14,7 @@ from apertus_mlx.convert.write.template_version import (
     template_version,
 )
 from tests.builders import config_4x
-from tests.chat_templates import FAMILIES, V1, V1_1, load_template, render_with_jinja
+from tests.chat_templates import FAMILIES, V1, V1_1, V1_FIRST, load_template, render_with_jinja
 
 CONFIG = parse_config(config_4x())
 
@@ -29,7 +29,7 @@ def folder_with(source: str, version: str, directory: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "version"),
-    [("v1", "v1"), ("v1 first", "v1"), ("v1.1", "v1.1"), ("v1.5", "unknown")],
+    [("v1", "v1"), ("v1 first", "v1-first"), ("v1.1", "v1.1"), ("v1.5", "unknown")],
 )
 def test_families(family: str, version: str, tmp_path: Path) -> None:
     source, tokenizer = FAMILIES[family]
@@ -71,7 +71,9 @@ def test_no_template_and_damaged_ones(tmp_path: Path) -> None:
     assert template_version(tmp_path, CONFIG) == "unknown"
 
 
-@pytest.mark.parametrize(("version", "source"), [("v1", V1), ("v1.1", V1_1)])
+@pytest.mark.parametrize(
+    ("version", "source"), [("v1", V1), ("v1.1", V1_1), ("v1-first", V1_FIRST)]
+)
 def test_prompts_are_those_of_plain_jinja(version: str, source: str) -> None:
     """Where the messages need no rewriting, the prompts that are expected are what Jinja writes."""
     plain = [case for case in CASES if not case.tools and not case.think]
@@ -80,7 +82,7 @@ def test_prompts_are_those_of_plain_jinja(version: str, source: str) -> None:
         text = render_with_jinja(source, case.messages, add_generation_prompt=True)
         for control in range(61, 73):
             text = text.replace(_name(control, version), f"<{control}>")
-        assert text == "<s>" + case.prompt.replace("{after}", VERSIONS[version])
+        assert text == "<s>" + case.prompt.replace("{after}", VERSIONS[version][0])
 
 
 def _name(control: int, version: str) -> str:

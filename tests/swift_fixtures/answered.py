@@ -4,7 +4,8 @@
 holds the likeliest tokens after prompts, computed by MLX in float32: `questions` (each with `text`
 and `token_ids`), `raw` and `second_turn` (after the first question); and `keys`, those that
 `generate --json`, `bench --json` and `verify --json` print, nested ones as `memory.cache`.
-`help` there are the lines of chat's `/help` about commands, `bench.json` is what `bench --json` prints.
+`help` there are the lines of chat's `/help` about commands, `bench.json` is what `bench --json`
+prints.
 `chat.json` is what `chat` writes when somebody types `lines`, FOLDER standing for a new folder.
 """
 
@@ -31,11 +32,11 @@ RAW = "The capital of France is"
 TOKENS = 24
 LINES = [
     "/undo", "/retry", "/save FOLDER/a.json", "/think maybe", "/think", "/system", "Hi",
-    "/system Be kind.", "/system", "/retry", "/save FOLDER/a b.json", "/save", "/undo please", "/what",
-    "/usr/bin is what?", "//undo", "one\\", "two", "/undo", "/save FOLDER", "/reset", "/save",
-    "/load FOLDER/absent.json", "/load FOLDER/a b.json", "/system off", "/load", "/save! FOLDER/b.json",
-    "/load FOLDER/open.json", "/retry", "/load FOLDER/calls.json", "sunny", "/load FOLDER/bad.json",
-    "/think on", "/think off", "/exit", "never",
+    "/system Be kind.", "/system", "/retry", "/save FOLDER/a b.json", "/save", "/undo please",
+    "/what", "/usr/bin is what?", "//undo", "one\\", "two", "/undo", "/save FOLDER", "/reset",
+    "/save", "/load FOLDER/absent.json", "/load FOLDER/a b.json", "/system off", "/load",
+    "/save! FOLDER/b.json", "/load FOLDER/open.json", "/retry", "/load FOLDER/calls.json",
+    "sunny", "/load FOLDER/bad.json", "/think on", "/think off", "/exit", "never",
 ]  # fmt: skip
 _QUICK = ("--rounds", "1", "--compute", "mlx", "--dtype", "float32")
 _CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
@@ -114,7 +115,6 @@ def _report(*arguments: str | Path) -> dict[str, Any]:
 def _keys(value: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, inner in value.items():
         yield prefix + key
-        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
-            inner = inner[0]
-        if isinstance(inner, dict):
-            yield from _keys(inner, f"{prefix}{key}.")
+        first = inner[0] if isinstance(inner, list) and inner else inner
+        if isinstance(first, dict):
+            yield from _keys(first, f"{prefix}{key}.")

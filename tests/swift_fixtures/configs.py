@@ -34,6 +34,9 @@ DAMAGED = [
     b"", b" \n", b"{", b"[1, 2]", b"5", b'{"hidden_size": 1, "hidden_size": 2}',
     b'{"rms_norm_eps": NaN}', b'{"rms_norm_eps": -Infinity}', b"\xff\xfe{}",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:00", b'{"a":' * 2000, b"{} {}",
+    *(b'{"vocab_size": %s}' % (b"1" * digits) for digits in (4300, 4301)),
+    b'{"a": -%s}' % (b"1" * 4301),
+    b'{"vocab_size": %s.5}' % (b"1" * 5000), b'{"vocab_size": %se-5000}' % (b"1" * 5000),
     b'{"a": 01}', b'{"a": "\n"}', b'{"a": 1,}', b"\xef\xbb\xbf{}",
 ]  # fmt: skip
 GOOD: list[dict[str, Any]] = [

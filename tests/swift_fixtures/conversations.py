@@ -1,7 +1,8 @@
 """Conversations as OpenAI writes them with the ids of their prompts, and tools in TypeScript.
 
 `conversations/FAMILY/` has a `tokenizer.json` and `conversations.json`: the family's version and
-system block, the day, and conversations with ids or with the place of what is wrong with them.
+system block, the day, and conversations with ids or with the place of what is wrong with them;
+`own` are those that hold the structure of a template, which Swift refuses, and its place.
 `conversations/tools.json` is a list of `[tools, text]`, `values.json` one of
 `[value, json.dumps(value), str(value)]`.
 """
@@ -19,10 +20,11 @@ from typing import Any
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.text.messages import ROLES
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 from apertus_mlx.text.tool_definitions import format_tools, read_tools
-from tests.chat_templates import V1, V1_1
+from tests.chat_templates import V1, V1_1, V1_FIRST
 from tests.text.test_messages import MAPPED, REFUSED, SYSTEM
 from tests.text.test_random_conversations import Conversation
 from tests.text.test_tool_definitions import random_tools
@@ -41,6 +43,7 @@ V1_RELEASED = V1.replace(_EMPTY, _EMPTY.replace("{%- endm", f"{{{{- '{_RELEASED}
 FAMILIES = {
     "v1": ("v1", V1_RELEASED, None),
     "v1-embedded": ("v1", V1, ""),
+    "v1-first": ("v1-first", V1_FIRST, ""),
     "v1.1": ("v1.1", V1_1, None),
 }
 SPELLED = [
@@ -116,12 +119,20 @@ def _row(
 ) -> dict[str, Any]:
     """A conversation, its messages and tools as texts in JSON, and what becomes of it."""
     row = {"messages": _json(messages), "tools": tools and _json(tools), "think": think, "end": end}
+    row["own"] = next(_own(messages), None)
     messages, tools = json.loads(json.dumps([messages, tools]))
     try:
         row["ids"] = template.render(messages, think=think, tools=tools, **ENDS[end])
     except UsageError as error:
         row["place"] = str(error).split(": ")[0]
     return row
+
+
+def _own(messages: Any) -> Iterator[str]:
+    for index, each in enumerate(messages if isinstance(messages, list) else ()):
+        structured = isinstance(each, dict) and isinstance(each.get("content"), dict)
+        if structured and each.get("role") in ROLES:
+            yield f"messages[{index}].content"
 
 
 def _json(value: Any) -> str:
@@ -148,6 +159,16 @@ def _conversations(family: str, version: str) -> Iterator[tuple[Any, Any, bool, 
         for end in ENDS:
             for think in (False, True):
                 yield [USER, *turns], None, think, end
+    parts = {"parts": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}
+    for content in (parts, {"parts": []}, {"parts": [{"type": "image"}]}, {"text": "U"}, {}):
+        yield (
+            [{"role": "system", "content": {"text": "S"}}, {**USER, "content": content}],
+            None,
+            False,
+            "answer",
+        )
+    digits = {"function": {"name": "f", "arguments": '{"a": ' + "1" * 5000 + "}"}}
+    yield [USER, {"role": "assistant", "tool_calls": [digits]}], None, False, "answer"
     rng = random.Random(family)
     for seed in range(250):
         one = SpellingConversation(seed, version)
@@ -166,15 +187,13 @@ def _conversations(family: str, version: str) -> Iterator[tuple[Any, Any, bool, 
 
 
 def _is_openai(messages: Any) -> bool:
-    """Whether messages can be written in JSON, and no content has the structure of a template."""
+    """Whether messages can be written in JSON."""
     try:
         json.loads(json.dumps(messages, allow_nan=False).encode("ascii"))
         json.dumps(messages, ensure_ascii=False).encode()
     except (TypeError, ValueError):
         return False
-    return not any(
-        isinstance(each, dict) and isinstance(each.get("content"), dict) for each in messages
-    )
+    return True
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

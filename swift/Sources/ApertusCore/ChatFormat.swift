@@ -9,6 +9,8 @@ public struct ChatFormat: Sendable {
     public enum Version: String, CaseIterable, Sendable {
         case v1
         case v1_1 = "v1.1"
+        /// The template that the models of v1 had at first: the last turn of the assistant never ends.
+        case v1First = "v1-first"
     }
 
     /// How a prompt ends.
@@ -54,10 +56,10 @@ public struct ChatFormat: Sendable {
             throw ApertusError(
                 .rejected,
                 "the chat template is of form \(beginning(of: name)), and this package writes "
-                    + "prompts of the forms v1 and v1.1; continue a text without a template, or "
+                    + "prompts of the forms v1, v1.1 and v1-first; continue a text without a template, or "
                     + "answer with apertus-mlx, which runs any template")
         }
-        let text = system ?? (version == .v1 ? Self.v1System : "")
+        let text = system ?? (version != .v1_1 ? Self.v1System : "")
         self.version = version
         self.system = text.replacingOccurrences(of: Self.date, with: day)
         self.tokenizer = tokenizer

@@ -26,6 +26,8 @@ package indirect enum JSON: Equatable, Sendable {
     /// No file of a model nests deeper.
     static let deepest = 64
     static let tooDeep = "nested too deeply"
+    /// Python reads no longer integers from a file, since converting them takes the square of the time.
+    static let mostDigits = 4300
 
     /// Read all of `bytes`.
     ///
@@ -33,7 +35,8 @@ package indirect enum JSON: Equatable, Sendable {
     ///   - uniqueKeys: whether a key that stands twice in an object is an error. Telling takes time
     ///     that a vocabulary does not need.
     ///   - halves: whether a text may hold an escaped half of a surrogate pair, as RFC 8259 lets it;
-    ///     its three bytes are no UTF-8.
+    ///     its three bytes are no UTF-8. And whether integers may have more than 4,300 digits: both is
+    ///     so in what a model writes.
     /// - Throws: `Malformed`.
     package init(
         _ bytes: some Collection<UInt8>, uniqueKeys: Bool = true, halves: Bool = false
@@ -143,14 +146,20 @@ private struct Reader {
             return at > from
         }
         if next == UInt8(ascii: "-") { at += 1 }
+        let whole = at
         if next == UInt8(ascii: "0") {
             at += 1
         } else if !digits() {
             throw malformed("not a value")
         }
-        if next == UInt8(ascii: ".") {
+        let hasPoint = next == UInt8(ascii: ".")
+        if hasPoint {
             at += 1
             guard digits() else { throw malformed("no digit after the point") }
+        }
+        let isInteger = next != UInt8(ascii: "e") && next != UInt8(ascii: "E") && !hasPoint
+        if isInteger, !halves, at - whole > JSON.mostDigits {
+            throw malformed("an integer of more than \(JSON.mostDigits) digits")
         }
         if next == UInt8(ascii: "e") || next == UInt8(ascii: "E") {
             at += 1

@@ -22,7 +22,7 @@ public struct Manifest: Sendable, Equatable {
     public let files: [String: FileRecord]
     /// With scales and biases counted.
     public let bitsPerWeight: Double
-    /// The form of the chat template: `v1`, `v1.1` or `unknown`; nil where none is said.
+    /// The form of the chat template: `v1`, `v1.1`, `v1-first` or `unknown`; nil where none is said.
     public let chatTemplate: String?
     /// What the system block of a prompt holds where a conversation has none; `{date}` in it is the
     /// day, as in 2026-11-27. Nil where the form of the template is not known.

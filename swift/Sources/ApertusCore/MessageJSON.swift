@@ -80,6 +80,11 @@ extension Given {
     /// A content: a text, or a list of text parts, joined.
     fileprivate func joined() throws -> String {
         if value?.bytes != nil { return try text() }
+        if value?.members != nil {
+            throw refuse(
+                "the structures of a template, {text}, {parts} and {blocks}, are read by apertus-mlx "
+                    + "alone; write a text, reasoning_content and tool_calls")
+        }
         return try list("a text or a list of text parts").map { part in
             let kind = try part["type"]
             guard kind.value == nil || kind.value?.text == "text" else {

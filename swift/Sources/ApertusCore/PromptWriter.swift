@@ -51,7 +51,7 @@ struct PromptWriter {
                 if !isAnswering { write(Role.assistant.start) }
                 isAnswering = true
                 // With calls, v1.1 has one list of blocks, to which an empty message adds none.
-                if blocks.isEmpty, version == .v1 || !hasCalls {
+                if blocks.isEmpty, version != .v1_1 || !hasCalls {
                     write(.response(""), isFirst: true)
                 }
                 for (index, block) in blocks.enumerated() { write(block, isFirst: index == 0) }
@@ -60,7 +60,7 @@ struct PromptWriter {
     }
 
     private mutating func write(_ block: Block, isFirst: Bool) {
-        if isInResults { write(version == .v1 ? "]" : "] ") }
+        if isInResults { write(version == .v1_1 ? "] " : "]") }
         isInResults = false
         switch block {
         case .thoughts(let text):
@@ -90,10 +90,12 @@ struct PromptWriter {
         (isAnswering, isThinking, isInResults) = (false, false, false)
     }
 
-    /// All ids; the assistant's turn stays open in v1 while calls have no results.
+    /// All ids; the assistant's turn stays open in v1 while calls have no results, and in the first
+    /// template of v1 always.
     mutating func finish() -> [Int32] {
         if isInResults { write("]") }
-        if isAnswering, version == .v1_1 || !hasOpenCalls { write(Role.assistant.end) }
+        let isClosed = version == .v1_1 || (version == .v1 && !hasOpenCalls)
+        if isAnswering, isClosed { write(Role.assistant.end) }
         if !text.isEmpty { ids += encode(String(decoding: text, as: UTF8.self)) }
         text = []
         return ids

@@ -25,7 +25,7 @@ public struct LoadOptions: Sendable {
     public var ignoresMemoryLimit = false
     /// Nil stands for bfloat16 where the weights are stored so and a GPU computes, else float32.
     public var computeType: ComputeType?
-    /// The form of the chat template, `v1` or `v1.1`; nil stands for what the folder's manifest
+    /// The form of the chat template, `v1`, `v1.1` or `v1-first`; nil stands for what the folder's manifest
     /// says.
     public var chatTemplate: String?
 

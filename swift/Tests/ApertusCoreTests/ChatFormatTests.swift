@@ -5,7 +5,7 @@ import Testing
 
 /// Prompts against those that Python renders with the chat template of each family.
 @Suite struct ChatFormatTests {
-    private static let families = ["v1", "v1-embedded", "v1.1"]
+    private static let families = ["v1", "v1-embedded", "v1-first", "v1.1"]
 
     private static func format(_ family: String, _ about: JSON) throws -> ChatFormat {
         let folder = try Fixtures.folder.appendingPathComponent("conversations/\(family)")
@@ -33,11 +33,12 @@ import Testing
             let note = Comment(rawValue: row["messages"]?.text ?? "")
             do {
                 let ids = try Self.prompt(row, format)
+                #expect(row["own"]?.text == nil, note)
                 let wanted = row["ids"]?.items?.compactMap(\.int).map(Int32.init)
                 #expect(ids == wanted, note)
                 if ids == wanted { equal += 1 }
             } catch let error as ApertusError {
-                let place = try #require(row["place"]?.text, "\(error): \(note)")
+                let place = try #require(row["own"]?.text ?? row["place"]?.text, "\(error): \(note)")
                 #expect(error.kind == .usage)
                 #expect(error.description.hasPrefix("\(place): "), "\(error): \(place): \(note)")
                 refused += 1
@@ -83,7 +84,7 @@ import Testing
         } catch let error as ApertusError {
             #expect(error.kind == .rejected)
             #expect(error.description.contains("\"\(name)\""))
-            #expect(error.description.contains("v1 and v1.1"))
+            #expect(error.description.contains("v1, v1.1 and v1-first"))
         }
     }
 
