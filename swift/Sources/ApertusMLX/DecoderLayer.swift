@@ -33,7 +33,8 @@ struct DecoderLayer {
         let xielu = "\(path).mlp.act_fn"
         activation = XIELU(
             alphaP: weights.array("\(xielu).alpha_p"), alphaN: weights.array("\(xielu).alpha_n"),
-            beta: weights.array("\(xielu).beta"), eps: weights.array("\(xielu).eps"))
+            beta: weights.array("\(xielu).beta"), eps: weights.array("\(xielu).eps")
+        ).evaluated()
         scale = Float(pow(Double(config.headDim), -0.5))
     }
 

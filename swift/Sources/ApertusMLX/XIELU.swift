@@ -16,20 +16,25 @@ public func xielu(
 }
 
 /// xIELU of one layer, with the slopes that its equation has.
-struct XIELU {
+public struct XIELU {
     let alphaP, alphaN, beta, eps: MLXArray
 
     /// From what a checkpoint stores: alphas before softplus, of shape `[1]` or `[]`.
-    init(alphaP: MLXArray, alphaN: MLXArray, beta: MLXArray, eps: MLXArray) {
+    public init(alphaP: MLXArray, alphaN: MLXArray, beta: MLXArray, eps: MLXArray) {
         func float(_ array: MLXArray) -> MLXArray { array.reshaped([]).asType(.float32) }
         self.beta = float(beta)
         self.eps = float(eps)
         self.alphaP = logAddExp(float(alphaP), Float(0))
         self.alphaN = self.beta + logAddExp(float(alphaN), Float(0))
-        eval(self.alphaP, self.alphaN, self.beta, self.eps)
     }
 
-    func callAsFunction(_ x: MLXArray) -> MLXArray {
+    /// Compute the slopes now, once for all calls.
+    func evaluated() -> XIELU {
+        eval(alphaP, alphaN, beta, eps)
+        return self
+    }
+
+    public func callAsFunction(_ x: MLXArray) -> MLXArray {
         xielu(x, alphaP: alphaP, alphaN: alphaN, beta: beta, eps: eps)
     }
 }

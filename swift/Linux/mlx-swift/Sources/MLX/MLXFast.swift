@@ -13,6 +13,13 @@ public enum MLXFast {
         MLXArray(mx_rope(
             array.raw, Int32(dimensions), traditional, base ?? 0, scale, Int32(offset), freqs?.raw))
     }
+    public static func RoPE(
+        _ array: MLXArray, dimensions: Int, traditional: Bool, base: Float?, scale: Float,
+        offset: MLXArray, freqs: MLXArray? = nil
+    ) -> MLXArray {
+        MLXArray(mx_rope_at(
+            array.raw, Int32(dimensions), traditional, base ?? 0, scale, offset.raw, freqs?.raw))
+    }
     public static func scaledDotProductAttention(
         queries: MLXArray, keys: MLXArray, values: MLXArray, scale: Float,
         mask: ScaledDotProductAttentionMaskMode

@@ -38,11 +38,3 @@ open class RMSNorm: Module, UnaryLayer {
     public init(dimensions: Int, eps: Float = 1e-5) {}
     open func callAsFunction(_ x: MLXArray) -> MLXArray { fatalError() }
 }
-
-// mlx-swift has it in MLX itself; ApertusKit does without, so the stand-in does not offer it.
-extension MLXFast {
-    public static func RoPE(
-        _ array: MLXArray, dimensions: Int, traditional: Bool, base: Float?, scale: Float,
-        offset: MLXArray, freqs: MLXArray? = nil
-    ) -> MLXArray { fatalError() }
-}
