@@ -18,9 +18,10 @@ from apertus_mlx.text.answer_parser import AnswerParser
 from apertus_mlx.text.byte_alphabet import CHARACTER_OF_BYTE
 from apertus_mlx.text.pieces import Piece
 from apertus_mlx.text.tokenizer import Tokenizer
+from tests.swift_fixtures.sizes import sized
 from tests.text.test_answer_parser import ROWS
 
-ANSWERS = 800
+ANSWERS = sized(800, 150)
 _FRAGMENTS = [
     *(f"⟨{token_id}⟩" for token_id in (67, 69, 70, 71, 71, 71, 72, 68, 3, 32, 33)),
     "[", "]", "{", "}", '"', ":", ",", "\\", "null", '"f"', '{"f": {}}', '[{"g": {"é": 1}}]', " ",
@@ -55,7 +56,7 @@ def _groups(tokenizer: Tokenizer) -> Iterator[list[dict[str, Any]]]:
         }
         yield list(_splits(tokenizer, written, how, rng))
     # Any ids at all, as a model without training writes them.
-    for _ in range(200):
+    for _ in range(sized(200, 50)):
         ids = [
             rng.choice([rng.randrange(74), rng.randrange(2000)]) for _ in range(rng.randrange(30))
         ]

@@ -22,8 +22,9 @@ from apertus_mlx.model.apertus import rotary_wavelengths
 from apertus_mlx.system.strict_json import parse_object
 from tests.builders import LLAMA3, config_4x, config_5x
 from tests.checkpoint.test_config import HARMLESS, NULLS, REFUSED, RELEASED
+from tests.swift_fixtures.sizes import sized
 
-RANDOM_CONFIGS = 1500
+RANDOM_CONFIGS = sized(1500, 500)
 BLOCK = {
     "group_size": 64, "bits": 4, "model.embed_tokens": {"group_size": 32, "bits": 6},
     "lm_head": False, "model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 8, "mode": "mxfp8"},

@@ -25,6 +25,7 @@ from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 from apertus_mlx.text.tool_definitions import format_tools, read_tools
 from tests.chat_templates import V1, V1_1, V1_FIRST
+from tests.swift_fixtures.sizes import sized
 from tests.text.test_messages import MAPPED, REFUSED, SYSTEM
 from tests.text.test_random_conversations import Conversation
 from tests.text.test_tool_definitions import random_tools
@@ -86,9 +87,9 @@ def write_conversation_fixtures(out: Path) -> None:
         about = {"version": version, "system": system, "day": day, "conversations": rows}
         _write(folder / "conversations.json", about)
     rng = random.Random(1)
-    tools = [read_tools(random_tools(rng)) for _ in range(600)]
+    tools = [read_tools(random_tools(rng)) for _ in range(sized(600, 150))]
     _write(out / "conversations/tools.json", [[each, format_tools(each)] for each in tools])
-    values = [_value(rng, 3) for _ in range(800)]
+    values = [_value(rng, 3) for _ in range(sized(800, 200))]
     written = [[each, json.dumps(each, ensure_ascii=False), str(each)] for each in values]
     _write(out / "conversations/values.json", written)
 
@@ -170,11 +171,11 @@ def _conversations(family: str, version: str) -> Iterator[tuple[Any, Any, bool, 
     digits = {"function": {"name": "f", "arguments": '{"a": ' + "1" * 5000 + "}"}}
     yield [USER, {"role": "assistant", "tool_calls": [digits]}], None, False, "answer"
     rng = random.Random(family)
-    for seed in range(250):
+    for seed in range(sized(250, 60)):
         one = SpellingConversation(seed, version)
         tools = random_tools(rng) if one.tools else None
         yield one.messages, tools, one.think, rng.choice(list(ENDS))
-    for seed in range(250, 450):
+    for seed in range(250, sized(450, 300)):
         one = SpellingConversation(seed, version)
         damaged = json.loads(json.dumps([one.messages, one.tools]))
         holder, key = rng.choice(list(_places(damaged if one.tools else damaged[:1])))

@@ -44,8 +44,8 @@ import Testing
                 refused += 1
             }
         }
-        #expect(equal > 300)
-        #expect(refused > 100)
+        #expect(equal > sized(300, 200))
+        #expect(refused > sized(100, 50))
     }
 
     @Test func noMessageBecomesAControlToken() throws {

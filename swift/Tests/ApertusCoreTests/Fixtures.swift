@@ -26,3 +26,9 @@ enum Fixtures {
         ).sorted { $0.lastPathComponent < $1.lastPathComponent }
     }
 }
+
+/// How much is compared: the first number where `APERTUS_NIGHTLY` is set, as for the fixtures, else the
+/// second.
+func sized(_ nightly: Int, _ daily: Int) -> Int {
+    ProcessInfo.processInfo.environment["APERTUS_NIGHTLY"]?.isEmpty == false ? nightly : daily
+}

@@ -3,13 +3,14 @@ import Testing
 
 @testable import ApertusCore
 
-/// A thousand damaged folders: each loads or gives an `ApertusError`; none ends the process.
+/// Damaged folders, a thousand at night: each loads or gives an `ApertusError`; none ends the process.
 @Suite struct MutatedFolderTests {
     @Test func everyDamagedFolderLoadsOrSaysWhatIsWrong() throws {
         var random = Mixed64(state: 20_261_127)
         var counts: [Mutation: (loaded: Int, refused: Int)] = [:]
         let bases = ["converted-4", "converted-mixed", "tied-equal-head", "demo"]
-        for number in 0 ..< 1000 {
+        let count = sized(1000, 130)
+        for number in 0 ..< count {
             let kind = Mutation.allCases[number % Mutation.allCases.count]
             let base = try Fixtures.folder.appendingPathComponent(
                 "checkpoints/\(bases[Int.random(in: 0 ..< bases.count, using: &random)])")
@@ -35,9 +36,9 @@ import Testing
         for kind in Mutation.allCases {
             let found = counts[kind] ?? (0, 0)
             print("mutated folders, \(kind): \(found.loaded) load, \(found.refused) refused")
-            #expect(found.loaded + found.refused >= 70)
+            #expect(found.loaded + found.refused >= count / 14)
         }
-        #expect(counts.values.reduce(0) { $0 + $1.refused } > 400)
+        #expect(counts.values.reduce(0) { $0 + $1.refused } > count * 4 / 10)
     }
 
     /// All that is read of a folder before its arrays.

@@ -58,3 +58,9 @@ func text(of pieces: AsyncThrowingStream<Piece, any Error>) async throws -> Stri
     for try await piece in pieces { text += piece.text }
     return text
 }
+
+/// How much is compared: the first number where `APERTUS_NIGHTLY` is set, as for the fixtures, else the
+/// second.
+func sized(_ nightly: Int, _ daily: Int) -> Int {
+    ProcessInfo.processInfo.environment["APERTUS_NIGHTLY"]?.isEmpty == false ? nightly : daily
+}

@@ -6,7 +6,7 @@ import Testing
 @testable import ApertusMLX
 
 @Suite(.serialized) struct CacheTests {
-    private static let fixtures = ["affine-4-64", "llama3-head-dim"].map(ModelFixture.init)
+    private static let fixtures = ModelFixture.withForms
 
     private func form(_ options: JSON) throws -> CacheForm {
         try CacheForm(

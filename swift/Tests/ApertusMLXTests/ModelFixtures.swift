@@ -21,6 +21,9 @@ struct ModelFixture: Sendable, CustomTestStringConvertible {
             .map(ModelFixture.init)
     }()
 
+    /// Those with results in all forms of cache.
+    static let withForms = ["affine-4-64", "llama3-head-dim"].prefix(sized(2, 1)).map(ModelFixture.init)
+
     var folder: URL { Self.root.appendingPathComponent(name) }
     var testDescription: String { name }
 
@@ -80,4 +83,10 @@ final class FolderCopy {
         try text.replacingOccurrences(of: old, with: new)
             .write(to: file, atomically: true, encoding: .utf8)
     }
+}
+
+/// How much is compared: the first number where `APERTUS_NIGHTLY` is set, as for the fixtures, else the
+/// second.
+func sized(_ nightly: Int, _ daily: Int) -> Int {
+    ProcessInfo.processInfo.environment["APERTUS_NIGHTLY"]?.isEmpty == false ? nightly : daily
 }

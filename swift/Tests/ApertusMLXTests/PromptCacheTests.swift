@@ -8,7 +8,7 @@ import Testing
 /// Files of `apertus-mlx generate --prompt-cache`, against those that Python has written of the same
 /// prompts: `tests/swift_fixtures/prompt_caches.py`.
 @Suite(.serialized) struct PromptCacheTests {
-    private static let fixtures = ["affine-4-64", "llama3-head-dim"].map(ModelFixture.init)
+    private static let fixtures = ModelFixture.withForms
 
     private func cases(
         _ fixture: ModelFixture
@@ -112,7 +112,7 @@ import Testing
 
     /// Each refusal names the file and what is wrong, and leaves a prefix that holds nothing.
     @Test func otherConditionsAreRefused() throws {
-        let (fixture, other) = (Self.fixtures[0], Self.fixtures[1])
+        let (fixture, other) = (Self.fixtures[0], ModelFixture(name: "llama3-head-dim"))
         let file = fixture.beside.appendingPathComponent("codes-8.cache.safetensors")
         let form = try CacheForm(keyBits: 8)
         let model = try ApertusModel(folder: fixture.folder, computeType: .float32)
