@@ -20,6 +20,7 @@ public struct ApertusError: Error, Sendable, Equatable, CustomStringConvertible 
     /// One line: the file, tensor or key, what is wrong with it, and the way out.
     public let description: String
 
+    /// An error of this kind, in one line.
     public init(_ kind: Kind, _ description: String) {
         self.kind = kind
         self.description = description

@@ -8,6 +8,7 @@ public struct ToolResult: Sendable, Equatable {
     /// As the model is to read it.
     public var text: String
 
+    /// The result of the call with this id; without one, of the next call.
     public init(of callID: String?, text: String) { (self.callID, self.text) = (callID, text) }
 }
 

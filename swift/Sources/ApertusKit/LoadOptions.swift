@@ -29,5 +29,6 @@ public struct LoadOptions: Sendable {
     /// says.
     public var chatTemplate: String?
 
+    /// What suits the device.
     public init() {}
 }

@@ -11,6 +11,7 @@ import Foundation
 public struct SelfTest: Sendable, Equatable {
     /// The first thing that came out otherwise.
     public struct Difference: Sendable, Equatable, CustomStringConvertible {
+        /// What was compared: the ids of a text or of a conversation, or an answer.
         public enum Part: String, Sendable { case text, conversation, answer }
 
         public let part: Part

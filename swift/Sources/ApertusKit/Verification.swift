@@ -3,8 +3,10 @@ import Foundation
 
 /// Whether a folder is what its manifest says, and whether this package can run it.
 public struct Verification: Sendable {
+    /// An error makes the folder unusable or untrue, a warning does not.
     public enum Level: String, Sendable { case error, warning }
 
+    /// What is wrong, and where.
     public struct Finding: Sendable, Equatable {
         public let level: Level
         /// The file, tensor or key.

@@ -6,6 +6,7 @@ public struct Rotary {
     let headDim: Int
     let wavelengths: MLXArray
 
+    /// With the base and the scaling that the config says.
     public init(_ config: ModelConfig) {
         headDim = config.headDim
         wavelengths = MLXArray(config.wavelengths)

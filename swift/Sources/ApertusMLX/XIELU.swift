@@ -34,6 +34,7 @@ public struct XIELU {
         return self
     }
 
+    /// xIELU of `x`, of any shape.
     public func callAsFunction(_ x: MLXArray) -> MLXArray {
         xielu(x, alphaP: alphaP, alphaN: alphaN, beta: beta, eps: eps)
     }

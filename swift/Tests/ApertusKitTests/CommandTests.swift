@@ -175,6 +175,55 @@ import Testing
             #expect(try ask(question.prompt).code == 3)
         }
 
+        @Test func chatGoesOnFromAPromptCache() throws {
+            let file = FileManager.default.temporaryDirectory
+                .appendingPathComponent("apertus-\(UUID().uuidString)").path
+            defer { try? FileManager.default.removeItem(atPath: file) }
+            func talk() throws -> String {
+                try run(
+                    "chat", "-m", try KitFixtures.model.path, "-n", "2", "--prompt-cache", file,
+                    typed: "What is a prompt?\n/stats\n"
+                ).err
+            }
+            #expect(try !talk().contains("reused"))
+            #expect(try talk().contains("reused)"))
+        }
+
+        @Test func aConversationMayComeInAFile() throws {
+            let expected = try KitFixtures.expected.questions[1]
+            let folder = FileManager.default.temporaryDirectory
+                .appendingPathComponent("apertus-\(UUID().uuidString)")
+            try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+            defer { try? FileManager.default.removeItem(at: folder) }
+            let messages = folder.appendingPathComponent("messages.json")
+            let content = JSON.string(Array(expected.prompt.utf8)).written
+            try Data(#"{"messages": [{"role": "user", "content": \#(content)}]}"#.utf8)
+                .write(to: messages)
+            let tools = folder.appendingPathComponent("tools.json")
+            try Data(#"[{"name": "now", "description": "The time"}]"#.utf8).write(to: tools)
+            let common = ["generate", "-m", try KitFixtures.model.path, "-t", "0", "-n", "3", "--json"]
+            func values(_ arguments: [String]) throws -> JSON {
+                let process = Process()
+                process.executableURL = try Self.program
+                process.arguments = common + arguments
+                let out = Pipe()
+                (process.standardOutput, process.standardError) = (out, FileHandle.nullDevice)
+                try process.run()
+                let data = out.fileHandleForReading.readDataToEndOfFile()
+                process.waitUntilExit()
+                return try JSON([UInt8](data))
+            }
+            let plain = try values(["--messages", messages.path])
+            let ids = plain["token_ids"]?.items?.compactMap(\.int)
+            #expect(ids == Array(expected.token_ids.prefix(3)))
+            let given = try values(["--messages", messages.path, "--tools", tools.path])
+            let (bare, declared) = (plain["prompt_token_ids"]?.items, given["prompt_token_ids"]?.items)
+            let tool = try ToolDefinition.list(json: Data(contentsOf: tools))
+            let opened = try ModelFolder(KitFixtures.model)
+            let wanted = try opened.chatFormat().prompt([.user(expected.prompt)], tools: tool)
+            #expect(declared?.compactMap(\.int) == wanted.map(Int.init) && declared != bare)
+        }
+
         @Test func selftestSaysWhatItCompared() throws {
             let done = try run("selftest", try KitFixtures.model.path)
             #expect(done.code == 0)

@@ -40,9 +40,11 @@ import Testing
             _ = try await text(of: apertus.conversation().ask("Hi", options: options))
         }
         try await once()
-        let start = try await held()
-        for _ in 0 ..< sized(50, 10) { try await once() }
-        #expect(try await held() <= start)
+        let (start, count) = (try await held(), sized(50, 20))
+        for _ in 0 ..< count { try await once() }
+        // Other tests hold models meanwhile, but not one for each load.
+        let weights = try await KitFixtures.load().plan.footprint.weightsBytes
+        #expect(try await held() - start < count * weights / 2)
     }
 
     /// What MLX holds while just one model is loaded.

@@ -40,6 +40,15 @@ import Testing
         #expect(zip(a, b).reduce(0) { max($0, abs($1.0 - $1.1)) } < 2e-5)
     }
 
+    /// As mlx-swift-lm's caches hand it over.
+    @Test func anOffsetMayBeAnArray() throws {
+        let config = try ModelConfig(folder: ModelFixture(name: "llama3-head-dim").folder)
+        let values = (0 ..< 3 * config.headDim).map { sin(Float($0)) }
+        let (x, turn) = (MLXArray(values, [1, 1, 3, config.headDim]), Rotary(config))
+        #expect(bits(turn(x, offset: MLXArray(17))) == bits(turn(x, offset: 17)))
+        #expect(bits(turn(x, offset: 17)) != bits(turn(x, offset: 18)))
+    }
+
     @Test func typeFollowsTheMachine() throws {
         let model = try ApertusModel(folder: ModelFixture(name: "bf16").folder)
         #expect(model.computeType == (computesOnGPU ? .bfloat16 : .float32))
