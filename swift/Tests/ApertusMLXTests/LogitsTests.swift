@@ -1,3 +1,5 @@
+import ApertusCore
+import Foundation
 import MLX
 import Testing
 
