@@ -60,7 +60,7 @@ def write_tokenizer_fixtures(out: Path) -> None:
 
 def _texts() -> Iterator[str]:
     yield from SENTENCES
-    yield from (text for _, text in list(locale_texts())[:: sized(1, 6)])
+    yield from (text for _, text in list(locale_texts())[:: sized(1, 24)])
     rng = random.Random(0)
     for _ in range(RANDOM_TEXTS // 2):
         low, high = rng.choice(RANGES)
