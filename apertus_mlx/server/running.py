@@ -31,6 +31,7 @@ class Running:
         self._loaded, self._budget, self._metrics = loaded, budget, metrics
         self._most_prefixes = idle_prefixes
         self._choices: dict[Row, Choice] = {}
+        self._left_bytes = budget.left_bytes([])  # for what is kept for later
         self._batch = self._new_batch()
         self._faults = 0
         self._fault: Exception | None = None
@@ -66,10 +67,10 @@ class Running:
         choice = Choice(job, self._loaded, self._budget.plan.form)
         self._choices[choice.row] = choice
         self._batch.join(choice.row)
-        left = self._budget.left_bytes(self.positions)
-        if self.prefixes.nbytes > left:
+        self._left_bytes = self._budget.left_bytes(self.positions)
+        if self.prefixes.nbytes > self._left_bytes:
             self._batch.reuse(choice.row, take=True)
-            self.prefixes.shrink(left)
+            self.prefixes.shrink(self._left_bytes)
 
     def turn(self) -> None:
         """A token of each answer, then a chunk of one prompt.
@@ -81,7 +82,7 @@ class Running:
             for compute in (self._batch.step, self._batch.read):
                 self.leave_cancelled()
                 self._tell(compute)
-            self.prefixes.shrink(self._budget.left_bytes(self.positions))
+            self.prefixes.shrink(self._left_bytes)
         except Exception as error:  # noqa: BLE001 - nobody knows whose it is: all end
             for job in self.jobs:
                 fail(job, error, self._metrics)
@@ -145,6 +146,7 @@ class Running:
         """Let go of an answer, whose cache is kept for others."""
         job = self._choices.pop(row).job
         self._batch.leave(row)
+        self._left_bytes = self._budget.left_bytes(self.positions)
         if job.close(1):
             self._metrics.ended(job, job.finish)
 

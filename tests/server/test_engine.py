@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from apertus_mlx.cache import CacheConfig
+from apertus_mlx.generation import batch as batch_module
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.memory_plan import plan_memory
 from apertus_mlx.generation.model_folder import LoadedModel
@@ -17,7 +19,7 @@ from apertus_mlx.server.admission import MemoryBudget
 from apertus_mlx.server.engine import Engine, EngineLimits
 from apertus_mlx.server.errors import ApiError
 from apertus_mlx.server.jobs import Ended, Event, Job, Told
-from tests.server.engines import FOLDER, Box, box_of, engine, job, tokens_of
+from tests.server.engines import FOLDER, Box, asked, box_of, engine, job, tokens_of
 from tests.server.running import embedded
 
 
@@ -86,6 +88,32 @@ def test_a_cancelled_job_ends_within_a_step(loaded: LoadedModel) -> None:
         box_of(after).wait()
         assert len(told) <= 4 and one.finish == "cancelled"
         assert made._running is not None and one not in made._running.jobs
+    finally:
+        made.stop()
+
+
+def test_a_cancelled_job_reads_no_other_chunk(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, read = job("word " * 200), [0]
+    read_chunk = batch_module.read_chunk
+
+    def reading(*given: Any) -> Any:
+        read[0] += 1
+        if read[0] == 2:
+            one.cancel()
+        return read_chunk(*given)
+
+    monkeypatch.setattr(batch_module, "read_chunk", reading)
+    made = engine(loaded, RunOptions(prefill_step=32))
+    try:
+        made.submit([one])
+        while one.left:
+            threading.Event().wait(0.005)
+        assert read == [2] and one.finish == "cancelled" and not box_of(one).events
+        # What it has read is kept.
+        (last,) = asked(made, job("word " * 200))
+        assert isinstance(last, Ended) and last.cached_tokens == 64
     finally:
         made.stop()
 
