@@ -84,8 +84,9 @@ def status_of(event: Any) -> int:
     return event.error.status
 
 
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize(("fault", "status"), [(ValueError("x"), 500), (NO_MEMORY, 503)])
+@pytest.mark.parametrize(
+    ("fault", "status", "reading"), [(ValueError("x"), 500, True), (NO_MEMORY, 503, False)]
+)
 def test_a_fault_belongs_to_one_job(
     made: Engine, model: Faulty, fault: Exception, status: int, reading: bool
 ) -> None:
@@ -96,9 +97,8 @@ def test_a_fault_belongs_to_one_job(
     assert isinstance(asked(made, job())[0], Ended)
 
 
-@pytest.mark.parametrize("reading", [True, False])
-def test_three_in_a_row_end_the_engine(made: Engine, model: Faulty, reading: bool) -> None:
-    model.fault, model.reading = ValueError("x"), reading
+def test_three_in_a_row_end_the_engine(made: Engine, model: Faulty) -> None:
+    model.fault = ValueError("x")
     ended = threading.Event()
     made.on_failure = ended.set
     for _ in range(2):
