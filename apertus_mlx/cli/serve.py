@@ -25,6 +25,7 @@ def serve(
     """Serve MODEL at http://HOST:PORT/v1; see docs/server.md."""
     _require_libraries()
     from apertus_mlx.cli.model_source import open_model, plan_run
+    from apertus_mlx.generation.parallelism import default_rows
     from apertus_mlx.server.admission import MemoryBudget
     from apertus_mlx.server.app import build_app
     from apertus_mlx.server.engine import Engine, EngineLimits
@@ -45,8 +46,12 @@ def serve(
         return replace(folder.load(settings), output_filter=chosen)
 
     budget = MemoryBudget(folder.inventory, plan, settings.force)
+    formats = [each.spec for each in folder.inventory.matrices.values() if each.spec is not None]
     limits = EngineLimits(
-        serving.parallel, serving.max_queue, serving.keep_prefixes, serving.idle_unload
+        serving.parallel or default_rows(formats),
+        serving.max_queue,
+        serving.keep_prefixes,
+        serving.idle_unload,
     )
     engine = Engine(folder, load, budget, limits)
     served = ServedModel(

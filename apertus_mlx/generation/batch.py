@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -52,7 +53,7 @@ class Event(NamedTuple):
 
 
 class Batch:
-    """Rows of one model. Prompts are read in the order in which rows joined, one chunk at a time.
+    """Rows of one model. Prompts are read a chunk at a time: the oldest, then the shortest.
 
     Whoever runs it calls `step` and `read` in turn, and `leave` for a row that has come to a stop
     id or is not wanted any more: then it is gone at once. Not for several threads at the same time.
@@ -65,7 +66,7 @@ class Batch:
 
     Attributes:
         running: rows that decode, in the order in which they began to.
-        waiting: rows whose prompt is not read yet; the first one's is being read.
+        waiting: rows whose prompt is not read yet, in the order in which they joined.
         faults: how often something failed that concerned more than one row's rules.
     """
 
@@ -83,14 +84,26 @@ class Batch:
         self.running: list[Row] = []
         self.waiting: deque[Row] = deque()
         self.faults = 0
-        self._steps = 0
+        self._steps = self._chunks = 0
 
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
 
     def join(self, row: Row) -> None:
-        """Take a row in; its prompt is read when those before it are."""
+        """Take a row in; its prompt is read between the steps of others."""
         self.waiting.append(row)
+
+    def reuse(self, row: Row, take: bool = False) -> None:
+        """Give a row, before its prompt is read, what others have computed of that.
+
+        Reading does so itself. `take`: what is found is kept for nobody else.
+        """
+        if row.on_hidden is not None:
+            return
+        search = self.prefixes.take if take else self.prefixes.find
+        if (hit := search(row.ids, row.form)) is not None:
+            row.caches = hit.caches
+            row.read = row.reused = hit.length
 
     def leave(self, row: Row) -> None:
         """Let a row go, and keep what it computed for others; harmless if it is gone already."""
@@ -105,8 +118,7 @@ class Batch:
     def turn(self) -> Iterator[Event]:
         """One decode step, then one chunk of a prompt."""
         yield from self.step()
-        if (event := self.read()) is not None:
-            yield event
+        yield from self.read()
 
     def step(self) -> list[Event]:
         """Hand out one token of each running row, and compute what follows it."""
@@ -125,11 +137,11 @@ class Batch:
             mx.clear_cache()
         return events
 
-    def read(self) -> Event | None:
-        """Read a chunk of the oldest prompt; None if all are read."""
+    def read(self) -> list[Event]:
+        """Read a chunk of a prompt; no event if all are read."""
         if not self.waiting:
-            return None
-        row = self.waiting[0]
+            return []
+        row = self._next_to_read()
         try:
             after = self._read_chunk(row)
             if after is not None:
@@ -137,29 +149,39 @@ class Batch:
                 mx.async_eval(row.token)
         except Exception as error:  # noqa: BLE001 - it is this row's
             self._note_fault(error)
-            row.caches, row.read = None, 0
+            row.caches, row.read, row.reused = None, 0, 0
             if not row.retried:
                 row.retried = True
-                return Event(row)
-            self.waiting.popleft()
-            return Event(row, error=error)
+                return [Event(row)]
+            self.waiting.remove(row)
+            return [Event(row, error=error)]
         if after is not None:
-            self.running.append(self.waiting.popleft())
-        return Event(row)
+            self.waiting.remove(row)
+            self.running.append(row)
+        return [Event(row)]
+
+    def _next_to_read(self) -> Row:
+        """By turns the oldest and the one with least to read, so that none waits for a long one."""
+        self._chunks += 1
+        if self._chunks % 2:
+            return self.waiting[0]
+        return min(self.waiting, key=lambda row: row.prompt_tokens - row.read)
 
     def _read_chunk(self, row: Row) -> NextTokenLogits | None:
         """Read on in the prompt of `row`; the logits after it, if that was the end."""
         prompt = row.ids
         if row.caches is None:
-            hit = self.prefixes.find(prompt, row.form)
-            row.caches = self.model.make_cache(row.form) if hit is None else hit.caches
-            row.read = row.reused = 0 if hit is None else hit.length
+            self.reuse(row)
+        if row.caches is None:
+            row.caches = self.model.make_cache(row.form)
+        if row.read == row.reused:
             expect(row.caches, len(prompt) - row.read)
         ends = [*(place for place in row.boundaries if place > row.read), len(prompt)]
         step = self.shared_step if self.running else self.prefill_step
         size = chunk_sizes(ends[0] - row.read, step)[0]
         chunk = mx.array(prompt[row.read : row.read + size])[None]
-        logits = read_chunk(self.model, chunk, row.caches, row.read + size == len(prompt))
+        told = None if row.on_hidden is None else partial(row.on_hidden, row.read)
+        logits = read_chunk(self.model, chunk, row.caches, row.read + size == len(prompt), told)
         row.read += size
         if row.read in row.boundaries:
             self.prefixes.keep(prompt[: row.read], row.form, fork(row.caches))

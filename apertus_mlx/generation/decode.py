@@ -49,10 +49,19 @@ def prefill(
 
 
 def read_chunk(
-    model: LanguageModel, ids: mx.array, cache: Sequence[Cache], wanted: bool
+    model: LanguageModel,
+    ids: mx.array,
+    cache: Sequence[Cache],
+    wanted: bool,
+    on_hidden: Callable[[mx.array], None] | None = None,
 ) -> mx.array | None:
-    """Run `ids` `[1, L]` through the model; the logits `[vocabulary]` after them, if `wanted`."""
+    """Run `ids` `[1, L]` through the model; the logits `[vocabulary]` after them, if `wanted`.
+
+    `on_hidden` is told the final hidden states `[1, L, D]`.
+    """
     hidden = model.model(ids, cache)
+    if on_hidden is not None:
+        on_hidden(hidden)
     logits = model.logits(hidden[:, -1:])[0, 0] if wanted else None
     # Only the caches and the last logits are wanted; hidden states of a chunk are not.
     mx.eval([layer.state for layer in cache], [] if logits is None else logits)

@@ -11,6 +11,7 @@ forms cannot be cut back far, and are kept at boundaries besides.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -71,7 +72,7 @@ class Hit(NamedTuple):
 
 
 class PrefixTrie:
-    """Snapshots of one model's caches, at most `limit` bytes of them.
+    """Snapshots of one model's caches: at most `limit` bytes, and at most so many.
 
     When there are more, those go first that are large, have long not been used and were seldom
     reused. Not for several threads at the same time.
@@ -79,10 +80,14 @@ class PrefixTrie:
     Args:
         limit: bytes; 0 keeps nothing.
         describe: how a token id is shown where prompts part.
+        most: snapshots; None: any number.
     """
 
-    def __init__(self, limit: int, describe: Callable[[int], str] = str) -> None:
+    def __init__(
+        self, limit: int, describe: Callable[[int], str] = str, most: int | None = None
+    ) -> None:
         self.limit = limit
+        self.most = math.inf if most is None else most
         self.nbytes = 0
         self.hits = 0
         self._describe = describe
@@ -97,6 +102,21 @@ class PrefixTrie:
 
     def find(self, prompt: Sequence[int], form: CacheConfig) -> Hit | None:
         """The longest prefix of `prompt` that can be had, its last token left out; None if none."""
+        found = self._search(prompt, form)
+        return None if found is None else Hit(_cut(*found), found[1])
+
+    def take(self, prompt: Sequence[int], form: CacheConfig) -> Hit | None:
+        """As `find`, where memory is short: what is found is kept no longer, and not copied."""
+        found = self._search(prompt, form)
+        if found is None:
+            return None
+        snapshot, shared = found
+        self._drop(snapshot)
+        rewind(snapshot.caches, snapshot.length - shared)
+        return Hit(snapshot.caches, shared)
+
+    def _search(self, prompt: Sequence[int], form: CacheConfig) -> tuple[Snapshot, int] | None:
+        """What has the longest prefix of `prompt`, and how long that is."""
         root = self._roots.get(form)
         if root is None or len(prompt) < 2:
             return None
@@ -108,12 +128,11 @@ class PrefixTrie:
             behind = [found for found in segment.snapshots() if id(found) not in tried]
             for snapshot in sorted(behind, key=lambda found: (found.length, -found.used)):
                 tried.add(id(snapshot))
-                caches = _cut(snapshot, shared)
-                if caches is not None:
+                if rewind(fork(snapshot.caches[:1]), snapshot.length - shared):
                     self._use(snapshot)
                     snapshot.reused += 1
                     self.hits += 1
-                    return Hit(caches, shared)
+                    return snapshot, shared
         return None
 
     def keep(self, ids: Sequence[int], form: CacheConfig, caches: Sequence[Cache]) -> None:
@@ -124,7 +143,7 @@ class PrefixTrie:
         """
         if any(layer.offset != len(ids) for layer in caches):
             raise ValueError(f"the caches do not hold {len(ids)} positions each")
-        if not ids or not self.limit:
+        if not ids or not self.limit or not self.most:
             return
         _compact(caches)
         snapshot = Snapshot(list(caches), len(ids), sum(layer.nbytes for layer in caches))
@@ -143,11 +162,11 @@ class PrefixTrie:
             for shorter in _above(segment):
                 snapshot.reused = max(snapshot.reused, shorter.reused)
                 self._drop(shorter)
-        self.make_room(0)
+        self.shrink(self.limit)
 
-    def make_room(self, nbytes: int) -> None:
-        """Drop snapshots until `nbytes` more would fit the limit, or none is left."""
-        while self._places and self.nbytes + nbytes > self.limit:
+    def shrink(self, nbytes: int) -> None:
+        """Drop snapshots until at most `nbytes` are left."""
+        while self.nbytes > nbytes or len(self) > self.most:
             snapshots = [place.snapshot for place in self._places.values()]
             self._drop(max((s for s in snapshots if s is not None), key=self._expendable))
 
@@ -250,11 +269,9 @@ def _split(segment: Segment, length: int) -> Segment:
     return first
 
 
-def _cut(snapshot: Snapshot, length: int) -> list[Cache] | None:
-    """A fork that holds only the first `length` tokens; None if its form cannot go back so far."""
+def _cut(snapshot: Snapshot, length: int) -> list[Cache]:
+    """A fork that holds only the first `length` tokens."""
     excess = snapshot.length - length
-    if not rewind(fork(snapshot.caches[:1]), excess):
-        return None
     caches = fork(snapshot.caches)
     rewind(caches, excess)
     if excess:

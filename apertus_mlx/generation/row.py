@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -36,6 +36,8 @@ class Row:
         rules: which tokens may come next.
         boundaries: numbers of tokens of the prompt after which its caches are kept for others. By
             default the whole prompt but its last token, for caches that cannot be cut back.
+        on_hidden: is told, chunk by chunk, where in the prompt it begins, and its final hidden
+            states `[1, L, D]`. All of the prompt is computed then; after a fault, once more.
 
     Attributes:
         ids: the prompt and all tokens handed out.
@@ -57,6 +59,7 @@ class Row:
         form: CacheConfig = FULL_PRECISION,
         rules: AnswerRules | None = None,
         boundaries: Sequence[int] | None = None,
+        on_hidden: Callable[[int, mx.array], None] | None = None,
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a row takes a prompt and at least one new token")
@@ -67,6 +70,7 @@ class Row:
         self.prompt_tokens = len(prompt)
         self.sampler, self.rules, self.form = sampler, rules, form
         self.boundaries = sorted(place for place in boundaries if 0 < place < len(prompt))
+        self.on_hidden = on_hidden
         self.left = max_tokens
         self.caches: list[Cache] | None = None
         self.read = self.reused = 0

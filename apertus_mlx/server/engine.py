@@ -1,4 +1,4 @@
-"""The one thread that computes: it takes jobs, gives each a step in turn, and never ends by one."""
+"""The one thread that computes: it answers many jobs in one batch, and never ends by one."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-import mlx.core as mx
-
 from apertus_mlx.backend.memory_limits import mlx_limits
-from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder
 from apertus_mlx.server.admission import MemoryBudget
 from apertus_mlx.server.errors import ApiError, busy, in_engine
-from apertus_mlx.server.jobs import Failed, Job
+from apertus_mlx.server.jobs import Job
 from apertus_mlx.server.metrics import Metrics
-from apertus_mlx.server.prefix_pool import PrefixPool
-from apertus_mlx.system.foreign_errors import out_of_memory
+from apertus_mlx.server.running import Running, fail
 
 _log = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "sleeping", "failed", "stopped"]
-# Longest chunk of a prompt while other answers are being written.
-SHARED_PREFILL_STEP = 128
 # Without a step for so long, with work to do, the engine is not well.
 STUCK_AFTER_S = 60.0
 
@@ -38,15 +32,15 @@ class EngineLimits:
     """How much is done at once.
 
     Attributes:
-        running: jobs whose caches exist at the same time.
+        running: answers that are written, or whose prompt is read, at the same time.
         waiting: jobs that wait for that.
-        idle_prefixes: caches that are kept for later prompts.
+        idle_prefixes: caches that are kept for later prompts, where memory allows it.
         idle_unload_s: seconds without work after which the weights are given back; None: never.
     """
 
     running: int = 4
     waiting: int = 32
-    idle_prefixes: int = 8
+    idle_prefixes: int = 16
     idle_unload_s: float | None = None
 
 
@@ -55,10 +49,10 @@ class Engine:
 
     Attributes:
         state: `loading`, `ready`, `sleeping` (the weights are given back until a job comes),
-            `failed` (the model could not be loaded) or `stopped`.
-        failure: why the model could not be loaded.
+            `failed` (see `failure`) or `stopped`.
+        failure: why the model could not be loaded, or cannot be used any more.
         draining: whether no new job is taken.
-        on_failure: is called when the model could not be loaded.
+        on_failure: is called when it has failed.
     """
 
     def __init__(
@@ -79,13 +73,10 @@ class Engine:
         self.draining = False
         self.on_failure: Callable[[], None] = lambda: None
         self._load_weights = load
-        self._loaded: LoadedModel | None = None
+        self._running: Running | None = None
         self._memory = ExitStack()
-        self._pool = PrefixPool(self.limits.idle_prefixes)
         self._news = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._work: dict[Job, Iterator[None]] = {}
         self._stopping = False
         self._idle = False
         self._tick = time.monotonic()
@@ -107,7 +98,7 @@ class Engine:
             if self.state == "loading":
                 raise busy(503, "the model is being loaded", "loading")
             if self.state not in ("ready", "sleeping"):
-                raise busy(503, "the model could not be loaded", "failed", final=True)
+                raise busy(503, "the engine has failed", "failed", final=True)
             for job in jobs:
                 if not self.budget.fits([job.task.positions]):
                     raise busy(
@@ -118,7 +109,7 @@ class Engine:
                         final=True,
                     )
             waiting = sum(not job.cancelled for job in self._waiting)
-            room = self.limits.running - len(self._running) + self.limits.waiting
+            room = self.limits.running - len(self._running or ()) + self.limits.waiting
             if waiting + len(jobs) > room:
                 raise busy(429, "too many requests wait already", "queue_full")
             self._waiting.extend(jobs)
@@ -136,9 +127,9 @@ class Engine:
     def end_all(self, error: ApiError) -> None:
         """End all jobs with an error."""
         with self._news:
-            for job in [*self._waiting, *self._running]:
-                job.outbox.put(Failed(error))
-                job.cancel()
+            running = () if self._running is None else self._running.jobs
+            for job in dict.fromkeys([*self._waiting, *running]):
+                job.fail(error)
             self._news.notify()
 
     def stop(self) -> None:
@@ -157,18 +148,19 @@ class Engine:
 
     def report(self) -> dict[str, object]:
         """What it is doing, in numbers."""
-        running = list(self._running)
+        running = self._running
         return {
             "state": self.state,
             "healthy": self.healthy,
             "draining": self.draining,
-            "running": len(running),
+            "running": len(running or ()),
             "waiting": len(self._waiting),
             "most_running": self.limits.running,
             "most_waiting": self.limits.waiting,
-            "running_positions": [job.task.positions for job in running],
-            "idle_prefixes": len(self._pool),
-            "prefix_hits": self._pool.hits,
+            "running_positions": [] if running is None else running.positions,
+            "idle_prefixes": 0 if running is None else len(running.prefixes),
+            "prefix_bytes": 0 if running is None else running.prefixes.nbytes,
+            "prefix_hits": 0 if running is None else running.prefixes.hits,
         }
 
     # What follows runs on the engine's thread alone.
@@ -176,32 +168,39 @@ class Engine:
     def _run(self) -> None:
         try:
             self._load()
-            while self._wait():
+            while self.failure is None and self._wait():
                 self._turn()
         except Exception as error:  # noqa: BLE001 - nothing may end it silently
-            _log.exception("the engine has ended")
-            self.failure, self.state = error, "failed"
-            self.on_failure()
+            self.failure = error
         finally:
-            self.end_all(busy(503, "the server is shutting down", "draining", final=True))
-            for job in list(self._running):
-                self._end(job)
+            told = busy(503, "the server is shutting down", "draining", final=True)
+            if self.failure is not None:
+                self.state, told = "failed", in_engine(self.failure)
+            self.end_all(told)
+            self._first()
             self._unload()
-            if self.state != "failed":
+            if self.failure is None:
                 self.state = "stopped"
+            else:
+                self.on_failure()
 
-    def _load(self) -> None:
+    def _load(self) -> Running:
         plan = self.budget.plan
         with ExitStack() as limits:
             limits.enter_context(mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes))
-            self._loaded = self._load_weights()
+            running = Running(
+                self._load_weights(), self.budget, self.metrics, self.limits.idle_prefixes
+            )
             self._memory = limits.pop_all()
+        self._running = running
         self.state = "ready"
         self._tick = time.monotonic()
+        return running
 
     def _unload(self) -> None:
-        self._pool.clear()
-        self._loaded = None
+        if self._running is not None:
+            self._running.leave_cancelled()
+        self._running = None
         gc.collect()
         self._memory.close()
 
@@ -210,7 +209,7 @@ class Engine:
         with self._news:
             self._idle = True
             while not self._stopping and not self._waiting and not self._running:
-                patience = self.limits.idle_unload_s if self._loaded is not None else None
+                patience = self.limits.idle_unload_s if self._running is not None else None
                 if not self._news.wait(patience) and not self._waiting:
                     self._unload()
                     self.state = "sleeping"
@@ -219,97 +218,28 @@ class Engine:
             return not self._stopping
 
     def _turn(self) -> None:
-        """Admit what fits, then a step of each answer and a chunk of one prompt."""
         self._admit()
-        for job in [job for job in self._running if not job.reads]:
-            self._step(job)
-        reading = [job for job in self._running if job.reads]
-        if reading:
-            self._step(reading[0])
-            if reading[0] in self._running:  # the next chunk is another's
-                self._running.remove(reading[0])
-                self._running.append(reading[0])
-        self.metrics.sizes(len(self._running), len(self._waiting))
+        if self._running is not None:
+            self._running.turn()
+        self.metrics.sizes(len(self._running or ()), len(self._waiting))
         self._tick = time.monotonic()
 
     def _admit(self) -> None:
-        while len(self._running) < self.limits.running:
-            with self._news:
-                self._drop_cancelled()
-                if not self._waiting:
-                    return
-                job = self._waiting[0]
+        """Begin answers, in the order in which they were asked for, as long as they fit."""
+        while (job := self._first()) is not None:
             try:
-                if self._loaded is None:
-                    self._load()
-                if not self._make_room(job):
+                running = self._load() if self._running is None else self._running
+                if len(running) >= self.limits.running or not running.has_room(job):
                     return
-                self._begin(job)
+                running.begin(job)
             except Exception as error:  # noqa: BLE001 - it is this job's end, not the engine's
-                self._fail(job, error)
-            finally:
-                with self._news:
-                    if job in self._work or job.cancelled:
-                        self._waiting.remove(job)
+                fail(job, error, self.metrics)
 
-    def _drop_cancelled(self) -> None:
-        for job in [job for job in self._waiting if job.cancelled]:
-            self._waiting.remove(job)
-            self.metrics.ended(job, "cancelled")
-
-    def _make_room(self, job: Job) -> bool:
-        """Whether a job fits beside those that run, perhaps without some caches that are kept."""
-        positions = [each.task.positions for each in [*self._running, job]]
-        while not self.budget.fits(positions, self._pool.positions):
-            if not self._pool.drop_oldest():
-                return False
-        return True
-
-    def _begin(self, job: Job) -> None:
-        assert self._loaded is not None
-        job.begun_s = time.monotonic()
-        prefix = self._pool.take(job.task.prompt, self.folder.tokenizer)
-        if prefix is None:
-            prefix = CachedPrefix(self._loaded.model, self.budget.plan.form)
-        self._work[job] = job.steps(self._loaded, prefix, self._prefill_step)
-        self._running.append(job)
-
-    def _prefill_step(self) -> int:
-        """How long a chunk of a prompt may be, so that others do not wait for long."""
-        step = self.budget.plan.prefill_step
-        return min(step, SHARED_PREFILL_STEP) if len(self._running) > 1 else step
-
-    def _step(self, job: Job) -> None:
-        try:
-            if job.cancelled or next(self._work[job], self) is self:
-                self._end(job)
-        except Exception as error:  # noqa: BLE001 - it is this job's end, not the engine's
-            self._fail(job, error)
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        told = in_engine(error)
-        if told.status == 500:
-            _log.error("a request failed", exc_info=error)
-            self.metrics.faults.inc()
-        if out_of_memory(error):
-            self._pool.clear()
-            mx.clear_cache()
-        job.finish = "error"
-        job.outbox.put(Failed(told))
-        job.cancel()
-        self._end(job)
-
-    def _end(self, job: Job) -> None:
-        """Let go of a job, and keep its cache."""
-        work = self._work.pop(job, None)
-        try:
-            if work is not None:
-                work.close()  # type: ignore[attr-defined]
-            if job.prefix is not None:
-                self._pool.give(job.prefix)
-        except Exception:  # noqa: BLE001 - the others go on
-            _log.exception("a request could not be ended")
-        job.prefix = None
-        self.metrics.ended(job, job.finish)
-        if job in self._running:
-            self._running.remove(job)
+    def _first(self) -> Job | None:
+        """The first job that waits; those that wait no longer leave."""
+        with self._news:
+            for job in [job for job in self._waiting if job.cancelled or job.has_begun]:
+                self._waiting.remove(job)
+                if job.close(job.task.choices - job.begun):
+                    self.metrics.ended(job, job.finish)
+            return self._waiting[0] if self._waiting else None

@@ -160,7 +160,7 @@ FIELDS = (
     Field("presence_penalty", "honoured", Number(-2, 2)),
     Field("frequency_penalty", "honoured", Number(-2, 2)),
     Field("repetition_penalty", "honoured", _range("repetition_penalty")),
-    Field("n", "honoured", Whole(1, MOST_CHOICES), "one after the other, from one prefill"),
+    Field("n", "honoured", Whole(1, MOST_CHOICES), "from one prefill"),
     Field("tools", "honoured", Given("list of functions"), f"at most {MOST_TOOLS}", _CHAT),
     Field("tool_choice", "honoured",
           Given("`auto`, `none`, `required`, a function, `allowed_tools`"), "", _CHAT),

@@ -1,27 +1,24 @@
-"""One request's work: what it asks the engine for, its steps, and what it tells."""
+"""One request's work: what it asks the engine for, its answers, and what it tells."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import mlx.core as mx
 
-from apertus_mlx.generation.cached_prefix import CachedPrefix
-from apertus_mlx.generation.decode import chunk_sizes
+from apertus_mlx.cache import CacheConfig
+from apertus_mlx.generation.answer import Answer, PendingAnswer
+from apertus_mlx.generation.batch import Row
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import SamplingOptions
-from apertus_mlx.generation.run import Answer, Generation
 from apertus_mlx.generation.tool_grammar import ToolGrammar
 from apertus_mlx.server.errors import ApiError
-from apertus_mlx.server.token_watch import TokenLogprob, TokenWatch, token_logprob
+from apertus_mlx.server.token_watch import PromptWatch, TokenLogprob, TokenWatch
 from apertus_mlx.text.pieces import Piece
-
-# Positions whose logits are computed at a time for `prompt_logprobs`.
-LOGITS_STEP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,7 @@ class Task:
     Attributes:
         prompt: token ids.
         options: how answers are drawn; `max_tokens` fits the context.
-        choices: how many answers, one after the other.
+        choices: how many answers.
         tools: which calls there may be.
         tool_names: see `Generation`.
         think: whether a deliberation may come first.
@@ -52,7 +49,7 @@ class Task:
 
     @property
     def positions(self) -> int:
-        """The most positions that its cache holds."""
+        """The most positions that the cache of an answer holds."""
         return len(self.prompt) + self.options.max_tokens
 
 
@@ -106,24 +103,29 @@ class Job:
     """A task on its way through the engine.
 
     Attributes:
-        reads: whether the prompt is still being read, rather than an answer written.
+        begun: how many of its answers have begun.
+        left: how many have not ended.
         cached: tokens of the prompt that had been computed before.
-        begun_s, first_s: `time.monotonic` of admission and of the first token; 0 before.
-        generated: tokens so far, of all choices.
+        queued_s, begun_s, first_s: `time.monotonic` of arrival, admission and the first token; 0
+            before.
+        generated: tokens so far, of all answers.
+        finish: how the latest answer ended.
     """
 
     task: Task
     outbox: Outbox
-    prefix: CachedPrefix | None = None
-    reads: bool = True
+    begun: int = 0
+    left: int = field(init=False)
     cached: int = 0
     queued_s: float = field(default_factory=time.monotonic)
     begun_s: float = 0.0
     first_s: float = 0.0
-    last_s: float = 0.0
     generated: int = 0
     finish: str = "cancelled"
     _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.left = self.task.choices
 
     def cancel(self) -> None:
         """Have it end before its next step; by any thread, any number of times."""
@@ -134,93 +136,100 @@ class Job:
         """Whether it is to end."""
         return self._cancelled.is_set()
 
-    def steps(
-        self, loaded: LoadedModel, prefix: CachedPrefix, prefill_step: Callable[[], int]
-    ) -> Iterator[None]:
-        """The work; each step is a chunk of the prompt or a token.
+    @property
+    def has_begun(self) -> bool:
+        """Whether all its answers have begun."""
+        return self.begun == self.task.choices
 
-        `prefill_step` is asked before each chunk how long it may be.
+    def tell(self, event: Event) -> None:
+        """Put an event into the outbox; where nobody reads, the job ends."""
+        if not self.outbox.put(event):
+            self.cancel()
+
+    def fail(self, error: ApiError) -> None:
+        """Tell an error, which is the job's end."""
+        self.finish = "error"
+        self.tell(Failed(error))
+        self.cancel()
+
+    def close(self, answers: int) -> bool:
+        """Count so many answers as ended; returns whether that were the last ones."""
+        self.left -= answers
+        return answers > 0 and self.left == 0
+
+
+class Choice:
+    """One of a job's answers.
+
+    Attributes:
+        row: what draws its tokens, for a batch.
+    """
+
+    def __init__(self, job: Job, loaded: LoadedModel, form: CacheConfig) -> None:
+        """Begin the next answer of `job`, with caches of `form`.
+
+        Raises:
+            UsageError: a grammar is too complex.
         """
-        self.prefix = prefix
-        if self.task.prompt_logprobs is not None:
-            yield from self._read_with_logprobs(loaded, prefill_step)
-        for choice in range(self.task.choices):
-            yield from self._answer(loaded, prefix, choice, prefill_step)
-
-    def _answer(
-        self,
-        loaded: LoadedModel,
-        prefix: CachedPrefix,
-        choice: int,
-        prefill_step: Callable[[], int],
-    ) -> Iterator[None]:
-        task, self.reads, self.finish = self.task, True, "cancelled"
-        run = prefix.begin(task.prompt)
-        if choice == 0:
-            self.cached = run.reused
-        left = len(task.prompt) - run.reused
-        # All chunks but the last, which is left to the generation.
-        while len(sizes := chunk_sizes(left, prefill_step())) > 1:
-            run.read(sizes[0])
-            left -= sizes[0]
-            yield
-        options = task.options
-        if options.seed is not None and choice:
-            options = replace(options, seed=options.seed + choice)
-        tokenizer = loaded.folder.tokenizer
-        watch = TokenWatch(tokenizer, task.prompt, task.top_logprobs)
-        generation = Generation(
+        self.job, self.number = job, job.begun
+        task, options = job.task, job.task.options
+        if options.seed is not None:
+            options = replace(options, seed=options.seed + self.number)
+        self._pending = PendingAnswer(
             loaded,
             task.prompt,
             options,
-            prefix=prefix,
             tool_names=task.tool_names,
             tools=task.tools,
             think=task.think,
-            on_token=watch,
-            stepwise=True,
         )
-        logprobs: list[TokenLogprob] = []
-        for piece in generation:
-            if self.reads:
-                self.reads = False
-                self.first_s = self.first_s or time.monotonic()
-            if piece.text or piece.call is not None:
-                shown = piece.kind == "text"
-                found = watch.take(piece.text) if shown else []
-                if task.streams:
-                    self._tell(Told(choice, piece, found))
-                else:
-                    logprobs += found
-            else:
-                self.generated += 1
-                self.last_s = time.monotonic()
-                yield
-        answer = generation.answer
-        self.finish = answer.finish_reason
-        self._tell(Ended(choice, answer, self.cached, watch.reasoning, logprobs))
+        self._pending.start()
+        tokenizer = loaded.folder.tokenizer
+        self._watch = TokenWatch(tokenizer, task.prompt, task.top_logprobs)
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_watch = None
+        if task.prompt_logprobs is not None and self.number == 0:
+            self._prompt_watch = PromptWatch(loaded, task.prompt, task.prompt_logprobs)
+        job.begun += 1
+        job.begun_s = job.begun_s or time.monotonic()
+        self.row = Row(
+            task.prompt,
+            self._pending.sampler(),
+            self._pending.max_tokens,
+            form=form,
+            rules=self._pending.rules,
+            # The others of the job begin there.
+            boundaries=[len(task.prompt) - 1] if task.choices > 1 else None,
+            on_hidden=self._prompt_watch,
+        )
 
-    def _read_with_logprobs(
-        self, loaded: LoadedModel, prefill_step: Callable[[], int]
-    ) -> Iterator[None]:
-        """Compute the prompt once more, with the logits of all its positions."""
-        model, ids, found = loaded.model, self.task.prompt, []
-        top = self.task.prompt_logprobs or 0
-        cache = model.make_cache()
-        start = 0
-        while start < len(ids) - 1:
-            chunk = ids[start : min(start + prefill_step(), len(ids) - 1)]
-            hidden = model.model(mx.array([list(chunk)]), cache)
-            for first in range(0, len(chunk), LOGITS_STEP):
-                logits = model.logits(hidden[:, first : first + LOGITS_STEP])[0]
-                for row in range(logits.shape[0]):
-                    token = ids[start + first + row + 1]
-                    found.append(token_logprob(loaded.folder.tokenizer, token, logits[row], top))
-            mx.clear_cache()
-            start += len(chunk)
-            yield
-        self._tell(PromptRead(found))
+    def take(self, token: int, logits: mx.array) -> Answer | None:
+        """Go on with a token and the logits `[vocabulary]` behind it; returns the whole answer."""
+        job, pending = self.job, self._pending
+        job.generated += 1
+        if not job.first_s:
+            job.first_s, job.cached = time.monotonic(), self.row.reused
+        self._watch(token, logits)
+        for piece in pending.push(token):
+            self._show(piece)
+        if not (pending.ended or self.row.left == 0):
+            return None
+        for piece in pending.finish(exhausted=True):
+            self._show(piece)
+        if self._prompt_watch is not None:
+            job.tell(PromptRead(self._prompt_watch.found))
+        pending.reused = self.row.reused
+        answer = pending.answer
+        job.finish = answer.finish_reason
+        ended = Ended(self.number, answer, job.cached, self._watch.reasoning, self._logprobs)
+        job.tell(ended)
+        return answer
 
-    def _tell(self, event: Event) -> None:
-        if not self.outbox.put(event):
-            self.cancel()
+    def _show(self, piece: Piece) -> None:
+        if not piece.text and piece.call is None:
+            return
+        found = self._watch.take(piece.text) if piece.kind == "text" else []
+        if self.job.task.streams:
+            self.job.tell(Told(self.number, piece, found))
+        else:
+            self._logprobs += found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
+    from apertus_mlx.generation.answer import Answer
     from apertus_mlx.server.jobs import Job
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -58,8 +59,11 @@ class Metrics:
             self.cached_tokens.inc(job.cached)
             self.generated_tokens.inc(job.generated)
             self.context.observe(len(job.task.prompt) + job.generated)
-        if job.generated > 1 and job.last_s > job.first_s:
-            self.between_s.observe((job.last_s - job.first_s) / (job.generated - 1))
+
+    def answered(self, answer: Answer) -> None:
+        """Note an answer that is whole."""
+        if answer.decode_tokens_per_s:
+            self.between_s.observe(1 / answer.decode_tokens_per_s)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

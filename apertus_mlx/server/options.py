@@ -52,11 +52,17 @@ class ServeOptions:
         int | None, Option("Most tokens of a deliberation; then it ends.", Range(0, 2**31 - 1))
     ] = None
     think: Annotated[bool, Option("Deliberate where a request does not say.")] = False
-    parallel: Annotated[int, Option("Answers in progress at once.", Range(1, 256))] = 4
+    parallel: Annotated[
+        int | None,
+        Option(
+            "Answers in progress at once; default: 4, 2 on M1 and M2 with affine weights.",
+            Range(1, 256),
+        ),
+    ] = None
     max_queue: Annotated[int, Option("Requests that may wait for that.", Range(0, 100_000))] = 32
     keep_prefixes: Annotated[
         int, Option("Caches kept for later requests that begin alike.", Range(0, 10_000))
-    ] = 8
+    ] = 16
     idle_unload: Annotated[
         int | None, Option("Give back the memory after so many idle seconds.", Range(1, 10**9))
     ] = None

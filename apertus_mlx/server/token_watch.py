@@ -1,4 +1,4 @@
-"""Watches the tokens of an answer: which are thoughts, and how likely those of the text were."""
+"""Watches tokens: which of an answer are thoughts, and how likely they and a prompt's were."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.text.roles import Role
 from apertus_mlx.text.tokenizer import Tokenizer
+
+# Positions of a prompt whose logits are computed at a time.
+LOGITS_STEP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,29 @@ class TokenWatch:
             found.append(self._waiting.popleft())
             self._told_bytes += len(found[-1].data)
         return found
+
+
+class PromptWatch:
+    """Follows the reading of a prompt.
+
+    Attributes:
+        found: how likely its tokens were, but the first.
+    """
+
+    def __init__(self, loaded: LoadedModel, prompt: Sequence[int], top: int) -> None:
+        """Begin; `top`: how many of the likeliest tokens to tell of."""
+        self.found: list[TokenLogprob] = []
+        self._loaded, self._prompt, self._top = loaded, prompt, top
+
+    def __call__(self, start: int, hidden: mx.array) -> None:
+        """Note the final hidden states `[1, L, D]` of the tokens from `start` on."""
+        del self.found[start:]
+        for first in range(0, hidden.shape[1], LOGITS_STEP):
+            part = hidden[:, first : first + LOGITS_STEP]
+            following = self._prompt[start + first + 1 :]
+            for token, logits in zip(following, self._loaded.model.logits(part)[0], strict=False):
+                tokenizer = self._loaded.folder.tokenizer
+                self.found.append(token_logprob(tokenizer, token, logits, self._top))
 
 
 def token_logprob(tokenizer: Tokenizer, token: int, logits: mx.array, top: int = 0) -> TokenLogprob:

@@ -53,6 +53,8 @@ async def _collect(jobs: Sequence[Job], outbox: RequestOutbox) -> list[JobAnswer
             left -= 1
         elif isinstance(event, PromptRead):
             prompts[number] = event
+    for each in answers:
+        each.sort(key=lambda ended: ended.choice)
     return list(zip(answers, prompts, strict=True))
 
 

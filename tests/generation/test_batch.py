@@ -194,6 +194,19 @@ def test_a_step_comes_between_chunks_and_the_oldest_first(model: Model) -> None:
     assert order == [first] * 4 + [second] * 4
 
 
+def test_a_short_prompt_waits_for_no_long_one(model: Model) -> None:
+    """Every other chunk is of the prompt with least to read; the oldest goes on meanwhile."""
+    batch = Batch(model, prefill_step=64)
+    long, short = (new_row(prompts(1, length)[0], max_tokens=2)[0] for length in (640, 64))
+    for row in (long, short):
+        batch.join(row)
+    batch.read()
+    batch.read()
+    assert batch.running == [short] and long.read == 64
+    batch.read()
+    assert long.read == 128
+
+
 def test_chunks_are_short_while_rows_decode(model: Model) -> None:
     batch = Batch(model, prefill_step=96, shared_step=64)
     first, second = (new_row(prompt, max_tokens=100)[0] for prompt in prompts(2, 192))

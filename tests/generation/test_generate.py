@@ -145,7 +145,7 @@ def test_logits_that_are_all_equal(tmp_path: Path, temperature: float) -> None:
 def test_measures(scripted: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # A clock that is a second later at each look: one before the prompt, one after each token.
     clock = SimpleNamespace(perf_counter=count(start=7.0).__next__)
-    monkeypatch.setattr("apertus_mlx.generation.run.time", clock)
+    monkeypatch.setattr("apertus_mlx.generation.answer.time", clock)
     result = run(scripted, [1] + [100] * 40, 10)
     assert result.time_to_first_token_s == 1
     assert result.prefill_tokens_per_s == 41

@@ -154,10 +154,36 @@ def test_bytes_are_bounded(model: Model) -> None:
     long = [85] * 800
     trie.keep(long, FULL, computed(model, long))
     assert len(trie) == 3
-    trie.make_room(2 * size)
+    trie.shrink(size)
     assert len(trie) == 1
     trie.clear()
     assert len(trie) == trie.nbytes == 0 and trie.find([80, 90, 91], FULL) is None
+
+
+def test_snapshots_are_counted_too(model: Model) -> None:
+    trie = PrefixTrie(2**30, most=2)
+    for first in (80, 81, 82):
+        trie.keep([first, 90], FULL, computed(model, [first, 90]))
+        require_counts(trie)
+    assert len(trie) == 2 and trie.find([80, 90, 91], FULL) is None
+
+
+@pytest.mark.parametrize("name", ["full", "4 bits"])
+def test_what_is_taken_is_there_no_more(model: Model, name: str) -> None:
+    """Caches that are handed on instead of copied go on as fresh ones do."""
+    form, ids = FORMS[name], list(range(80, 180))
+    trie = PrefixTrie(2**30)
+    kept = computed(model, ids, form)
+    trie.keep(ids, form, kept)
+    # Codes cannot be cut back far.
+    ending = ids[: 70 if name == "full" else 100]
+    hit = trie.take([*ending, 300, 301], form)
+    assert hit is not None and hit.length == len(ending) and len(trie) == trie.nbytes == 0
+    assert all(one is other for one, other in zip(hit.caches, kept, strict=True))
+    found = np.array(model(mx.array([[300, 301]]), hit.caches)[0, -1])
+    fresh = computed(model, ending, form)
+    assert np.array_equal(found, np.array(model(mx.array([[300, 301]]), fresh)[0, -1]))
+    assert trie.take([*ending, 300, 301], form) is None
 
 
 def test_room_that_is_not_needed_is_given_back(model: Model) -> None:

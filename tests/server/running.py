@@ -94,11 +94,12 @@ def serving(
     load: Callable[[], LoadedModel] | None = None,
     wait: bool = True,
     model: dict[str, Any] | None = None,
+    settings: RunOptions | None = None,
     **endpoints: Any,
 ) -> Iterator[Server]:
     """A server of the embedded model, or of what `load` gives."""
     folder = embedded().folder
-    plan = plan_memory(folder.inventory, RunOptions(), CHAT_CONTEXT)
+    plan = plan_memory(folder.inventory, settings or RunOptions(), CHAT_CONTEXT)
     loaded = threading.Event()
 
     def loading() -> LoadedModel:

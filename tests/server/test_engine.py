@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from apertus_mlx.cache import CacheConfig
+from apertus_mlx.generation import batch as batch_module
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.memory_plan import plan_memory
 from apertus_mlx.generation.model_folder import LoadedModel
-from apertus_mlx.generation.options import RunOptions, SamplingOptions
+from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.run import Generation
-from apertus_mlx.server import jobs as jobs_module
 from apertus_mlx.server.admission import MemoryBudget
 from apertus_mlx.server.engine import Engine, EngineLimits
 from apertus_mlx.server.errors import ApiError
-from apertus_mlx.server.jobs import Ended, Event, Failed, Job, Task, Told
+from apertus_mlx.server.jobs import Ended, Event, Job, Told
+from tests.server.engines import FOLDER, Box, asked, box_of, engine, job, tokens_of
 from tests.server.running import embedded
-
-FOLDER = embedded().folder
-LONG = {2: -100, 68: -100, 72: -100}  # no answer ends by itself
 
 
 @pytest.fixture(scope="module")
@@ -31,59 +28,10 @@ def loaded() -> LoadedModel:
     return embedded()
 
 
-class Box:
-    """An outbox that a test reads."""
-
-    def __init__(self, on_event: Callable[[Event], None] = lambda _: None) -> None:
-        self.events: list[Event] = []
-        self._ended = threading.Semaphore(0)
-        self._on_event = on_event
-
-    def put(self, event: Event) -> bool:
-        self.events.append(event)
-        self._on_event(event)
-        if isinstance(event, Ended | Failed):
-            self._ended.release()
-        return True
-
-    def wait(self) -> Event:
-        assert self._ended.acquire(timeout=60)
-        return self.events[-1]
-
-
-def job(text: str = "The capital of France", box: Box | None = None, **fields: Any) -> Job:
-    options = SamplingOptions(
-        **{"temperature": 0, "max_tokens": 9, "logit_bias": LONG, **fields.pop("options", {})}
-    )
-    task = Task(FOLDER.encode_raw(text), options, streams=True, **fields)
-    return Job(task, box or Box())
-
-
-def engine(loaded: LoadedModel, settings: RunOptions | None = None, **limits: Any) -> Engine:
-    plan = plan_memory(FOLDER.inventory, settings or RunOptions(), 512)
-    budget = MemoryBudget(FOLDER.inventory, plan)
-    made = Engine(FOLDER, lambda: loaded, budget, EngineLimits(**limits))
-    made.start()
-    while made.state == "loading":
-        threading.Event().wait(0.01)
-    return made
-
-
-def box_of(one: Job) -> Box:
-    assert isinstance(one.outbox, Box)
-    return one.outbox
-
-
-def tokens_of(one: Job) -> list[int]:
-    last = box_of(one).events[-1]
-    assert isinstance(last, Ended), last
-    return last.answer.token_ids
-
-
-@pytest.mark.parametrize("settings", [RunOptions(), RunOptions(kv_bits=4), RunOptions(max_kv=64)])
+@pytest.mark.parametrize("settings", [RunOptions(kv_bits=4), RunOptions(max_kv=32)])
 def test_neighbours_change_nothing(loaded: LoadedModel, settings: RunOptions) -> None:
     """Each of several that take turns says what it says alone, to the token."""
-    texts = ["The capital of France", "Zurich is", "word " * 80, "In the year"]
+    texts = ["The capital of France", "Zurich is", "word " * 40, "In the year"]
     how = [{}, {"temperature": 2.0, "seed": 3}, {}, {"frequency_penalty": 1.0}]
     form = settings.form or CacheConfig()
     alone = []
@@ -139,7 +87,33 @@ def test_a_cancelled_job_ends_within_a_step(loaded: LoadedModel) -> None:
         made.submit([after])
         box_of(after).wait()
         assert len(told) <= 4 and one.finish == "cancelled"
-        assert one not in made._running
+        assert made._running is not None and one not in made._running.jobs
+    finally:
+        made.stop()
+
+
+def test_a_cancelled_job_reads_no_other_chunk(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, read = job("word " * 200), [0]
+    read_chunk = batch_module.read_chunk
+
+    def reading(*given: Any) -> Any:
+        read[0] += 1
+        if read[0] == 2:
+            one.cancel()
+        return read_chunk(*given)
+
+    monkeypatch.setattr(batch_module, "read_chunk", reading)
+    made = engine(loaded, RunOptions(prefill_step=32))
+    try:
+        made.submit([one])
+        while one.left:
+            threading.Event().wait(0.005)
+        assert read == [2] and one.finish == "cancelled" and not box_of(one).events
+        # What it has read is kept.
+        (last,) = asked(made, job("word " * 200))
+        assert isinstance(last, Ended) and last.cached_tokens == 64
     finally:
         made.stop()
 
@@ -163,33 +137,6 @@ def test_a_cancelled_job_leaves_the_queue(loaded: LoadedModel) -> None:
         made.stop()
 
 
-@pytest.mark.parametrize("fault", [ValueError("x"), RuntimeError("[metal] out of memory")])
-def test_a_fault_belongs_to_one_job(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, fault: Exception
-) -> None:
-    class Faulty(Generation):
-        def __iter__(self) -> Any:
-            for number, piece in enumerate(super().__iter__()):
-                if number == 4 and self.options.seed == 13:
-                    raise fault
-                yield piece
-
-    monkeypatch.setattr(jobs_module, "Generation", Faulty)
-    made = engine(loaded)
-    try:
-        bad, good = job(options={"seed": 13}), job("Zurich is")
-        made.submit([bad, good])
-        failed = box_of(bad).wait()
-        assert isinstance(failed, Failed) and failed.error.status in (500, 503)
-        assert (failed.error.status == 503) == ("memory" in str(fault))
-        assert isinstance(box_of(good).wait(), Ended) and made.healthy
-        after = job()
-        made.submit([after])
-        assert isinstance(box_of(after).wait(), Ended)
-    finally:
-        made.stop()
-
-
 def test_a_prompt_that_begins_alike_is_not_computed_again(loaded: LoadedModel) -> None:
     made = engine(loaded)
     try:
@@ -199,35 +146,6 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(loaded: LoadedModel) -
             last = box_of(one).wait()
             assert isinstance(last, Ended)
             assert last.cached_tokens >= least and bool(last.cached_tokens) == bool(least)
-    finally:
-        made.stop()
-
-
-def test_memory_is_counted_before_a_job_begins(loaded: LoadedModel) -> None:
-    one, other = job("word " * 100), job("other " * 100)
-    plan = plan_memory(FOLDER.inventory, RunOptions(), 512)
-    budget = MemoryBudget(FOLDER.inventory, plan)
-    both = budget.total_bytes([one.task.positions, other.task.positions])
-    assert both > budget.total_bytes([one.task.positions])
-    tight = MemoryBudget(FOLDER.inventory, replace(plan, limit_bytes=both - 1))
-    made = Engine(FOLDER, lambda: loaded, tight, EngineLimits())
-    made.start()
-    try:
-        while made.state == "loading":
-            threading.Event().wait(0.01)
-        most = [0]
-        sizes = made.metrics.sizes
-        made.metrics.sizes = lambda running, waiting: (  # type: ignore[method-assign]
-            most.append(running), sizes(running, waiting)
-        )[1]  # fmt: skip
-        made.submit([one, other])
-        assert isinstance(box_of(one).wait(), Ended) and isinstance(box_of(other).wait(), Ended)
-        assert max(most) == 1
-        huge = job("word " * 100, options={"max_tokens": 10**6})
-        with pytest.raises(ApiError) as refused:
-            made.submit([huge])
-        assert refused.value.status == 503
-        assert refused.value.headers["x-should-retry"] == "false"
     finally:
         made.stop()
 

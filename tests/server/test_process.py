@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -83,6 +84,12 @@ def test_the_example_of_the_page(process: Process, capsys: pytest.CaptureFixture
     process.client().models.list()
     exec(code.replace(":8080", f":{process.port}"), {})  # noqa: S102
     assert "France" in capsys.readouterr().out
+
+
+def test_how_many_at_once(process: Process) -> None:
+    """By chip and format, unless `--parallel` says otherwise; these weights are not quantized."""
+    with urlopen(f"http://127.0.0.1:{process.port}/v1/status") as response:
+        assert json.load(response)["engine"]["most_running"] == 4
 
 
 def test_a_port_in_use_and_hosts_without_a_key(process: Process) -> None:
