@@ -63,7 +63,9 @@ def load_inventory(
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
     model.on_gpu = hardware.has_gpu()
-    model.fuse(compiled_activation=model.on_gpu)
+    model.whole_codes = hardware.refuses_slices()
+    # CUDA compiles the product that looks up a row at its first use, for half a minute.
+    model.fuse(compiled_activation=model.on_gpu, row_by_product=hardware.has_metal())
     _use_kernels(model, inventory, compute)
     model.eval()
     return model
