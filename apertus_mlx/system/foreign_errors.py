@@ -54,6 +54,11 @@ def explain(error: BaseException) -> ApertusError | None:
         return None
     if out_of_memory(error):
         return no_memory(error)
+    if isinstance(error, ImportError) and "cannot open shared object file" in str(error):
+        return NotFoundError(
+            f"a library cannot be loaded ({' '.join(str(error).split())[:200]}); install what "
+            "needs it again; docs/cuda.md says how for MLX on CUDA"
+        )
     if refused_by_backend(error):
         reason = " ".join(str(error).split())[:200]
         return UsageError(

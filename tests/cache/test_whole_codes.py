@@ -11,6 +11,8 @@ from apertus_mlx.cache.protocol import Cache
 from tests.cache.test_cache import Rows
 from tests.simulated_card import REFUSAL, refuse_slices
 
+pytestmark = pytest.mark.gpu
+
 FORMS = [CacheConfig(4, 4), CacheConfig(3, 8, sinks=0, window=0), CacheConfig(4, 16),
          CacheConfig(8, 4, bound=260)]  # fmt: skip
 CHUNKS = [70, 1, 130, *[1] * 40, 33, 5]

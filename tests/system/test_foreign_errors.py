@@ -71,6 +71,15 @@ def test_words_that_only_another_machine_says(words: str) -> None:
     assert isinstance(explain(RuntimeError(words)), ResourceError)
 
 
+def test_a_library_that_another_one_needs() -> None:
+    """As the loader says it of MLX for CUDA where there is no driver."""
+    words = "libcuda.so.1: cannot open shared object file: No such file or directory"
+    error = explain(ImportError(words))
+    assert type(error) is NotFoundError
+    assert "libcuda.so.1" in str(error)
+    assert explain(ImportError("cannot import name 'x' from 'y'")) is None
+
+
 def test_names_that_are_no_text() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "caf\udce9".encode()
