@@ -19,7 +19,7 @@ from apertus_mlx.cli.app import app
 from apertus_mlx.generation.decode import prefill
 from apertus_mlx.generation.memory_plan import describe_plan, find_device, memory_limit, plan_memory
 from apertus_mlx.generation.options import RunOptions
-from apertus_mlx.measure.doctor.facts import gather_facts
+from apertus_mlx.measure.doctor import facts
 from apertus_mlx.memory import fit
 from apertus_mlx.memory.footprint import CARD_16_BIT, choose_backend, footprint
 from apertus_mlx.model.embedding import ProductEmbedding
@@ -56,10 +56,10 @@ def test_memory_is_the_cards() -> None:
     assert hardware.card() == hardware.Card(NAME, 85 * GB, 80 * GB)
     assert hardware.available_bytes() == memory_limit(RunOptions()) == 72 * GB
     assert hardware.available_bytes(gpu=False) < 2**50
-    facts = gather_facts()
-    assert (facts.memory_bytes, facts.available_bytes) == (85 * GB, 72 * GB)
-    assert facts.identity.chip == NAME
-    assert (facts.mlx_library, facts.metal, facts.gpu) == ("cuda", False, True)
+    found = facts.gather_facts()
+    assert (found.memory_bytes, found.available_bytes) == (85 * GB, 72 * GB)
+    assert found.identity.chip == NAME
+    assert (found.mlx_library, found.metal, found.gpu) == ("cuda", False, True)
     device, on_gpu, precision = find_device(None)
     assert (device.memory_bytes, device.ram_bytes, device.is_card) == (72 * GB, 85 * GB, True)
     assert (on_gpu, precision) == (True, None)
@@ -155,3 +155,13 @@ def test_a_row_of_the_embedding_is_a_product_with_metal_alone(
     monkeypatch.setattr(hardware, "has_metal", lambda: metal)
     model = load_model(folder, "float32")
     assert isinstance(model.model.embed_tokens, ProductEmbedding) is metal
+
+
+def test_wheels_that_overwrite_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"mlx-cpu": "0.32.4", "mlx-cuda-13": "0.32.3"}
+    monkeypatch.setattr(facts, "_version", installed.get)
+    said = run("doctor")
+    assert "MLX's library: cpu (of mlx-cpu 0.32.4, mlx-cuda-13 0.32.3)" in said
+    assert "overwrite each other's library" in said
+    installed.pop("mlx-cuda-13")
+    assert "overwrite" not in run("doctor")
