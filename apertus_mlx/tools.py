@@ -186,9 +186,11 @@ def convert_model(
         NotFoundError: there is no such source, or it cannot be reached.
         ResourceError: too little disk, or the device cannot hold the output.
     """
+    from apertus_mlx.backend import tf32
     from apertus_mlx.convert.plan.options import read_request
     from apertus_mlx.memory import parse_device
 
+    tf32.switch_off()
     texts = [Path(each) for each in as_list(calibration)]
     request = read_request(
         bits=bits, group_size=group_size, mode=mode, embed_bits=embed_bits, head_bits=head_bits,
@@ -294,7 +296,7 @@ def plan_overview(
         rows = []
         for repo_id in RELEASED:
             inventory = expected_inventory(repo_id)
-            backend = choose_backend(inventory, on_gpu, cpu=precision)
+            backend = choose_backend(inventory, on_gpu, cpu=precision, is_card=target.is_card)
             rows.append(plan_row(inventory, target, *settings, backend, is_estimate(repo_id)))
         return Overview(rows)
     if device is not None and not is_all(device):
@@ -361,9 +363,11 @@ def evaluate(
         NotFoundError: there is no such model, or it cannot be reached.
         RejectedError: a checkpoint is damaged or not supported.
     """
+    from apertus_mlx.backend import tf32
     from apertus_mlx.convert.evaluation.evaluate import measure_all
     from apertus_mlx.convert.evaluation.texts import hold_out, read_texts
 
+    tf32.switch_off()
     files, names = [Path(each) for each in as_list(text)], as_list(models)
     if not names:
         raise UsageError("models: give at least one")
@@ -431,11 +435,13 @@ def distill(
         RejectedError: a folder is damaged or not supported.
         ResourceError: too little memory or disk.
     """
+    from apertus_mlx.backend import tf32
     from apertus_mlx.convert.distill.run import distill as run
     from apertus_mlx.convert.distill.run import prepare
     from apertus_mlx.convert.distill.student import TRAINED
     from apertus_mlx.convert.distill.training import Options, best, codes_reach
 
+    tf32.switch_off()
     if not 0 < learning_rate <= 1:
         raise UsageError(f"--learning-rate {learning_rate}: expected above 0 and at most 1")
     files = [Path(each) for each in as_list(text)]

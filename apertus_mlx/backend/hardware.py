@@ -10,6 +10,7 @@ import ctypes
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,25 @@ def has_metal() -> bool:
     import mlx.core as mx
 
     return mx.metal.is_available()
+
+
+def has_cuda() -> bool:
+    """Whether MLX computes on a GPU of Nvidia's here."""
+    import mlx.core as mx
+
+    return mx.cuda.is_available() and has_gpu()
+
+
+def mlx_library() -> str:
+    """Which of MLX's libraries is loaded: `metal`, `cuda` or `cpu`."""
+    import mlx.core as mx
+
+    return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
+
+
+def refuses_slices() -> bool:
+    """Whether MLX's quantized products take codes in one piece only, no slice of a larger array."""
+    return has_cuda()
 
 
 def device_info() -> dict[str, str | int]:
@@ -100,16 +120,37 @@ def working_set_bytes() -> int | None:
     return size if isinstance(size, int) else None
 
 
-def available_bytes(gpu: bool | None = None) -> int:
-    """Memory that a run may take: what Metal recommends, else what the system says is free.
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU with memory of its own."""
 
-    Only Linux says that; elsewhere it is the machine's whole memory, less a tenth.
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+def card() -> Card | None:
+    """The GPU that MLX computes on, if it has memory of its own; None for Apple's, and without."""
+    info = device_info() if has_gpu() else {}
+    memory, free = info.get("total_memory"), info.get("free_memory")
+    if not isinstance(memory, int) or not isinstance(free, int):
+        return None
+    return Card(str(info.get("device_name", "GPU")), memory, free)
+
+
+def available_bytes(gpu: bool | None = None) -> int:
+    """Memory that a run may take: what Metal recommends or the card has free, else the system.
+
+    What is free only Linux says; elsewhere it is the machine's whole memory, less a tenth.
 
     `gpu`: whether MLX's GPU is to compute it; None: where MLX has one.
     """
-    working_set = working_set_bytes()
-    if working_set is not None and (has_gpu() if gpu is None else gpu):
-        return int(WORKING_SET_SHARE * working_set)
+    if has_gpu() if gpu is None else gpu:
+        working_set, own = working_set_bytes(), card()
+        if working_set is not None:
+            return int(WORKING_SET_SHARE * working_set)
+        if own is not None:
+            return int(AVAILABLE_SHARE * own.free_bytes)
     free = [_linux_available(), _control_group_left(), physical_bytes()]
     return int(AVAILABLE_SHARE * min(size for size in free if size is not None))
 

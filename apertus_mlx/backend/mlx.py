@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from apertus_mlx.backend import command_buffers, hardware
+from apertus_mlx.backend import command_buffers, hardware, tf32
 from apertus_mlx.checkpoint.inventory import (
     OUTPUT_DIVISOR,
     OUTPUT_SCALE,
@@ -55,6 +55,7 @@ def load_inventory(
     `on_bytes` is told the bytes read so far and in all.
     """
     command_buffers.widen()
+    tf32.switch_off()
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
     model = Model(inventory.config)
     nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
@@ -63,7 +64,9 @@ def load_inventory(
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
     model.on_gpu = hardware.has_gpu()
-    model.fuse(compiled_activation=model.on_gpu)
+    model.whole_codes = hardware.refuses_slices()
+    # CUDA compiles the product that looks up a row at its first use, for half a minute.
+    model.fuse(compiled_activation=model.on_gpu, row_by_product=hardware.has_metal())
     _use_kernels(model, inventory, compute)
     model.eval()
     return model

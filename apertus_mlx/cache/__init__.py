@@ -28,18 +28,19 @@ FULL_PRECISION = CacheConfig()
 
 
 def make_layer_cache(
-    config: CacheConfig, head_dim: int, joined: bool = False
+    config: CacheConfig, head_dim: int, joined: bool = False, whole_codes: bool = False
 ) -> FullCache | QuantizedCache:
     """An empty cache for one layer whose heads have `head_dim` numbers.
 
-    `joined`: for an owner that writes keys and values together; see `FullCache`.
+    `joined`: for an owner that writes keys and values together; see `FullCache`. `whole_codes`: for
+    a backend whose products refuse slices; see `QuantizedCache`.
 
     Raises:
         UsageError: heads of this width cannot be quantized or rotated as asked.
     """
     config.require_fit(head_dim)
     if config.quantized:
-        return QuantizedCache(config, head_dim)
+        return QuantizedCache(config, head_dim, whole_codes)
     return FullCache(config, joined)
 
 

@@ -27,16 +27,18 @@ class QuantizedCache:
 
     The latter lie in `recent` in the order of positions. `departed` holds the last block that was
     quantized, so that at least its length can be rewound exactly.
+
+    `whole_codes`: attention gets codes in one piece, never as a slice of a larger array.
     """
 
-    def __init__(self, config: CacheConfig, head_dim: int) -> None:
+    def __init__(self, config: CacheConfig, head_dim: int, whole_codes: bool = False) -> None:
         config.require_fit(head_dim)
         self.config = config
         self.head_dim = head_dim
         self.rotated = config.rotates(head_dim)
         self.offset = 0
         ring = config.ring
-        self.older: Store = Store() if ring is None else Ring(ring)
+        self.older = Store(whole_codes) if ring is None else Ring(ring, whole=whole_codes)
         self.recent: mx.array | None = None
         self.departed: mx.array | None = None
 

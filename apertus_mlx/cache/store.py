@@ -24,9 +24,14 @@ def capacity_for(rows: int) -> int:
 
 
 class Store:
-    """Keeps every row."""
+    """Keeps every row.
 
-    def __init__(self) -> None:
+    `whole`: there is never room for more rows than are held, so that `rows()` are no slices, which
+    some products refuse. Each `append` then copies all.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
         self.arrays: list[mx.array] = []
         self.length = 0
         # Rows in all that are known to come; room for them is made with the first.
@@ -49,7 +54,7 @@ class Store:
 
     def capacity(self, rows: int) -> int:
         """Rows allocated once `rows` have come."""
-        return capacity_for(rows)
+        return rows if self.whole else capacity_for(rows)
 
     def append(
         self,
@@ -79,7 +84,7 @@ class Store:
 
     def reserve(self, rows: int, like: Sequence[mx.array]) -> None:
         """Make room for `rows` in all, in the shapes and types of `like`."""
-        wanted = self.capacity(max(rows, self.expected))
+        wanted = self.capacity(rows if self.whole else max(rows, self.expected))
         if wanted <= self.room:
             return
         blank = [
@@ -121,13 +126,15 @@ class Store:
     def shrink(self, length: int) -> None:
         """Go back to `length` rows."""
         self.length = length
+        if self.whole:
+            self.compact()
 
 
 class Ring(Store):
     """Keeps the first `kept` rows and the latest of the others, `size` in all."""
 
-    def __init__(self, size: int, kept: int = 0) -> None:
-        super().__init__()
+    def __init__(self, size: int, kept: int = 0, whole: bool = False) -> None:
+        super().__init__(whole)
         self.size = size
         self.kept = kept
 
@@ -138,7 +145,7 @@ class Ring(Store):
 
     def capacity(self, rows: int) -> int:
         """Rows allocated once `rows` have come; never more than the ring has."""
-        return min(capacity_for(rows), self.size)
+        return min(super().capacity(rows), self.size)
 
     def append(self, new: Sequence[mx.array], keep_evicted: bool = False) -> list[mx.array]:
         """As `Store` does; rows come back in the order of their places in the ring."""

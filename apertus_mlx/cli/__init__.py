@@ -46,13 +46,14 @@ def _run() -> int:
 def _command() -> int:
     import typer
 
-    from apertus_mlx.backend import command_buffers
+    from apertus_mlx.backend import command_buffers, tf32
     from apertus_mlx.cli.app import app
     from apertus_mlx.errors import UsageError
 
     # typer's own class for wrong arguments; which package it lives in changes with its version.
     wrong_usage: Any = typer.BadParameter.__mro__[1]
     command_buffers.widen()
+    tf32.switch_off()
     try:
         # Outside its standalone mode typer returns the code of an Exit, an interrupt's among them.
         code = app(standalone_mode=False, prog_name="apertus-mlx")

@@ -47,6 +47,7 @@ def doctor(
         _reset(json)
         return
 
+    from apertus_mlx.backend import tf32
     from apertus_mlx.backend.hardware import has_metal
     from apertus_mlx.backend.metal.text import type_key
     from apertus_mlx.backend.mlx import compute_dtype
@@ -67,7 +68,10 @@ def doctor(
     report = visit(inventory, name, dtype_name, tune, again, on_stage=note)
     print_report(json, lambda: as_json(report), lambda: _words(report))
     if not report.products_right:
-        raise RejectedError("MLX computes wrongly on this machine: reinstall it (pip install mlx)")
+        way_out = "reinstall it (pip install --force-reinstall mlx)"
+        if tf32.asked_for():
+            way_out = f"{tf32.VARIABLE} rounds float32 to 10 bits; unset it"
+        raise RejectedError(f"MLX computes wrongly on this machine: {way_out}")
 
 
 def _reset(json: bool) -> None:
@@ -140,12 +144,18 @@ def _machine_lines(facts: Facts) -> list[str]:
     if facts.largest_buffer_bytes is not None:
         memory += f", {format_bytes(facts.largest_buffer_bytes)} in one buffer"
     gpu = "Metal" if facts.metal else "a GPU without Metal" if facts.gpu else "no GPU"
+    if facts.gpu and facts.mlx_library == "cuda":
+        gpu = "CUDA"
+    wheels = ", ".join(f"{name} {number}" for name, number in facts.mlx_wheels.items())
     lines = [
         f"{identity.chip} ({facts.architecture}), {identity.system}, {gpu}",
         memory,
         f"apertus-mlx {identity.package}, MLX {identity.mlx}, Python {facts.python}",
+        f"MLX's library: {facts.mlx_library} (of {wheels or 'no package that is known'})",
         ", ".join(f"{name} {number or '-'}" for name, number in facts.packages.items()),
     ]
+    if len(facts.mlx_wheels) > 1:
+        lines.append("these packages overwrite each other's library: keep one (docs/cuda.md)")
     if facts.mlx_variables:
         lines.append(" ".join(f"{name}={value}" for name, value in facts.mlx_variables.items()))
     return lines

@@ -86,7 +86,9 @@ class _Place:
         from apertus_mlx.memory.footprint import choose_backend, footprint
 
         context = min(self.context, inventory.config.max_position_embeddings)
-        backend = choose_backend(inventory, self._on_gpu, cpu=self._cpu)
+        backend = choose_backend(
+            inventory, self._on_gpu, cpu=self._cpu, is_card=self.device.is_card
+        )
         try:
             found = fit(inventory, self.device.memory_bytes, context, backend)
         except ResourceError:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from apertus_mlx.backend.choose import uses_cpu
-from apertus_mlx.backend.hardware import available_bytes, has_gpu
+from apertus_mlx.backend.hardware import available_bytes, card, has_gpu
 from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
-from apertus_mlx.memory.fit import PREFILL_STEPS
+from apertus_mlx.memory.fit import prefill_steps
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.system.sizes import format_bytes
 
@@ -24,7 +24,12 @@ def find_device(name: str | None) -> tuple[Device, bool, str | None]:
     if name is not None:  # every device by name is Apple's
         return parse_device(name), True, None
     precision = "auto" if uses_cpu("auto", None) else None
-    return Device("this machine", available_bytes()), has_gpu(), precision
+    own = card() if precision is None else None
+    if own is None:
+        return Device("this machine", available_bytes()), has_gpu(), precision
+    name = f"this machine ({own.name}, {format_bytes(own.memory_bytes)})"
+    device = Device(name, available_bytes(), ram_bytes=own.memory_bytes, is_card=True)
+    return device, True, None
 
 
 def memory_limit(options: RunOptions) -> int:
@@ -46,18 +51,19 @@ def plan_memory(inventory: Inventory, options: RunOptions, context: int) -> Fit:
     if form is not None:
         form.require_fit(config.head_dim)
     cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
-    backend = choose_backend(inventory, has_gpu(), options.dtype, cpu)
+    backend = choose_backend(inventory, has_gpu(), options.dtype, cpu, card() is not None)
     context = min(context, config.max_position_embeddings)
     limit = memory_limit(options)
     if not options.force:
         return fit(inventory, limit, context, backend, form, options.prefill_step)
-    form, step = form or FULL_PRECISION, options.prefill_step or PREFILL_STEPS[0]
+    form, step = form or FULL_PRECISION, options.prefill_step or prefill_steps(backend)[0]
     return Fit(form, step, footprint(inventory, form, context, step, backend), limit, backend)
 
 
 def describe_plan(plan: Fit, options: RunOptions, context: int) -> str | None:
     """One line about a plan that a limit has shaped; None about the usual one."""
-    usual = (options.form or FULL_PRECISION, options.prefill_step or PREFILL_STEPS[0])
+    step = options.prefill_step or prefill_steps(plan.backend)[0]
+    usual = (options.form or FULL_PRECISION, step)
     chosen = (plan.form, plan.prefill_step)
     if options.force or (options.memory_limit is None and chosen == usual):
         return None

@@ -164,7 +164,8 @@ class CacheOptions:
         bool | None, Option("Rotate keys before they are quantized; default: where heads allow it.")
     ] = None
     prefill_step: Annotated[
-        int | None, Option("Prompt tokens per step; default: 512, or less.", Range(1, 2**20))
+        int | None,
+        Option("Prompt tokens per step; default: 512 (on CUDA 2048), or less.", Range(1, 2**20)),
     ] = None
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ class Device:
         chip: its name; None for a machine that is only a size.
         ram_bytes: of the whole device.
         ram_source: where `ram_bytes` is from, and so on for the others.
+        is_card: whether it is a GPU with memory of its own.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Device:
     ram_source: str | None = None
     memory_source: str | None = None
     bandwidth_source: str | None = None
+    is_card: bool = False
 
 
 def known_devices() -> list[Device]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,7 +16,7 @@ from apertus_mlx.memory.footprint import Backend, Footprint, footprint
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.sizes import format_bytes
 
-PREFILL_STEPS = (512, 256, 128, 64, 32)
+PREFILL_STEPS = (2048, 1024, 512, 256, 128, 64, 32)
 # Steps down to this cost little speed; smaller ones are tried after the caches' precision.
 COMFORTABLE_STEP = 128
 # From the best quality to the least; 2 bits only on request.
@@ -51,6 +51,11 @@ class Fit:
         return 0 if self.backend.cpu else self.footprint.total_bytes
 
 
+def prefill_steps(backend: Backend) -> tuple[int, ...]:
+    """The steps to choose from, the usual one first."""
+    return tuple(step for step in PREFILL_STEPS if step <= backend.longest_step)
+
+
 def fit(
     inventory: Inventory,
     limit_bytes: int,
@@ -68,7 +73,8 @@ def fit(
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
     """
-    for candidate, step in _settings(inventory.config, context, form, prefill_step, bounds):
+    steps = (prefill_step,) if prefill_step is not None else prefill_steps(backend)
+    for candidate, step in _settings(inventory.config, context, form, steps, bounds):
         needed = footprint(inventory, candidate, context, step, backend)
         if needed.total_bytes <= limit_bytes:
             return Fit(candidate, step, needed, limit_bytes, backend)
@@ -91,11 +97,10 @@ def _settings(
     config: ModelConfig,
     context: int,
     form: CacheConfig | None,
-    prefill_step: int | None,
+    steps: Sequence[int],
     bounds: bool,
 ) -> Iterator[tuple[CacheConfig, int]]:
     forms = [form] if form is not None else possible_forms(config)
-    steps = [prefill_step] if prefill_step is not None else list(PREFILL_STEPS)
     comfortable = [step for step in steps if step >= COMFORTABLE_STEP] or steps
     yield from product(forms, comfortable)
     yield from product(forms, steps)
@@ -147,7 +152,8 @@ def _refusal(
             f"with at most {fits} tokens in all; --force tries anyway"
         )
     short = min(context, LEAST_BOUND)
-    found = _settings(inventory.config, short, form, prefill_step, False)
+    steps = (prefill_step,) if prefill_step is not None else prefill_steps(backend)
+    found = _settings(inventory.config, short, form, steps, False)
     settings = [(each, short, step) for each, step in found]
 
     def least_of(model: Inventory) -> int:

@@ -10,7 +10,7 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.devices import Device
-from apertus_mlx.memory.fit import PREFILL_STEPS, fit, largest_context, possible_forms
+from apertus_mlx.memory.fit import fit, largest_context, possible_forms, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend, footprint, kv_bytes_per_position
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
 from apertus_mlx.system.sizes import format_bytes
@@ -94,7 +94,7 @@ def plan_for_device(
     context = min(DEFAULT_CONTEXT, longest) if context is None else context
     if form is not None:
         form.require_fit(inventory.config.head_dim)
-    backend = choose_backend(inventory, on_gpu, cpu=cpu)
+    backend = choose_backend(inventory, on_gpu, cpu=cpu, is_card=device.is_card)
     forms = [form] if form is not None else possible_forms(inventory.config)
 
     def planned(form: CacheConfig, step: int) -> PlannedRun:
@@ -133,7 +133,7 @@ def plan_for_device(
         device.bandwidth,
         context,
         backend.compute_bytes,
-        [planned(each, prefill_step or PREFILL_STEPS[0]) for each in forms],
+        [planned(each, prefill_step or prefill_steps(backend)[0]) for each in forms],
         best_row,
         advice,
         FORMULA,

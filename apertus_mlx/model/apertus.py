@@ -276,6 +276,7 @@ class Model(nn.Module):
 
     Attributes:
         on_gpu: whether a GPU computes it; whoever loads it says so.
+        whole_codes: whether products with codes of a cache refuse slices; likewise.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -283,6 +284,7 @@ class Model(nn.Module):
         self.config = config
         self.model_type = config.family
         self.on_gpu = False
+        self.whole_codes = False
         self._step: Step | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -315,13 +317,13 @@ class Model(nn.Module):
         """
         self._step = step
 
-    def fuse(self, compiled_activation: bool = False) -> None:
+    def fuse(self, compiled_activation: bool = False, row_by_product: bool = True) -> None:
         """Bring the weights, now final, into the form that is the quickest to compute with.
 
         Matrices that are joined lose their own names among the parameters. For
-        `compiled_activation` see `XIELU.fuse`.
+        `compiled_activation` see `XIELU.fuse`, for `row_by_product` `ProductEmbedding`.
         """
-        if ProductEmbedding.is_exact(self.model.embed_tokens):
+        if row_by_product and ProductEmbedding.is_exact(self.model.embed_tokens):
             self.model.embed_tokens = ProductEmbedding(self.model.embed_tokens)
         for layer in self.layers:
             layer.self_attn.fuse()
@@ -349,4 +351,5 @@ class Model(nn.Module):
             UsageError: heads of this model cannot be quantized or rotated as `form` asks.
         """
         joined = self._step is not None and self._step.joined_rows
-        return [make_layer_cache(form, self.config.head_dim, joined) for _ in self.layers]
+        width, whole = self.config.head_dim, self.whole_codes
+        return [make_layer_cache(form, width, joined, whole) for _ in self.layers]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,12 @@ _MEMORY_WORDS = ("bad_alloc", "unable to allocate", "failed to allocate", "canno
                  "out of memory", "can't start new thread", "resource temporarily unavailable",
                  "failed to map segment", "maximum allowed buffer size",
                  "insufficient memory", "outofmemory")  # fmt: skip
+# Of MLX's backends: operations, shapes, types and widths that one has and another has not.
+_REFUSAL = re.compile(
+    r"no implementation for|has no \w+ implementation|::eval_[cg]pu\] .*(not implemented|not "
+    r"supported)|\] (.*\b)?NYI\b|(-bit quantization|group size \d+) is not supported",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def explain(error: BaseException) -> ApertusError | None:
@@ -47,6 +54,17 @@ def explain(error: BaseException) -> ApertusError | None:
         return None
     if out_of_memory(error):
         return no_memory(error)
+    if isinstance(error, ImportError) and "cannot open shared object file" in str(error):
+        return NotFoundError(
+            f"a library cannot be loaded ({' '.join(str(error).split())[:200]}); install what "
+            "needs it again; docs/cuda.md says how for MLX on CUDA"
+        )
+    if refused_by_backend(error):
+        reason = " ".join(str(error).split())[:200]
+        return UsageError(
+            f"MLX cannot compute this on the device that it uses here ({reason}); --compute cpu, "
+            "another --dtype, --kv-bits 16 or a model in other bits may do"
+        )
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return UsageError(f"{error.object[:200]}: not UTF-8; give it another name")
     if isinstance(error, ValueError) and "embedded null" in str(error):
@@ -76,6 +94,19 @@ def out_of_memory(error: Exception) -> bool:
         return True
     return not isinstance(error, ApertusError | OSError) and any(
         word in str(error).lower() for word in _MEMORY_WORDS
+    )
+
+
+def refused_by_backend(error: Exception) -> bool:
+    """Whether MLX says by `error` that it lacks an operation on this device, not that it failed.
+
+    Gradients that it lacks are a bug of ours: it lacks them everywhere.
+    """
+    text = str(error)
+    return (
+        type(error) in (RuntimeError, ValueError)
+        and _REFUSAL.search(text) is not None
+        and (re.search(r"::?(vjp|jvp|vmap)\b", text) is None)
     )
 
 

@@ -50,7 +50,8 @@ def memory_terms(inventory: Inventory) -> dict[str, Any]:
     """
     backend = choose_backend(inventory, on_gpu=True)
     factors = asdict(backend)
-    del factors["cpu"]
+    for other in ("cpu", "is_card", "longest_step"):
+        del factors[other]
     forms = possible_forms(inventory.config)
     return {
         "weights_bytes": weights_bytes(inventory, backend.compute_bytes),

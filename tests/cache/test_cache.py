@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apertus_mlx.backend import hardware
 from apertus_mlx.cache import (
     CacheConfig,
     Codes,
+    FullCache,
     QuantizedCache,
     expect,
     make_layer_cache,
@@ -30,9 +32,16 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights
 
+pytestmark = pytest.mark.gpu
+
 HEADS, KEY_HEADS = 4, 2
 BITS = (2, 3, 4, 6, 8)
 laws = settings(max_examples=25, deadline=None)
+
+
+def new_cache(config: CacheConfig) -> FullCache | QuantizedCache:
+    """As a model on this machine makes it."""
+    return make_layer_cache(config, 32, whole_codes=hardware.refuses_slices())
 
 
 class Rows:
@@ -151,7 +160,7 @@ def test_every_form_equals_its_float64_reference(
     config: CacheConfig, chunks: list[int], seed: int
 ) -> None:
     rows = Rows(sum(chunks), 32, seed)
-    got = rows.run(make_layer_cache(config, 32), chunks)
+    got = rows.run(new_cache(config), chunks)
     np.testing.assert_allclose(got, rows.reference(config), rtol=0, atol=3e-5)
 
 
@@ -159,10 +168,8 @@ def test_every_form_equals_its_float64_reference(
 @given(forms(), chunkings(), st.integers(0, 10**6))
 def test_chunks_equal_one_shot(config: CacheConfig, chunks: list[int], seed: int) -> None:
     rows = Rows(sum(chunks), 32, seed)
-    whole = rows.run(make_layer_cache(config, 32), [sum(chunks)])
-    np.testing.assert_allclose(
-        rows.run(make_layer_cache(config, 32), chunks), whole, rtol=0, atol=2e-5
-    )
+    whole = rows.run(new_cache(config), [sum(chunks)])
+    np.testing.assert_allclose(rows.run(new_cache(config), chunks), whole, rtol=0, atol=2e-5)
 
 
 @laws
@@ -172,13 +179,13 @@ def test_rewinding_is_exact_or_refused(
 ) -> None:
     start, more = sum(before), sum(after)
     rows = Rows(start + more, 32, seed)
-    cache = make_layer_cache(config, 32)
+    cache = new_cache(config)
     rows.run(cache, before)
     trimmed = cache.trim(back)
     assert trimmed in (0, min(back, start))
     assert cache.offset == start - trimmed
     kept = cache.offset
-    fresh = make_layer_cache(config, 32)
+    fresh = new_cache(config)
     if kept:
         rows.run(fresh, [kept])
     got, expected = (rows.run(one, [*after[:-1], 1], kept) for one in (cache, fresh))
@@ -189,7 +196,7 @@ def test_rewinding_is_exact_or_refused(
 def test_a_block_can_always_be_rewound(config: CacheConfig) -> None:
     rows = Rows(400, 32, 0)
     for length in range(330, 400, 7):
-        cache = make_layer_cache(config, 32)
+        cache = new_cache(config)
         rows.run(cache, [length])
         assert cache.is_trimmable()
         assert cache.trim(STEP) == STEP
@@ -198,7 +205,7 @@ def test_a_block_can_always_be_rewound(config: CacheConfig) -> None:
 @pytest.mark.parametrize("config", [CacheConfig(bound=100), CacheConfig(4, 4, bound=200)])
 def test_what_a_ring_dropped_cannot_come_back(config: CacheConfig) -> None:
     rows = Rows(400, 32, 0)
-    cache = make_layer_cache(config, 32)
+    cache = new_cache(config)
     rows.run(cache, [340])
     assert not cache.is_trimmable() or config.quantized
     assert cache.trim(300) == 0
@@ -255,7 +262,7 @@ def test_bytes_of_a_position(bits: int, head_dim: int) -> None:
 
 @pytest.mark.parametrize("config", [CacheConfig(bound=256), CacheConfig(4, 4, bound=256)])
 def test_a_bound_holds(config: CacheConfig) -> None:
-    cache = make_layer_cache(config, 32)
+    cache = new_cache(config)
     sizes = []
     for length in [100, 1, 50, *[1] * 300, 700, *[1] * 40]:
         kv = mx.zeros((1, 2, length, 32))
@@ -294,6 +301,7 @@ def test_what_is_expected_is_never_copied(config: CacheConfig) -> None:
 def _model(head_dim: int, seed: int) -> Model:
     config = config_4x(head_dim=head_dim, vocab_size=300)
     model = Model(parse_config(config))
+    model.whole_codes = hardware.refuses_slices()
     weights = {name: mx.array(value) for name, value in random_weights(config, seed).items()}
     model.load_weights(list(weights.items()))
     return model
@@ -376,5 +384,5 @@ def test_blocks_of_queries_and_codes_change_nothing(
     expected = rows.reference(config)
     monkeypatch.setattr(segmented, "BLOCK", 40)
     monkeypatch.setattr(segmented, "MAX_SCORES_BYTES", HEADS * 300 * 4 * 17)
-    got = rows.run(make_layer_cache(config, 32), [200, 100])
+    got = rows.run(new_cache(config), [200, 100])
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5)

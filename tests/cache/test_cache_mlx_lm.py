@@ -15,6 +15,8 @@ from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint
 
+pytestmark = pytest.mark.gpu
+
 generate = pytest.importorskip("mlx_lm.generate")
 mlx_lm_cache = pytest.importorskip("mlx_lm.models.cache")
 

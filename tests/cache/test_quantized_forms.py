@@ -17,6 +17,8 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, QuantSpec
 from tests.builders import config_4x, random_weights, write_checkpoint
 
+pytestmark = pytest.mark.gpu
+
 IDS = mx.array([[1, 65, 74, 150, 233, 80, 201, 99]])
 SPECS = [QuantSpec(bits, size) for bits in AFFINE_BITS for size in AFFINE_GROUP_SIZES]
 SPECS += [QuantSpec(bits, size, mode) for mode, (bits, size) in FLOAT_MODES.items()]  # type: ignore[arg-type]

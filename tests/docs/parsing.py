@@ -104,7 +104,7 @@ def _check_argparse(module: Any, arguments: Sequence[str]) -> None:
 def _check_pip(arguments: Sequence[str]) -> None:
     """What is installed is this checkout, with extras that there are, or a package of others."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert arguments[0] == "install", arguments
+    assert arguments[0] in ("install", "uninstall"), arguments
     for target in (each for each in arguments[1:] if not each.startswith("-")):
         found = re.fullmatch(r"([\w./-]+?)(?:\[([\w,-]+)\])?", target)
         assert found is not None, target

@@ -26,6 +26,7 @@ LINES = [
 NAMES = re.compile(
     r"'?organisation/model'?|https://huggingface\.co|Apertus-8B|/Volumes/disk|\.model-MLX-4bit\.partial"
     r"|Apple M4 Pro|macOS 26\.\d \(25\w+\)|No module named 'onnxruntime'|no route to host"
+    r"|\[quantized_matmul\] No implementation for problem shape: 1x64x300x8|MLX_ENABLE_TF32"
     r"|KeyError|'x'|'gptq'|^model|\(revision main\)|--schema|0123456789ab"
 )
 FIGURES = re.compile(r"\b\d[\d.,]*( tokens| bits| [kMG]B| s)?|(?<=\0)s\b|[\s():;,./\0]")

@@ -15,6 +15,8 @@ from apertus_mlx.generation.run import Generation
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.template import Message
 
+pytestmark = pytest.mark.gpu
+
 GREEDY = SamplingOptions(temperature=0)
 
 

@@ -39,6 +39,8 @@ from tests.builders import config_4x, random_weights, write_checkpoint, write_js
 from tests.cache_sequences import layers_of
 from tests.decode_step import JoinedPlain
 
+pytestmark = pytest.mark.gpu
+
 TOKENS = [(11 * i * i + 5 * i) % 380 for i in range(230)]
 FORMS = [
     FULL_PRECISION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache as remembered
 
@@ -26,6 +27,15 @@ WIDE = (256, 1024, 2, 4, 2, 64, 24_576, 16)
 DEEP = (192, 384, 5, 3, 3, 64, 24_576, 16)
 BIG_HEADS = (256, 384, 2, 4, 4, 128, 24_576, 16)
 SMALL = (256, 512, 2, 4, 2, 64, 65_536, 8)
+
+
+@pytest.fixture(autouse=True)
+def processor() -> Iterator[None]:
+    """Its peaks are compared, also where MLX has a GPU."""
+    usual = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(usual)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.parity_cases import CASES, GREEDY_TOKENS, PROMPT
 
+pytestmark = pytest.mark.gpu
+
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "transformers_golden.safetensors")
 TOLERANCE = 1e-4  # of the logits' standard deviation
 mlx_lm_utils = pytest.importorskip("mlx_lm.utils")

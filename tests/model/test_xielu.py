@@ -10,6 +10,8 @@ import pytest
 
 from apertus_mlx.model.apertus import XIELU
 
+pytestmark = pytest.mark.gpu
+
 # (stored alpha_p, stored alpha_n) -> {x: f(x)} in float64.
 VECTORS = {
     (0.0, 0.0): {

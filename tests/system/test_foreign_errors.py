@@ -71,6 +71,15 @@ def test_words_that_only_another_machine_says(words: str) -> None:
     assert isinstance(explain(RuntimeError(words)), ResourceError)
 
 
+def test_a_library_that_another_one_needs() -> None:
+    """As the loader says it of MLX for CUDA where there is no driver."""
+    words = "libcuda.so.1: cannot open shared object file: No such file or directory"
+    error = explain(ImportError(words))
+    assert type(error) is NotFoundError
+    assert "libcuda.so.1" in str(error)
+    assert explain(ImportError("cannot import name 'x' from 'y'")) is None
+
+
 def test_names_that_are_no_text() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "caf\udce9".encode()
@@ -89,3 +98,46 @@ def test_bugs_stay_bugs() -> None:
     assert explain(KeyboardInterrupt()) is None
     ours = RejectedError("x")
     assert explain(ours) is ours
+
+
+def test_what_a_backend_lacks() -> None:
+    """As MLX on a processor says it of a product of two quantized matrices."""
+    with pytest.raises(RuntimeError) as caught:
+        mx.eval(mx.qqmm(mx.ones((8, 64)), mx.ones((8, 64))))
+    error = explain(caught.value)
+    assert type(error) is UsageError
+    assert "[QQMatmul]" in str(error)
+    assert "--compute cpu" in str(error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[quantized_matmul] No implementation for problem shape: 1x64x300x8, transpose: true,\n "
+        'activation: float32, bits: 3, group size: 64, mode: "affine".',
+        "[gather_qmm] No implementation for problem shape: 1x64x300x8.",
+        "[Load::eval_gpu] Not implemented.",
+        "Hadamard has no CUDA implementation.",
+        "[quantized_matmul] 5-bit quantization is not supported.",
+        "[SVD::eval_gpu] Metal SVD NYI.",
+    ],
+)
+def test_what_only_another_backend_lacks(words: str) -> None:
+    for kind in (RuntimeError, ValueError):
+        error = explain(kind(words))
+        assert type(error) is UsageError
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[matmul] Last dimension of first input with shape (2,3) must match.",
+        "[Primitive::vjp] Not implemented for Sort.",
+        "[QuantizedMatmul::vmap] NYI",
+        "tying of NYIs",
+    ],
+)
+def test_what_is_wrong_on_every_backend_is_a_bug(words: str) -> None:
+    assert explain(RuntimeError(words)) is None
+    assert explain(NotImplementedError("not implemented")) is None

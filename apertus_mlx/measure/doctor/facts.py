@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.backend import hardware
+from apertus_mlx.backend import hardware, tf32
 from apertus_mlx.backend.metal.verdict import Machine, this_machine
 
 PACKAGES = (
@@ -18,7 +18,12 @@ PACKAGES = (
     *("onnxruntime", "mlx-lm", "transformers"),
 )
 # MLX reads them once, when it starts.
-MLX_VARIABLES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_METAL_FAST_SYNCH")
+MLX_VARIABLES = (
+    *("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_METAL_FAST_SYNCH"),
+    tf32.VARIABLE,
+)
+# Each brings a library under the same name: the one installed last is loaded.
+MLX_WHEELS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 # Most that a float32 product of 512 terms may be off, relative to the norm of the exact one.
 PRODUCT_BOUND = 1e-5
 
@@ -42,13 +47,19 @@ class Facts:
     mlx_variables: dict[str, str]
     # Name -> version; None for what is not installed.
     packages: dict[str, str | None]
+    # Which of MLX's libraries is loaded (metal, cuda or cpu), and the packages that bring one.
+    mlx_library: str
+    mlx_wheels: dict[str, str]
 
 
 def gather_facts() -> Facts:
     """Ask MLX and the system; takes no measurements."""
     info = hardware.device_info()
     largest = info.get("max_buffer_length")
-    memory = info.get("memory_size")
+    memory, own = info.get("memory_size"), hardware.card()
+    if own is not None:
+        memory = own.memory_bytes
+    wheels = {name: _version(name) for name in MLX_WHEELS}
     return Facts(
         identity=this_machine(),
         architecture=str(info.get("architecture", platform.machine())),
@@ -61,23 +72,29 @@ def gather_facts() -> Facts:
         largest_buffer_bytes=largest if isinstance(largest, int) else None,
         mlx_variables={name: os.environ[name] for name in MLX_VARIABLES if name in os.environ},
         packages={name: _version(name) for name in PACKAGES},
+        mlx_library=hardware.mlx_library(),
+        mlx_wheels={name: number for name, number in wheels.items() if number is not None},
     )
 
 
 def product_errors() -> dict[str, float]:
-    """Errors of MLX's float32 products of a vector, dense and with 4-bit weights.
+    """Errors of MLX's float32 products of a vector and of 64, dense and with 4-bit weights.
 
-    Against float64, relative to the norm of the exact product; see `PRODUCT_BOUND`.
+    Against float64, relative to the norm of the exact product; see `PRODUCT_BOUND`. Other kernels
+    compute the product of 64 rows, on some GPUs in TF32.
     """
     keys = mx.random.split(mx.random.key(0), 2)
-    x, weight = mx.random.normal((1, 512), key=keys[0]), mx.random.normal((256, 512), key=keys[1])
+    many, weight = (
+        mx.random.normal((rows, 512), key=key) for rows, key in zip((64, 256), keys, strict=True)
+    )
     codes = mx.quantize(weight, group_size=64, bits=4)
-    product = mx.quantized_matmul(x, *codes, group_size=64, bits=4)
     restored = mx.dequantize(*codes, group_size=64, bits=4)
-    return {
-        "float32 product": _error(x @ weight.T, x, weight),
-        "4-bit product": _error(product, x, restored),
-    }
+    errors = {}
+    for words, x in (("", many[:1]), (" of 64 rows", many)):
+        product = mx.quantized_matmul(x, *codes, group_size=64, bits=4)
+        errors[f"float32 product{words}"] = _error(x @ weight.T, x, weight)
+        errors[f"4-bit product{words}"] = _error(product, x, restored)
+    return errors
 
 
 def _error(product: mx.array, x: mx.array, weight: mx.array) -> float:
