@@ -125,7 +125,7 @@ def test_bytes_of_the_cache() -> None:
 
 def test_bandwidth_by_the_name_of_the_chip() -> None:
     assert published_bandwidth("Apple M4 Pro") == 273e9
-    assert published_bandwidth("Apple M1") == 68e9
+    assert published_bandwidth("Apple M1") == 68.25e9
     assert published_bandwidth("Apple M2 Max") == 400e9
     # Two kinds of one name, told by their memory.
     assert published_bandwidth("Apple M3 Max") is None
