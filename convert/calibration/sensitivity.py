@@ -22,6 +22,7 @@ from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant import gptq
 from apertus_mlx.quant.affine import ScaleType, dequantize
 from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.curvature import damped
 from apertus_mlx.quant.spec import QuantSpec
 
 SEED = 1
@@ -74,7 +75,7 @@ def predict_divergences(
                 weight, gradient = weights.matrix(path), trace.gradients[path]
                 left = 1.0
                 if path in gptq_paths:
-                    moments = gptq.damped(trace.inputs.T @ trace.inputs)
+                    moments = damped(trace.inputs.T @ trace.inputs)
                     rows, *errors = _try_gptq(weight, roundings[path], moments, scale_type)
                     left = _ratio(
                         *(_divergence(e, trace.inputs, gradient[:, rows]) for e in errors)
@@ -135,9 +136,9 @@ def _end_curvature(ends: Ends, is_embedding: bool, is_head: bool) -> Float64:
     """What the error of a row is multiplied with, where it is looked up and where it is read."""
     curvature = np.zeros((ends.hidden.shape[1],) * 2)
     if is_embedding:
-        curvature += gptq.damped(ends.embedding_gradient.T @ ends.embedding_gradient)
+        curvature += damped(ends.embedding_gradient.T @ ends.embedding_gradient)
     if is_head:
-        curvature += gptq.damped(ends.hidden.T @ ends.hidden)
+        curvature += damped(ends.hidden.T @ ends.hidden)
     return curvature
 
 

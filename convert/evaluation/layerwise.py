@@ -100,7 +100,7 @@ class ChangedWeights:
 
 def to_bfloat16(values: Float32) -> Float32:
     """Round to bfloat16; what a model computed in that type does after each product."""
-    return round_scales(values, "BF16")
+    return np.asarray(round_scales(values, "BF16"))
 
 
 class Layer:
