@@ -191,15 +191,24 @@ def _quantize_layer(
     correction: float,
 ) -> Iterator[tuple[str, AffineCodes]]:
     """Quantize the stages of a layer in turn, and move both streams through it."""
-    streams = ((before, original), (after, quantized))
     parts = list(batches(*original.shape[:2]))
     for stage, names in enumerate(Layer.STAGES):
         paths = {f"{after.path}.{name}": name for name in names}
         wanted = [path for path in paths if path in specs]
+        # What o is given costs attention, so it is kept; what down is given is six times as large.
+        kept: list[mx.array | None] = [None] * len(parts)
         if wanted:
             moments = Moments(*(after.projections[name].weight for name in names))
-            for part in parts:
-                moments.add(*(layer.stage_input(stage, mx.array(x[part])) for layer, x in streams))
+            for number, part in enumerate(parts):
+                streams = mx.array(original[part]), mx.array(quantized[part])
+                inputs = [
+                    layer.stage_input(stage, stream)
+                    for layer, stream in zip((before, after), streams, strict=True)
+                ]
+                moments.add(*inputs)
+                if stage in (1, 3):
+                    original[part] = np.array(before.add(stage, streams[0], inputs[0]))
+                kept[number] = inputs[1] if stage == 1 else None
             objective = Objective.of(moments, correction)
             del moments
             found: dict[str, AffineCodes] = {}
@@ -213,5 +222,8 @@ def _quantize_layer(
                 after.projections[paths[path]].weight = dequantize(found[path])
                 yield path, found[path]
         if stage in (1, 3):
-            for layer, x in streams:
-                run_layer(partial(layer.add, stage), x)
+            if not wanted:
+                run_layer(partial(before.add, stage), original)
+            for part, seen in zip(parts, kept, strict=True):
+                moved = after.add(stage, mx.array(quantized[part]), seen)
+                quantized[part] = np.array(moved)

@@ -163,10 +163,15 @@ class Layer:
             return module.self_attn(x, "causal" if x.shape[1] > 1 else None, None)
         return self._activation(self.projections["mlp.up_proj"](x)) if stage == 3 else x
 
-    def add(self, stage: int, residual: mx.array) -> mx.array:
-        """The residual stream after attention (stage 1) or the feed-forward part (stage 3)."""
+    def add(self, stage: int, residual: mx.array, inputs: mx.array | None = None) -> mx.array:
+        """The residual stream after attention (stage 1) or the feed-forward part (stage 3).
+
+        `inputs` are what `stage_input` gave, where they are still there.
+        """
         name = self.STAGES[stage][0]
-        return residual + self.projections[name](self.stage_input(stage, residual))
+        if inputs is None:
+            inputs = self.stage_input(stage, residual)
+        return residual + self.projections[name](inputs)
 
     def __call__(self, residual: mx.array) -> mx.array:
         """The residual stream after this layer."""

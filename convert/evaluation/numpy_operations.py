@@ -58,7 +58,7 @@ def causal_attention(scale: float) -> _Operation:
 
 
 def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> _Operation:
-    """xIELU with final slopes, as `model.apertus.xielu` has it."""
+    """The activation with final slopes, as `model.apertus.xielu` has it."""
 
     def forward(x: mx.array) -> mx.array:
         def apply(y: Float32) -> Float32:
