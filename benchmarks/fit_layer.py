@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,7 +63,9 @@ def main() -> None:
             f"{shares[1]} |",
             flush=True,
         )
-    print(f"| all | | {total[0]:.2f} | | {total[1]:.2f} | |")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"| all | | {total[0]:.2f} | | {total[1]:.2f} | |\n")
+    print(f"peak of the process: {peak / (1e9 if sys.platform == 'darwin' else 1e6):.2f} GB")
 
 
 def _stages(

@@ -40,3 +40,9 @@ def as_library(values: npt.NDArray[Any], other: Array) -> Array:
     """`values` as an array of the library of `other`."""
     found = library(other)
     return values if found is np else found.array(values)
+
+
+def settled(*arrays: Array) -> None:
+    """Have MLX compute these now, so that what they come from is let go; NumPy has long done so."""
+    if library(arrays[0]) is not np:
+        library(arrays[0]).eval(*arrays)

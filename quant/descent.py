@@ -8,12 +8,14 @@ No step makes a row worse, so no results have to be compared. NumPy or MLX.
 from __future__ import annotations
 
 from apertus_mlx.quant.affine import ScaleType, round_scales, usable_scales
-from apertus_mlx.quant.arrays import Array, blocks, library
+from apertus_mlx.quant.arrays import Array, blocks, library, settled
 from apertus_mlx.quant.columns import Columns
 from apertus_mlx.quant.curvature import Curvature
 from apertus_mlx.quant.rounding import settle
 
-ROUNDS = 2
+# How often each block is taken up; a round of a wide matrix costs a product as large as it.
+ROUNDS, ROUNDS_IF_WIDE = 4, 2
+WIDE = 4096
 # Columns whose slope is found at once, and how often they are visited then.
 BLOCK_COLUMNS = 256
 VISITS = 2
@@ -26,7 +28,7 @@ def improve(
     start: Columns,
     curvature: Curvature,
     scale_type: ScaleType = "BF16",
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     missing: Array | None = None,
 ) -> Columns:
     """Codes, scales and biases whose objective is at most that of `start`, row by row.
@@ -36,10 +38,12 @@ def improve(
         start: any quantization of it.
         curvature: the objective's.
         scale_type: what scales and biases will be stored in.
-        rounds: how often each block of columns is taken up.
+        rounds: how often each block of columns is taken up; by default as often as pays.
         missing: if given, come close to `target + H^-1 missing` instead; `[columns, rows]`.
     """
     xp, spec = library(target), start.spec
+    if rounds is None:
+        rounds = ROUNDS if len(target) <= WIDE else ROUNDS_IF_WIDE
     codes, scales, biases = (xp.array(a) for a in (start.codes, start.scales, start.biases))
     errors = start.values() - target
     for _ in range(rounds):
@@ -59,6 +63,7 @@ def improve(
                 )
                 slope = slope + curvature.moments[part, here] @ moved
                 errors[here] += moved
+            settled(codes, errors, scales, biases)
     return Columns(codes, scales, biases, spec)
 
 

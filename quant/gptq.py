@@ -13,7 +13,7 @@ import numpy as np
 
 from apertus_mlx.quant import search
 from apertus_mlx.quant.affine import AffineCodes, ScaleType
-from apertus_mlx.quant.arrays import Array, Float32, Float64, as_library, blocks, library
+from apertus_mlx.quant.arrays import Array, Float32, Float64, as_library, blocks, library, settled
 from apertus_mlx.quant.columns import Columns
 from apertus_mlx.quant.curvature import DAMPING, Curvature
 from apertus_mlx.quant.rounding import Grid, settle
@@ -80,6 +80,7 @@ def round_in_order(
             Grid(grid.scales[form], grid.biases[form]),
         )  # fmt: skip
         codes[part], errors[part] = found[::-1], left[::-1]
+        settled(codes, errors)
     return grid.with_codes(codes[as_library(np.argsort(curvature.order), target)])
 
 

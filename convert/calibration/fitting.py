@@ -1,4 +1,7 @@
-"""The codes of one matrix, fitted to what its inputs are in two streams."""
+"""The codes of one matrix, fitted to what its inputs are in two streams.
+
+By MLX where it has a GPU, else by NumPy; the tests say how far the two may differ.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.quant import descent, gptq, search
 from apertus_mlx.quant.affine import AffineCodes, ScaleType
-from apertus_mlx.quant.arrays import Array, Float32, blocks
+from apertus_mlx.quant.arrays import Array, Float32, blocks, settled
 from apertus_mlx.quant.curvature import Curvature
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -30,19 +34,28 @@ class Moments:
     def __init__(self, *weights: Float32) -> None:
         columns = weights[0].shape[1]
         few_rows = len(weights) == 1 and 2 * len(weights[0]) < columns
-        self.weight = weights[0] if few_rows else None
-        self.second = np.zeros((columns, columns), np.float32)
-        self.cross = np.zeros((len(weights[0]) if few_rows else columns, columns), np.float32)
+        self.weight = _quickest(weights[0]) if few_rows else None
+        self.second = _quickest(np.zeros((columns, columns), np.float32))
+        rows = len(weights[0]) if few_rows else columns
+        self.cross = _quickest(np.zeros((rows, columns), np.float32))
 
     def add(self, original: mx.array, quantized: mx.array) -> None:
         """Count inputs `[B, L, columns]` of the two streams."""
-        columns = len(self.second)
-        found = np.array(quantized, copy=False).reshape(-1, columns)
-        missing = np.array(original, copy=False).reshape(-1, columns) - found
-        self.second += found.T @ found
+        streams: list[Array] = [x.reshape(-1, x.shape[-1]) for x in (original, quantized)]
+        if not has_gpu():
+            streams = [np.array(x, copy=False) for x in streams]
+        wanted, found = streams
+        missing = wanted - found
         if self.weight is not None:
             missing = missing @ self.weight.T
+        self.second += found.T @ found
         self.cross += missing.T @ found
+        settled(self.second, self.cross)
+
+
+def _quickest(values: Float32) -> Array:
+    """An array of the library whose products are the quickest here."""
+    return mx.array(values) if has_gpu() else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +84,8 @@ class Objective:
         """
         if self.cross is None:
             return None
-        missing = self.cross[part] if self.is_product else weight[part] @ self.cross
-        return np.ascontiguousarray(missing.T)
+        missing = self.cross[part] if self.is_product else _quickest(weight[part]) @ self.cross
+        return missing.T if has_gpu() else np.ascontiguousarray(missing.T)
 
 
 def fit(
@@ -81,7 +94,7 @@ def fit(
     """The best codes known for one matrix `[rows, columns]`; rows are independent."""
     curvature, found = objective.curvature, []
     for part in blocks(len(weight), BLOCK_ROWS):
-        target = np.ascontiguousarray(weight[part].T)
+        target = _quickest(np.ascontiguousarray(weight[part].T))
         missing = objective.missing(weight, part)
         start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
         start = gptq.round_in_order(target, start, curvature, missing)
