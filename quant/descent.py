@@ -14,7 +14,7 @@ from apertus_mlx.quant.curvature import Curvature
 from apertus_mlx.quant.rounding import settle
 
 # How often each block is taken up; a round of a wide matrix costs a product as large as it.
-ROUNDS, ROUNDS_IF_WIDE = 4, 2
+ROUNDS, ROUNDS_IF_WIDE = 3, 2
 WIDE = 4096
 # Columns whose slope is found at once, and how often they are visited then.
 BLOCK_COLUMNS = 256
@@ -84,13 +84,23 @@ def _visit(
     xp = library(codes)
     (scale, bias), diagonal, sums = form, xp.diagonal(own), own.sum(0)
     pulled = own @ codes
-    at = (codes * slope).sum(0), slope.sum(0)
-    step, shift = _refit((codes * pulled).sum(0), pulled.sum(0), sums.sum(), at, form, scale_type)
+    at = xp.einsum("cr,cr->r", codes, slope), slope.sum(0)
+    both = xp.einsum("cr,cr->r", codes, pulled)
+    step, shift = _refit(both, pulled.sum(0), sums.sum(), at, form, scale_type)
     scale, bias = scale + step, bias + shift
-    slope = slope + pulled * step + sums[:, None] * shift
-    wanted = codes - slope / (diagonal[:, None] * scale)
+    # The slope that this leaves, in steps of the scale.
+    pulled *= step
+    pulled += sums[:, None] * shift
+    pulled += slope
+    pulled /= diagonal[:, None]
+    pulled /= scale
+    wanted = codes - pulled
     found, left = settle(wanted, codes, own / diagonal, (1 << bits) - 1)
-    return found, scale, bias, codes * step + shift - left * scale
+    moved = codes * step
+    moved += shift
+    left *= scale
+    moved -= left
+    return found, scale, bias, moved
 
 
 def _refit(

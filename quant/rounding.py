@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apertus_mlx.quant.arrays import Array, blocks, library
+from apertus_mlx.quant.arrays import Array, Float32, blocks, library
 
 # Columns that are rounded between two products.
 STEP_COLUMNS = 16
@@ -69,6 +69,8 @@ def _settle_few(
     wanted: Array, base: Array, transfer: Array, top: int, grid: Grid | None
 ) -> tuple[Array, Array]:
     xp = library(wanted)
+    if xp is np and grid is None:
+        return _settle_in_place(np.array(wanted), base, transfer, top)
     inverses = None if grid is None else 1 / grid.scales
     wanted = wanted + 0
     codes, left = [], []
@@ -83,3 +85,16 @@ def _settle_few(
         if column + 1 < len(wanted):
             wanted[column + 1 :] += transfer[column, column + 1 :, None] * left[-1]
     return xp.stack(codes), xp.stack(left)
+
+
+def _settle_in_place(
+    codes: Float32, base: Float32, transfer: Float32, top: int
+) -> tuple[Float32, Float32]:
+    """What `_settle_few` does, where it is done most often, without an array for each step."""
+    left = np.empty_like(codes)
+    for column, code in enumerate(codes):
+        nearest(code, top)
+        np.subtract(base[column], code, out=left[column])
+        if column + 1 < len(codes):
+            codes[column + 1 :] += transfer[column, column + 1 :, None] * left[column]
+    return codes, left
