@@ -13,7 +13,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.quant.arrays import Codes, Float32, Float64, Packed
+from apertus_mlx.quant.arrays import (
+    Array,
+    Codes,
+    Float32,
+    Float64,
+    Packed,
+    as_library,
+    library,
+)
 from apertus_mlx.quant.grid import SIGNIFICANT_BITS
 from apertus_mlx.quant.packing import pack
 from apertus_mlx.quant.spec import QuantSpec
@@ -40,6 +48,15 @@ class AffineCodes:
         codes, scales, biases = map(np.concatenate, arrays)
         return cls(codes, scales, biases, parts[0].spec)
 
+    def split(self, rows: Sequence[int]) -> list[AffineCodes]:
+        """The first so many rows, those after them, and so on."""
+        ends = np.cumsum(rows).tolist()
+        parts = [slice(end - count, end) for count, end in zip(rows, ends, strict=True)]
+        return [
+            AffineCodes(self.codes[part], self.scales[part], self.biases[part], self.spec)
+            for part in parts
+        ]
+
     @property
     def packed(self) -> Packed:
         """The codes as MLX stores them, `[rows, columns * bits / 32]`."""
@@ -57,15 +74,23 @@ def fit(weight: Float32, spec: QuantSpec, scale_type: ScaleType = "F32") -> Affi
         ValueError: a weight is not finite, or the rows do not divide into groups.
     """
     groups = as_groups(weight, spec).astype(np.float64)
-    top = (1 << spec.bits) - 1
-    lowest = np.minimum(groups.min(-1), 0)
-    spread = np.maximum(groups.max(-1), 0) - lowest
+    scales, biases = nearest_grid(groups.min(-1), groups.max(-1), spec.bits, scale_type)
+    codes = np.rint((groups - biases[..., None]) / scales[..., None])
+    return from_groups(np.clip(codes, 0, (1 << spec.bits) - 1), scales, biases, spec)
+
+
+def nearest_grid(
+    lower: Array, upper: Array, bits: int, scale_type: ScaleType
+) -> tuple[Array, Array]:
+    """The scales and biases of `fit` for groups whose extremes are `lower` and `upper`."""
+    top = (1 << bits) - 1
+    lowest = np.minimum(np.array(lower, np.float64), 0)
+    spread = np.maximum(np.array(upper, np.float64), 0) - lowest
     # A scale this short times any code is exact in float32, and so is the bias.
-    scales = usable_scales(_shorten(spread / top, scale_type, spec.bits), scale_type)
+    scales = usable_scales(_shorten(spread / top, scale_type, bits), scale_type)
     zeros = np.clip(np.floor(-lowest / scales + 0.5), 0, top)
     biases = round_scales((-zeros * scales).astype(np.float32), scale_type)
-    codes = np.rint((groups - biases[..., None]) / scales[..., None])
-    return from_groups(np.clip(codes, 0, top), scales, biases, spec)
+    return as_library(scales, lower), as_library(biases, lower)
 
 
 def dequantize(quantized: AffineCodes) -> Float32:
@@ -101,28 +126,31 @@ def from_groups(
     )
 
 
-def round_scales(values: Float32, scale_type: ScaleType) -> Float32:
+def round_scales(values: Array, scale_type: ScaleType) -> Array:
     """Round float32 numbers to the type that scales and biases are stored in, ties to even."""
-    if scale_type == "BF16":
+    xp = library(values)
+    if scale_type == "F16":
+        values = xp.clip(values, -LARGEST_F16, LARGEST_F16)
+        return values.astype(xp.float16).astype(xp.float32)
+    if scale_type == "BF16" and xp is np:
         bits = values.astype(np.float32).view(np.uint32)
         rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
         return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
-    if scale_type == "F16":
-        clipped = np.clip(values, -LARGEST_F16, LARGEST_F16)
-        return clipped.astype(np.float16).astype(np.float32)
-    return values.astype(np.float32)
+    if scale_type == "BF16":
+        values = values.astype(xp.bfloat16)
+    return values.astype(xp.float32)
 
 
-def usable_scales(scales: Float32, scale_type: ScaleType) -> Float32:
+def usable_scales(scales: Array, scale_type: ScaleType) -> Array:
     """Scales of at least `SMALLEST_SCALES`: those of flat groups are too small to divide by."""
-    smallest = np.float32(SMALLEST_SCALES[scale_type])
-    return np.where(np.abs(scales) < smallest, smallest, scales).astype(np.float32)
+    xp, smallest = library(scales), SMALLEST_SCALES[scale_type]
+    return xp.where(xp.abs(scales) < smallest, smallest, scales).astype(xp.float32)
 
 
 def _shorten(scales: Float64, scale_type: ScaleType, bits: int) -> Float32:
     """Round scales to the stored type, and in float32 to few enough bits for exact products."""
     if scale_type != "F32":
-        return round_scales(scales.astype(np.float32), scale_type)
+        return np.asarray(round_scales(scales.astype(np.float32), scale_type))
     mantissa, exponent = np.frexp(scales)
     length = SIGNIFICANT_BITS["F32"] - bits
     # Upwards, so that the far end is never out of reach.

@@ -1,135 +1,129 @@
-"""Lowers GPTQ's objective further: better codes, then better scales for them, in turn.
+"""Lowers GPTQ's objective further, a block of columns after the other, over and over.
 
-Codes: each column is set to the best value that all others leave it, over and over (coordinate
-descent, as in "QuantEase", arXiv 2309.01885). Scales and biases: with codes fixed the output is
-linear in them, so those of a whole row are solved for at once. NumPy only.
+For each group first the scale, then the bias that are best for its codes and all other columns as
+they are; then each of its codes in turn (coordinate descent, as in "QuantEase", arXiv 2309.01885).
+No step makes a row worse, so no results have to be compared. NumPy or MLX.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from apertus_mlx.quant.affine import ScaleType, round_scales, usable_scales
+from apertus_mlx.quant.arrays import Array, blocks, library, settled
+from apertus_mlx.quant.columns import Columns
+from apertus_mlx.quant.curvature import Curvature
+from apertus_mlx.quant.rounding import settle
 
-import numpy as np
-import numpy.typing as npt
-
-from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize, round_scales, usable_scales
-from apertus_mlx.quant.arrays import Float32, Float64, blocks
-from apertus_mlx.quant.gptq import BLOCK_COLUMNS, better_rows
-
-ROUNDS = 4
-# A round that gains a smaller share than this is the last.
-LEAST_GAIN = 0.005
-# Pull of scales and biases towards what they are, relative to the curvature; keeps the system
-# solvable where a group has one code only.
+# How often each block is taken up; a round of a wide matrix costs a product as large as it.
+ROUNDS, ROUNDS_IF_WIDE = 3, 2
+WIDE = 4096
+# Columns whose slope is found at once, and how often they are visited then.
+BLOCK_COLUMNS = 256
+VISITS = 2
+# Pull of scales towards what they are, relative to the curvature.
 RIDGE = 1e-4
-# Rows whose normal equations are held at once.
-BLOCK_NUMBERS = 1 << 22
 
 
 def improve(
-    weight: Float32,
-    start: AffineCodes,
-    moments: Float64,
+    target: Array,
+    start: Columns,
+    curvature: Curvature,
     scale_type: ScaleType = "BF16",
-    rounds: int = ROUNDS,
-) -> AffineCodes:
+    rounds: int | None = None,
+    missing: Array | None = None,
+) -> Columns:
     """Codes, scales and biases whose objective is at most that of `start`, row by row.
 
     Args:
-        weight: what to come close to, `[rows, columns]`.
+        target: what to come close to, `[columns, rows]`.
         start: any quantization of it.
-        moments: positive definite `[columns, columns]`.
+        curvature: the objective's.
         scale_type: what scales and biases will be stored in.
-        rounds: how often codes and scales take turns.
+        rounds: how often each block of columns is taken up; by default as often as pays.
+        missing: if given, come close to `target + H^-1 missing` instead; `[columns, rows]`.
     """
-    best, error = start, np.inf
+    xp, spec = library(target), start.spec
+    if rounds is None:
+        rounds = ROUNDS if len(target) <= WIDE else ROUNDS_IF_WIDE
+    codes, scales, biases = (xp.array(a) for a in (start.codes, start.scales, start.biases))
+    errors = start.values() - target
     for _ in range(rounds):
-        trial = refit_scales(weight, best, moments, scale_type)
-        trial = descend(weight, trial, moments)
-        best, errors = better_rows(weight, moments, trial, best)
-        if errors.sum() > (1 - LEAST_GAIN) * error:
-            break
-        error = float(errors.sum())
-    return best
+        for part in blocks(len(errors), BLOCK_COLUMNS):
+            # Half the slope of the objective.
+            slope = curvature.moments[part] @ errors
+            if missing is not None:
+                slope = slope - missing[part]
+            groups = list(blocks(part.stop - part.start, spec.group_size))
+            for inside in groups * VISITS:
+                here = slice(part.start + inside.start, part.start + inside.stop)
+                group = here.start // spec.group_size
+                form = scales[group], biases[group]
+                own = curvature.moments[here, here]
+                codes[here], scales[group], biases[group], moved = _visit(
+                    own, slope[inside], codes[here], form, scale_type, spec.bits
+                )
+                slope = slope + curvature.moments[part, here] @ moved
+                errors[here] += moved
+            settled(codes, errors, scales, biases)
+    return Columns(codes, scales, biases, spec)
 
 
-def descend(weight: Float32, start: AffineCodes, moments: Float64) -> AffineCodes:
-    """One pass over all columns; each code becomes the best for all others as they are."""
-    curvature = moments.astype(np.float32)
-    group_size = start.spec.group_size
-    values = np.ascontiguousarray(dequantize(start).T)
-    scales = np.ascontiguousarray(start.scales.T)
-    biases = np.ascontiguousarray(start.biases.T)
-    codes = np.empty(values.shape, np.uint8)
-    slope = curvature @ (values - weight.T)
-    top = np.float32((1 << start.spec.bits) - 1)
-    for part in blocks(len(values), BLOCK_COLUMNS):
-        first, last = part.start, part.stop
-        moved = np.empty((last - first, values.shape[1]), np.float32)
-        for column in range(first, last):
-            scale, bias = scales[column // group_size], biases[column // group_size]
-            wanted = values[column] - slope[column] / curvature[column, column]
-            code = np.clip(np.rint((wanted - bias) / scale), 0, top)
-            codes[column] = code
-            step = code * scale + bias - values[column]
-            slope[column + 1 : last] += curvature[column + 1 : last, column, None] * step
-            moved[column - first] = step
-        slope[last:] += curvature[last:, first:last] @ moved
-    return replace(start, codes=np.ascontiguousarray(codes.T))
+def _visit(
+    own: Array, slope: Array, codes: Array, form: tuple[Array, Array], scale_type: ScaleType,
+    bits: int,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Better codes, scales and biases of one group, and by how much its values change.
 
-
-def refit_scales(
-    weight: Float32, start: AffineCodes, moments: Float64, scale_type: ScaleType
-) -> AffineCodes:
-    """Scales and biases of least error for the codes of `start`, rounded as they are stored.
-
-    The scales are rounded first, then the biases are solved for again.
+    Args:
+        own: curvature of the group `[group_size, group_size]`.
+        slope: half the objective's at its values `[group_size, rows]`.
+        codes: `[group_size, rows]`.
+        form: scale and bias, each `[rows]`.
+        scale_type: what both will be stored in.
+        bits: of a code.
     """
-    rows, columns = weight.shape
-    groups = start.scales.shape[1]
-    scales, biases = start.scales.copy(), start.biases.copy()
-    per_row = max(4 * groups * groups, 4 * columns)
-    for block in blocks(rows, BLOCK_NUMBERS // per_row):
-        off = weight[block] - dequantize(
-            AffineCodes(start.codes[block], scales[block], biases[block], start.spec)
-        )
-        normal, right = _normal_equations(start.codes[block], off, moments, groups)
-        step = _solve(normal, right)
-        old = scales[block]
-        new = usable_scales(round_scales(old + step[:, :groups].astype(np.float32), scale_type),
-                            scale_type)  # fmt: skip
-        moved = (new - old).astype(np.float64)
-        rest = right[:, groups:] - np.einsum("rhg,rg->rh", normal[:, groups:, :groups], moved)
-        bias_step = _solve(normal[:, groups:, groups:], rest)
-        scales[block] = new
-        biases[block] = round_scales(biases[block] + bias_step.astype(np.float32), scale_type)
-    return replace(start, scales=scales, biases=biases)
+    xp = library(codes)
+    (scale, bias), diagonal, sums = form, xp.diagonal(own), own.sum(0)
+    pulled = own @ codes
+    at = xp.einsum("cr,cr->r", codes, slope), slope.sum(0)
+    both = xp.einsum("cr,cr->r", codes, pulled)
+    step, shift = _refit(both, pulled.sum(0), sums.sum(), at, form, scale_type)
+    scale, bias = scale + step, bias + shift
+    # The slope that this leaves, in steps of the scale.
+    pulled *= step
+    pulled += sums[:, None] * shift
+    pulled += slope
+    pulled /= diagonal[:, None]
+    pulled /= scale
+    wanted = codes - pulled
+    found, left = settle(wanted, codes, own / diagonal, (1 << bits) - 1)
+    moved = codes * step
+    moved += shift
+    left *= scale
+    moved -= left
+    return found, scale, bias, moved
 
 
-def _normal_equations(
-    codes: npt.NDArray[np.uint8], off: Float32, moments: Float64, groups: int
-) -> tuple[Float64, Float64]:
-    """The system `[rows, 2 groups, 2 groups]` for steps of scales, then of biases."""
-    rows, columns = codes.shape
-    size = columns // groups
-    curvature = moments.astype(np.float32)
-    grouped = codes.reshape(rows, groups, size).astype(np.float32)
-    normal = np.empty((rows, 2 * groups, 2 * groups))
-    for group in range(groups):
-        part = slice(group * size, (group + 1) * size)
-        seen = (grouped[:, group] @ curvature[part]).reshape(rows, groups, size)
-        normal[:, group, :groups] = np.einsum("rgi,rgi->rg", seen, grouped)
-        normal[:, group, groups:] = seen.sum(-1)
-    normal[:, groups:, :groups] = normal[:, :groups, groups:].transpose(0, 2, 1)
-    normal[:, groups:, groups:] = moments.reshape(groups, size, groups, size).sum((1, 3))
-    pulled = (off @ curvature).reshape(rows, groups, size)
-    right = np.concatenate([np.einsum("rgi,rgi->rg", pulled, grouped), pulled.sum(-1)], 1)
-    return normal, right.astype(np.float64)
+def _refit(
+    both: Array, cross: Array, flat: Array, at: tuple[Array, Array], form: tuple[Array, Array],
+    scale_type: ScaleType,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Steps to the best scale, rounded, and to the best bias for it; none where that gains nothing.
 
-
-def _solve(normal: Float64, right: Float64) -> Float64:
-    index = np.arange(normal.shape[1])
-    diagonal = normal[:, index, index]
-    damped = normal.copy()
-    damped[:, index, index] += RIDGE * diagonal + 1e-9 * (1 + diagonal.max(1, keepdims=True))
-    return np.asarray(np.linalg.solve(damped, right[..., None])[..., 0], np.float64)
+    Args:
+        both: curvature along the scale `[rows]`.
+        cross: between scale and bias `[rows]`.
+        flat: along the bias.
+        at: slopes along both `[rows]`.
+        form: scale and bias, each `[rows]`.
+        scale_type: what they will be stored in.
+    """
+    xp = library(both)
+    # Where all codes are the same the two cannot be told apart.
+    spread = xp.maximum(both - cross * cross / flat, 0) + RIDGE * both + 1e-9
+    wanted = form[0] + (at[1] * cross / flat - at[0]) / spread
+    step = usable_scales(round_scales(wanted, scale_type), scale_type) - form[0]
+    shift = round_scales(form[1] - (at[1] + cross * step) / flat, scale_type) - form[1]
+    change = 2 * (at[0] * step + at[1] * shift)
+    change = change + both * step * step + 2 * cross * step * shift + flat * shift * shift
+    gains = change < 0
+    return xp.where(gains, step, 0), xp.where(gains, shift, 0)

@@ -1,4 +1,4 @@
-"""Scale and bias of each group that leave the least squared error. NumPy only.
+"""Scale and bias of each group that leave the least squared error. NumPy or MLX.
 
 Rounding to nearest between the extremes of a group spends its few codes on outliers. Here several
 narrower ranges are tried, the best is kept, and least squares and rounding alternate from there.
@@ -8,26 +8,39 @@ measured with scales and biases as they will be stored.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from apertus_mlx.quant import affine
 from apertus_mlx.quant.affine import (
     AffineCodes,
     ScaleType,
     as_groups,
-    from_groups,
+    nearest_grid,
     round_scales,
     usable_scales,
 )
-from apertus_mlx.quant.arrays import Float32, blocks
+from apertus_mlx.quant.arrays import Array, Float32, as_library, blocks, library
+from apertus_mlx.quant.columns import Columns
+from apertus_mlx.quant.rounding import nearest
 from apertus_mlx.quant.spec import QuantSpec
 
-# Groups at a time: their working set stays in a core's cache.
-BLOCK_WEIGHTS = 1 << 16
+# Weights at a time: their working set stays in a core's cache.
+BLOCK_WEIGHTS = 1 << 15
 # Smallest range tried, as a share of the whole, by bits; few codes gain most from a narrow range.
 NARROWEST = {2: 0.5, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.85, 8: 0.95}
-RANGES = 16
-REFITS = 4
+
+
+class Effort(NamedTuple):
+    """How many ranges are tried, and how often least squares and rounding take turns."""
+
+    ranges: int
+    refits: int
+
+
+THOROUGH = Effort(16, 4)
+# Where scales are found anew later, which costs some 0.3 % of the error there.
+QUICK = Effort(8, 2)
 
 
 def fit(
@@ -50,17 +63,36 @@ def fit(
     Raises:
         ValueError: weights or moments are not usable.
     """
-    groups = np.ascontiguousarray(as_groups(weight, spec), np.float32)
-    importance = column_importance(moments, spec, groups.shape[1])
-    start = affine.fit(weight, spec, scale_type)
-    scales, biases = start.scales.copy(), start.biases.copy()
-    codes = as_groups(start.codes.astype(np.float32), spec).astype(np.uint8)
-    for block in blocks(len(groups), BLOCK_WEIGHTS // weight.shape[1]):
-        scales[block], biases[block], codes[block] = _search(
-            groups[block], importance, spec.bits, scale_type,
-            (scales[block], biases[block], codes[block].astype(np.float32)),
-        )  # fmt: skip
-    return from_groups(codes, scales, biases, spec)
+    as_groups(weight, spec)
+    return fit_columns(np.ascontiguousarray(weight.T), spec, moments, scale_type).as_codes()
+
+
+def fit_columns(
+    target: Array,
+    spec: QuantSpec,
+    moments: Float32 | None,
+    scale_type: ScaleType,
+    effort: Effort = THOROUGH,
+) -> Columns:
+    """The same for a finite `target` `[columns, rows]` of NumPy or MLX."""
+    columns, rows = target.shape
+    importance = column_importance(moments, spec, columns // spec.group_size)
+    grouped = target.reshape(-1, spec.group_size, rows)
+    if library(target) is not np:
+        weights = as_library(importance, target)
+        found = _search(grouped, weights, spec.bits, scale_type, effort)
+        codes = _codes(grouped, *found, (1 << spec.bits) - 1)
+        return Columns(codes.reshape(target.shape), *found, spec)
+    codes = np.empty(grouped.shape, np.float32)
+    scales, biases = (np.empty((len(grouped), rows), np.float32) for _ in range(2))
+    for part in blocks(rows, BLOCK_WEIGHTS // spec.group_size):
+        for group, values in enumerate(grouped[:, :, part]):
+            # Squares of enormous weights are infinite, and then no reason to change anything.
+            with np.errstate(over="ignore"):
+                found = _search(values, importance[group], spec.bits, scale_type, effort)
+            scales[group, part], biases[group, part] = found
+            codes[group, :, part] = _codes(values, *found, (1 << spec.bits) - 1)
+    return Columns(codes.reshape(target.shape), scales, biases, spec)
 
 
 def column_importance(moments: Float32 | None, spec: QuantSpec, groups: int) -> Float32:
@@ -74,66 +106,85 @@ def column_importance(moments: Float32 | None, spec: QuantSpec, groups: int) -> 
     return np.asarray(grouped / grouped.mean(-1, keepdims=True), np.float32)
 
 
-_Form = tuple[Float32, Float32, Float32]
+_Grid = tuple[Array, Array]
 
 
 def _search(
-    values: Float32, importance: Float32, bits: int, scale_type: ScaleType, start: _Form
-) -> _Form:
+    values: Array, importance: Array, bits: int, scale_type: ScaleType, effort: Effort
+) -> _Grid:
+    """Scales and biases `[..., rows]` of groups `[..., group_size, rows]`."""
     top = (1 << bits) - 1
-    lower, upper = values.min(-1), values.max(-1)
-    middle, reach = (lower + upper) / 2, (upper - lower) / 2
-    best, least = start, _error(values, importance, *start)
-    for share in np.linspace(1.0, NARROWEST[bits], RANGES, dtype=np.float32):
-        scales = usable_scales(round_scales(2 * share * reach / top, scale_type), scale_type)
-        biases = round_scales(middle - share * reach, scale_type)
-        trial = _assigned(values, scales, biases, top)
-        best, least = _better(values, importance, trial, best, least)
-    for _ in range(REFITS):
-        trial = _refit(values, importance, best, top, scale_type)
-        best, least = _better(values, importance, trial, best, least)
+    lower, upper = values.min(-2), values.max(-2)
+    middle, reach = (lower + upper) * 0.5, (upper - lower) * 0.5
+    narrowed, least = None, None
+    for share in np.linspace(1.0, NARROWEST[bits], effort.ranges).tolist():
+        scales = usable_scales(round_scales(reach * (2 * share / top), scale_type), scale_type)
+        trial = scales, round_scales(middle - share * reach, scale_type)
+        # In units of the scale, which spares a product for each weight.
+        off = _steps(values, *trial)
+        off -= nearest(off + 0, top)
+        off *= off
+        narrowed, least = _better(trial, _sum(importance, off) * (scales * scales), narrowed, least)
+    best, least = None, None
+    for grid in (nearest_grid(lower, upper, bits, scale_type), narrowed):
+        assert grid is not None
+        codes = _codes(values, *grid, top)
+        best, least = _better(grid, _error(values, importance, *grid, codes), best, least)
+    assert best is not None
+    trial, codes = best, _codes(values, *best, top)
+    for _ in range(effort.refits):
+        trial = _refit(values, importance, codes, trial[0], scale_type)
+        codes = _codes(values, *trial, top)
+        best, least = _better(trial, _error(values, importance, *trial, codes), best, least)
     return best
 
 
-def _assigned(values: Float32, scales: Float32, biases: Float32, top: int) -> _Form:
-    codes = np.asarray((values - biases[..., None]) * (1 / scales)[..., None], np.float32)
-    np.rint(codes, out=codes)
-    np.clip(codes, 0, top, out=codes)
-    return scales, biases, codes
+def _steps(values: Array, scales: Array, biases: Array) -> Array:
+    """How many times the scale each value is from the bias."""
+    inverse = 1 / scales
+    steps = values * inverse[..., None, :]
+    steps -= (biases * inverse)[..., None, :]
+    return steps
 
 
-def _error(
-    values: Float32, importance: Float32, scales: Float32, biases: Float32, codes: Float32
-) -> Float32:
-    off = codes * scales[..., None]
-    off += biases[..., None]
+def _codes(values: Array, scales: Array, biases: Array, top: int) -> Array:
+    return nearest(_steps(values, scales, biases), top)
+
+
+def _error(values: Array, importance: Array, scales: Array, biases: Array, codes: Array) -> Array:
+    off = codes * scales[..., None, :]
+    off += biases[..., None, :]
     off -= values
-    return np.asarray(np.einsum("rgi,rgi,gi->rg", off, off, importance), np.float32)
+    off *= off
+    return _sum(importance, off)
 
 
-def _better(
-    values: Float32, importance: Float32, trial: _Form, best: _Form, least: Float32
-) -> tuple[_Form, Float32]:
-    error = _error(values, importance, *trial)
+def _sum(importance: Array, values: Array) -> Array:
+    """Weighted sums over the columns of each group, `[..., rows]`."""
+    return (importance[..., None, :] @ values)[..., 0, :]
+
+
+def _better(trial: _Grid, error: Array, best: _Grid | None, least: Array) -> tuple[_Grid, Array]:
+    if best is None:
+        return trial, error
+    xp = library(error)
     wins = error < least
-    scales, biases, codes = (
-        np.where(wins[..., None] if new.ndim == 3 else wins, new, old)
-        for new, old in zip(trial, best, strict=True)
-    )
-    return (scales, biases, codes), np.minimum(error, least)
+    scales, biases = (xp.where(wins, new, old) for new, old in zip(trial, best, strict=True))
+    return (scales, biases), xp.minimum(error, least)
 
 
 def _refit(
-    values: Float32, importance: Float32, form: _Form, top: int, scale_type: ScaleType
-) -> _Form:
-    """Least squares for the codes as they are, rounded scale first and bias for it, then codes."""
-    scales, _, codes = form
-    total = importance.sum(-1)
-    mean_code = np.einsum("rgi,gi->rg", codes, importance) / total
-    mean_value = np.einsum("rgi,gi->rg", values, importance) / total
-    centered = codes - mean_code[..., None]
-    spread = np.einsum("rgi,rgi,gi->rg", centered, centered, importance)
-    shared = np.einsum("rgi,rgi,gi->rg", centered, values, importance)
-    fitted = np.divide(shared, spread, out=scales.copy(), where=spread > 1e-6 * total)
+    values: Array, importance: Array, codes: Array, scales: Array, scale_type: ScaleType
+) -> _Grid:
+    """Least squares for `codes`: the rounded scale first and the bias for it."""
+    xp = library(values)
+    total = importance.sum(-1)[..., None]
+    mean_code = _sum(importance, codes) / total
+    mean_value = _sum(importance, values) / total
+    centered = codes - mean_code[..., None, :]
+    spread = _sum(importance, centered * centered)
+    shared = _sum(importance, centered * values)
+    usable = spread > 1e-6 * total
+    fitted = xp.where(usable, shared / xp.where(usable, spread, 1), scales)
     fitted = usable_scales(round_scales(fitted, scale_type), scale_type)
-    return _assigned(values, fitted, round_scales(mean_value - fitted * mean_code, scale_type), top)
+    return fitted, round_scales(mean_value - fitted * mean_code, scale_type)

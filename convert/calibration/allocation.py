@@ -42,6 +42,9 @@ GROUP_SIZES = (DEFAULT_GROUP_SIZE, 128)
 WINDOWS = 16
 # How far below the target a size may be, where the widths leave a choice; above it is none.
 TOLERANCE = 0.01
+# Rounded to the best scales, an allocation that has at most this share of the divergence of the
+# uniform width is taken without calibrating both.
+CLEARLY = 0.8
 _JOINED = re.compile(r"\.[qkv]_proj$")
 
 # The plans of all uniform widths; their steps come in one order.
@@ -105,12 +108,19 @@ def allocate_bits(
         plan = _combined(plans, formats)
         rival = _uniform_rival(plans, units, divergences, target_bytes)
         judged: dict[str, float] = {}
+        is_rounded = False
         if rival is not None and any(spec != rival for spec in formats.values()):
             comparison = HeldOutComparison(
                 SourceWeights(source, reader), directory, calibration,
                 partial(report, "comparing sizes"), folder,
             )  # fmt: skip
-            found = comparison.divergences([plan, plans[rival]])
+            candidates = [plan, plans[rival]]
+            # The trial calibration of both takes as long as the conversion.
+            found = comparison.divergences(candidates, rounded=True)
+            is_rounded = plan.calibrates
+            if found[0] > CLEARLY * found[1] and plan.calibrates:
+                found = comparison.divergences(candidates)
+                is_rounded = False
             judged = dict(zip(("allocated", "uniform"), found, strict=True))
             if judged["uniform"] < judged["allocated"]:
                 plan, formats = plans[rival], dict.fromkeys(formats, rival)
@@ -121,6 +131,7 @@ def allocate_bits(
         "reached_bits_per_weight": round(plan.bits_per_weight, 6),
         "uniform": str(rival) if rival else None,
         "held_out_kl": judged if judged and calibration.judged.held_out else None,
+        "held_out_codes": ("rounded" if is_rounded else "final") if judged else None,
         "modules": {
             path: {
                 "bits": spec.bits,
@@ -135,7 +146,8 @@ def allocate_bits(
             for path, spec in formats.items()
         },
     }
-    note = _note(target, plan, rival, judged, calibration.judged.held_out)
+    where = _where(calibration.judged.held_out, is_rounded)
+    note = _note(target, plan, rival, judged, where)
     return allocated(request, record, note)
 
 
@@ -291,19 +303,19 @@ def _uniform_rival(
     return min(fitting, key=divergence, default=None)
 
 
+def _where(held_out: bool, is_rounded: bool) -> str:
+    text = "on texts held out"
+    if not held_out:
+        text = "on the text it was measured on, too short to divide,"
+    return f"{text} and before calibration" if is_rounded else text
+
+
 def _note(
-    target: Target,
-    plan: Plan,
-    rival: QuantSpec | None,
-    judged: Mapping[str, float],
-    held_out: bool,
+    target: Target, plan: Plan, rival: QuantSpec | None, judged: Mapping[str, float], where: str
 ) -> str:
     text = f"{target}: {plan.bits_per_weight:.3f} bits per weight, {plan.weight_bytes:,} bytes"
     if not judged:
         return text
-    where = (
-        "on texts held out" if held_out else "on the text it was measured on, too short to divide,"
-    )
     kept = "the allocation" if judged["allocated"] <= judged["uniform"] else "that uniform width"
     return (
         f"{text}; {where} the allocation's mean divergence is "

@@ -8,7 +8,6 @@ first. Memory holds one layer, its second moments and the two streams.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
 from apertus_mlx.convert.evaluation.layerwise import (
     Layer,
     Weights,
@@ -29,9 +29,9 @@ from apertus_mlx.convert.evaluation.layerwise import (
 )
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.quant import descent, gptq
 from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize
-from apertus_mlx.quant.arrays import Float32, Float64, blocks
+from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.curvature import Curvature, damped
 from apertus_mlx.quant.spec import QuantSpec
 
 # How much of the difference between the two streams a matrix is asked to make up for. All of it
@@ -40,35 +40,9 @@ CORRECTION = 0.5
 # Of a tied embedding: the share of the objective that is its use as an embedding; the rest is its
 # use as the head.
 ROW_SHARE = 0.6
-# Weights that are fitted at once; that takes some 24 bytes for each.
-BLOCK_WEIGHTS = 1 << 24
 # What is kept of the first pass, and of the second.
 AHEAD, STREAMS = "ahead.npz", "streams.npz"
 STREAM_NAMES = ("original", "quantized", "uncertainty")
-
-
-@dataclass(slots=True)
-class Moments:
-    """Sums over tokens of what the inputs of one stage have in common."""
-
-    second: Float32
-    # Of the original's input minus the quantized model's, times the latter.
-    cross: Float32
-
-    @classmethod
-    def empty(cls, columns: int) -> Moments:
-        """Nothing seen yet."""
-        return cls(
-            np.zeros((columns, columns), np.float32), np.zeros((columns, columns), np.float32)
-        )
-
-    def add(self, original: mx.array, quantized: mx.array) -> None:
-        """Count inputs `[B, L, columns]` of the two streams."""
-        columns = len(self.second)
-        found = np.array(quantized, copy=False).reshape(-1, columns)
-        wanted = np.array(original, copy=False).reshape(-1, columns)
-        self.second += found.T @ found
-        self.cross += (wanted - found).T @ found
 
 
 def quantize_model(
@@ -124,12 +98,13 @@ def quantize_model(
     if layout.HEAD in specs and not config.tie_word_embeddings:
         final_norm(weights, original)
         final_norm(weights, quantized)
-        moments = Moments.empty(config.hidden_size)
+        head = weights.matrix(layout.HEAD)
+        moments = Moments(head)
         for part in batches(*windows.shape):
             root = np.sqrt(uncertainty[part])[..., None]
             moments.add(mx.array(original[part] * root), mx.array(quantized[part] * root))
-        head = weights.matrix(layout.HEAD)
-        yield layout.HEAD, fit(head, specs[layout.HEAD], moments, scale_type, correction)
+        objective = Objective.of(moments, correction)
+        yield layout.HEAD, fit(head, specs[layout.HEAD], objective, scale_type)
 
 
 def kept_bytes(config: ModelConfig, tokens: int) -> int:
@@ -157,48 +132,13 @@ def _begin(
         second = _reader_moments(weights, head)
         if config.tie_word_embeddings:
             inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
-            second = row_share * second + (1 - row_share) * gptq.damped(inputs.T @ inputs)
+            second = row_share * second + (1 - row_share) * damped(inputs.T @ inputs)
             del inputs
-        codes = _in_blocks(embedding, spec, second, scale_type)
+        objective = Objective(Curvature.of(second.astype(np.float32)))
+        codes = fit(embedding, spec, objective, scale_type)
         embedding = dequantize(codes)
         yield layout.EMBEDDING, codes
     return original, embedding[windows], uncertainty
-
-
-def fit(
-    weight: Float32,
-    spec: QuantSpec,
-    moments: Moments,
-    scale_type: ScaleType,
-    correction: float,
-) -> AffineCodes:
-    """The best codes known for one matrix and the inputs it will have."""
-    second = gptq.damped(moments.second)
-    mean = max(float(np.diag(moments.second).mean()), 1e-30)
-
-    def corrected(rows: Float32) -> Float32:
-        """Least squares of the original's outputs on the quantized model's inputs."""
-        missing = (rows @ moments.cross).astype(np.float64) / mean
-        return rows + correction * np.linalg.solve(second, missing.T).T.astype(np.float32)
-
-    return _in_blocks(weight, spec, second, scale_type, corrected if correction else None)
-
-
-def _in_blocks(
-    weight: Float32,
-    spec: QuantSpec,
-    second: Float64,
-    scale_type: ScaleType,
-    corrected: Callable[[Float32], Float32] | None = None,
-) -> AffineCodes:
-    """Codes of rows, which are independent, some at a time."""
-    found = []
-    for part in blocks(len(weight), BLOCK_WEIGHTS // weight.shape[1]):
-        rows = weight[part]
-        target = rows if corrected is None else corrected(rows)
-        start = gptq.fit(target, spec, second, scale_type, damping=0.0)
-        found.append(descent.improve(target, start, second, scale_type))
-    return AffineCodes.joined(found)
 
 
 def _uncertainty(hidden: Float32, head: Float32) -> Float32:
@@ -237,7 +177,7 @@ def _reader_moments(weights: Weights, head: Float32) -> Float64:
     for share, norm, matrices in readers:
         scale = weights.vector(norm)
         gram = sum(matrix.T @ matrix for matrix in matrices)
-        total += share * gptq.damped(gram * np.outer(scale, scale))
+        total += share * damped(gram * np.outer(scale, scale))
     return total
 
 
@@ -251,19 +191,39 @@ def _quantize_layer(
     correction: float,
 ) -> Iterator[tuple[str, AffineCodes]]:
     """Quantize the stages of a layer in turn, and move both streams through it."""
-    streams = ((before, original), (after, quantized))
     parts = list(batches(*original.shape[:2]))
     for stage, names in enumerate(Layer.STAGES):
-        moments = Moments.empty(after.projections[names[0]].weight.shape[1])
-        for part in parts:
-            moments.add(*(layer.stage_input(stage, mx.array(x[part])) for layer, x in streams))
-        for name in names:
-            path = f"{after.path}.{name}"
-            if path in specs:
-                weight = after.projections[name].weight
-                codes = fit(weight, specs[path], moments, scale_type, correction)
-                after.projections[name].weight = dequantize(codes)
-                yield path, codes
+        paths = {f"{after.path}.{name}": name for name in names}
+        wanted = [path for path in paths if path in specs]
+        # What o is given costs attention, so it is kept; what down is given is six times as large.
+        kept: list[mx.array | None] = [None] * len(parts)
+        if wanted:
+            moments = Moments(*(after.projections[name].weight for name in names))
+            for number, part in enumerate(parts):
+                streams = mx.array(original[part]), mx.array(quantized[part])
+                inputs = [
+                    layer.stage_input(stage, stream)
+                    for layer, stream in zip((before, after), streams, strict=True)
+                ]
+                moments.add(*inputs)
+                if stage in (1, 3):
+                    original[part] = np.array(before.add(stage, streams[0], inputs[0]))
+                kept[number] = inputs[1] if stage == 1 else None
+            objective = Objective.of(moments, correction)
+            del moments
+            found: dict[str, AffineCodes] = {}
+            for spec in dict.fromkeys(specs[path] for path in wanted):
+                same = [path for path in wanted if specs[path] == spec]
+                weights = [after.projections[paths[path]].weight for path in same]
+                codes = fit(np.concatenate(weights), spec, objective, scale_type)
+                found |= zip(same, codes.split(list(map(len, weights))), strict=True)
+            del objective
+            for path in wanted:
+                after.projections[paths[path]].weight = dequantize(found[path])
+                yield path, found[path]
         if stage in (1, 3):
-            for layer, x in streams:
-                run_layer(partial(layer.add, stage), x)
+            if not wanted:
+                run_layer(partial(before.add, stage), original)
+            for part, seen in zip(parts, kept, strict=True):
+                moved = after.add(stage, mx.array(quantized[part]), seen)
+                quantized[part] = np.array(moved)

@@ -88,8 +88,13 @@ class HeldOutComparison:
         )
         self._windows = sample.windows
 
-    def divergences(self, plans: Sequence[Plan]) -> list[float]:
-        """Mean divergence of each plan's predictions from those of the source, in nats."""
+    def divergences(self, plans: Sequence[Plan], rounded: bool = False) -> list[float]:
+        """Mean divergence of each plan's predictions from those of the source, in nats.
+
+        `rounded` spares the calibration: codes are rounded to the best scales instead.
+        """
+        if rounded:
+            plans = list(map(_rounded, plans))
         depth = self._source.config.num_hidden_layers
         self._before, self._total = 0, depth + sum(map(_layer_runs, plans))
         found = []
@@ -130,6 +135,13 @@ class HeldOutComparison:
 
     def _report(self, done: int) -> None:
         self._progress(self._before + done, self._total)
+
+
+def _rounded(plan: Plan) -> Plan:
+    steps = tuple(
+        replace(step, method="search") if step.method == "gptq" else step for step in plan.steps
+    )
+    return replace(plan, steps=steps)
 
 
 def _layer_runs(plan: Plan) -> int:

@@ -7,7 +7,7 @@ real one of each format. What is measured is kept after each layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,18 @@ from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, logit_b
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.transforms.smoothing import Rounding
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.quant import gptq
-from apertus_mlx.quant.affine import ScaleType, dequantize
+from apertus_mlx.quant import gptq, search
+from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.curvature import Curvature, damped
 from apertus_mlx.quant.spec import QuantSpec
 
 SEED = 1
 # What GPTQ leaves of the divergence is measured on so many rows of each matrix, at this width.
 TRIAL_ROWS = 256
 TRIAL_BITS = 3
+# Divergences in more bits than this follow from those in fewer.
+MEASURED_BITS = 4
 
 Roundings = Mapping[QuantSpec, Rounding]
 Divergences = dict[str, dict[QuantSpec, float]]
@@ -55,12 +58,12 @@ def predict_divergences(
     """
     config = weights.config
     keep = Keep(folder / "damages.npz")
-    found = keep.load()
-    if found is None:
+    begun = keep.load()
+    if begun is None:
         # Whatever the pass back had gone by would be missing.
         Keep(folder / BACKWARD).discard()
         keep.save({}, {})
-    kept, _ = found or ({}, {})
+    kept, _ = begun or ({}, {})
     divergences: Divergences = {
         path: dict(zip(roundings[path], values, strict=True)) for path, values in kept.items()
     }
@@ -69,21 +72,25 @@ def predict_divergences(
 
     def look(traces: list[Trace]) -> None:
         for trace in traces:
-            squares = np.square(trace.inputs).mean(0)
-            for path in trace.gradients.keys() & roundings.keys():
+            inputs, paths = trace.inputs, trace.gradients.keys() & roundings.keys()
+            squares = np.square(inputs).mean(0, dtype=np.float64)
+            curvature = None
+            if not paths.isdisjoint(gptq_paths):
+                curvature = Curvature.of(inputs.T @ inputs)
+            for path in sorted(paths):
                 weight, gradient = weights.matrix(path), trace.gradients[path]
                 left = 1.0
-                if path in gptq_paths:
-                    moments = gptq.damped(trace.inputs.T @ trace.inputs)
-                    rows, *errors = _try_gptq(weight, roundings[path], moments, scale_type)
-                    left = _ratio(
-                        *(_divergence(e, trace.inputs, gradient[:, rows]) for e in errors)
-                    )
-                divergences[path] = {
-                    spec: left
-                    * _divergence(rounding(weight, squares) - weight, trace.inputs, gradient)
-                    for spec, rounding in roundings[path].items()
-                }
+                if path in gptq_paths and curvature is not None:
+                    rows, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
+                    left = _ratio(*(_divergence(e, inputs, gradient[:, rows]) for e in errors))
+                found, sizes = {}, {}
+                measured = _measured(roundings[path])
+                for spec, rounding in roundings[path].items():
+                    error = rounding(weight, squares) - weight
+                    sizes[spec] = _size(error, squares)
+                    if spec in measured:
+                        found[spec] = left * _divergence(error, inputs, gradient)
+                divergences[path] = _by_size(found, sizes)
         save()
 
     def save() -> None:
@@ -95,15 +102,44 @@ def predict_divergences(
         uses = (path == layout.EMBEDDING, path == head_path(config))
         left = 1.0
         if path in gptq_paths:
-            curvature = _end_curvature(ends, *uses)
+            curvature = Curvature.of(_end_moments(ends, *uses).astype(np.float32))
             _, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
-            left = _ratio(*(float(np.sum(error @ curvature * error)) for error in errors))
-        divergences[path] = {
-            spec: left * _end_divergence(weight, rounding, ends, windows.reshape(-1), *uses)
-            for spec, rounding in roundings[path].items()
-        }
+            left = _ratio(*(float(np.vdot(error @ curvature.moments, error)) for error in errors))
+        found, sizes = _end_divergences(weight, roundings[path], ends, windows.reshape(-1), *uses)
+        found = {spec: left * divergence for spec, divergence in found.items()}
+        divergences[path] = _by_size(found, sizes)
     save()
     return divergences
+
+
+def _measured(formats: Iterable[QuantSpec]) -> set[QuantSpec]:
+    """The formats whose divergence is measured; that of others follows from the size of the error.
+
+    In many bits the errors of weights are noise that knows nothing of the rest, so the divergence
+    goes with their mean square. It is measured in few bits, for the smallest groups.
+    """
+    smallest: dict[int, QuantSpec] = {}
+    for spec in sorted(formats, key=lambda spec: (spec.bits, spec.group_size)):
+        smallest.setdefault(spec.bits, spec)
+    few = {spec for bits, spec in smallest.items() if bits <= MEASURED_BITS}
+    return few or {smallest[min(smallest)]}
+
+
+def _by_size(
+    measured: Mapping[QuantSpec, float], sizes: Mapping[QuantSpec, float]
+) -> dict[QuantSpec, float]:
+    """All formats' divergences, from that which was measured in as many bits or nearly so."""
+    found = {}
+    for spec, size in sizes.items():
+        near = min(measured, key=lambda other: abs(other.bits - spec.bits))
+        share = size / sizes[near] if sizes[near] > 0 else float(size > 0)
+        found[spec] = measured.get(spec, measured[near] * share)
+    return found
+
+
+def _size(error: Float32, squares: Float64) -> float:
+    """What an error `[rows, columns]` comes to if inputs are independent."""
+    return float(np.einsum("rc,rc->c", error, error) @ squares)
 
 
 def _divergence(error: Float32, inputs: Float32, gradient: Float32) -> float:
@@ -116,14 +152,16 @@ def _half_square(slopes: npt.NDArray[np.floating]) -> float:
 
 
 def _try_gptq(
-    weight: Float32, formats: Roundings, moments: Float64, scale_type: ScaleType
+    weight: Float32, formats: Roundings, curvature: Curvature, scale_type: ScaleType
 ) -> tuple[npt.NDArray[np.intp], Float32, Float32]:
     """Some rows of a matrix, and their errors by GPTQ and by rounding, at about 3 bits."""
     rows = np.linspace(0, len(weight) - 1, min(TRIAL_ROWS, len(weight))).astype(np.intp)
     spec = min(formats, key=lambda spec: abs(spec.bits - TRIAL_BITS))
     some = weight[rows]
-    fitted = dequantize(gptq.fit(some, spec, moments, scale_type, damping=0.0))
-    return rows, fitted - some, formats[spec](some, np.diag(moments)) - some
+    target = np.ascontiguousarray(some.T)
+    start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
+    fitted = gptq.round_in_order(target, start, curvature).values().T
+    return rows, fitted - some, formats[spec](some, curvature.diagonal.astype(np.float64)) - some
 
 
 def _ratio(fitted: float, plain: float) -> float:
@@ -131,33 +169,53 @@ def _ratio(fitted: float, plain: float) -> float:
     return min(1.0, fitted / plain) if plain > 0 else 1.0
 
 
-def _end_curvature(ends: Ends, is_embedding: bool, is_head: bool) -> Float64:
+def _end_moments(ends: Ends, is_embedding: bool, is_head: bool) -> Float64:
     """What the error of a row is multiplied with, where it is looked up and where it is read."""
-    curvature = np.zeros((ends.hidden.shape[1],) * 2)
+    moments = np.zeros((ends.hidden.shape[1],) * 2)
     if is_embedding:
-        curvature += gptq.damped(ends.embedding_gradient.T @ ends.embedding_gradient)
+        moments += damped(ends.embedding_gradient.T @ ends.embedding_gradient)
     if is_head:
-        curvature += gptq.damped(ends.hidden.T @ ends.hidden)
-    return curvature
+        moments += damped(ends.hidden.T @ ends.hidden)
+    return moments
 
 
-def _end_divergence(
-    weight: Float32, rounding: Rounding, ends: Ends, ids: Tokens, is_embedding: bool, is_head: bool
-) -> float:
-    """The same for the embedding, the head, or both in one; rows are looked at in blocks."""
-    slopes, mean, square = (np.zeros(len(ids)) for _ in range(3))
-    squares = np.square(ends.hidden).mean(0) if is_head else np.ones(weight.shape[1])
+def _end_divergences(
+    weight: Float32,
+    roundings: Roundings,
+    ends: Ends,
+    ids: Tokens,
+    is_embedding: bool,
+    is_head: bool,
+) -> tuple[dict[QuantSpec, float], dict[QuantSpec, float]]:
+    """For the embedding, the head, or both in one: what is measured, and sizes of all errors.
+
+    Rows are looked at in blocks.
+    """
+    measured = _measured(roundings)
+    slopes, mean, square = ({spec: np.zeros(len(ids)) for spec in measured} for _ in range(3))
+    sizes = dict.fromkeys(roundings, 0.0)
+    squares = np.ones(weight.shape[1])
+    if is_head:
+        squares = np.square(ends.hidden).mean(0, dtype=np.float64)
     for part in logit_blocks(len(weight), len(ids)):
         start, block = part.start, weight[part]
-        error = rounding(block, squares) - block
-        if is_embedding:
-            inside = (ids >= start) & (ids < start + len(block))
-            rows = error[ids[inside] - start]
-            slopes[inside] = np.einsum("tc,tc->t", rows, ends.embedding_gradient[inside])
+        inside = (ids >= start) & (ids < start + len(block))
         if is_head:
             share = np.exp(ends.hidden @ block.T - ends.log_total[:, None])
-            moved = ends.hidden @ error.T
-            mean += np.einsum("tv,tv->t", share, moved)
-            square += np.einsum("tv,tv,tv->t", share, moved, moved)
+        for spec, rounding in roundings.items():
+            error = rounding(block, squares) - block
+            sizes[spec] += _size(error, squares)
+            if spec in measured and is_embedding:
+                rows = error[ids[inside] - start]
+                gradient = ends.embedding_gradient[inside]
+                slopes[spec][inside] = np.einsum("tc,tc->t", rows, gradient)
+            if spec in measured and is_head:
+                moved = ends.hidden @ error.T
+                mean[spec] += np.einsum("tv,tv->t", share, moved)
+                square[spec] += np.einsum("tv,tv,tv->t", share, moved, moved)
     # For the head nothing need be drawn: the variance of the logits' error under the prediction.
-    return _half_square(slopes) + float((square - np.square(mean)).mean()) / 2
+    found = {
+        spec: _half_square(slopes[spec]) + float((square[spec] - np.square(mean[spec])).mean()) / 2
+        for spec in measured
+    }
+    return found, sizes

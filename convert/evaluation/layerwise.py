@@ -15,6 +15,7 @@ from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
+from apertus_mlx.convert.evaluation.numpy_operations import causal_attention, xielu
 from apertus_mlx.convert.evaluation.products import Projection
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.sources.reading import Reader, block_rows
@@ -100,7 +101,7 @@ class ChangedWeights:
 
 def to_bfloat16(values: Float32) -> Float32:
     """Round to bfloat16; what a model computed in that type does after each product."""
-    return round_scales(values, "BF16")
+    return np.asarray(round_scales(values, "BF16"))
 
 
 class Layer:
@@ -137,7 +138,16 @@ class Layer:
                 setattr(parts[part], attribute, value.reshape(parts[part][attribute].shape))
         # Attention then ends with what o is given.
         parts["self_attn"].o_proj = nn.Identity()
-        module.mlp.act_fn.fuse(compiled=has_gpu())
+        self._activation: Callable[[mx.array], mx.array] = module.mlp.act_fn
+        if has_gpu():
+            module.mlp.act_fn.fuse(compiled=True)
+        else:
+            slopes = [np.array(slope).item() for slope in module.mlp.act_fn.slopes()]
+            self._activation = xielu(*slopes)
+            attend = causal_attention(module.self_attn.scale)
+            parts["self_attn"].attend = lambda queries, keys, values, _: _joined_heads(
+                attend(queries, keys, values)
+            )
 
     def stage_input(self, stage: int, residual: mx.array) -> mx.array:
         """What the matrices of a stage are given.
@@ -151,16 +161,27 @@ class Layer:
         x = mx.array(norm(residual))
         if stage == 1:
             return module.self_attn(x, "causal" if x.shape[1] > 1 else None, None)
-        return module.mlp.act_fn(self.projections["mlp.up_proj"](x)) if stage == 3 else x
+        return self._activation(self.projections["mlp.up_proj"](x)) if stage == 3 else x
 
-    def add(self, stage: int, residual: mx.array) -> mx.array:
-        """The residual stream after attention (stage 1) or the feed-forward part (stage 3)."""
+    def add(self, stage: int, residual: mx.array, inputs: mx.array | None = None) -> mx.array:
+        """The residual stream after attention (stage 1) or the feed-forward part (stage 3).
+
+        `inputs` are what `stage_input` gave, where they are still there.
+        """
         name = self.STAGES[stage][0]
-        return residual + self.projections[name](self.stage_input(stage, residual))
+        if inputs is None:
+            inputs = self.stage_input(stage, residual)
+        return residual + self.projections[name](inputs)
 
     def __call__(self, residual: mx.array) -> mx.array:
         """The residual stream after this layer."""
         return self.add(3, self.add(1, residual))
+
+
+def _joined_heads(heads: mx.array) -> mx.array:
+    """`[B, L, heads * D]` of `[B, heads, L, D]`."""
+    batch, _, length, _ = heads.shape
+    return heads.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
 
 def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:

@@ -138,13 +138,15 @@ class Step:
 
 
 def calibration_memory_bytes(config: ModelConfig) -> int:
-    """Estimate of what calibration takes: two layers, two streams, moments in float64."""
+    """Estimate of what calibration takes: two layers, two streams, moments and their factor."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     layer = 2 * hidden * (queries + keys + inner)
     streams = 2 * CALIBRATION_TOKENS * (hidden + queries)
-    moments = 12 * max(hidden, inner, queries) ** 2
+    widest = max(hidden, inner, queries)
+    # Moments, factor and what is missing, and what fits 2,048 rows.
+    moments = 3 * widest**2 + 12 * min(2048, hidden) * widest
     embedding = 2 * config.vocab_size * hidden
     return 4 * (max(2 * layer + moments, embedding) + streams)
 

@@ -93,8 +93,11 @@ def rounding_of(step: Step) -> Rounding:
     assert spec is not None
 
     def rounded(weight: Float32, squares: Float64) -> Float32:
-        moments = squares.astype(np.float32) if step.method == "gptq" else None
-        return dequantize(search.fit(weight, spec, moments, step.dtype))
+        if step.method != "gptq":
+            return dequantize(search.fit(weight, spec, None, step.dtype))
+        target, moments = np.ascontiguousarray(weight.T), squares.astype(np.float32)
+        found = search.fit_columns(target, spec, moments, step.dtype, search.QUICK)
+        return np.asarray(found.values().T)
 
     def rounded_by_mlx(weight: Float32, _squares: Float64) -> Float32:
         values = mx.array(weight).astype(MLX_TYPES[step.dtype])

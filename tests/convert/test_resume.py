@@ -217,7 +217,7 @@ def test_a_torn_file_counts_as_absent(
 ) -> None:  # fmt: skip
     """As after a power loss on a disk that does not keep its promises."""
     kind = "target" if pattern in ("damages.npz", "backward.npz") else "gptq"
-    place = (sensitivity, "_end_divergence") if kind == "target" else (calibrate, "final_norm")
+    place = (sensitivity, "_end_divergences") if kind == "target" else (calibrate, "final_norm")
     target = tmp_path / "out"
     work = make_work(kind, models)
     with monkeypatch.context() as patch:

@@ -23,6 +23,7 @@ SHORT = {
     "cpu_memory": "{model} --prompt-tokens 32 --forms full",
     "decode_estimates": "",
     "distillation": "--bits 3 --tokens 1024 --epochs 1",
+    "fit_layer": "--size tiny --tokens 64 --no-mlx-lm",
     "generation": "{model} --rounds 1 --prompt-tokens 8",
     "kv_quality": "--tokens 2048 --few",
     "make_checkpoint": "0.5B {new}",
