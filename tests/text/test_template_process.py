@@ -39,6 +39,30 @@ def test_one_that_is_watched_ends_when_it_takes_too_much_memory() -> None:
     process.end()
 
 
+def test_a_question_too_large_to_be_read_is_no_fault_of_python() -> None:
+    process = TemplateProcess(memory_bytes=2**26)
+    with pytest.raises(RejectedError, match=r"67\.1 MB of memory"):
+        process.render({**question("a"), "data": " " * 2**25})
+    assert process.render(question("a")) == "a"
+    process.end()
+
+
+def test_it_ends_where_the_thread_that_started_it_blocks_signals() -> None:
+    process = TemplateProcess(seconds=0.2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    try:
+        running = process._running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    endless = "{% for i in range(10**5) %}{% for k in range(10**5) %}{% endfor %}{% endfor %}"
+    patience = threading.Timer(60, running.kill)
+    patience.start()
+    with pytest.raises(RejectedError, match=r"0\.2 s of work"):
+        process.render(question(endless))
+    patience.cancel()
+    assert running.returncode == -signal.SIGPROF
+
+
 def test_an_interrupt_leaves_no_old_answer(
     process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,14 +219,15 @@ def main(seconds: float, memory_bytes: int) -> None:
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
         resource.setrlimit(limit, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])  # the thread that started it may
+    try:
+        for line in sys.stdin.buffer:
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             answer = _answer(json.loads(line))
-        except MemoryError:
-            signal.raise_signal(signal.SIGKILL)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(answer, flush=True)  # noqa: T201  # the other side reads it
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            print(answer, flush=True)  # noqa: T201  # the other side reads it
+    except MemoryError:
+        signal.raise_signal(signal.SIGKILL)
 
 
 if __name__ == "__main__":
