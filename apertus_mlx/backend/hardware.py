@@ -26,11 +26,6 @@ def has_gpu() -> bool:
     return bool(mx.default_device() != mx.cpu)
 
 
-def without_tf32() -> None:
-    """Have MLX on CUDA multiply float32 as such, not as TF32; for before its first product."""
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
-
-
 def has_metal() -> bool:
     """Whether that GPU, or one that MLX was told not to use, is Apple's."""
     import mlx.core as mx

@@ -17,7 +17,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from apertus_mlx.backend.hardware import without_tf32
 from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrate import quantize_model
 from apertus_mlx.convert.evaluation.texts import (
@@ -66,7 +65,6 @@ def prepare_calibration(directory: Path, paths: Sequence[Path]) -> Calibration:
     Raises:
         ApertusError: see `read_texts` and `sample_windows`.
     """
-    without_tf32()
     seen, judged = hold_out(read_texts(paths))
     sample = sample_windows(seen, *open_text(directory), WINDOW_TOKENS, WINDOWS, SEED)
     return Calibration(sample, judged)
