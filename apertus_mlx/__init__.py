@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     )
     from apertus_mlx.generation.function_tools import tool_schema
     from apertus_mlx.system.progress import Progress
-    from apertus_mlx.tools import convert_model, distill, evaluate, plan, plan_overview, verify
+    from apertus_mlx.tools import (
+        convert_model,
+        distill,
+        evaluate,
+        evaluate_tasks,
+        plan,
+        plan_overview,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
@@ -28,15 +36,18 @@ _NAMES = {
     "errors": ("ApertusError", "NotFoundError", "RejectedError", "ResourceError", "UsageError"),
     "generation.function_tools": ("tool_schema",),
     "system.progress": ("Progress",),
-    "tools": ("convert_model", "distill", "evaluate", "plan", "plan_overview", "verify"),
+    "tools": (
+        *("convert_model", "distill", "evaluate", "evaluate_tasks", "plan", "plan_overview"),
+        "verify",
+    ),
 }
 # name -> the module that defines it.
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = [
     "Answer", "Apertus", "ApertusError", "Chat", "Message", "NotFoundError", "Piece", "Progress",
     "RejectedError", "ResourceError", "Stream", "ToolCall", "UsageError", "__version__",
-    "convert_model", "distill", "evaluate", "load", "plan", "plan_overview", "tool_schema",
-    "verify",
+    "convert_model", "distill", "evaluate", "evaluate_tasks", "load", "plan", "plan_overview",
+    "tool_schema", "verify",
 ]  # fmt: skip
 
 

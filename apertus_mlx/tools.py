@@ -27,6 +27,7 @@ from apertus_mlx.generation.options import (
     Revision,
 )
 from apertus_mlx.hub import is_repo_id, locate
+from apertus_mlx.measure.tasks.options import TaskKeywords, TaskOptions
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of, known
 from apertus_mlx.system.progress import OnLayers, OnProgress, Progress
 from apertus_mlx.system.sizes import counted
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from apertus_mlx.convert.job import Job
     from apertus_mlx.convert.plan.plan import Plan
     from apertus_mlx.convert.plan.policy import Request
+    from apertus_mlx.measure.tasks.run import ModelScores
     from apertus_mlx.memory import Device
     from apertus_mlx.memory.overview import Overview
     from apertus_mlx.memory.report import MemoryPlan
@@ -91,6 +93,19 @@ class Comparison:
             for label, evaluation in self.models.items()
         }
         return next(iter(found.values())) if len(found) == 1 else {"models": found}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskComparison:
+    """What models reached in tasks of lm-eval: the scores of each, by a short name."""
+
+    models: Mapping[str, ModelScores]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `eval --tasks --json` prints."""
+        models = {label: found.as_json() for label, found in self.models.items()}
+        return {"notes": list(self.notes), "models": models}
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +353,9 @@ def evaluate(
         _Name | Sequence[_Name], Option("Model folders or Hub ids.", metavar="MODEL")
     ],
     *,
-    reference: Annotated[_Name, Option("Model folder or Hub id to compare with.")],
+    reference: Annotated[
+        _Name | None, Option("Model folder or Hub id to compare with; not with --tasks.")
+    ] = None,
     text: Annotated[
         _File | Sequence[_File] | None,
         Option("Text, JSONL or chat file, or folder of such; default: built in."),
@@ -369,28 +386,81 @@ def evaluate(
 
     tf32.switch_off()
     files, names = [Path(each) for each in as_list(text)], as_list(models)
-    if not names:
-        raise UsageError("models: give at least one")
     labels = _labels(names)
+    if reference is None:
+        raise UsageError("--reference: give the model that the others were made from, or --tasks")
     # Of the built-in texts those that no conversion calibrates on.
     texts = read_texts(files) if files else hold_out(read_texts())[1]
-    # `revision` is that of models from the Hub; it is refused where there is none.
-    on_hub = [_is_on_hub(name) for name in names]
-    folders = [
-        locate(
-            name,
-            revision=revision if remote or not any(on_hub) else None,
-            offline=offline,
-            progress=_naming(progress, name),
-        )
-        for name, remote in zip(names, on_hub, strict=True)
-    ]
+    folders = _folders(names, revision, offline, progress)
     origin = locate(
         reference, revision=reference_revision, offline=offline,
         progress=_naming(progress, reference),
     )  # fmt: skip
     found = measure_all(folders, origin, texts, tokens, partial(_layers(progress), "measuring"))
     return Comparison(dict(zip(labels, found, strict=True)))
+
+
+@checked
+def evaluate_tasks(
+    models: _Name | Sequence[_Name],
+    tasks: str | Sequence[str],
+    *,
+    out: _File | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: OnProgress | None = None,
+    **options: Unpack[TaskKeywords],
+) -> TaskComparison:
+    """Put standard tasks to models with lm-eval, which the extra `eval` brings.
+
+    Args:
+        models: folders or Hub ids, of forms that `load` takes.
+        tasks: names of lm-eval, of ours (`plain_facts`, which needs no network) or of a list of the
+            model cards: `apertus-post`, `apertus-pre`, `swissai_eval`.
+        out: a JSON file to write. Answers are kept beside it as they come, in a file that ends in
+            `.answers.jsonl`; what is in there is not computed again.
+        revision: of models from the Hub.
+        offline: nothing is downloaded, data sets neither.
+        progress: is told of the stages `downloading`, `loading` and those of lm-eval.
+        **options: the fields of `TaskOptions`: `chat`, `few_shot`, `limit`, ...
+
+    Raises:
+        UsageError: lm-eval is missing, there is no such task, or a value is out of range.
+        NotFoundError: a model or a data set cannot be had.
+        RejectedError: a checkpoint is damaged or not supported, or lm-eval refuses a task.
+        ResourceError: too little memory, or `out` cannot be written.
+    """
+    from apertus_mlx.generation.options import RunOptions
+    from apertus_mlx.measure.tasks.run import find_tasks, run_tasks
+    from apertus_mlx.measure.tasks.score_file import answers_path, check_out, write_scores
+
+    settings = TaskOptions(**known(TaskOptions, options))
+    names = as_list(models)
+    labels = _labels(names)
+    wanted = [name for each in as_list(tasks) for name in each.split(",") if name]
+    target = None if out is None else Path(out)
+    if target is not None:
+        check_out(target)
+    chosen = find_tasks(wanted, offline)
+    for line in chosen.notes:
+        _log.info(line)
+    folders = _folders(names, revision, offline, progress)
+    tell = progress or (lambda _: None)
+    found = {}
+    for label, folder in zip(labels, folders, strict=True):
+
+        def asked(kind: str, done: int, total: int, label: str = label) -> None:
+            tell(Progress(kind, done, total, "requests", label))
+
+        def loaded(done: int, total: int, label: str = label) -> None:
+            tell(Progress("loading", done, total, "bytes", label))
+
+        answers = None if target is None else answers_path(target)
+        found[label] = run_tasks(folder, chosen, settings, RunOptions(), answers, asked, loaded)
+    comparison = TaskComparison(found, tuple(chosen.notes))
+    if target is not None:
+        write_scores(target, comparison.as_json())
+    return comparison
 
 
 @checked
@@ -495,8 +565,30 @@ def _inventory(
     return take_inventory(folder, EMBEDDED_NAME if model is None else str(model))
 
 
+def _folders(
+    names: Sequence[str | Path], revision: str | None, offline: bool, progress: OnProgress | None
+) -> list[Path]:
+    """The folders of models. `revision` is that of models from the Hub; refused without any."""
+    on_hub = [_is_on_hub(name) for name in names]
+    return [
+        locate(
+            name,
+            revision=revision if remote or not any(on_hub) else None,
+            offline=offline,
+            progress=_naming(progress, name),
+        )
+        for name, remote in zip(names, on_hub, strict=True)
+    ]
+
+
 def _labels(models: Sequence[str | Path]) -> list[str]:
-    """A short name for each model: the folder's, or all that was given where two share one."""
+    """A short name for each model: the folder's, or all that was given where two share one.
+
+    Raises:
+        UsageError: there is no model, or one twice.
+    """
+    if not models:
+        raise UsageError("models: give at least one")
     folders = [Path(model).expanduser() for model in models]
     names = [
         folder.resolve().name if folder.is_dir() else str(model)

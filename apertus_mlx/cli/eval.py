@@ -1,8 +1,9 @@
-"""`apertus-mlx eval`: what quantized models lost, against the model that they were made from."""
+"""`apertus-mlx eval`: what quantized models lost, against their reference or in standard tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,12 @@ from apertus_mlx.cli.options import JsonOption, PlotOption
 from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
 from apertus_mlx.cli.sink import note
+from apertus_mlx.errors import UsageError
+from apertus_mlx.measure.tasks.options import TaskOptions
+from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import format_bytes
 from apertus_mlx.tools import evaluate as run
+from apertus_mlx.tools import evaluate_tasks
 
 if TYPE_CHECKING:
     from apertus_mlx.convert.evaluation.evaluate import Evaluation
@@ -24,10 +29,23 @@ HEADER = ("tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "
 def evaluate(
     given: Annotated[dict[str, Any], run],
     *,
+    tasks: Annotated[
+        Sequence[str] | None,
+        Option("Score in these tasks of lm-eval instead; names with commas.", metavar="NAMES"),
+    ] = None,
+    task_options: TaskOptions,
+    out: Annotated[
+        Path | None,
+        Option("With --tasks: JSON file for scores; answers are kept beside it, to go on from."),
+    ] = None,
     plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure how far each MODEL's predictions are from those of the reference.
+
+    With --tasks: score MODELS in tasks of lm-eval (extra `eval`). apertus-post, apertus-pre and
+    swissai_eval are the lists of the Apertus cards, plain_facts comes with the package. 95 %: the
+    confidence interval.
 
     Every row is a language, the last one all of them. Smaller is nearer, but for top-1.
 
@@ -45,6 +63,11 @@ def evaluate(
 
     if plot is not None:
         check_plot(plot)
+    if tasks is not None:
+        _score(given, tasks, task_options, out, plot, json)
+        return
+    if task_options != TaskOptions() or out is not None:
+        raise UsageError("--chat, --limit, --out and the like are for --tasks")
     with show_progress() as progress:
         found = run(**given, progress=progress)
     print_report(json, found.as_json, lambda: [_table(found.models)])
@@ -53,6 +76,26 @@ def evaluate(
     # Last, since it can fail where the work has not.
     if plot is not None:
         _draw(found.models, plot)
+
+
+def _score(
+    given: Mapping[str, Any],
+    tasks: Sequence[str],
+    options: TaskOptions,
+    out: Path | None,
+    plot: Path | None,
+    json: bool,
+) -> None:
+    from apertus_mlx.cli.task_scores import draw_scores, score_table
+
+    if any(given[name] is not None for name in ("reference", "reference_revision", "text")):
+        raise UsageError("--tasks: asks a task's own questions; leave out --reference and --text")
+    shared = {name: given[name] for name in ("models", "revision", "offline")}
+    with show_progress() as progress:
+        found = evaluate_tasks(tasks=tasks, out=out, progress=progress, **shared, **asdict(options))
+    print_report(json, found.as_json, lambda: [score_table(found.models)])
+    if plot is not None:
+        draw_scores(found.models, plot)
 
 
 def _table(evaluations: Mapping[str, Evaluation]) -> Table:

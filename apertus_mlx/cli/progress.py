@@ -14,7 +14,9 @@ from apertus_mlx.system.progress import OnProgress, Progress
 
 # Seconds: before a stage is shown at all, between two drawings, between two lines in a log.
 DELAY_S, DRAWING_INTERVAL_S, LINE_INTERVAL_S = 1.0, 0.1, 10.0
-_UNITS = {"bytes": "B", "layers": " layer runs", "tokens": " tokens"}
+_UNITS = {
+    "bytes": "B", "layers": " layer runs", "tokens": " tokens", "requests": " requests",
+}  # fmt: skip
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Progress:
     stage: str
     done: int
     total: int | None
-    unit: Literal["bytes", "layers", "tokens"]
+    unit: Literal["bytes", "layers", "tokens", "requests"]
     detail: str = ""
 
 

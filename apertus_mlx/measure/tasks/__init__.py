@@ -1,0 +1,1 @@
+"""Standard tasks of lm-eval (EleutherAI's harness) on our models; needs the extra `eval`."""
