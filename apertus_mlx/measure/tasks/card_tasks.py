@@ -39,10 +39,14 @@ NEED_A_JUDGE = {"alpaca_eval"}
 
 @dataclass(slots=True)
 class Chosen:
-    """What will run, by name, and what there is to say before it does, a line each."""
+    """What will run, by name, and what there is to say before it does, a line each.
+
+    `manager` is lm-eval's, which makes tasks of names.
+    """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    manager: Any = None
 
 
 def choose(names: Sequence[str], known: Collection[str], own: dict[str, dict[str, Any]]) -> Chosen:

@@ -73,7 +73,10 @@ class ModelScores:
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
-        rows = [{**asdict(score), "interval_95": score.interval} for score in self.scores]
+        rows = [
+            {**asdict(score), "interval_95": score.interval and list(score.interval)}
+            for score in self.scores
+        ]
         return {"weight_bytes": self.weight_bytes, "scores": rows}
 
 
@@ -87,8 +90,10 @@ def find_tasks(names: Sequence[str], offline: bool) -> Chosen:
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     with _quiet():
-        chosen = choose(names, _known(names), own_tasks())
-        manager = _manager(chosen)
+        # To read the names of all of lm-eval's tasks takes it seconds; ours need none of them.
+        manager = _task_manager(include_defaults=not set(names) <= own_tasks().keys())
+        chosen = choose(names, manager.all_tasks, own_tasks())
+        chosen.manager = manager
         for task in chosen.tasks:
             name = task if isinstance(task, str) else task.get("task")
             try:
@@ -142,7 +147,7 @@ def run_tasks(
                     system_instruction=options.system,
                     apply_chat_template=options.chat,
                     fewshot_as_multiturn=options.chat,
-                    task_manager=_manager(chosen),
+                    task_manager=chosen.manager,
                     torch_random_seed=None,
                 )
         except ApertusError:
@@ -171,25 +176,12 @@ def scores(found: Mapping[str, Any]) -> Iterator[Score]:
             yield Score(task, name, float(value), float(error) if known else None, questions)
 
 
-def _known(names: Sequence[str]) -> list[str]:
-    """The names of lm-eval's tasks; to look for our own alone, none."""
-    if all(name in own_tasks() for name in names):
-        _lm_eval()
-        return []
-    return list(_lm_eval().TaskManager().all_tasks)
-
-
-def _manager(chosen: Chosen) -> Any:
-    needed = any(isinstance(task, str) for task in chosen.tasks)
-    return _lm_eval().TaskManager(include_defaults=needed)
-
-
-def _lm_eval() -> Any:
+def _task_manager(include_defaults: bool) -> Any:
     try:
-        from lm_eval import tasks
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise UsageError("--tasks: needs lm-eval: pip install 'apertus-mlx[eval]'") from None
-    return tasks
+    return TaskManager(include_defaults=include_defaults)
 
 
 @contextmanager
