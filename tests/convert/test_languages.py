@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from tokenizers import Tokenizer
 
 from apertus_mlx import convert_model, evaluate
 from apertus_mlx.backend.mlx import load_model
+from apertus_mlx.cli import eval as command
 from apertus_mlx.cli.app import app
 from apertus_mlx.convert.evaluation import languages
 from apertus_mlx.errors import UsageError
+from apertus_mlx.tools import Comparison
 from tests.builders import config_4x, write_checkpoint
 
 
@@ -57,30 +58,33 @@ def test_figures_are_those_of_a_direct_computation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     texts = few(monkeypatch, "de", "ja", "rm")
+    told: list[Comparison] = []
+
+    def kept(**given: Any) -> Comparison:
+        told.append(evaluate(**given))
+        return told[-1]
+
+    monkeypatch.setattr(command, "run", kept)
     arguments = ["eval", str(model), "--reference", str(reference), "--languages"]
-    app([*arguments, "--json", "--tokens", "500"], standalone_mode=False)
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)["languages"]
+    app([*arguments, "--tokens", "150"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    found: dict[str, Any] = told[0].as_json()["languages"]
     tokenizer = Tokenizer.from_file(str(reference / "tokenizer.json"))
-    expected = {}
     for tag in ("de", "ja"):
-        ids = [1, *tokenizer.encode(texts[tag].text, add_special_tokens=False).ids][:500]
+        whole = tokenizer.encode(texts[tag].text, add_special_tokens=False).ids
         wanted, got = (
-            nn.log_softmax(load_model(folder, "float32")(mx.array([ids]))[0], axis=-1)
+            nn.log_softmax(load_model(folder, "float32")(mx.array([[1, *whole][:150]]))[0], axis=-1)
             for folder in (reference, model)
         )
-        expected[tag] = float(np.array((mx.exp(wanted) * (wanted - got)).sum(-1)).mean())
-        assert found[tag]["kl_mean"] == pytest.approx(expected[tag], rel=1e-3)
-        whole = tokenizer.encode(texts[tag].text, add_special_tokens=False).ids
+        expected = float(np.array((mx.exp(wanted) * (wanted - got)).sum(-1)).mean())
+        assert found[tag]["kl_mean"] == pytest.approx(expected, rel=1e-3)
         assert found[tag]["tokens_per_character"] == len(whole) / len(texts[tag].text)
-    app([*arguments, "--tokens", "500"], standalone_mode=False)
-    lines = capsys.readouterr().out.splitlines()
     ranked = sorted(found, key=lambda tag: -found[tag]["kl_mean"])
     assert [line.split()[3] for line in lines[1:4]] == ranked
-    middle = statistics.median(each["kl_mean"] for each in found.values())
     assert lines[4].split()[3:] == [
         "median", "of", "3",
         f"{statistics.median(each['tokens_per_character'] for each in found.values()):.2f}",
-        f"{middle:.5f}",
+        f"{statistics.median(each['kl_mean'] for each in found.values()):.5f}",
     ]  # fmt: skip
     assert lines[5].split()[3] == "all"
     assert lines[6].startswith("most tokens a character: ja ")
