@@ -60,11 +60,13 @@ def test_figures_are_those_of_a_direct_computation(
     texts = few(monkeypatch, "de", "ja", "rm")
     told: list[Comparison] = []
 
-    def kept(**given: Any) -> Comparison:
-        told.append(evaluate(**given))
-        return told[-1]
+    words = command._words
 
-    monkeypatch.setattr(command, "run", kept)
+    def kept(found: Comparison) -> Any:
+        told.append(found)
+        return words(found)
+
+    monkeypatch.setattr(command, "_words", kept)
     arguments = ["eval", str(model), "--reference", str(reference), "--languages"]
     app([*arguments, "--tokens", "150"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()

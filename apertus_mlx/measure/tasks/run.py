@@ -180,7 +180,7 @@ def _task_manager(include_defaults: bool) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UsageError("--tasks: needs lm-eval: pip install 'apertus-mlx[eval]'") from None
+        raise UsageError("--tasks: needs lm-eval: pip install lm-eval") from None
     return TaskManager(include_defaults=include_defaults)
 
 
