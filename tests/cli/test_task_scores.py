@@ -39,9 +39,11 @@ def test_without_lm_eval_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch
 
 
 MODELS = {
-    "whole": ModelScores(2_000_000, (Score("t", "acc", 0.5, 0.1, 26), Score("t", "f1", 0.3, None, 26))),
+    "whole": ModelScores(
+        2_000_000, (Score("t", "acc", 0.5, 0.1, 26), Score("t", "f1", 0.3, None, 26))
+    ),
     "4bit": ModelScores(600_000, (Score("t", "acc", 0.25, None, 26),)),
-}  # fmt: skip
+}
 
 
 def test_models_stand_side_by_side() -> None:
@@ -49,7 +51,7 @@ def test_models_stand_side_by_side() -> None:
     # 13 of 26: Wilson's interval is 0.5 ± 0.1795.
     assert lines[1:] == [
         ["t", "whole", "2.0", "MB", "26", "acc", "0.5000", "0.321", "to", "0.679"],
-        ["t", "4bit", "0.6", "MB", "26", "acc", "0.2500", "-"],
+        ["t", "4bit", "600.0", "kB", "26", "acc", "0.2500", "-"],
         ["t", "whole", "2.0", "MB", "26", "f1", "0.3000", "-"],
     ]
 
