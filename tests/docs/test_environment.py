@@ -73,7 +73,12 @@ def values_of(module: str, source: str) -> dict[str, object]:
     """What the names of a module stand for, those that functions import included."""
     values = dict(vars(import_module(module)))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+        # Peers are imported where their packages are.
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module in MODULES
+            and "peer" not in node.module
+        ):
             home = vars(import_module(node.module))
             values |= {each.name: home.get(each.name) for each in node.names}
     return values
