@@ -143,7 +143,9 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Whether it does what there is to do."""
-        stuck = not self._idle and time.monotonic() - self._tick > STUCK_AFTER_S
+        # Waking from sleep may take longer: a large model is loaded.
+        working = self.state == "ready" and not self._idle
+        stuck = working and time.monotonic() - self._tick > STUCK_AFTER_S
         return self.state in ("ready", "sleeping") and self._thread.is_alive() and not stuck
 
     def report(self) -> dict[str, object]:
@@ -193,8 +195,8 @@ class Engine:
             )
             self._memory = limits.pop_all()
         self._running = running
-        self.state = "ready"
         self._tick = time.monotonic()
+        self.state = "ready"
         return running
 
     def _unload(self) -> None:

@@ -64,7 +64,7 @@ class TemplateProcess:
 
         Raises:
             RejectedError: the template is damaged, refuses the messages, or takes too much.
-            ResourceError: no Python can run it.
+            ResourceError: no Python can run it, or no process can be started.
         """
         line = json.dumps(question).encode() + b"\n"
         with self._lock:
@@ -94,8 +94,12 @@ class TemplateProcess:
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,  # an interrupt from the terminal is not for it
                 )
-            except OSError:
+            except (FileNotFoundError, PermissionError):
                 raise _no_python() from None
+            except OSError as error:  # too many files or processes, too little memory
+                raise ResourceError(
+                    f"no process for chat templates can be started: {error.strerror}"
+                ) from None
         return self._process
 
     def _ask(self, process: subprocess.Popen[bytes], line: bytes) -> bytes:

@@ -15,6 +15,7 @@ from apertus_mlx.generation.memory_plan import plan_memory
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.server import engine as engine_module
 from apertus_mlx.server.admission import MemoryBudget
 from apertus_mlx.server.engine import Engine, EngineLimits
 from apertus_mlx.server.errors import ApiError
@@ -169,6 +170,37 @@ def test_it_sleeps_and_wakes(loaded: LoadedModel) -> None:
         made.submit([one])
         assert isinstance(box_of(one).wait(), Ended) and len(loads) >= 2
     finally:
+        made.stop()
+
+
+def test_a_load_that_takes_long_is_not_stuck(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model may take a minute to wake; a supervisor would end it again and again."""
+    plan = plan_memory(FOLDER.inventory, RunOptions(), 512)
+    waking, go_on = threading.Event(), threading.Event()
+
+    def load() -> LoadedModel:
+        if made.state == "sleeping":
+            waking.set()
+            assert go_on.wait(60)
+        return loaded
+
+    limits = EngineLimits(idle_unload_s=0.02)
+    made = Engine(FOLDER, load, MemoryBudget(FOLDER.inventory, plan), limits)
+    made.start()
+    try:
+        while made.state != "sleeping":
+            threading.Event().wait(0.01)
+        one = job()
+        made.submit([one])
+        assert waking.wait(60)
+        monkeypatch.setattr(engine_module, "STUCK_AFTER_S", -1)
+        assert made.healthy
+        go_on.set()
+        assert isinstance(box_of(one).wait(), Ended)
+    finally:
+        go_on.set()
         made.stop()
 
 

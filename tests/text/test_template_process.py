@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
@@ -123,6 +124,17 @@ def test_without_a_python_there_is_one_line(
     process.start()
     with pytest.raises(ResourceError, match="template"):
         process.render(question("a"))
+
+
+def test_too_many_open_files_are_no_fault_of_python(process: TemplateProcess) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match="open files"):
+            process.render(question("a"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert process.render(question("a")) == "a"
 
 
 def test_a_frozen_app_is_not_started_again(
