@@ -40,8 +40,12 @@ def memory_limit(options: RunOptions) -> int:
     return available_bytes(has_gpu() and not uses_cpu(options.compute, options.dtype))
 
 
-def plan_memory(inventory: Inventory, options: RunOptions, context: int) -> Fit:
+def plan_memory(
+    inventory: Inventory, options: RunOptions, context: int, beside_bytes: int = 0
+) -> Fit:
     """Settings with which `context` positions (the model's own, if fewer) fit `memory_limit`.
+
+    `beside_bytes` of it are for something else, such as a draft.
 
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
@@ -53,11 +57,23 @@ def plan_memory(inventory: Inventory, options: RunOptions, context: int) -> Fit:
     cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
     backend = choose_backend(inventory, has_gpu(), options.dtype, cpu, card() is not None)
     context = min(context, config.max_position_embeddings)
-    limit = memory_limit(options)
+    limit = max(0, memory_limit(options) - beside_bytes)
     if not options.force:
         return fit(inventory, limit, context, backend, form, options.prefill_step)
     form, step = form or FULL_PRECISION, options.prefill_step or prefill_steps(backend)[0]
     return Fit(form, step, footprint(inventory, form, context, step, backend), limit, backend)
+
+
+def draft_bytes(inventory: Inventory, options: RunOptions, context: int) -> int:
+    """The bytes that a draft takes beside the model, for `context` positions or its own, if fewer.
+
+    Libraries are there anyway.
+    """
+    cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
+    backend = choose_backend(inventory, has_gpu(), options.dtype, cpu)
+    context = min(context, inventory.config.max_position_embeddings)
+    needed = footprint(inventory, FULL_PRECISION, context, PREFILL_STEPS[0], backend)
+    return needed.total_bytes - needed.process_bytes
 
 
 def describe_plan(plan: Fit, options: RunOptions, context: int) -> str | None:
