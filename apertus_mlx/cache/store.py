@@ -197,7 +197,9 @@ class Ring(Store):
     def shrink(self, length: int) -> None:
         """Go back to `length` rows, and to those that the later ones pushed out."""
         back = self.length - max(length, self.size)
-        if back > 0:
+        if length == 0:
+            self._displaced = []
+        elif back > 0:
             last = self.length
             places = mx.array([self._place(number) for number in range(last - back, last)])
             for array, rows in zip(self.arrays, self._displaced, strict=True):
