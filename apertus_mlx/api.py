@@ -30,7 +30,7 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
 from apertus_mlx.generation.draft_model import load_drafting, require_draft
-from apertus_mlx.generation.memory_plan import describe_plan, draft_bytes, plan_memory, report_plan
+from apertus_mlx.generation.memory_plan import describe_plan, plan_draft, plan_memory, report_plan
 from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder, open_folder
 from apertus_mlx.generation.options import (
     CHAT_CONTEXT,
@@ -125,7 +125,7 @@ def load(
     if drafts.model is not None:
         helper = open_folder(hub.locate(drafts.model, offline=settings.offline, progress=progress))
         require_draft(folder, helper)
-        beside = draft_bytes(helper.inventory, settings, context)
+        beside = plan_draft(helper.inventory, settings, context)
     plan = plan_memory(folder.inventory, settings, context, beside)
     notes = list(folder.notes)
     if (line := describe_plan(plan, settings, context)) is not None:

@@ -50,9 +50,9 @@ def plan_run(
     inventory: Inventory, options: RunOptions, context: int, draft: ModelFolder | None = None
 ) -> Fit:
     """See `plan_memory`; tells what it chose if that is not the usual."""
-    from apertus_mlx.generation.memory_plan import describe_plan, draft_bytes, plan_memory
+    from apertus_mlx.generation.memory_plan import describe_plan, plan_draft, plan_memory
 
-    beside = 0 if draft is None else draft_bytes(draft.inventory, options, context)
+    beside = 0 if draft is None else plan_draft(draft.inventory, options, context)
     plan = plan_memory(inventory, options, context, beside)
     if line := describe_plan(plan, options, context):
         note(line)

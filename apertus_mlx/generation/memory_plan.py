@@ -10,7 +10,7 @@ from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
-from apertus_mlx.memory.fit import prefill_steps
+from apertus_mlx.memory.fit import draft_bytes, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.system.sizes import format_bytes
 
@@ -64,16 +64,11 @@ def plan_memory(
     return Fit(form, step, footprint(inventory, form, context, step, backend), limit, backend)
 
 
-def draft_bytes(inventory: Inventory, options: RunOptions, context: int) -> int:
-    """The bytes that a draft takes beside the model, for `context` positions or its own, if fewer.
-
-    Libraries are there anyway.
-    """
+def plan_draft(draft: Inventory, options: RunOptions, context: int) -> int:
+    """The bytes that a draft takes beside its model; see `draft_bytes`."""
     cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
-    backend = choose_backend(inventory, has_gpu(), options.dtype, cpu)
-    context = min(context, inventory.config.max_position_embeddings)
-    needed = footprint(inventory, FULL_PRECISION, context, PREFILL_STEPS[0], backend)
-    return needed.total_bytes - needed.process_bytes
+    backend = choose_backend(draft, has_gpu(), options.dtype, cpu, card() is not None)
+    return draft_bytes(draft, context, backend)
 
 
 def describe_plan(plan: Fit, options: RunOptions, context: int) -> str | None:

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from apertus_mlx.cache import Cache
+from apertus_mlx import load
+from apertus_mlx.cache import FULL_PRECISION, Cache
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.draft_model import cut_head, require_draft
@@ -22,6 +23,9 @@ from apertus_mlx.generation.drafts import Drafting, LookupDraft, ModelDraft
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import DraftOptions, RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Generation
+from apertus_mlx.memory import Device
+from apertus_mlx.memory.footprint import GPU_32_BIT, footprint
+from apertus_mlx.memory.report import plan_for_device
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.cache_sequences import FORMS
 
@@ -218,3 +222,52 @@ def test_options() -> None:
     for draft in (None, "lookup"):
         with pytest.raises(UsageError, match="--draft-vocab: cuts the head of a draft"):
             DraftOptions(draft=draft, draft_vocab=1000)
+
+
+def test_what_is_looked_up() -> None:
+    def never(_: mx.array) -> None:
+        raise AssertionError
+
+    def looked_up(ids: list[int], most: int) -> Any:
+        found = draft.propose(ids, most, never)
+        return None if found is None else found.tolist()
+
+    draft = LookupDraft()
+    draft.begin([])
+    assert looked_up([5, 6, 7, 8, 5], 3) is None
+    assert looked_up([5, 6, 7, 8, 5, 6], 3) == [7, 8, 5]
+    # The latest place counts, and the longest run.
+    assert looked_up([5, 6, 7, 8, 5, 6, 9, 5, 6], 2) == [9, 5]
+    assert looked_up([5, 6, 7, 8, 5, 6, 9, 8, 5, 6], 1) == [9]
+    assert looked_up([5, 6, 7, 8, 5, 6, 9, 8, 5, 6, 1, 7, 8, 5, 6], 1) == [9]
+    draft.begin([])
+    assert looked_up([5, 6], 1) is None
+
+
+def test_python(folder: Path) -> None:
+    how: dict[str, Any] = {"compute": "mlx", "dtype": "float32"}
+    asked: dict[str, Any] = {"raw": True, "temperature": 1, "seed": 5, "max_tokens": 30}
+    with load(folder / "large", **how) as model:
+        plain = model.generate("a b a b a b", **asked)
+        assert plain.speculation is None
+    for draft in ("lookup", folder / "small"):
+        with load(folder / "large", draft=draft, **how) as model:
+            found = model.generate("a b a b a b", **asked)
+            assert found.token_ids == plain.token_ids
+            assert found.speculation is not None and found.speculation.passes
+            # Text at random repeats nothing that could be looked up.
+            assert found.speculation.drafted or draft == "lookup"
+
+
+def test_the_memory_of_a_draft_is_planned(folder: Path) -> None:
+    large, small = (open_folder(folder / name).inventory for name in ("large", "small"))
+
+    def planned(memory_bytes: int, draft: Any = None) -> Any:
+        device = Device("device", memory_bytes)
+        return plan_for_device(large, device, 100, FULL_PRECISION, 512, on_gpu=True, draft=draft)
+
+    alone = planned(10**9).forms[0].total_bytes
+    needed = footprint(small, FULL_PRECISION, 100, 512, GPU_32_BIT).total_bytes
+    assert planned(alone + needed, small).forms[0].fits
+    assert not planned(alone + needed - 1, small).forms[0].fits
+    assert planned(alone + needed, small).draft_bytes == needed
