@@ -1,6 +1,7 @@
 """How often drafts are right, by three rules, and what they do to speed; mlx-lm's beside it.
 
     python -m benchmarks.speculation [MODEL] [DRAFT] [--tokens 64] [--ahead 3]
+    python -m benchmarks.speculation --estimates
 
 By default the embedded model and its 2-bit form, converted on the spot. Acceptance is a mean over
 the tokens of the model's answers, up to their end: of a guess drawn with the same key, over 32 keys
@@ -17,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ SETTINGS = {
 }
 
 
+# A pass over 1, 2, ... rows in passes over one, at 4 bits: ml-explore/mlx#3852; ml-explore/mlx PR
+# 3791 (70B, 2 and 4 rows between its neighbours); ml-explore/mlx#4265 (4 rows; 2 and 3 likewise).
+ROWS = {
+    "M4 Pro": (1.0, 0.99, 1.13, 1.43, 1.75),
+    "M5 Max": (1.0, 1.06, 1.12, 1.30, 1.49),
+    "M3 Ultra": (1.0, 1.75, 2.51, 3.26),
+    "rows one by one": (1.0, 2.0, 3.0, 4.0, 5.0),
+}
+# Bytes that a token reads: 0.5B beside 8B, both at 4 bits.
+DRAFT_COST = 247 / 4228
+RIGHT = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
 def main() -> None:
     """Measure, and print lines or one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -62,7 +76,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-acceptance", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--estimates", action="store_true", help="no measurement: a table")
     arguments = parser.parse_args()
+    if arguments.estimates:
+        print("\n".join(estimates()))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or model_dir()
         small = arguments.draft or Path(scratch) / "2-bit"
@@ -82,6 +100,22 @@ def main() -> None:
     else:
         for name, value in report.items():
             print(f"{name}: {value}")
+
+
+def estimates() -> Iterator[str]:
+    """Tokens a second in plain decoding's, with the best number of guesses; not measured."""
+    yield f"| chip | {' | '.join(map(str, RIGHT))} |"
+    yield "|---" * (len(RIGHT) + 1) + "|"
+    for chip, rows in ROWS.items():
+        cells = []
+        for share in RIGHT:
+            gains = [
+                sum(share**i for i in range(k + 1)) / (rows[k] + k * DRAFT_COST)
+                for k in range(1, len(rows))
+            ]
+            best = max(gains)
+            cells.append(f"{best:.2f} ({gains.index(best) + 1})" if best > 1 else "off")
+        yield f"| {chip} | {' | '.join(cells)} |"
 
 
 def draft_of(model: LoadedModel, draft: LoadedModel) -> ModelDraft:

@@ -44,8 +44,8 @@ class Pace(Protocol):
     def rested(self, tokens: int, seconds: float) -> None:
         """So many tokens were decoded plainly."""
 
-    def passed(self, drafted: int, accepted: int, seconds: float) -> None:
-        """One pass over so many guesses was made, guessing included."""
+    def passed(self, drafted: int, accepted: int, seconds: float | None) -> None:
+        """One pass over so many guesses was made, guessing included; None: in no usual time."""
 
 
 class FixedPace:
@@ -59,7 +59,7 @@ class FixedPace:
     def rested(self, tokens: int, seconds: float) -> None:
         """Nothing comes of it."""
 
-    def passed(self, drafted: int, accepted: int, seconds: float) -> None:
+    def passed(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """Nothing comes of it."""
 
 
@@ -93,14 +93,19 @@ class MeasuredPace:
         """See `Pace.rested`."""
         if tokens > UNUSUAL:
             self._plain = seconds / tokens
+        self.rest -= tokens
+        if self.rest > 0:  # an answer was at its end
+            return
         self.ahead = 1
         self.off = None
         self._window.clear()
 
-    def passed(self, drafted: int, accepted: int, seconds: float) -> None:
+    def passed(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """See `Pace.passed`."""
         self._right = self._right * FORGETTING + accepted
         self._tried = self._tried * FORGETTING + accepted + (accepted < drafted)
+        if seconds is None:
+            return
         if drafted not in self._times:
             self._times[drafted] = deque(maxlen=KEPT_TIMES)
             return

@@ -110,7 +110,6 @@ class Speculator:
         sampler: the answer's.
         rules: the answer's.
         stop_ids: behind which nothing is guessed.
-        noted: is told the logits `[vocabulary]` of each token before it is handed out.
         clock: seconds.
 
     Attributes:
@@ -126,17 +125,16 @@ class Speculator:
         sampler: Sampler,
         rules: AnswerRules | None = None,
         stop_ids: AbstractSet[int] = frozenset(),
-        noted: Callable[[mx.array], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.found = Speculation()
         self._target, self._draft, self._pace = target, draft, pace
         self._ids = list(prompt)
         self._sampler, self._rules, self._stop_ids = sampler, rules, stop_ids
-        self._noted = noted or (lambda _: None)
         self._clock = clock
         # Time that whoever reads the tokens has taken is not ours.
         self._away = 0.0
+        self._draft_has_read = False
         draft.begin(prompt)
 
     def tokens(self, logits: mx.array, max_tokens: int) -> Generator[int, None, None]:
@@ -177,16 +175,8 @@ class Speculator:
         self._pace.rested(len(self._ids) - before, self._clock() - started - self._away)
 
     def _plain(self, logits: mx.array, count: int) -> Iterator[int]:
-        sources = [logits]
-
-        def step(token: mx.array) -> NextTokenLogits:
-            after = self._target.step(token)
-            sources.append(after.values)
-            return after
-
-        for token in draw_tokens(step, logits, self._sampler, count, self._rules):
+        for token in draw_tokens(self._target.step, logits, self._sampler, count, self._rules):
             self._ids.append(token)
-            self._noted(sources.pop(0))
             yield token
 
     def _handed(self, token: int) -> Iterator[int]:
@@ -209,7 +199,9 @@ class Speculator:
         finally:
             # All but the latest token, which the next pass begins with.
             self._target.keep(len(self._ids) - 1)
-        seconds = self._clock() - started - self._away
+        # The first time the draft reads the prompt.
+        seconds = self._clock() - started - self._away if self._draft_has_read else None
+        self._draft_has_read = True
         self._pace.passed(rows.shape[0] - 1, len(self._ids) - before - 1, seconds)
 
     def _guess(self, ahead: int) -> mx.array | None:
@@ -253,7 +245,6 @@ class Speculator:
             if self._rules is not None and self._rules.accept(value):
                 drawn = []
             self._ids.append(value)
-            self._noted(rows[index])
             self.found.tokens += 1
             right = index < len(guessed) and guessed[index] == value
             self.found.accepted += right

@@ -111,22 +111,6 @@ def test_a_stop_string_within_a_block(loaded: LoadedModel, folder: Path) -> None
         assert len(prefix.tokens) >= len(said) - 1
 
 
-def test_the_logits_of_each_token_are_told(loaded: LoadedModel, folder: Path) -> None:
-    options = SamplingOptions(temperature=0, max_tokens=9)
-    for draft in drafts(folder).values():
-        told: list[tuple[int, mx.array]] = []
-
-        def tell(token: int, logits: mx.array, told: Any = told) -> None:
-            told.append((token, logits))
-
-        found, _ = answer_of(with_draft(loaded, draft()), options, on_token=tell)
-        assert [token for token, _ in told] == found.token_ids
-        whole = loaded.model(mx.array([[*PROMPT, *found.token_ids]]))[0, len(PROMPT) - 1 : -1]
-        np.testing.assert_allclose(
-            np.stack([np.array(logits) for _, logits in told]), np.array(whole), atol=1e-4
-        )
-
-
 def test_the_end_of_the_context(loaded: LoadedModel, folder: Path) -> None:
     options = SamplingOptions(temperature=1, seed=2, max_tokens=1000, logit_bias=ENDLESS)
     plain, _ = answer_of(loaded, options)

@@ -64,6 +64,18 @@ def test_it_turns_itself_off_and_says_so() -> None:
     assert rests[:4] == [64, 128, 256, 512] and max(rests) == 1024
 
 
+def test_a_rest_is_longer_than_an_answer() -> None:
+    pace = MeasuredPace()
+    played(0.0, CPU, 30, pace)
+    while pace.ahead:
+        played(0.0, CPU, 1, pace)
+    rest = pace.rest
+    pace.rested(rest - 1, 1.0)
+    assert (pace.ahead, pace.rest) == (0, 1) and pace.off is not None
+    pace.rested(1, 1.0)
+    assert pace.ahead == 1
+
+
 def test_it_comes_back_when_guesses_become_right() -> None:
     pace = MeasuredPace()
     played(0.0, LIGHT, 100, pace)
