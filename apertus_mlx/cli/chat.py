@@ -18,7 +18,13 @@ from apertus_mlx.cli.prompt_text import open_lines
 from apertus_mlx.cli.sink import note
 from apertus_mlx.cli.tool_options import ToolChoiceOption, ToolsOption, read_tool_options
 from apertus_mlx.errors import TooLongError, UsageError
-from apertus_mlx.generation.options import CHAT_CONTEXT, DraftOptions, RunOptions, SamplingOptions
+from apertus_mlx.generation.options import (
+    CHAT_CONTEXT,
+    NO_DRAFT,
+    DraftOptions,
+    RunOptions,
+    SamplingOptions,
+)
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.foreign_errors import explain
 from apertus_mlx.text.template_process import TEMPLATES
@@ -46,7 +52,7 @@ def chat(
     no_history: NoHistoryOption = False,
     sampling: SamplingOptions,
     settings: RunOptions,
-    draft: DraftOptions,
+    draft: DraftOptions = NO_DRAFT,
 ) -> None:
     """Talk with a model; earlier turns are not computed again. /help lists what it understands."""
     TEMPLATES.start()

@@ -16,7 +16,7 @@ from apertus_mlx.cli.sink import note
 from apertus_mlx.cli.tool_options import ToolChoiceOption, ToolsOption, read_tool_options
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation import request_files
-from apertus_mlx.generation.options import DraftOptions, RunOptions, SamplingOptions
+from apertus_mlx.generation.options import NO_DRAFT, DraftOptions, RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import counted, format_bytes
 from apertus_mlx.text.template_process import TEMPLATES
@@ -47,7 +47,7 @@ def generate(
     tool_choice: ToolChoiceOption = "auto",
     sampling: SamplingOptions,
     settings: RunOptions,
-    draft: DraftOptions,
+    draft: DraftOptions = NO_DRAFT,
     output_filter: options.OutputFilterOption = None,
     prompt_cache: Annotated[
         Path | None, Option("Keep what a prompt computes in this file, and go on from it.")

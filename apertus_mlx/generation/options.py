@@ -175,6 +175,9 @@ class DraftOptions:
         return None if self.draft is None or self.draft == LOOKUP else fspath(self.draft)
 
 
+NO_DRAFT = DraftOptions()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheOptions:
     """How keys and values are kept, and the prompt is read; None leaves it to the planner.
