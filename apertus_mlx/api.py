@@ -29,10 +29,12 @@ from apertus_mlx.backend.memory_limits import mlx_limits
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
-from apertus_mlx.generation.memory_plan import describe_plan, plan_memory, report_plan
+from apertus_mlx.generation.draft_model import load_drafting, require_draft
+from apertus_mlx.generation.memory_plan import describe_plan, plan_draft, plan_memory, report_plan
 from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder, open_folder
 from apertus_mlx.generation.options import (
     CHAT_CONTEXT,
+    DraftOptions,
     RunKeywords,
     RunOptions,
     SamplingKeywords,
@@ -82,6 +84,8 @@ def load(
     context: Annotated[int | None, Option("Tokens to plan for.", Range(1, 2**31))] = None,
     progress: OnProgress | None = None,
     output_filter: str | os.PathLike[str] | OutputFilter | None = None,
+    draft: str | os.PathLike[str] | None = None,
+    draft_vocab: int | None = None,
     **options: Unpack[RunKeywords],
 ) -> Apertus:
     """Find a model, check its files, plan its memory, and load its weights.
@@ -94,6 +98,9 @@ def load(
         progress: told of the stages `downloading`, from another thread, and `loading`, in bytes.
         output_filter: what answers go through: a file of rules, the name of an installed filter, or
             a filter; see docs/output-filter.md.
+        draft: a small model of the same ids, as `model`, that guesses tokens for this one to check
+            several at a time, or "lookup": what the text itself repeats; see docs/speculation.md.
+        draft_vocab: the draft guesses the first so many ids alone.
         **options: the fields of `RunOptions`, which are the command line's options:
             `memory_limit="1.2GB"`, `kv_bits=8`, `compute="mlx"`, ...
 
@@ -109,11 +116,17 @@ def load(
     settings = RunOptions(**known(RunOptions, options))
     chosen = None if output_filter is None else load_output_filter(output_filter)
     report = progress or (lambda _: None)
+    drafts = DraftOptions(draft=draft, draft_vocab=draft_vocab)
     folder = open_folder(
         hub.locate(model, revision=settings.revision, offline=settings.offline, progress=progress)
     )
     context = context or CHAT_CONTEXT
-    plan = plan_memory(folder.inventory, settings, context)
+    helper, beside = None, 0
+    if drafts.model is not None:
+        helper = open_folder(hub.locate(drafts.model, offline=settings.offline, progress=progress))
+        require_draft(folder, helper)
+        beside = plan_draft(helper.inventory, settings, context)
+    plan = plan_memory(folder.inventory, settings, context, beside)
     notes = list(folder.notes)
     if (line := describe_plan(plan, settings, context)) is not None:
         notes.append(line)
@@ -127,9 +140,10 @@ def load(
             loaded = folder.load(
                 settings, lambda done, total: report(Progress("loading", done, total, "bytes"))
             )
+            drafting = load_drafting(folder, helper, drafts, settings)
         size_bytes = folder.inventory.checkpoint.size_bytes
         report(Progress("loading", size_bytes, size_bytes, "bytes"))
-        loaded = replace(loaded, output_filter=chosen)
+        loaded = replace(loaded, output_filter=chosen, drafting=drafting)
         return Apertus(loaded, plan, notes, stream, stack.pop_all())
 
 

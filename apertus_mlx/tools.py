@@ -253,6 +253,9 @@ def plan(
     ] = None,
     revision: Revision = None,
     offline: Offline = False,
+    draft: Annotated[
+        _Name | None, Option("Plan for this draft in memory, too: a folder or Hub id.")
+    ] = None,
     progress: OnProgress | None = None,
     **cache: Unpack[CacheKeywords],
 ) -> MemoryPlan:
@@ -273,8 +276,9 @@ def plan(
     options = CacheOptions(**known(CacheOptions, cache))
     target, on_gpu, precision = find_device(device)
     inventory = _inventory(model, revision, offline, progress)
+    other = None if draft is None else _inventory(draft, None, offline, progress)
     return plan_for_device(
-        inventory, target, context, options.form, options.prefill_step, on_gpu, precision
+        inventory, target, context, options.form, options.prefill_step, on_gpu, precision, other
     )
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "FullCache",
     "QuantizedCache",
     "Segments",
+    "allow_cut",
     "expect",
     "fork",
     "make_layer_cache",
@@ -49,6 +50,16 @@ def expect(caches: Sequence[Cache], more: int) -> None:
     for cache in caches:
         if isinstance(cache, FullCache | QuantizedCache):
             cache.expect(cache.offset + more)
+
+
+def allow_cut(caches: Sequence[Cache], positions: int) -> bool:
+    """Have `trim` take back up to so many of the positions that came last together.
+
+    Returns whether all caches can. Then any block of more than one position can be cut back so far,
+    whatever it pushed out; from now on a ring holds spare rows for that.
+    """
+    ours = [cache for cache in caches if isinstance(cache, FullCache | QuantizedCache)]
+    return len(ours) == len(caches) and all(cache.allow_cut(positions) for cache in ours)
 
 
 def fork(caches: Sequence[Cache]) -> list[Cache]:

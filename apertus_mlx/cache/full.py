@@ -71,6 +71,12 @@ class FullCache:
         self.rows.shrink(self.offset - n)
         return n
 
+    def allow_cut(self, positions: int) -> bool:
+        """See `apertus_mlx.cache.allow_cut`."""
+        if isinstance(self.rows, Ring):
+            self.rows.spare = positions
+        return True
+
     def is_trimmable(self) -> bool:
         """Whether the last position can be forgotten exactly."""
         return self.rows.can_shrink(max(self.offset - 1, 0))

@@ -106,6 +106,12 @@ class QuantizedCache:
         self.offset = target
         return n
 
+    def allow_cut(self, positions: int) -> bool:
+        """See `apertus_mlx.cache.allow_cut`; the codes of a ring leave by blocks."""
+        if isinstance(self.older, Ring):
+            self.older.spare = STEP if positions else 0
+        return positions < STEP
+
     def is_trimmable(self) -> bool:
         """Whether the last position can be forgotten exactly."""
         return self._can_return_to(max(self.offset - 1, 0))

@@ -131,17 +131,30 @@ class Store:
 
 
 class Ring(Store):
-    """Keeps the first `kept` rows and the latest of the others, `size` in all."""
+    """Keeps the first `kept` rows and the latest of the others, `size` in all.
+
+    Attributes:
+        spare: of the rows that an `append` with `keep_evicted` pushes out, how many are held until
+            the next one, so that `shrink` can bring them back.
+    """
 
     def __init__(self, size: int, kept: int = 0, whole: bool = False) -> None:
         super().__init__(whole)
         self.size = size
         self.kept = kept
+        self.spare = 0
+        # What stood in the places of the latest rows, of each array.
+        self._displaced: list[mx.array] = []
 
     @property
     def held(self) -> int:
         """Number of rows held."""
         return min(self.length, self.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return super().nbytes + sum(array.nbytes for array in self._displaced)
 
     def capacity(self, rows: int) -> int:
         """Rows allocated once `rows` have come; never more than the ring has."""
@@ -150,6 +163,7 @@ class Ring(Store):
     def append(self, new: Sequence[mx.array], keep_evicted: bool = False) -> list[mx.array]:
         """As `Store` does; rows come back in the order of their places in the ring."""
         count = new[0].shape[2]
+        self._displaced = []
         if self.length + count <= self.size:
             return super().append(new)
         place = int(self._place(self.length))
@@ -163,6 +177,7 @@ class Ring(Store):
             held = zip(self.rows(), new, strict=True)
             together = [mx.concatenate([old, rows], axis=2) for old, rows in held]
         chosen = self._survivors(count)
+        self._displaced = self._leaving(together, count)
         self.length += count
         # Row by row in memory, or later writes could not happen in place.
         self.arrays = [mx.contiguous(mx.take(array, chosen, axis=2)) for array in together]
@@ -175,8 +190,46 @@ class Ring(Store):
         )
 
     def can_shrink(self, length: int) -> bool:
-        """Only rows that nothing has overwritten can come back."""
-        return length == self.length or length <= self.length <= self.size
+        """Only rows that nothing has overwritten can come back, or that are held as spare ones."""
+        displaced = self._displaced[0].shape[2] if self._displaced else 0
+        return length <= self.length and self.length - max(length, self.size) <= displaced
+
+    def shrink(self, length: int) -> None:
+        """Go back to `length` rows, and to those that the later ones pushed out."""
+        back = self.length - max(length, self.size)
+        if length == 0:
+            self._displaced = []
+        elif back > 0:
+            last = self.length
+            places = mx.array([self._place(number) for number in range(last - back, last)])
+            for array, rows in zip(self.arrays, self._displaced, strict=True):
+                array[:, :, places] = rows[:, :, -back:]
+            self._displaced = [rows[:, :, :-back] for rows in self._displaced]
+        self.length = length
+
+    def restore(self, rows: Sequence[mx.array], length: int) -> None:
+        """See `Store.restore`."""
+        super().restore(rows, length)
+        self._displaced = []
+
+    def _leaving(self, together: list[mx.array], count: int) -> list[mx.array]:
+        """Of `together`, all rows held and `count` new ones, those that the last of these push out.
+
+        At most `spare`, in the order of the rows that take their places.
+        """
+        after, turn = self.length + count, self.size - self.kept
+        first = max(self.length, self.size, after - min(self.spare, turn))
+        if first >= after:
+            return []
+        before = [number - turn for number in range(first, after)]
+        indices = mx.array(
+            [
+                self._place(number) if number < self.length else self.held + number - self.length
+                for number in before
+            ]
+        )
+        # Copies: the rows must not keep the whole ring alive.
+        return [mx.contiguous(mx.take(array, indices, axis=2)) for array in together]
 
     def _place(self, number: int) -> int:
         if number < self.size:

@@ -18,7 +18,13 @@ from apertus_mlx.cli.prompt_text import open_lines
 from apertus_mlx.cli.sink import note
 from apertus_mlx.cli.tool_options import ToolChoiceOption, ToolsOption, read_tool_options
 from apertus_mlx.errors import TooLongError, UsageError
-from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions, SamplingOptions
+from apertus_mlx.generation.options import (
+    CHAT_CONTEXT,
+    NO_DRAFT,
+    DraftOptions,
+    RunOptions,
+    SamplingOptions,
+)
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.foreign_errors import explain
 from apertus_mlx.text.template_process import TEMPLATES
@@ -46,11 +52,18 @@ def chat(
     no_history: NoHistoryOption = False,
     sampling: SamplingOptions,
     settings: RunOptions,
+    draft: DraftOptions = NO_DRAFT,
 ) -> None:
     """Talk with a model; earlier turns are not computed again. /help lists what it understands."""
     TEMPLATES.start()
     from apertus_mlx.backend.memory_limits import mlx_limits
-    from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
+    from apertus_mlx.cli.model_source import (
+        load_draft,
+        load_weights,
+        open_draft,
+        open_model,
+        plan_run,
+    )
     from apertus_mlx.generation.conversation import Conversation
     from apertus_mlx.text.output_filter import load_output_filter
 
@@ -59,9 +72,11 @@ def chat(
     chosen = None if output_filter is None else load_output_filter(output_filter)
     folder = open_model(model, settings)
     folder.require_place(think, toolset.definitions)
-    plan = plan_run(folder.inventory, settings, CHAT_CONTEXT)
+    helper = open_draft(folder, draft, settings)
+    plan = plan_run(folder.inventory, settings, CHAT_CONTEXT, helper)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
         loaded = replace(load_weights(folder, settings), output_filter=chosen)
+        loaded = load_draft(loaded, helper, draft, settings)
         conversation = Conversation(loaded, system, think, plan.form, toolset)
         with open_chat_lines(lambda: note("Ctrl-D ends the chat"), not no_history) as lines:
             _Talk(conversation, lines, sampling, plan.prefill_step).run()

@@ -16,7 +16,7 @@ from apertus_mlx.cli.sink import note
 from apertus_mlx.cli.tool_options import ToolChoiceOption, ToolsOption, read_tool_options
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation import request_files
-from apertus_mlx.generation.options import RunOptions, SamplingOptions
+from apertus_mlx.generation.options import NO_DRAFT, DraftOptions, RunOptions, SamplingOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import counted, format_bytes
 from apertus_mlx.text.template_process import TEMPLATES
@@ -47,6 +47,7 @@ def generate(
     tool_choice: ToolChoiceOption = "auto",
     sampling: SamplingOptions,
     settings: RunOptions,
+    draft: DraftOptions = NO_DRAFT,
     output_filter: options.OutputFilterOption = None,
     prompt_cache: Annotated[
         Path | None, Option("Keep what a prompt computes in this file, and go on from it.")
@@ -56,7 +57,13 @@ def generate(
     """Generate an answer to PROMPT; the model's text goes to stdout, all else to stderr."""
     TEMPLATES.start()
     from apertus_mlx.backend.memory_limits import mlx_limits
-    from apertus_mlx.cli.model_source import load_weights, open_model, plan_run
+    from apertus_mlx.cli.model_source import (
+        load_draft,
+        load_weights,
+        open_draft,
+        open_model,
+        plan_run,
+    )
     from apertus_mlx.generation.cached_prefix import CachedPrefix
     from apertus_mlx.generation.model_folder import require_prompt
     from apertus_mlx.generation.run import Generation
@@ -72,13 +79,15 @@ def generate(
         asked, system=system, think=think, raw=raw, tools=toolset.definitions
     )
     folder.require_room(len(prompt_ids))
-    plan = plan_run(folder.inventory, settings, len(prompt_ids) + sampling.max_tokens)
+    helper = open_draft(folder, draft, settings)
+    plan = plan_run(folder.inventory, settings, len(prompt_ids) + sampling.max_tokens, helper)
     saved = None
     if prompt_cache is not None:
         saved = folder.prompt_cache(prompt_cache, plan.form, settings)
         saved.require_use(prompt_ids)
     with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
         loaded = replace(load_weights(folder, settings), output_filter=chosen)
+        loaded = load_draft(loaded, helper, draft, settings)
         loaded_s = time.perf_counter() - started
         if saved is None:
             prefix = CachedPrefix(loaded.model, plan.form)
@@ -140,6 +149,7 @@ def _report(
     from apertus_mlx.generation.memory_plan import report_plan
 
     report = asdict(answer)
+    report["speculation"] = answer.speculation and answer.speculation.report()
     if filtered:
         report["token_ids"] = []
     return {
@@ -158,11 +168,18 @@ def _report(
 def summary(answer: Answer) -> str:
     """One line about what a run took."""
     reused = f" ({answer.reused_prompt_tokens} reused)" if answer.reused_prompt_tokens else ""
+    guesses = ""
+    if (found := answer.speculation) is not None:
+        off = f", then off: {found.off}" if found.off else ""
+        guesses = (
+            f"draft {found.accepted} of {found.drafted} right, {found.tokens_per_pass:.2f} tokens "
+            f"a pass{off}; "
+        )
     return (
         f"prompt {counted(answer.prompt_tokens, 'token')}{reused}, "
         f"{answer.prefill_tokens_per_s:.1f} tokens/s; "
         f"answer {counted(answer.generated_tokens, 'token')}, "
-        f"{answer.decode_tokens_per_s:.1f} tokens/s; "
+        f"{answer.decode_tokens_per_s:.1f} tokens/s; {guesses}"
         f"first token after {answer.time_to_first_token_s:.2f} s; "
         f"peak memory {format_bytes(answer.peak_memory_bytes)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from apertus_mlx.cli.sink import note
 if TYPE_CHECKING:
     from apertus_mlx.checkpoint.inventory import Inventory
     from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder
-    from apertus_mlx.generation.options import RunOptions
+    from apertus_mlx.generation.options import DraftOptions, RunOptions
     from apertus_mlx.memory import Fit
 
 
@@ -33,11 +34,26 @@ def open_model(model: str | None, options: RunOptions) -> ModelFolder:
     return folder
 
 
-def plan_run(inventory: Inventory, options: RunOptions, context: int) -> Fit:
-    """See `plan_memory`; tells what it chose if that is not the usual."""
-    from apertus_mlx.generation.memory_plan import describe_plan, plan_memory
+def open_draft(target: ModelFolder, draft: DraftOptions, options: RunOptions) -> ModelFolder | None:
+    """Find, open and check the folder of the draft, if it is a model."""
+    from apertus_mlx.generation.draft_model import require_draft
+    from apertus_mlx.generation.model_folder import open_folder
 
-    plan = plan_memory(inventory, options, context)
+    if draft.model is None:
+        return None
+    folder = open_folder(locate_model(draft.model, None, options.offline))
+    require_draft(target, folder)
+    return folder
+
+
+def plan_run(
+    inventory: Inventory, options: RunOptions, context: int, draft: ModelFolder | None = None
+) -> Fit:
+    """See `plan_memory`; tells what it chose if that is not the usual."""
+    from apertus_mlx.generation.memory_plan import describe_plan, plan_draft, plan_memory
+
+    beside = 0 if draft is None else plan_draft(draft.inventory, options, context)
+    plan = plan_memory(inventory, options, context, beside)
     if line := describe_plan(plan, options, context):
         note(line)
     return plan
@@ -52,3 +68,14 @@ def load_weights(folder: ModelFolder, options: RunOptions) -> LoadedModel:
     if not has_gpu():
         note("MLX has no GPU on this machine: computing on the CPU")
     return loaded
+
+
+def load_draft(
+    target: LoadedModel, draft: ModelFolder | None, chosen: DraftOptions, options: RunOptions
+) -> LoadedModel:
+    """The model with its draft, if it has one, whose weights are loaded."""
+    from apertus_mlx.generation.draft_model import load_drafting
+
+    with byte_progress("loading the draft") as update:
+        drafting = load_drafting(target.folder, draft, chosen, options, update)
+    return replace(target, drafting=drafting)

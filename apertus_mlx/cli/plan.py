@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from apertus_mlx.cli.options import JsonOption
 from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import show_progress
+from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import CacheOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import counted, format_binary, format_bytes, format_parameters
@@ -47,6 +48,8 @@ def plan(
     with show_progress() as progress:
         options = {**given, **asdict(cache), "progress": progress}
         if all or is_all(given["device"]):
+            if options.pop("draft") is not None:
+                raise UsageError("--draft: is planned for one model on one device")
             rows = plan_overview(**options, all_models=all)
             print_report(json, rows.as_json, lambda: _overview(rows))
             return
@@ -107,6 +110,8 @@ def _words(report: MemoryPlan) -> Iterator[str | Table]:
         f"{report.device}: {format_bytes(report.limit_bytes)} for the process; "
         f"{report.context} tokens of context"
     )
+    if report.draft_bytes:
+        yield f"the draft takes {format_bytes(report.draft_bytes)} of that"
     yield ""
     header = list(HEADER)
     with_speed = any(row.decode_tokens_per_s is not None for row in report.forms)

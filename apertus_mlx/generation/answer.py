@@ -13,6 +13,7 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
 from apertus_mlx.generation.sampling import Sampler, resolve_params
+from apertus_mlx.generation.speculate import Speculation
 from apertus_mlx.generation.structured import answer_rules
 from apertus_mlx.generation.thought_budget import ThoughtBudget
 from apertus_mlx.generation.tool_grammar import ToolGrammar
@@ -49,6 +50,7 @@ class Answer:
         tool_calls: the tools that the model asks for, in order; one that was cut by `max_tokens`
             is the last.
         malformed_tool_calls: how many calls were no valid JSON; what the model wrote is text.
+        speculation: what a draft was good for; None without one.
     """
 
     text: str
@@ -64,6 +66,7 @@ class Answer:
     seed: int
     tool_calls: list[ToolCall] = field(default_factory=list)
     malformed_tool_calls: int = 0
+    speculation: Speculation | None = None
 
     def as_message(self) -> Message:
         """The answer as an assistant's message of OpenAI's API, to go on from.
@@ -99,6 +102,7 @@ class PendingAnswer:
         token_ids: all so far.
         ended: whether the latest token was the last.
         reused: tokens of the prompt that were not computed; for the answer to tell.
+        speculation: what a draft was good for; likewise.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class PendingAnswer:
         self.token_ids: list[int] = []
         self.ended = False
         self.reused = 0
+        self.speculation: Speculation | None = None
         self._started_s = self._first_s = self._last_s = 0.0
 
     def start(self) -> None:
@@ -200,6 +205,7 @@ class PendingAnswer:
             seed=self._params.seed,
             tool_calls=[_call(parts) for parts in self._calls.values()],
             malformed_tool_calls=self._parser.malformed,
+            speculation=self.speculation,
         )
 
     def _end(self) -> None:

@@ -16,8 +16,10 @@ from apertus_mlx.cache import (
     CacheConfig,
     FullCache,
     QuantizedCache,
+    allow_cut,
     rewind,
 )
+from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, prefill
 from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
 
@@ -36,8 +38,10 @@ class CachedPrefix:
     def __init__(self, model: LanguageModel, form: CacheConfig = FULL_PRECISION) -> None:
         self.model = model
         self.form = form
-        self._layers = model.make_cache(form)
-        # All are read but perhaps the last: decoding runs ahead.
+        # Of positions computed together, how many can be cut away again; see `allow_cut`.
+        self._most_cut = 0
+        self._layers = self._new_layers()
+        # All are read but perhaps the last ones: decoding runs ahead.
         self._tokens: list[int | mx.array] = []
         # False while ids or layers are being changed. An interrupt leaves it so.
         self._settled = True
@@ -79,9 +83,22 @@ class CachedPrefix:
         """Hold nothing any more."""
         self._settled = False
         self._owner += 1
-        self._layers = self.model.make_cache(self.form)
+        self._layers = self._new_layers()
         self._tokens = []
         self._settled = True
+
+    def allow_cut(self, positions: int) -> None:
+        """Have `Run.keep` cut away up to so many of the tokens that were computed together.
+
+        Raises:
+            UsageError: the form of the cache does not allow it.
+        """
+        if not allow_cut(self._layers, positions):
+            raise UsageError(
+                f"--draft: a cache in {self.form} cannot be cut back to what the model accepts; "
+                "leave out --draft, --kv-bits or --max-kv"
+            )
+        self._most_cut = positions
 
     def export(self) -> list[dict[str, mx.array]]:
         """What `restore` needs beside the tokens: a dictionary of arrays for each layer."""
@@ -97,6 +114,12 @@ class CachedPrefix:
         mx.eval([layer.state for layer in self._layers])
         self._tokens = list(tokens)
         self._settled = True
+
+    def _new_layers(self) -> list[Cache]:
+        layers = self.model.make_cache(self.form)
+        if self._most_cut:
+            allow_cut(layers, self._most_cut)
+        return layers
 
     def _settle(self) -> None:
         """Bring ids and layers back to agreement after an interrupt, and check that they agree.
@@ -118,8 +141,10 @@ class CachedPrefix:
         if any(layer.offset != held for layer in self._layers):
             offsets = sorted({layer.offset for layer in self._layers})
             raise RuntimeError(f"the layers hold {offsets} positions, but {held} tokens are known")
-        if self._tokens and not isinstance(self._tokens[-1], int):
-            self._tokens[-1] = int(self._tokens[-1])
+        for at in range(held - 1, -1, -1):
+            if isinstance(self._tokens[at], int):
+                break
+            self._tokens[at] = int(self._tokens[at])
 
     def _read(
         self, ids: Sequence[int], step: int, on_chunk: Callable[[int], None] | None
@@ -152,6 +177,30 @@ class CachedPrefix:
         self._tokens.append(token)
         self._settled = True
         return logits
+
+    def _check(self, tokens: mx.array) -> mx.array:
+        self._settle()
+        self._settled = False
+        try:
+            logits = self.model(tokens[None], self._layers)[0]
+        except Exception:
+            self.forget()
+            raise
+        self._tokens.extend(tokens)
+        self._settled = True
+        return logits
+
+    def _keep(self, length: int) -> None:
+        self._settle()
+        excess = len(self._tokens) - length
+        if excess <= 0:
+            return
+        self._settled = False
+        if not rewind(self._layers, excess):
+            self.forget()
+            raise RuntimeError(f"a cache in {self.form} could not forget {excess} positions")
+        del self._tokens[length:]
+        self._settled = True
 
 
 class Run:
@@ -186,6 +235,19 @@ class Run:
         """Logits after one more token (shape `[]`), which need not have been computed yet."""
         self._require_owner()
         return self._prefix._step(token)
+
+    def check(self, tokens: mx.array) -> mx.array:
+        """Logits `[n, vocabulary]` after each of `tokens` `[n]`, which need not be computed yet.
+
+        `keep` cuts away those that turn out to be wrong, if `CachedPrefix.allow_cut` said so.
+        """
+        self._require_owner()
+        return self._prefix._check(tokens)
+
+    def keep(self, length: int) -> None:
+        """Cut away all but the first `length` tokens; nothing, if the run is over."""
+        if self._prefix._owner == self._owner:
+            self._prefix._keep(length)
 
     def fail(self) -> None:
         """Forget everything: what was computed cannot be trusted."""

@@ -98,6 +98,10 @@ class Matcher:
         """Whether what has been accepted follows the grammar as a whole."""
         return self._matcher.is_accepting()
 
+    def copy(self) -> Matcher:
+        """Another one at the same point."""
+        return Matcher(self._matcher.deep_copy(), self._vocab_size, self._option)
+
     def mask(self) -> Mask:
         """Which tokens may come next, `[vocabulary]`; at least one."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)

@@ -10,7 +10,7 @@ from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
-from apertus_mlx.memory.fit import prefill_steps
+from apertus_mlx.memory.fit import draft_bytes, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.system.sizes import format_bytes
 
@@ -40,8 +40,12 @@ def memory_limit(options: RunOptions) -> int:
     return available_bytes(has_gpu() and not uses_cpu(options.compute, options.dtype))
 
 
-def plan_memory(inventory: Inventory, options: RunOptions, context: int) -> Fit:
+def plan_memory(
+    inventory: Inventory, options: RunOptions, context: int, beside_bytes: int = 0
+) -> Fit:
     """Settings with which `context` positions (the model's own, if fewer) fit `memory_limit`.
+
+    `beside_bytes` of it are for something else, such as a draft.
 
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
@@ -53,11 +57,18 @@ def plan_memory(inventory: Inventory, options: RunOptions, context: int) -> Fit:
     cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
     backend = choose_backend(inventory, has_gpu(), options.dtype, cpu, card() is not None)
     context = min(context, config.max_position_embeddings)
-    limit = memory_limit(options)
+    limit = max(0, memory_limit(options) - beside_bytes)
     if not options.force:
         return fit(inventory, limit, context, backend, form, options.prefill_step)
     form, step = form or FULL_PRECISION, options.prefill_step or prefill_steps(backend)[0]
     return Fit(form, step, footprint(inventory, form, context, step, backend), limit, backend)
+
+
+def plan_draft(draft: Inventory, options: RunOptions, context: int) -> int:
+    """The bytes that a draft takes beside its model; see `draft_bytes`."""
+    cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
+    backend = choose_backend(draft, has_gpu(), options.dtype, cpu, card() is not None)
+    return draft_bytes(draft, context, backend)
 
 
 def describe_plan(plan: Fit, options: RunOptions, context: int) -> str | None:

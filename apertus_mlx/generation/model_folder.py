@@ -13,6 +13,7 @@ from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.errors import RejectedError, TooLongError, UsageError
+from apertus_mlx.generation.drafts import Drafting
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.prompt_cache import PromptCache
 from apertus_mlx.model.language_model import LanguageModel
@@ -225,11 +226,13 @@ class LoadedModel:
 
     Attributes:
         output_filter: what all its answers go through.
+        drafting: what guesses the tokens of its answers, if anything does.
     """
 
     folder: ModelFolder
     model: LanguageModel
     output_filter: OutputFilter | None = None
+    drafting: Drafting | None = None
 
 
 def require_prompt(

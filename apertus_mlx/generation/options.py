@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -137,6 +138,44 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 DEFAULT_SAMPLING = SamplingOptions()
+
+
+# Of `DraftOptions.draft`: no model, but what the text itself has.
+LOOKUP = "lookup"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftOptions:
+    """What guesses tokens, which the model then checks several at a time; the text is the same.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        UsageError: a value outside its range, or one that would do nothing.
+    """
+
+    draft: Annotated[
+        str | PathLike[str] | None,
+        Option(
+            "Have a small model of the same ids guess ahead; lookup: repeat what the text has.",
+            metavar="MODEL",
+        ),
+    ] = None
+    draft_vocab: Annotated[
+        int | None, Option("Let the draft guess the first so many ids alone.", Range(256, 2**31))
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.draft_vocab is not None and self.model is None:
+            raise UsageError("--draft-vocab: cuts the head of a draft; give --draft MODEL, too")
+
+    @property
+    def model(self) -> str | None:
+        """The folder or Hub id of the draft, if it is a model."""
+        return None if self.draft is None or self.draft == LOOKUP else fspath(self.draft)
+
+
+NO_DRAFT = DraftOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from apertus_mlx.generation.cached_prefix import CachedPrefix, Run
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import DEFAULT_SAMPLING, SamplingOptions
+from apertus_mlx.generation.speculate import Speculator
 from apertus_mlx.generation.tool_grammar import ToolGrammar
 from apertus_mlx.text.answer_parser import new_call_id
 from apertus_mlx.text.pieces import CallPiece, Piece, ToolCall
@@ -96,6 +97,8 @@ class Generation:
     def _pieces(self) -> Generator[Piece, None, None]:
         self._pending.start()
         prefix = CachedPrefix(self.loaded.model) if self.prefix is None else self.prefix
+        if self.loaded.drafting is not None:
+            prefix.allow_cut(self.loaded.drafting.pace.most)
         run = prefix.begin(self.prompt)
         self._pending.reused = run.reused
         try:
@@ -126,12 +129,26 @@ class Generation:
 
     def _answered(self, run: Run, logits: mx.array) -> Iterator[Piece]:
         pending, exhausted = self._pending, False
-        for token in draw_tokens(
-            run.step, logits, pending.sampler(), pending.max_tokens, pending.rules
-        ):
+        tokens = self._drawn(run, logits)
+        for token in tokens:
             yield from pending.push(token)
             if pending.ended or (self.cancelled is not None and self.cancelled()):
                 break
         else:
             exhausted = True
+        tokens.close()
         yield from pending.finish(exhausted)
+
+    def _drawn(self, run: Run, logits: mx.array) -> Generator[int, None, None]:
+        """The answer's token ids, with the draft if there is one."""
+        pending, drafting = self._pending, self.loaded.drafting
+        sampler, limit, rules = pending.sampler(), pending.max_tokens, pending.rules
+        if drafting is None:
+            yield from draw_tokens(run.step, logits, sampler, limit, rules)
+            return
+        stop_ids = self.loaded.folder.stop_ids
+        speculator = Speculator(
+            run, drafting.draft, drafting.pace, self.prompt, sampler, rules, stop_ids
+        )
+        pending.speculation = speculator.found
+        yield from speculator.tokens(logits, limit)

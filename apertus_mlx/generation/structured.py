@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,13 @@ class AnswerRules:
         self._prescribed = self._json is not None or self._must_call
         self.complete = not self._prescribed
         self._enter("thought" if self._roles.leaves_thought_open(prompt) else "start")
+
+    def copy(self) -> AnswerRules:
+        """The same rules at the same point, which then go their own way."""
+        twin = copy(self)
+        twin._json = None if self._json is None else self._json.copy()
+        twin._calls = None if self._calls is None else self._calls.copy()
+        return twin
 
     def allows(self, token: int) -> bool:
         """Whether `token` may come next."""

@@ -16,6 +16,8 @@ from apertus_mlx.memory.footprint import Backend, Footprint, footprint
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.sizes import format_bytes
 
+# A draft reads prompts in steps of so many tokens.
+DRAFT_STEP = 512
 PREFILL_STEPS = (2048, 1024, 512, 256, 128, 64, 32)
 # Steps down to this cost little speed; smaller ones are tried after the caches' precision.
 COMFORTABLE_STEP = 128
@@ -79,6 +81,16 @@ def fit(
         if needed.total_bytes <= limit_bytes:
             return Fit(candidate, step, needed, limit_bytes, backend)
     raise ResourceError(_refusal(inventory, limit_bytes, context, backend, form, prefill_step))
+
+
+def draft_bytes(draft: Inventory, context: int, backend: Backend) -> int:
+    """What a draft takes beside its model: weights, and a cache of `context` or its own, if less.
+
+    Libraries are there anyway.
+    """
+    context = min(context, draft.config.max_position_embeddings)
+    needed = footprint(draft, FORMS[0], context, DRAFT_STEP, backend)
+    return needed.total_bytes - needed.process_bytes
 
 
 def largest_context(

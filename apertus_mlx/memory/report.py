@@ -10,7 +10,13 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.devices import Device
-from apertus_mlx.memory.fit import fit, largest_context, possible_forms, prefill_steps
+from apertus_mlx.memory.fit import (
+    draft_bytes,
+    fit,
+    largest_context,
+    possible_forms,
+    prefill_steps,
+)
 from apertus_mlx.memory.footprint import choose_backend, footprint, kv_bytes_per_position
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
 from apertus_mlx.system.sizes import format_bytes
@@ -54,6 +60,7 @@ class MemoryPlan:
         forms: a run with each form of cache, or with the one that was asked for.
         best: the best run that fits; None if none does.
         advice: its options, or why nothing fits and what would.
+        draft_bytes: what a draft takes of the limit.
     """
 
     model: str
@@ -68,6 +75,7 @@ class MemoryPlan:
     best: PlannedRun | None
     advice: str
     speed_formula: str
+    draft_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """What `plan --json` prints."""
@@ -82,8 +90,9 @@ def plan_for_device(
     prefill_step: int | None,
     on_gpu: bool,
     cpu: str | None = None,
+    draft: Inventory | None = None,
 ) -> MemoryPlan:
-    """Plan for every form of cache, or for `form`.
+    """Plan for every form of cache, or for `form`; `draft` guesses and is in memory, too.
 
     Raises:
         UsageError: a context beyond the model's, or heads that cannot be cached as asked.
@@ -96,6 +105,12 @@ def plan_for_device(
         form.require_fit(inventory.config.head_dim)
     backend = choose_backend(inventory, on_gpu, cpu=cpu, is_card=device.is_card)
     forms = [form] if form is not None else possible_forms(inventory.config)
+    beside = 0
+    if draft is not None:
+        beside = draft_bytes(
+            draft, context, choose_backend(draft, on_gpu, cpu=cpu, is_card=device.is_card)
+        )
+    room = max(0, device.memory_bytes - beside)
 
     def planned(form: CacheConfig, step: int) -> PlannedRun:
         needed = footprint(inventory, form, context, step, backend)
@@ -107,15 +122,13 @@ def plan_for_device(
             step,
             kv_bytes_per_position(inventory.config, form, backend.compute_bytes),
             **needed.report(),
-            fits=needed.total_bytes <= device.memory_bytes,
-            largest_context=largest_context(inventory, device.memory_bytes, form, step, backend),
+            fits=needed.total_bytes <= room,
+            largest_context=largest_context(inventory, room, form, step, backend),
             decode_tokens_per_s=speed,
         )
 
     try:
-        best = fit(
-            inventory, device.memory_bytes, context, backend, form, prefill_step, bounds=True
-        )
+        best = fit(inventory, room, context, backend, form, prefill_step, bounds=True)
         best_row = planned(best.form, best.prefill_step)
         advice = (
             f"best that fits: {_options(best.form)}--prefill-step {best.prefill_step} "
@@ -137,6 +150,7 @@ def plan_for_device(
         best_row,
         advice,
         FORMULA,
+        beside,
     )
 
 

@@ -30,6 +30,7 @@ SHORT = {
     "poison_requests": "--count 300",
     "serve_load": "--seconds 20 --clients 4",
     "serve_peers": "{model} --clients 1 2 --requests 1 --rounds 1 --max-tokens 4",
+    "speculation": "--estimates",
     "structured_cost": "--rounds 1 --tokens 4",
 }
 # Run by other tests, two of them by the last ones here.

@@ -1,0 +1,56 @@
+"""Text with a draft is text without: drafts that are right, wrong or neither, and all forms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.model.apertus import Model
+from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.draft_play import Models, coarsened, random_play, require_same
+
+DAILY, NIGHTLY = 100, 1000
+
+
+@pytest.fixture(scope="module", params=["mlx", "cpu"])
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    if request.param == "cpu":
+        pytest.importorskip("onnxruntime")
+    config = config_4x(head_dim=32)
+    small = config_4x(head_dim=32, hidden_size=32, num_hidden_layers=1)
+    base = tmp_path_factory.mktemp("models")
+    one = write_checkpoint(base / "one", config)
+    two = write_checkpoint(base / "two", small, random_weights(small, 1))
+
+    def load(folder: Any, compute: Any = request.param) -> Any:
+        return open_folder(folder).load(RunOptions(compute=compute, dtype="float32")).model
+
+    return Models(load(one), load(one), load(two), coarsened(load(one, "mlx")))
+
+
+def play_all(models: Models, seeds: range) -> None:
+    drafted: Counter[str] = Counter()
+    accepted: Counter[str] = Counter()
+    for seed in seeds:
+        play = random_play(seed)
+        found = require_same(play, models)
+        drafted[play.kind] += found.drafted
+        accepted[play.kind] += found.accepted
+    assert accepted["wrong"] == 0
+    # Its cache is in full precision, whatever the model's is, and two ids are never drafted.
+    assert accepted["right"] > 0.9 * drafted["right"]
+    assert 0 < accepted["2 bits"] < drafted["2 bits"]
+
+
+def test_text_with_a_draft_is_text_without(models: Models) -> None:
+    by_mlx = range(DAILY // 4)
+    play_all(models, by_mlx if isinstance(models.target, Model) else range(len(by_mlx), DAILY))
+
+
+@pytest.mark.nightly
+def test_the_same_of_many(models: Models) -> None:
+    play_all(models, range(DAILY, DAILY + NIGHTLY // 2))
