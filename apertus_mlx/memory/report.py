@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from apertus_mlx.cache.config import CacheConfig
@@ -11,7 +11,13 @@ from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.memory.devices import Device
 from apertus_mlx.memory.fit import fit, largest_context, possible_forms, prefill_steps
-from apertus_mlx.memory.footprint import choose_backend, footprint, kv_bytes_per_position
+from apertus_mlx.memory.footprint import (
+    Backend,
+    choose_backend,
+    disk_saving_bytes,
+    footprint,
+    kv_bytes_per_position,
+)
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
 from apertus_mlx.system.sizes import format_bytes
 
@@ -54,6 +60,7 @@ class MemoryPlan:
         forms: a run with each form of cache, or with the one that was asked for.
         best: the best run that fits; None if none does.
         advice: its options, or why nothing fits and what would.
+        embedding_on_disk_saves_bytes: what `--embedding disk` spares; 0 where it cannot.
     """
 
     model: str
@@ -68,6 +75,7 @@ class MemoryPlan:
     best: PlannedRun | None
     advice: str
     speed_formula: str
+    embedding_on_disk_saves_bytes: int
 
     def as_json(self) -> dict[str, Any]:
         """What `plan --json` prints."""
@@ -97,7 +105,7 @@ def plan_for_device(
     backend = choose_backend(inventory, on_gpu, cpu=cpu, is_card=device.is_card)
     forms = [form] if form is not None else possible_forms(inventory.config)
 
-    def planned(form: CacheConfig, step: int) -> PlannedRun:
+    def planned(form: CacheConfig, step: int, backend: Backend) -> PlannedRun:
         needed = footprint(inventory, form, context, step, backend)
         speed = None
         if device.bandwidth is not None:
@@ -112,13 +120,20 @@ def plan_for_device(
             decode_tokens_per_s=speed,
         )
 
+    limit = device.memory_bytes
     try:
-        best = fit(
-            inventory, device.memory_bytes, context, backend, form, prefill_step, bounds=True
-        )
-        best_row = planned(best.form, best.prefill_step)
+        spared = ""
+        try:
+            best = fit(inventory, limit, context, backend, form, prefill_step, bounds=True)
+        except ResourceError:
+            if not disk_saving_bytes(inventory, backend):
+                raise
+            on_disk = replace(backend, embedding_on_disk=True)
+            best = fit(inventory, limit, context, on_disk, form, prefill_step, bounds=True)
+            spared = "--embedding disk "
+        best_row = planned(best.form, best.prefill_step, best.backend)
         advice = (
-            f"best that fits: {_options(best.form)}--prefill-step {best.prefill_step} "
+            f"best that fits: {spared}{_options(best.form)}--prefill-step {best.prefill_step} "
             f"(cache in {best.form}, "
             f"peak {format_bytes(best.footprint.total_bytes, round_up=True)})"
         )
@@ -133,10 +148,11 @@ def plan_for_device(
         device.bandwidth,
         context,
         backend.compute_bytes,
-        [planned(each, prefill_step or prefill_steps(backend)[0]) for each in forms],
+        [planned(each, prefill_step or prefill_steps(backend)[0], backend) for each in forms],
         best_row,
         advice,
         FORMULA,
+        disk_saving_bytes(inventory, backend),
     )
 
 
