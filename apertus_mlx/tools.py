@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from apertus_mlx.convert.job import Job
     from apertus_mlx.convert.plan.plan import Plan
     from apertus_mlx.convert.plan.policy import Request
+    from apertus_mlx.convert.vocabulary.choice import Cut
     from apertus_mlx.measure.tasks.run import ModelScores
     from apertus_mlx.memory import Device
     from apertus_mlx.memory.overview import Overview
@@ -63,6 +64,7 @@ class Conversion:
         commit: of a source from the Hub, where it is known.
         plan: every tensor of the output, and what becomes of it.
         written: whether the folder is there.
+        cut: which tokens are kept, where not all are, and what texts take with them.
     """
 
     output: Path
@@ -70,14 +72,16 @@ class Conversion:
     commit: str | None
     plan: Plan
     written: bool
+    cut: Cut | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What `convert --json` prints, with `--plan` before the conversion."""
         from apertus_mlx.convert.report import plan_as_json, summary
 
+        more = {} if self.cut is None else {"vocabulary": self.cut.as_json()}
         if self.written:
-            return summary(self.plan, self.source, self.commit, self.output)
-        return plan_as_json(self.plan, self.source, self.commit)
+            return summary(self.plan, self.source, self.commit, self.output) | more
+        return plan_as_json(self.plan, self.source, self.commit) | more
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,17 @@ def convert_model(
     dequantize: Annotated[bool, Option("Turn quantized weights into plain ones.")] = False,
     requantize: Annotated[bool, Option("Quantize quantized weights again, with a loss.")] = False,
     dtype: Annotated[DType | None, Option("Type of everything that is not codes.")] = None,
+    vocab: Annotated[
+        int | None, Option("Keep the first tokens alone: a multiple of 64, such as 65536.")
+    ] = None,
+    vocab_for: Annotated[
+        _File | Sequence[_File] | None,
+        Option("Keep the tokens that a text, JSONL or chat file, or folder, uses."),
+    ] = None,
+    text: Annotated[
+        _File | Sequence[_File] | None,
+        Option("Texts that show how many more tokens a cut vocabulary takes; default: built in."),
+    ] = None,
     plan: Annotated[bool, Option("Show what would be done, and stop.")] = False,
     device: Annotated[
         str | None, Option("Refuse an output that would not fit: iphone-15-pro, 6GB, ...")
@@ -219,8 +234,12 @@ def convert_model(
         rules=as_list(set), recipe=None if recipe is None else Path(recipe), target_bpw=target_bpw,
         target_size=target_size, method=method, smooth=smooth, rotate=rotate,
         dequantize=dequantize, requantize=requantize, dtype=dtype,
-        allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite,
+        allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite, vocab=vocab,
+        vocab_for=[str(each) for each in as_list(vocab_for)],
     )  # fmt: skip
+    measured = [Path(each) for each in as_list(text)]
+    if measured and not request.cuts_vocabulary:
+        raise UsageError("--text: only --vocab and --vocab-for use it")
     if texts and method != "gptq" and not smooth and request.target is None:
         raise UsageError("--calibration: only --method gptq, --smooth and targets use it")
     target_device = None if device is None else parse_device(device)
@@ -230,12 +249,12 @@ def convert_model(
         _require_fit(planned.plan, target_device)
         return planned
     job, target = _prepare(
-        source, revision, offline, request, texts, output, plan, resume, progress
+        source, revision, offline, request, texts, output, plan, resume, progress, measured
     )  # fmt: skip
     _require_fit(job.plan, target_device)
     if not plan:
         _write(job, target, resume, progress)
-    return Conversion(target, job.source_name, job.commit, job.plan, not plan)
+    return Conversion(target, job.source_name, job.commit, job.plan, not plan, job.cut)
 
 
 @checked
@@ -673,6 +692,7 @@ def _prepare(
     plan: bool,
     resume: bool,
     progress: OnProgress | None,
+    texts: Sequence[Path],
 ) -> tuple[Job, Path]:
     """The job and its output folder; where a size is the target, it is measured for there."""
     from apertus_mlx.convert.job import prepare
@@ -698,6 +718,7 @@ def _prepare(
     job = prepare(
         folder, request, name, commit, calibration_texts=calibration,
         progress=_layers(progress), target=target, resume=resume,
+        inflation_texts=texts,
     )  # fmt: skip
     if job.is_begun and earlier:
         _log.info(f"{partial}: what was measured there for the same request is used")

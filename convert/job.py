@@ -35,6 +35,8 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.transforms import names as transforms
+from apertus_mlx.convert.vocabulary.choice import Cut, choose_tokens
+from apertus_mlx.convert.vocabulary.kept_rows import keep_rows
 from apertus_mlx.convert.write.app_facts import app_facts
 from apertus_mlx.convert.write.card import CARD, license_of, make_card
 from apertus_mlx.convert.write.copied_files import (
@@ -81,11 +83,15 @@ class Job:
     allocation: Allocation | None = None
     # Whether something had to be measured for the plan, where the output will lie.
     is_begun: bool = False
+    # Where only some tokens are kept.
+    cut: Cut | None = None
 
     @property
     def copied_bytes(self) -> int:
-        """Size of the files that are copied."""
-        return sum(path.stat().st_size for path in copied_files(self.directory))
+        """Size of the files that are copied, and of a tokenizer that is made anew."""
+        files = copied_files(self.directory, self.cut is not None)
+        made = 0 if self.cut is None else len(self.cut.tokenizer)
+        return made + sum(path.stat().st_size for path in files)
 
     @property
     def output_bytes(self) -> int:
@@ -115,6 +121,7 @@ def prepare(
     *,
     target: Path | None = None,
     resume: bool = False,
+    inflation_texts: Sequence[Path] = (),
 ) -> Job:
     """Recognise the checkpoint in `directory` and plan its conversion.
 
@@ -133,6 +140,8 @@ def prepare(
             methods`.
         target: the output folder; may be left out where nothing has to be measured.
         resume: whether to go on with what an interrupted run to `target` has measured.
+        inflation_texts: files and folders that show what a cut vocabulary costs; without any, the
+            project's own.
 
     Raises:
         ApertusError: the checkpoint is damaged or not supported, or the request does not fit it.
@@ -159,6 +168,11 @@ def prepare(
         report = progress or (lambda stage, done, total: None)
         calibration = chosen = None
         identity = [repr(request), str(max_shard_bytes), repr(sorted(files.items()))]
+        cut = None
+        if request.cuts_vocabulary:
+            cut = choose_tokens(directory, config, request, inflation_texts)
+            identity.append(cut.sha256)
+            source = keep_rows(source, cut.kept)
         if request.target is not None:
             calibration = prepare_calibration(directory, calibration_texts)
             identity.append(calibration.digest())
@@ -175,6 +189,8 @@ def prepare(
         if chosen is None:
             identity += [plan.fingerprint(), calibration.digest() if calibration else ""]
         notes = [] if chosen is None else [chosen.note]
+        if cut is not None:
+            notes.append(cut.note)
         if template_note is not None:
             notes.append(template_note)
         is_begun = chosen is not None
@@ -208,6 +224,7 @@ def prepare(
         calibration,
         chosen,
         is_begun,
+        cut,
     )
 
 
@@ -255,8 +272,10 @@ def _write_other_files(
     plan, path = job.plan, workspace.path
     write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
     write_json(path / INDEX_FILE, _index(plan))
-    copy_files(job.directory, path)
-    for original in copied_files(job.directory):
+    copy_files(job.directory, path, job.cut is not None)
+    if job.cut is not None:
+        (path / TOKENIZER).write_bytes(job.cut.tokenizer)
+    for original in copied_files(job.directory, job.cut is not None):
         if sha256(original) != sha256(path / original.name):
             raise ApertusError(f"{original.name}: the copy differs from the original; start again")
     write_tokenizer_table(path)
@@ -284,6 +303,7 @@ def _write_other_files(
         "quantization": quantization_block(plan),
         "method": plan.request.method if plan.request.quantizes else None,
         "transforms": transforms.record(plan.request, plan.source.config),
+        "vocabulary": job.cut.as_json() if job.cut else None,
         "allocation": job.allocation.record if job.allocation else None,
         "calibration": job.calibration.sample.record() if job.calibration else None,
         "losses": {step.path: step.loss for step in plan.steps if step.loss},

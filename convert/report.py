@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan, Step
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.transforms import names as transforms
+from apertus_mlx.convert.vocabulary.choice import Cut
 from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.system.sizes import counted
 
@@ -29,6 +31,10 @@ def default_name(source_name: str, request: Request) -> str:
         suffix = "-mixed"
     elif request.dequantize:
         suffix = "-plain"
+    if request.vocab is not None:
+        suffix += f"-vocab{request.vocab}"
+    elif request.vocab_for:
+        suffix += "-own-vocab"
     return f"{base}-MLX{suffix}"
 
 
@@ -61,6 +67,17 @@ def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
     ]
     header = ["module", "count", "shape", "transform", "form", "bytes"]
     return header, rows, lines
+
+
+def inflation_rows(cut: Cut) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what texts take with a cut vocabulary, the most costly language first."""
+    found = sorted(cut.inflation, key=lambda one: -one.factor)
+    rows = [
+        [one.language, f"{one.before:,}", f"{one.after:,}", f"{one.factor:.3f}"] for one in found
+    ]
+    middle = statistics.median(one.factor for one in found) if found else 1.0
+    rows.append(["median", "", "", f"{middle:.3f}"])
+    return ["language", "tokens before", "after", "factor"], rows
 
 
 def plan_as_json(plan: Plan, source: str, commit: str | None) -> dict[str, Any]:

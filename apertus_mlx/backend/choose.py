@@ -11,11 +11,13 @@ from apertus_mlx.backend.cpu.limits import CPUCannotError
 from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ApertusError, UsageError
+from apertus_mlx.model.disk_embedding import require_untied
 from apertus_mlx.model.language_model import LanguageModel
 from apertus_mlx.system.foreign_errors import no_memory, out_of_memory
 
 Compute = Literal["auto", "mlx", "cpu"]
 Precision = Literal["auto", "float32", "int8"]
+Embedding = Literal["memory", "disk"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def load_for(
     dtype: str | None = None,
     precision: Precision = "auto",
     on_bytes: Callable[[int, int], None] | None = None,
+    embedding: Embedding = "memory",
 ) -> LanguageModel:
     """Load what `take_inventory` found in the form that suits this machine.
 
@@ -48,21 +51,26 @@ def load_for(
         dtype: see `load_model`.
         precision: of activations on the CPU path; see `CPUModel`.
         on_bytes: is told the bytes read so far and in all.
+        embedding: `disk` leaves the rows of an untied embedding in the file, where the CPU path
+            leaves them in any case.
 
     Raises:
         UsageError: `cpu`, but its libraries are missing, or with another `dtype` than float32; a
-            `precision` where MLX computes.
+            `precision` where MLX computes; `disk`, but the head is the embedding.
         RejectedError: see `load_model` and `CPUModel`.
     """
     if compute == "cpu" and dtype not in (None, "float32"):
         raise UsageError(f"--compute cpu computes in float32; leave out --dtype {dtype}")
+    on_disk = embedding == "disk"
+    if on_disk:
+        require_untied(inventory)
     if not _wants_cpu(compute, dtype):
         if precision != "auto":
             raise UsageError(
                 f"--precision {precision} is for the CPU path, but MLX computes here; "
                 "leave it out, or add --compute cpu"
             )
-        return load_inventory(inventory, dtype, on_bytes)
+        return load_inventory(inventory, dtype, on_bytes, on_disk)
     try:
         from apertus_mlx.backend.cpu.model import CPUModel
 
@@ -87,4 +95,4 @@ def load_for(
             raise
         reason = f"onnxruntime cannot be used ({' '.join(str(error).split())[:200]})"
     _log.warning("slow: MLX has no GPU here, and %s", reason)
-    return load_inventory(inventory, dtype, on_bytes)
+    return load_inventory(inventory, dtype, on_bytes, on_disk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from apertus_mlx.backend import command_buffers, hardware, tf32
+from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import (
     OUTPUT_DIVISOR,
     OUTPUT_SCALE,
@@ -22,6 +23,7 @@ from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.checkpoint.tensors import Checkpoint
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.disk_embedding import DiskEmbedding
 from apertus_mlx.model.linear import ScaledLinear
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import checked
@@ -49,17 +51,27 @@ def load_inventory(
     inventory: Inventory,
     dtype: str | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    embedding_on_disk: bool = False,
 ) -> Model:
     """Load what `take_inventory` found; see `load_model`.
 
-    `on_bytes` is told the bytes read so far and in all.
+    `on_bytes` is told the bytes read so far and in all. `embedding_on_disk` leaves the rows of an
+    untied embedding in the file.
+
+    Raises:
+        UsageError: `embedding_on_disk`, but the head is the embedding.
     """
     command_buffers.widen()
     tf32.switch_off()
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
     model = Model(inventory.config)
-    nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
-    arrays = dict(_read_arrays(inventory, compute, on_bytes))
+    specs, left = inventory.specs, set[str]()
+    if embedding_on_disk:
+        model.model.embed_tokens = DiskEmbedding(inventory, compute, hardware.has_metal())
+        left = {tensor.name for tensor in inventory.matrices[layout.EMBEDDING].tensors}
+        specs.pop(layout.EMBEDDING, None)
+    nn.quantize(model, class_predicate=lambda path, _: _as_arguments(specs.get(path)))
+    arrays = dict(_read_arrays(inventory, compute, on_bytes, left))
     factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
@@ -67,13 +79,18 @@ def load_inventory(
     model.whole_codes = hardware.refuses_slices()
     # CUDA compiles the product that looks up a row at its first use, for half a minute.
     model.fuse(compiled_activation=model.on_gpu, row_by_product=hardware.has_metal())
-    _use_kernels(model, inventory, compute)
+    _use_kernels(model, inventory, compute, embedding_on_disk)
     model.eval()
     return model
 
 
-def _use_kernels(model: Model, inventory: Inventory, dtype: mx.Dtype) -> None:
-    """Use the fused kernels that have been proved on this machine; elsewhere there are none."""
+def _use_kernels(
+    model: Model, inventory: Inventory, dtype: mx.Dtype, embedding_on_disk: bool
+) -> None:
+    """Use the fused kernels that have been proved on this machine; elsewhere there are none.
+
+    A compiled step cannot read a file: it is made once, before there is a token.
+    """
     if not hardware.has_metal():
         return
     from apertus_mlx.backend.metal.compiled_step import CompiledStep
@@ -83,7 +100,8 @@ def _use_kernels(model: Model, inventory: Inventory, dtype: mx.Dtype) -> None:
     found = enabled(inventory.config, inventory.specs, dtype)
     if found.kernels:
         step = FusedStep(found.kernels)
-        model.use(CompiledStep(step) if found.compiled_step else step)
+        compiles = found.compiled_step and not embedding_on_disk
+        model.use(CompiledStep(step) if compiles else step)
 
 
 def _as_arguments(spec: QuantSpec | None) -> dict[str, Any] | bool:
@@ -122,10 +140,16 @@ def _cut_files_named(path: Path, checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _read_arrays(
-    inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
+    inventory: Inventory,
+    compute: mx.Dtype,
+    on_bytes: Callable[[int, int], None] | None,
+    left: Set[str] = frozenset(),
 ) -> Iterator[tuple[str, mx.array]]:
-    """Every parameter in the type that it is computed with, one evaluated at a time."""
-    wanted = inventory.shapes
+    """Every parameter in the type that it is computed with, one evaluated at a time.
+
+    Those of `left` stay in the file.
+    """
+    wanted = {name: shape for name, shape in inventory.shapes.items() if name not in left}
     checkpoint = inventory.checkpoint
     done = 0
     for file in checkpoint.files:

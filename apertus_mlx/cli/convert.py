@@ -21,7 +21,7 @@ def convert(
     json: JsonOption = False,
 ) -> None:
     """Convert SOURCE to MLX weights in the folder OUT, quantized where --bits is given."""
-    from apertus_mlx.convert.report import plan_rows
+    from apertus_mlx.convert.report import inflation_rows, plan_rows
 
     if given["out"] is not None and out_option is not None:
         raise UsageError(
@@ -34,4 +34,7 @@ def convert(
         print_report(json, done.as_json, lambda: [str(done.output)])
     else:
         header, rows, lines = plan_rows(done.plan)
-        print_report(json, done.as_json, lambda: [Table(header, rows), *lines])
+        tables: list[Table | str] = [Table(header, rows), *lines]
+        if done.cut is not None:
+            tables += ["", Table(*inflation_rows(done.cut))]
+        print_report(json, done.as_json, lambda: tables)

@@ -133,5 +133,7 @@ def _words(report: MemoryPlan) -> Iterator[str | Table]:
     yield Table(header, rows)
     yield ""
     yield report.advice
+    if report.embedding_on_disk_saves_bytes:
+        yield f"--embedding disk spares {format_bytes(report.embedding_on_disk_saves_bytes)}"
     if with_speed:
         yield f"* {report.speed_formula}"

@@ -12,6 +12,7 @@ from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
 from apertus_mlx.memory.fit import draft_bytes, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend
+from apertus_mlx.model.disk_embedding import require_untied
 from apertus_mlx.system.sizes import format_bytes
 
 
@@ -49,13 +50,18 @@ def plan_memory(
 
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
-        UsageError: this model's heads cannot be cached as asked.
+        UsageError: this model's heads cannot be cached as asked, or its embedding not left on disk.
     """
     config, form = inventory.config, options.form
     if form is not None:
         form.require_fit(config.head_dim)
     cpu = options.precision if uses_cpu(options.compute, options.dtype) else None
-    backend = choose_backend(inventory, has_gpu(), options.dtype, cpu, card() is not None)
+    on_disk = options.embedding == "disk"
+    if on_disk:
+        require_untied(inventory)
+    backend = choose_backend(
+        inventory, has_gpu(), options.dtype, cpu, card() is not None, embedding_on_disk=on_disk
+    )
     context = min(context, config.max_position_embeddings)
     limit = max(0, memory_limit(options) - beside_bytes)
     if not options.force:

@@ -198,8 +198,9 @@ class ModelFolder:
         """
         options = options or RunOptions()
         model = load_for(
-            self.inventory, options.compute, options.dtype, options.precision, on_bytes
-        )
+            self.inventory, options.compute, options.dtype, options.precision, on_bytes,
+            options.embedding,
+        )  # fmt: skip
         return LoadedModel(self, model)
 
 

@@ -235,6 +235,10 @@ class RunOptions(CacheOptions):
             "Type of activations on the CPU; auto: int8 with weights of few bits, else float32."
         ),
     ] = "auto"
+    embedding: Annotated[
+        Literal["memory", "disk"],
+        Option("disk: read a token's row from the file each time; not where the head is the same."),
+    ] = "memory"
     memory_limit: Annotated[
         str | int | None,
         Option("Most memory, as 1.2GB or in bytes; default: what the machine can give."),
@@ -293,6 +297,7 @@ class RunKeywords(CacheKeywords, total=False):
     dtype: DType | None
     compute: Literal["auto", "mlx", "cpu"]
     precision: Literal["auto", "float32", "int8"]
+    embedding: Literal["memory", "disk"]
     memory_limit: str | int | None
     force: bool
     revision: str | None

@@ -12,7 +12,7 @@ from apertus_mlx.cache.config import FULL_BITS, STEP, CacheConfig
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
-from apertus_mlx.memory.footprint import Backend, Footprint, footprint
+from apertus_mlx.memory.footprint import Backend, Footprint, disk_saving_bytes, footprint
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.sizes import format_bytes
 
@@ -154,6 +154,14 @@ def _refusal(
         f"{_needed(needed.prefill_bytes)} at --prefill-step {step}), "
         f"the limit is {_needed(limit_bytes)}; "
     )
+    if disk_saving_bytes(inventory, backend) and not backend.embedding_on_disk:
+        on_disk = replace(backend, embedding_on_disk=True)
+        with suppress(ResourceError):
+            least = fit(inventory, limit_bytes, context, on_disk, form, prefill_step)
+            return message + (
+                f"what would fit: --embedding disk, {_needed(least.footprint.total_bytes)}; "
+                "--force tries anyway"
+            )
     fits = largest_context(inventory, limit_bytes, smallest, least_step, backend)
     if fits >= LEAST_BOUND:
         bits = "" if smallest.key_bits == FULL_BITS else f"--kv-bits {smallest.key_bits} "

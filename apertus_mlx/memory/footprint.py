@@ -60,6 +60,8 @@ class Backend:
     is_card: bool = False
     # Most tokens of a prompt at a time, unless more are asked for.
     longest_step: int = 512
+    # Whether the rows of an untied embedding stay in the file.
+    embedding_on_disk: bool = False
 
 
 MLX_CPU = Backend(4, mlp=5.0, residual=8.0, scores=1.25, scores_in_blocks=2.6, quantization=3.0,
@@ -108,20 +110,24 @@ def choose_backend(
     dtype: str | None = None,
     cpu: str | None = None,
     is_card: bool = False,
+    embedding_on_disk: bool = False,
 ) -> Backend:
     """How this checkpoint is computed: as the loader decides, unless `dtype` is asked for.
 
-    `cpu`: precision of activations, if the CPU path computes, whatever MLX has. `is_card`: whether
+    `cpu`: precision of activations, if the CPU path computes, whatever MLX has; it has an untied
+    embedding on disk in any case. `is_card`: whether
     the GPU has memory of its own.
     """
     if cpu is not None:
         return replace(CPU_PATH, cpu=cpu)
     if not on_gpu:
-        return MLX_CPU
+        return replace(MLX_CPU, embedding_on_disk=embedding_on_disk)
     wide = dtype == "float32" if dtype else not inventory.float_dtypes <= {"BF16"}
     if is_card:
-        return CARD_32_BIT if wide else CARD_16_BIT
-    return GPU_32_BIT if wide else GPU_16_BIT
+        found = CARD_32_BIT if wide else CARD_16_BIT
+    else:
+        found = GPU_32_BIT if wide else GPU_16_BIT
+    return replace(found, embedding_on_disk=embedding_on_disk)
 
 
 def footprint(
@@ -135,7 +141,10 @@ def footprint(
         logits_bytes(config, form, context, backend),
     )
     if backend.cpu is None:
-        return Footprint(weights_bytes(inventory, backend.compute_bytes), *running)
+        held = weights_bytes(inventory, backend.compute_bytes)
+        if backend.embedding_on_disk:
+            held -= disk_saving_bytes(inventory, backend)
+        return Footprint(held, *running)
     held, loading = cpu.weights_bytes(inventory, backend.cpu)
     return Footprint(held, *running, cpu.fixed_bytes(inventory), loading)
 
@@ -145,6 +154,16 @@ def weights_bytes(inventory: Inventory, compute_bytes: int) -> int:
     matrices = sum(m.weight_bytes(compute_bytes) for m in inventory.matrices.values())
     numbers = sum(math.prod(shape) for _, shape in layout.vectors(inventory.config))
     return matrices + numbers * compute_bytes
+
+
+def disk_saving_bytes(inventory: Inventory, backend: Backend) -> int:
+    """Bytes that `--embedding disk` spares; none where the head is the embedding.
+
+    None on the CPU path either, which leaves an untied embedding on disk in any case.
+    """
+    if inventory.config.tie_word_embeddings or backend.cpu is not None:
+        return 0
+    return inventory.matrices[layout.EMBEDDING].weight_bytes(backend.compute_bytes)
 
 
 def kv_bytes(config: ModelConfig, form: CacheConfig, positions: int, number_bytes: int) -> int:

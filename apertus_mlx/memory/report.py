@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from apertus_mlx.cache.config import CacheConfig
@@ -17,7 +17,13 @@ from apertus_mlx.memory.fit import (
     possible_forms,
     prefill_steps,
 )
-from apertus_mlx.memory.footprint import choose_backend, footprint, kv_bytes_per_position
+from apertus_mlx.memory.footprint import (
+    Backend,
+    choose_backend,
+    disk_saving_bytes,
+    footprint,
+    kv_bytes_per_position,
+)
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
 from apertus_mlx.system.sizes import format_bytes
 
@@ -60,6 +66,7 @@ class MemoryPlan:
         forms: a run with each form of cache, or with the one that was asked for.
         best: the best run that fits; None if none does.
         advice: its options, or why nothing fits and what would.
+        embedding_on_disk_saves_bytes: what `--embedding disk` spares; 0 where it cannot.
         draft_bytes: what a draft takes of the limit.
     """
 
@@ -75,6 +82,7 @@ class MemoryPlan:
     best: PlannedRun | None
     advice: str
     speed_formula: str
+    embedding_on_disk_saves_bytes: int
     draft_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def plan_for_device(
         )
     room = max(0, device.memory_bytes - beside)
 
-    def planned(form: CacheConfig, step: int) -> PlannedRun:
+    def planned(form: CacheConfig, step: int, backend: Backend) -> PlannedRun:
         needed = footprint(inventory, form, context, step, backend)
         speed = None
         if device.bandwidth is not None:
@@ -128,10 +136,18 @@ def plan_for_device(
         )
 
     try:
-        best = fit(inventory, room, context, backend, form, prefill_step, bounds=True)
-        best_row = planned(best.form, best.prefill_step)
+        spared = ""
+        try:
+            best = fit(inventory, room, context, backend, form, prefill_step, bounds=True)
+        except ResourceError:
+            if not disk_saving_bytes(inventory, backend):
+                raise
+            on_disk = replace(backend, embedding_on_disk=True)
+            best = fit(inventory, room, context, on_disk, form, prefill_step, bounds=True)
+            spared = "--embedding disk "
+        best_row = planned(best.form, best.prefill_step, best.backend)
         advice = (
-            f"best that fits: {_options(best.form)}--prefill-step {best.prefill_step} "
+            f"best that fits: {spared}{_options(best.form)}--prefill-step {best.prefill_step} "
             f"(cache in {best.form}, "
             f"peak {format_bytes(best.footprint.total_bytes, round_up=True)})"
         )
@@ -146,10 +162,11 @@ def plan_for_device(
         device.bandwidth,
         context,
         backend.compute_bytes,
-        [planned(each, prefill_step or prefill_steps(backend)[0]) for each in forms],
+        [planned(each, prefill_step or prefill_steps(backend)[0], backend) for each in forms],
         best_row,
         advice,
         FORMULA,
+        disk_saving_bytes(inventory, backend),
         beside,
     )
 

@@ -37,10 +37,10 @@ from apertus_mlx.convert.evaluation.texts import (
     hold_out,
     open_text,
     read_texts,
-    same_tokens,
     sample_windows,
 )
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
+from apertus_mlx.convert.vocabulary.matching import kept_ids, on_part
 from apertus_mlx.convert.write.app_facts import app_facts
 from apertus_mlx.convert.write.card import CARD, make_distilled_card
 from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
@@ -65,7 +65,7 @@ HELD_OUT_SHARE = 1 / 20
 # Keys of the student's manifest that stay true.
 KEPT_KEYS = (
     "bits_per_weight", "parameters", "weight_bytes", "dtype", "quantization", "method",
-    "calibration", "losses", "notes",
+    "calibration", "losses", "notes", "vocabulary",
 )  # fmt: skip
 
 
@@ -149,10 +149,11 @@ def prepare(
     config = read_config(student)
     read_manifest(student)
     (tokenizer, template), (other, _) = open_text(student), open_text(teacher)
-    same_head = config.output_vocab_size == read_config(teacher).output_vocab_size
-    if not same_head or not same_tokens(tokenizer, other):
+    kept, head = kept_ids(other, tokenizer), read_config(teacher).output_vocab_size
+    if kept is None or config.output_vocab_size != int((kept < head).sum()):
         raise UsageError(
-            f"{teacher}: has other tokens than {student}; teacher and student need one vocabulary"
+            f"{teacher}: has other tokens than {student}; a student needs its teacher's tokens, or "
+            "a part of them"
         )
     seen, judged = hold_out(read_texts(texts))
     most = tokens // window_tokens + HELD_OUT_WINDOWS[1]
@@ -250,7 +251,8 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Vali
     )
     total = batches.tokens + held_out.tokens
     with Reader(job.teacher) as reader:
-        teacher = open_weights(job.teacher, reader)
+        (whole, _), (part, _) = open_text(job.teacher), open_text(job.student)
+        teacher = on_part(open_weights(job.teacher, reader), whole, part)
         k = min(job.options.top_k, teacher.config.output_vocab_size - 1)
         held_out.fill(teacher, k, lambda done: observer.teacher(done, total))
         batches.fill(teacher, k, lambda done: observer.teacher(held_out.tokens + done, total))

@@ -37,6 +37,7 @@ from apertus_mlx.convert.evaluation.texts import (
 )
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import Source
+from apertus_mlx.convert.vocabulary.matching import kept_ids, on_part
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.arrays import Float32
@@ -96,7 +97,8 @@ def measure_all(
 
     Args:
         directories: models in any form that `convert` reads.
-        reference: likewise; its tokenizer and chat template are used.
+        reference: likewise; its tokenizer and chat template are used, unless the models have a
+            part of its vocabulary, all the same: then theirs, and the reference counts on it.
         texts: what to predict.
         tokens_per_language: most tokens of each language.
         progress: told runs through layers that are done, and how many there are.
@@ -107,7 +109,12 @@ def measure_all(
         UsageError: the models have different vocabularies or tokenizers; the texts are too short.
         RejectedError: a checkpoint is damaged or not supported.
     """
-    tokenizer, template = open_text(reference)
+    whole, template = open_text(reference)
+    tokenizer = whole
+    if directories:
+        part, own_template = open_text(directories[0])
+        if not same_tokens(whole, part) and kept_ids(whole, part) is not None:
+            tokenizer, template = part, own_template
     for directory in directories:
         if not same_tokens(tokenizer, open_text(directory)[0]):
             raise UsageError(
@@ -124,7 +131,7 @@ def measure_all(
         def opened(directory: Path) -> SourceWeights:
             return open_weights(directory, stack.enter_context(Reader(directory)))
 
-        expected = opened(reference)
+        expected = on_part(opened(reference), whole, tokenizer)
         # Open all before measuring the first: a wrong name must not cost an hour.
         models = [opened(directory) for directory in directories]
         for directory, found in zip(directories, models, strict=True):

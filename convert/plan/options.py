@@ -20,6 +20,8 @@ from apertus_mlx.system.strict_json import parse_object
 
 RECIPE_KEYS = {"bits", "group_size", "mode", "modules"}
 MAX_RECIPE_BYTES = 2**20
+# Rows of a cut embedding: such counts fill the tiles of a kernel.
+MULTIPLE = 64
 
 
 def read_request(
@@ -35,6 +37,8 @@ def read_request(
     target_size: int | str | None,
     method: str,
     dtype: str | None,
+    vocab: int | None,
+    vocab_for: Sequence[str],
     **switches: bool,
 ) -> Request:
     """The request that the options make together; `switches` are those of `Request`.
@@ -71,14 +75,40 @@ def read_request(
         if number is not None:
             found.append(Rule(path, make_spec(number, group_size, None, option), option))
     found += [parse_rule(rule, group_size) for rule in rules]
-    return Request(
+    request = Request(
         default,
         tuple(found),
         target,
         method=next(each for each in METHODS if each == method),
         dtype=CONFIG_DTYPES[dtype] if dtype else None,
+        vocab=vocab,
+        vocab_for=tuple(vocab_for),
         **switches,
     )
+    _check_vocabulary(request)
+    return request
+
+
+def _check_vocabulary(request: Request) -> None:
+    """Refuse a cut vocabulary that cannot be, or one beside a method that reads texts."""
+    if request.vocab is not None:
+        if request.vocab_for:
+            raise UsageError("--vocab-for: leave out --vocab; one decides the other")
+        if request.vocab < 1 or request.vocab % MULTIPLE:
+            raise UsageError(
+                f"--vocab {request.vocab}: expected a multiple of {MULTIPLE}, such as 65536"
+            )
+    used = {
+        "--method gptq": request.method == "gptq",
+        "--smooth": request.smooth,
+        str(request.target): request.target is not None,
+    }
+    for option, given in used.items():
+        if given and request.cuts_vocabulary:
+            raise UsageError(
+                f"{option}: reads texts, and the vocabulary changes; cut it first, without bits, "
+                "and convert what comes out"
+            )
 
 
 def parse_rule(text: str, group_size: int | None, origin: str = "--set") -> Rule:

@@ -83,6 +83,14 @@ class Request:
     dtype: ScaleType | None = None
     allow_untied_head: bool = False
     allow_nonfinite: bool = False
+    # Tokens that are kept: the first so many, or those that files and folders of texts use.
+    vocab: int | None = None
+    vocab_for: tuple[str, ...] = ()
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """Whether only some tokens are kept."""
+        return self.vocab is not None or bool(self.vocab_for)
 
     @property
     def quantizes(self) -> bool:

@@ -50,7 +50,7 @@ def memory_terms(inventory: Inventory) -> dict[str, Any]:
     """
     backend = choose_backend(inventory, on_gpu=True)
     factors = asdict(backend)
-    for other in ("cpu", "is_card", "longest_step"):
+    for other in ("cpu", "is_card", "longest_step", "embedding_on_disk"):
         del factors[other]
     forms = possible_forms(inventory.config)
     return {

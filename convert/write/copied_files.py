@@ -29,9 +29,15 @@ COPIED = (
 )  # fmt: skip
 
 
-def copied_files(directory: Path) -> Iterator[Path]:
+# What a cut vocabulary makes anew, and what would repeat the whole one.
+OF_VOCABULARY = (TOKENIZER, "vocab.json", "merges.txt")
+
+
+def copied_files(directory: Path, cuts_vocabulary: bool = False) -> Iterator[Path]:
     """The files of `directory` that go to the output as they are."""
     for name in COPIED:
+        if cuts_vocabulary and name in OF_VOCABULARY:
+            continue
         path = directory / name
         if exists(path):
             checked(path, _most_bytes(path))
@@ -61,9 +67,9 @@ def check_copied_files(directory: Path, config: ModelConfig) -> None:
         keys.optional_integer("pad_token_id", 0, config.vocab_size - 1)
 
 
-def copy_files(directory: Path, target: Path) -> None:
+def copy_files(directory: Path, target: Path, cuts_vocabulary: bool = False) -> None:
     """Copy the files into `target`."""
-    for path in copied_files(directory):
+    for path in copied_files(directory, cuts_vocabulary):
         copy_file(path, target / path.name, _most_bytes(path))
 
 

@@ -23,6 +23,7 @@ SHORT = {
     "cpu_memory": "{model} --prompt-tokens 32 --forms full",
     "decode_estimates": "",
     "distillation": "--bits 3 --tokens 1024 --epochs 1",
+    "embedding_rows": "--sizes 1.5B --tokens 20",
     "fit_layer": "--size tiny --tokens 64 --no-mlx-lm",
     "generation": "{model} --rounds 1 --prompt-tokens 8",
     "kv_quality": "--tokens 2048 --few",
@@ -30,6 +31,7 @@ SHORT = {
     "poison_requests": "--count 300",
     "serve_load": "--seconds 20 --clients 4",
     "serve_peers": "{model} --clients 1 2 --requests 1 --rounds 1 --max-tokens 4",
+    "small_vocabulary": "{model} --vocab 1024 --tokens 4 --rounds 1",
     "speculation": "--estimates",
     "structured_cost": "--rounds 1 --tokens 4",
 }

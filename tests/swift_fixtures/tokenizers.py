@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from apertus_mlx.convert.vocabulary.byte_pairs import read_byte_pairs
 from apertus_mlx.convert.write.tokenizer_table import write_tokenizer_table
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.tokenizer_file import parse_backend, read_tokenizer_file
@@ -21,6 +22,8 @@ from tests.swift_fixtures.sizes import NIGHTLY, sized
 from tests.text.test_real_tokenizers import SENTENCES, locale_texts
 
 RANDOM_TEXTS = sized(5000, 600)
+# Tokens that are kept of the embedded vocabulary in `cut`.
+CUT = 1024
 # Where letters, marks, digits, blanks and symbols of many scripts stand.
 RANGES = ((0x20, 0x7F), (0x80, 0x250), (0x300, 0x370), (0x370, 0x700), (0x900, 0xE80),
           (0x1E00, 0x2100), (0x2000, 0x2070), (0x3000, 0x3100), (0x4E00, 0x5000),
@@ -37,6 +40,10 @@ def write_tokenizer_fixtures(out: Path) -> None:
     folders["embedded"].mkdir(parents=True, exist_ok=True)
     shutil.copy(model_dir() / "tokenizer.json", folders["embedded"])
     versions = ("v1", "v1.1") if NIGHTLY else ("v1.1",)
+    folders["cut"] = out / "tokenizers" / "cut"
+    folders["cut"].mkdir(parents=True, exist_ok=True)
+    pairs = read_byte_pairs(model_dir() / "tokenizer.json")
+    (folders["cut"] / "tokenizer.json").write_bytes(pairs.cut(pairs.prefix(CUT)))
     if tekken_path() is not None:
         real = {version: out / "tokenizers" / f"real-{version}" for version in versions}
         for folder in real.values():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import weakref
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,6 +15,7 @@ from apertus_mlx.backend.cpu.weights import Dense, Floats, Weight, activations_f
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, Inventory
 from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
+from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.packing import unpack
 from apertus_mlx.quant.spec import QuantSpec
@@ -140,30 +139,9 @@ class Tensors:
     def _rows(self, name: str) -> Callable[[npt.NDArray[np.int64]], Array]:
         """A function that reads single rows of a matrix. Mapped, each would take 16 pages."""
         info = self._checkpoint.tensors[name]
-        path = self._checkpoint.path(info)
-        with open_file(path) as file:
-            number = os.dup(file.fileno())
         kind = np.dtype(STORED_TYPES[info.dtype])
-        count, columns = info.shape
-        size_bytes = columns * kind.itemsize
-
-        def read(ids: npt.NDArray[np.int64]) -> Array:
-            rows = np.empty((len(ids), columns), kind)
-            for row, index in zip(rows, ids.tolist(), strict=True):
-                if not 0 <= index < count:
-                    raise ValueError(f"token {index}: the vocabulary has {count}")
-                offset = info.offset + index * size_bytes
-                data = os.pread(number, size_bytes, offset)
-                if len(data) != size_bytes:
-                    raise RejectedError(
-                        f"{path}: was changed while the model is in use; load it again"
-                    )
-                row[:] = np.frombuffer(data, kind)
-            return rows
-
-        # At exit a thread may still read.
-        weakref.finalize(read, os.close, number).atexit = False
-        return read
+        stored = StoredRows(self._checkpoint, [info])
+        return lambda ids: np.frombuffer(stored.read(ids.tolist())[0], kind).reshape(len(ids), -1)
 
 
 def _dequantized(words: Array, scales: Array, spec: QuantSpec) -> Floats:

@@ -1,0 +1,81 @@
+"""Single rows of stored matrices, read where they lie each time that they are needed.
+
+The files are held open and may not change: each read looks at their size, their time of
+modification and whether their names still lead to them.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.checkpoint.tensors import Checkpoint
+from apertus_mlx.errors import RejectedError
+from apertus_mlx.system.model_files import open_file
+
+
+class StoredRows:
+    """The rows of matrices that belong together, as codes, scales and biases do.
+
+    Attributes:
+        tensors: the matrices, all `[rows, ...]` with the same number of rows.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> None:
+        """Open the files that hold `tensors`.
+
+        Raises:
+            RejectedError: one is missing or no regular file of the folder.
+        """
+        self.tensors = tuple(tensors)
+        # Path -> descriptor, and what must not change.
+        self._files: dict[Path, tuple[int, tuple[int, ...]]] = {}
+        self._places: list[tuple[int, int, int]] = []
+        for tensor in tensors:
+            path = checkpoint.path(tensor)
+            if path not in self._files:
+                with open_file(path) as file:
+                    number = os.dup(file.fileno())
+                # At exit a thread may still read.
+                weakref.finalize(self, os.close, number).atexit = False
+                self._files[path] = number, _state(os.fstat(number))
+            row_bytes = tensor.size_bytes // tensor.shape[0]
+            self._places.append((self._files[path][0], tensor.offset, row_bytes))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of all matrices together."""
+        return sum(row_bytes for _, _, row_bytes in self._places)
+
+    def read(self, ids: Sequence[int]) -> list[bytes]:
+        """For each matrix the bytes of these rows, one after the other.
+
+        Raises:
+            ValueError: there is no such row.
+            RejectedError: a file was changed, replaced or removed since it was opened.
+        """
+        rows = self.tensors[0].shape[0]
+        for index in ids:
+            if not 0 <= index < rows:
+                raise ValueError(f"token {index}: the vocabulary has {rows}")
+        found = [
+            b"".join([os.pread(number, size, offset + index * size) for index in ids])
+            for number, offset, size in self._places
+        ]
+        # After reading, so that what was read is what it was. A file that is cut off has changed.
+        for path, (number, state) in self._files.items():
+            try:
+                same = _state(path.stat()) == state == _state(os.fstat(number))
+            except OSError:
+                same = False
+            if not same:
+                raise RejectedError(f"{path}: was changed while the model is in use; load it again")
+        return found
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """What shows that a file is the same, with the same bytes."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,1 @@
+"""A smaller vocabulary: which tokens are kept, the files and weights of the rest, and the price."""

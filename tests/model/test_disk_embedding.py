@@ -1,0 +1,182 @@
+"""Rows of the embedding from the file: the logits of the embedding in memory, bit by bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from apertus_mlx import convert_model, load, plan
+from apertus_mlx.backend.choose import load_for
+from apertus_mlx.backend.mlx import load_inventory
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
+from apertus_mlx.errors import RejectedError, ResourceError, UsageError
+from apertus_mlx.memory import footprint
+from apertus_mlx.memory.fit import PREFILL_STEPS, fit
+from apertus_mlx.memory.footprint import choose_backend
+from tests.builders import config_4x, random_weights, write_checkpoint
+
+CONFIG = config_4x(tie_word_embeddings=False)
+PROMPT = mx.array([[1, 65, 300, 77, 300, 2, 383, 0]])
+FORMS: dict[str, dict[str, Any]] = {
+    **{f"affine {bits}": {"bits": bits, "group_size": 32} for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": {"mode": "mxfp4"},
+    "mxfp8": {"mode": "mxfp8"},
+    "nvfp4": {"mode": "nvfp4"},
+}
+DAILY = ("affine 2", "affine 3", "affine 8", "mxfp4", "nvfp4")
+PLAIN = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "source", CONFIG, dtype=mx.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Path) -> Path:
+    return convert_model(source, source.with_name("q4"), bits=4, group_size=32).output
+
+
+@pytest.fixture
+def model(quantized: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(quantized, tmp_path / "model")
+
+
+def require_equal_logits(inventory: Inventory, dtype: str | None = None) -> None:
+    there, on_disk = (load_inventory(inventory, dtype, None, disk) for disk in (False, True))
+    for ids in (PROMPT, PROMPT[:, 2:3], PROMPT[:, -1:], mx.concatenate([PROMPT, PROMPT + 0])):
+        assert mx.array_equal(on_disk.model.embed_tokens(ids), there.model.embed_tokens(ids))
+        assert mx.array_equal(on_disk(ids), there(ids))
+    assert not [name for name, _ in tree_flatten(on_disk.parameters()) if "embed" in name]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [form if form in DAILY else pytest.param(form, marks=pytest.mark.nightly) for form in FORMS],
+)
+def test_same_logits_in_quantized_forms(source: Path, tmp_path: Path, form: str) -> None:
+    folder = convert_model(source, tmp_path / "model", **FORMS[form]).output
+    inventory = take_inventory(folder)
+    assert inventory.matrices[layout.EMBEDDING].spec is not None
+    require_equal_logits(inventory)
+    if form == "affine 3":
+        require_equal_logits(inventory, "bfloat16")
+
+
+@pytest.mark.parametrize("stored", PLAIN)
+def test_same_logits_in_plain_forms(tmp_path: Path, stored: str) -> None:
+    weights = random_weights(CONFIG)
+    folder = write_checkpoint(tmp_path / "model", CONFIG, weights, dtype=PLAIN[stored], shards=2)
+    for dtype in ("float32", stored):
+        require_equal_logits(take_inventory(folder), dtype)
+
+
+def test_the_same_answer(model: Path) -> None:
+    answers = []
+    for embedding in ("memory", "disk"):
+        with load(model, compute="mlx", embedding=embedding) as loaded:
+            answers.append(loaded.generate("Hello", max_tokens=12, temperature=0).token_ids)
+    assert answers[0] == answers[1]
+    assert len(answers[0]) > 1
+
+
+def test_memory_is_as_planned(model: Path) -> None:
+    inventory = take_inventory(model)
+    backend = choose_backend(inventory, False)
+    on_disk = choose_backend(inventory, False, embedding_on_disk=True)
+    sizes = []
+    for disk in (False, True):
+        parameters = tree_flatten(load_inventory(inventory, None, None, disk).parameters())
+        sizes.append(sum(array.nbytes for _, array in parameters))
+    planned = [
+        footprint(inventory, fit(inventory, 10**9, 64, backend).form, 64, 32, each).weights_bytes
+        for each in (backend, on_disk)
+    ]
+    assert sizes == planned
+    assert planned[0] - planned[1] == 384 * (64 // 2 + 2 * 64 // 32 * 4)
+
+
+def replaced(path: Path) -> None:
+    data = path.read_bytes()
+    path.rename(path.with_name("old"))
+    path.write_bytes(data)
+
+
+def touched(path: Path) -> None:
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def shortened(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("change", [replaced, touched, shortened, Path.unlink])
+@pytest.mark.parametrize("compute", ["mlx", "cpu"])
+def test_a_file_that_changes_is_an_error(
+    model: Path, change: Callable[[Path], None], compute: Any
+) -> None:
+    if compute == "cpu":
+        pytest.importorskip("onnxruntime")
+    loaded = load_for(take_inventory(model), compute, embedding="disk")
+    mx.eval(loaded(PROMPT))
+    change(model / "model.safetensors")
+    with pytest.raises(RejectedError, match=r"model\.safetensors: was changed while the model"):
+        loaded(PROMPT)
+
+
+def test_the_cpu_path_has_it_on_disk_in_any_case(model: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    inventory = take_inventory(model)
+    there, on_disk = (load_for(inventory, "cpu", embedding=kind) for kind in ("memory", "disk"))
+    assert mx.array_equal(there(PROMPT), on_disk(PROMPT))
+
+
+def test_a_tied_embedding_stays_in_memory(tmp_path: Path) -> None:
+    config = config_4x(tie_word_embeddings=True)
+    folder = write_checkpoint(tmp_path / "model", config, dtype=mx.bfloat16)
+    for compute in ("mlx", "cpu"):
+        with pytest.raises(UsageError, match="--embedding disk: the head of"):
+            load(folder, embedding="disk", compute=compute)
+    assert plan(folder).embedding_on_disk_saves_bytes == 0
+
+
+def test_a_row_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    weights["model.embed_tokens.weight"][300, 5] = np.nan
+    folder = write_checkpoint(tmp_path / "model", CONFIG, weights)
+    loaded = load_inventory(take_inventory(folder), None, None, True)
+    mx.eval(loaded(mx.array([[1, 299]])))
+    with pytest.raises(RejectedError, match=r"model\.embed_tokens\.weight: a value is not finite"):
+        loaded(PROMPT)
+
+
+def test_the_planner_offers_it(model: Path) -> None:
+    inventory = take_inventory(model)
+    backend = choose_backend(inventory, True)
+    least = [
+        footprint(inventory, each.form, 64, each.prefill_step, each.backend).total_bytes
+        for each in (
+            fit(inventory, 10**9, 64, choose_backend(inventory, True, embedding_on_disk=disk),
+                prefill_step=PREFILL_STEPS[-1])
+            for disk in (True, False)
+        )
+    ]  # fmt: skip
+    between = sum(least) // 2
+    with pytest.raises(ResourceError, match="what would fit: --embedding disk"):
+        fit(inventory, between, 64, backend, prefill_step=PREFILL_STEPS[-1])
+    found = plan(model, device=f"{between / 1e6}MB", context=64, kv_bits=16, prefill_step=32)
+    assert found.best is not None
+    assert found.advice.startswith("best that fits: --embedding disk ")
+    saved = inventory.matrices[layout.EMBEDDING].weight_bytes(found.compute_bytes)
+    assert found.embedding_on_disk_saves_bytes == saved
