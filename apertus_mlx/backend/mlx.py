@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from apertus_mlx.backend import command_buffers, hardware, tf32
+from apertus_mlx.backend.part_reader import read_part
+from apertus_mlx.backend.ranks import Ranks
 from apertus_mlx.checkpoint.inventory import (
     OUTPUT_DIVISOR,
     OUTPUT_SCALE,
@@ -23,8 +25,9 @@ from apertus_mlx.checkpoint.tensors import Checkpoint
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.linear import ScaledLinear
+from apertus_mlx.model.split import part_of, sum_shares
 from apertus_mlx.quant.spec import QuantSpec
-from apertus_mlx.system.model_files import checked
+from apertus_mlx.system.model_files import checked, open_file
 from apertus_mlx.system.sizes import counted
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -49,17 +52,24 @@ def load_inventory(
     inventory: Inventory,
     dtype: str | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Load what `take_inventory` found; see `load_model`.
 
-    `on_bytes` is told the bytes read so far and in all.
+    `on_bytes` is told the bytes read so far and in all. Of several `ranks` each loads its part.
+
+    Raises:
+        UsageError: the model does not divide by the number of ranks.
     """
     command_buffers.widen()
     tf32.switch_off()
+    if ranks is not None:
+        inventory = part_of(inventory, ranks.size)
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
     model = Model(inventory.config)
     nn.quantize(model, class_predicate=lambda path, _: _as_arguments(inventory.specs.get(path)))
-    arrays = dict(_read_arrays(inventory, compute, on_bytes))
+    stored = _whole_arrays(inventory) if ranks is None else _own_arrays(inventory, ranks.rank)
+    arrays = dict(_checked_arrays(inventory, stored, compute, on_bytes))
     factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
@@ -67,7 +77,10 @@ def load_inventory(
     model.whole_codes = hardware.refuses_slices()
     # CUDA compiles the product that looks up a row at its first use, for half a minute.
     model.fuse(compiled_activation=model.on_gpu, row_by_product=hardware.has_metal())
-    _use_kernels(model, inventory, compute)
+    if ranks is None:
+        _use_kernels(model, inventory, compute)
+    else:  # the fused kernels know no sum over ranks
+        sum_shares(model, ranks.sum)
     model.eval()
     return model
 
@@ -121,37 +134,56 @@ def _cut_files_named(path: Path, checkpoint: Checkpoint) -> Iterator[None]:
         raise RejectedError(f"{path}: was changed while it was loaded; start again") from None
 
 
-def _read_arrays(
-    inventory: Inventory, compute: mx.Dtype, on_bytes: Callable[[int, int], None] | None
-) -> Iterator[tuple[str, mx.array]]:
-    """Every parameter in the type that it is computed with, one evaluated at a time."""
-    wanted = inventory.shapes
-    checkpoint = inventory.checkpoint
-    done = 0
+def _whole_arrays(inventory: Inventory) -> Iterator[tuple[str, mx.array]]:
+    """Every tensor of the model as it is stored; each is read when it is evaluated."""
+    wanted, checkpoint = inventory.shapes, inventory.checkpoint
     for file in checkpoint.files:
         path = checkpoint.directory / file
         with _cut_files_named(path, checkpoint):
             loaded = mx.load(str(checked(path)), format="safetensors")
         assert isinstance(loaded, dict)
         for key in sorted(loaded):
-            array = loaded.pop(key)
-            if key not in wanted:
-                continue
-            shape = wanted.pop(key)
-            if mx.issubdtype(array.dtype, mx.floating):
-                kept = mx.float32 if key.endswith((OUTPUT_SCALE, OUTPUT_DIVISOR)) else compute
-                array = array.astype(kept).reshape(shape)
-            with _cut_files_named(path, checkpoint):
-                mx.eval(array)
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-                count = cast(int, mx.sum(~mx.isfinite(array)).item())
-                raise RejectedError(
-                    f"{checkpoint.directory}: {key}: {counted(count, 'value is', 'values are')} "
-                    "not finite; the weights are damaged"
-                )
-            done += checkpoint.tensors[key].size_bytes
-            if on_bytes is not None:
-                on_bytes(done, checkpoint.size_bytes)
-            yield key, array
+            if key in wanted:
+                yield key, loaded.pop(key)
+
+
+def _own_arrays(inventory: Inventory, rank: int) -> Iterator[tuple[str, mx.array]]:
+    """What rank `rank` holds of every tensor; `inventory` is of a part."""
+    wanted, checkpoint = inventory.shapes, inventory.checkpoint
+    for name in checkpoint.files:
+        with open_file(checkpoint.directory / name) as file:
+            for key, whole in checkpoint.tensors.items():
+                if whole.file == name and key in wanted:
+                    yield key, read_part(file, whole, wanted[key], rank)
+
+
+def _checked_arrays(
+    inventory: Inventory,
+    stored: Iterable[tuple[str, mx.array]],
+    compute: mx.Dtype,
+    on_bytes: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, mx.array]]:
+    """Every parameter in the type that it is computed with, one evaluated at a time."""
+    wanted = inventory.shapes
+    checkpoint = inventory.checkpoint
+    done = 0
+    for key, read in stored:
+        array, shape = read, wanted.pop(key)
+        del read  # what is stored goes as soon as it is converted
+        if mx.issubdtype(array.dtype, mx.floating):
+            kept = mx.float32 if key.endswith((OUTPUT_SCALE, OUTPUT_DIVISOR)) else compute
+            array = array.astype(kept).reshape(shape)
+        with _cut_files_named(checkpoint.path(checkpoint.tensors[key]), checkpoint):
+            mx.eval(array)
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+            count = cast(int, mx.sum(~mx.isfinite(array)).item())
+            raise RejectedError(
+                f"{checkpoint.directory}: {key}: {counted(count, 'value is', 'values are')} "
+                "not finite; the weights are damaged"
+            )
+        done += checkpoint.tensors[key].size_bytes
+        if on_bytes is not None:
+            on_bytes(done, checkpoint.size_bytes)
+        yield key, array
     for key in wanted:
         yield key, mx.array(XIELU_DEFAULTS[key.rsplit(".", 1)[-1]], compute)

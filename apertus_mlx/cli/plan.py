@@ -107,6 +107,8 @@ def _words(report: MemoryPlan) -> Iterator[str | Table]:
         f"{report.device}: {format_bytes(report.limit_bytes)} for the process; "
         f"{report.context} tokens of context"
     )
+    if report.ranks > 1:
+        yield f"split over {report.ranks} machines: weights, KV and all that follows are of one"
     yield ""
     header = list(HEADER)
     with_speed = any(row.decode_tokens_per_s is not None for row in report.forms)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from apertus_mlx.backend.choose import load_for, uses_cpu
 from apertus_mlx.backend.mlx import DTYPES, compute_dtype
+from apertus_mlx.backend.ranks import Ranks, joined
 from apertus_mlx.cache import CacheConfig
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
@@ -199,7 +200,7 @@ class ModelFolder:
         model = load_for(
             self.inventory, options.compute, options.dtype, options.precision, on_bytes
         )
-        return LoadedModel(self, model)
+        return LoadedModel(self, model, ranks=joined())
 
 
 def open_folder(directory: Path) -> ModelFolder:
@@ -225,11 +226,13 @@ class LoadedModel:
 
     Attributes:
         output_filter: what all its answers go through.
+        ranks: those that compute it together; None where this process does alone.
     """
 
     folder: ModelFolder
     model: LanguageModel
     output_filter: OutputFilter | None = None
+    ranks: Ranks | None = None
 
 
 def require_prompt(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from apertus_mlx.generation.agreement import Agreement
 from apertus_mlx.generation.answer import Answer, FinishReason, PendingAnswer
 from apertus_mlx.generation.cached_prefix import CachedPrefix, Run
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
@@ -62,6 +63,11 @@ class Generation:
     _begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        self._agreement: Agreement | None = None
+        if self.loaded.ranks is not None:
+            self.prompt = self.loaded.ranks.shared(self.prompt)
+            self._agreement = Agreement(self.loaded.ranks, self.cancelled)
+            self.cancelled = self._agreement.stopped
         self._pending = PendingAnswer(
             self.loaded,
             self.prompt,
@@ -126,9 +132,10 @@ class Generation:
 
     def _answered(self, run: Run, logits: mx.array) -> Iterator[Piece]:
         pending, exhausted = self._pending, False
-        for token in draw_tokens(
-            run.step, logits, pending.sampler(), pending.max_tokens, pending.rules
-        ):
+        sampler = pending.sampler()
+        if self._agreement is not None:
+            sampler.agree = self._agreement.token
+        for token in draw_tokens(run.step, logits, sampler, pending.max_tokens, pending.rules):
             yield from pending.push(token)
             if pending.ended or (self.cancelled is not None and self.cancelled()):
                 break

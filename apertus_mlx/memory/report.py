@@ -13,6 +13,7 @@ from apertus_mlx.memory.devices import Device
 from apertus_mlx.memory.fit import fit, largest_context, possible_forms, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend, footprint, kv_bytes_per_position
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
+from apertus_mlx.model.split import part_of
 from apertus_mlx.system.sizes import format_bytes
 
 DEFAULT_CONTEXT = 4096
@@ -54,6 +55,7 @@ class MemoryPlan:
         forms: a run with each form of cache, or with the one that was asked for.
         best: the best run that fits; None if none does.
         advice: its options, or why nothing fits and what would.
+        ranks: over how many machines the model is split; all bytes are of one of them.
     """
 
     model: str
@@ -68,6 +70,7 @@ class MemoryPlan:
     best: PlannedRun | None
     advice: str
     speed_formula: str
+    ranks: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """What `plan --json` prints."""
@@ -82,12 +85,16 @@ def plan_for_device(
     prefill_step: int | None,
     on_gpu: bool,
     cpu: str | None = None,
+    ranks: int = 1,
 ) -> MemoryPlan:
-    """Plan for every form of cache, or for `form`.
+    """Plan for every form of cache, or for `form`; of several `ranks` for one.
 
     Raises:
-        UsageError: a context beyond the model's, or heads that cannot be cached as asked.
+        UsageError: a context beyond the model's, heads that cannot be cached as asked, or a model
+            that does not divide by `ranks`.
     """
+    parameters = layout.parameter_count(inventory.config)
+    inventory = part_of(inventory, ranks)
     longest = inventory.config.max_position_embeddings
     if context is not None and context > longest:
         raise UsageError(f"--context {context}: the model's context is {longest} tokens")
@@ -100,7 +107,7 @@ def plan_for_device(
     def planned(form: CacheConfig, step: int) -> PlannedRun:
         needed = footprint(inventory, form, context, step, backend)
         speed = None
-        if device.bandwidth is not None:
+        if device.bandwidth is not None and ranks == 1:  # nobody knows the link
             speed = decode_tokens_per_s(inventory, form, context, backend, device.bandwidth)
         return PlannedRun(
             str(form),
@@ -126,7 +133,7 @@ def plan_for_device(
         best_row, advice = None, f"does not fit: {error}"
     return MemoryPlan(
         inventory.name,
-        layout.parameter_count(inventory.config),
+        parameters,
         inventory.checkpoint.file_bytes,
         device.name,
         device.memory_bytes,
@@ -137,6 +144,7 @@ def plan_for_device(
         best_row,
         advice,
         FORMULA,
+        ranks,
     )
 
 
