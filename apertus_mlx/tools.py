@@ -270,6 +270,9 @@ def plan(
     context: Annotated[
         int | None, Option("Tokens of prompt and answer; default: 4096.", Range(1, 2**31))
     ] = None,
+    ranks: Annotated[
+        int, Option("Over how many machines the model is split; plan for one.", Range(1, 64))
+    ] = 1,
     revision: Revision = None,
     offline: Offline = False,
     draft: Annotated[
@@ -285,7 +288,8 @@ def plan(
     `downloading`, where `offline` is not given and the Hub is not asked for headers alone.
 
     Raises:
-        UsageError: an unknown device, or a context beyond the model's.
+        UsageError: an unknown device, a context beyond the model's, or a model that does not divide
+            by `ranks`.
         NotFoundError: there is no such model, or it cannot be reached.
         RejectedError: the checkpoint is damaged or has to be converted first.
     """
@@ -296,8 +300,10 @@ def plan(
     target, on_gpu, precision = find_device(device)
     inventory = _inventory(model, revision, offline, progress)
     other = None if draft is None else _inventory(draft, None, offline, progress)
+    # Ranks compute with MLX, wherever that is.
+    cpu = precision if ranks == 1 else None
     return plan_for_device(
-        inventory, target, context, options.form, options.prefill_step, on_gpu, precision, other
+        inventory, target, context, options.form, options.prefill_step, on_gpu, cpu, other, ranks
     )
 
 
@@ -308,6 +314,7 @@ def plan_overview(
     all_models: bool = False,
     device: str | None = None,
     context: int | None = None,
+    ranks: int = 1,
     revision: str | None = None,
     offline: bool = False,
     progress: OnProgress | None = None,
@@ -320,7 +327,8 @@ def plan_overview(
     a shorter context its own is planned.
 
     Raises:
-        UsageError: an unknown device, a model beside `all_models`, or all models on all devices.
+        UsageError: an unknown device, a model beside `all_models`, all models on all devices, or a
+            model that does not divide by `ranks`.
         NotFoundError: there is no such model, or it cannot be reached.
         RejectedError: the checkpoint is damaged or has to be converted first.
     """
@@ -341,15 +349,18 @@ def plan_overview(
         rows = []
         for repo_id in RELEASED:
             inventory = expected_inventory(repo_id)
-            backend = choose_backend(inventory, on_gpu, cpu=precision, is_card=target.is_card)
-            rows.append(plan_row(inventory, target, *settings, backend, is_estimate(repo_id)))
+            cpu = precision if ranks == 1 else None
+            backend = choose_backend(inventory, on_gpu, cpu=cpu, is_card=target.is_card)
+            estimated = is_estimate(repo_id)
+            rows.append(plan_row(inventory, target, *settings, backend, estimated, ranks))
         return Overview(rows)
     if device is not None and not is_all(device):
         raise UsageError(f"--device {device}: an overview of one model is over all devices")
     inventory = _inventory(model, revision, offline, progress)
     # All of them are Apple's, so MLX computes on the GPU.
     backend = choose_backend(inventory, on_gpu=True)
-    return Overview([plan_row(inventory, each, *settings, backend) for each in known_devices()])
+    rows = [plan_row(inventory, each, *settings, backend, ranks=ranks) for each in known_devices()]
+    return Overview(rows)
 
 
 @checked

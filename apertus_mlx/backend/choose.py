@@ -9,6 +9,7 @@ from typing import Literal
 from apertus_mlx.backend import hardware
 from apertus_mlx.backend.cpu.limits import CPUCannotError
 from apertus_mlx.backend.mlx import load_inventory
+from apertus_mlx.backend.ranks import joined
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.model.disk_embedding import require_untied
@@ -28,7 +29,7 @@ def uses_cpu(compute: str, dtype: str | None) -> bool:
 
 
 def _wants_cpu(compute: str, dtype: str | None) -> bool:
-    if compute == "mlx" or dtype not in (None, "float32"):
+    if joined() is not None or compute == "mlx" or dtype not in (None, "float32"):
         return False
     return compute == "cpu" or not hardware.has_gpu()
 
@@ -47,7 +48,7 @@ def load_for(
         inventory: the checkpoint.
         compute: `mlx`; `cpu` for the CPU path; `auto`: that one where MLX has no GPU, unless
             another `dtype` than float32 is asked for or it cannot be had or cannot run this
-            checkpoint (then with a note).
+            checkpoint (then with a note). Several ranks compute with MLX.
         dtype: see `load_model`.
         precision: of activations on the CPU path; see `CPUModel`.
         on_bytes: is told the bytes read so far and in all.
@@ -61,16 +62,19 @@ def load_for(
     """
     if compute == "cpu" and dtype not in (None, "float32"):
         raise UsageError(f"--compute cpu computes in float32; leave out --dtype {dtype}")
-    on_disk = embedding == "disk"
+    on_disk, ranks = embedding == "disk", joined()
     if on_disk:
         require_untied(inventory)
+    if ranks is not None and (compute == "cpu" or on_disk):
+        option = "--compute cpu" if compute == "cpu" else "--embedding disk"
+        raise UsageError(f"{option} is for one machine; under mlx.launch leave it out")
     if not _wants_cpu(compute, dtype):
         if precision != "auto":
             raise UsageError(
                 f"--precision {precision} is for the CPU path, but MLX computes here; "
                 "leave it out, or add --compute cpu"
             )
-        return load_inventory(inventory, dtype, on_bytes, on_disk)
+        return load_inventory(inventory, dtype, on_bytes, on_disk, ranks)
     try:
         from apertus_mlx.backend.cpu.model import CPUModel
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from apertus_mlx.backend import command_buffers, hardware, tf32
+from apertus_mlx.backend.part_reader import read_part
+from apertus_mlx.backend.ranks import Ranks
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.inventory import (
     OUTPUT_DIVISOR,
@@ -25,8 +27,9 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.disk_embedding import DiskEmbedding
 from apertus_mlx.model.linear import ScaledLinear
+from apertus_mlx.model.split import part_of, sum_shares
 from apertus_mlx.quant.spec import QuantSpec
-from apertus_mlx.system.model_files import checked
+from apertus_mlx.system.model_files import checked, open_file
 from apertus_mlx.system.sizes import counted
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -52,17 +55,21 @@ def load_inventory(
     dtype: str | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
     embedding_on_disk: bool = False,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Load what `take_inventory` found; see `load_model`.
 
     `on_bytes` is told the bytes read so far and in all. `embedding_on_disk` leaves the rows of an
-    untied embedding in the file.
+    untied embedding in the file. Of several `ranks` each loads its part.
 
     Raises:
-        UsageError: `embedding_on_disk`, but the head is the embedding.
+        UsageError: `embedding_on_disk`, but the head is the embedding; or the model does not divide
+            by the number of ranks.
     """
     command_buffers.widen()
     tf32.switch_off()
+    if ranks is not None:
+        inventory = part_of(inventory, ranks.size)
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
     model = Model(inventory.config)
     specs, left = inventory.specs, set[str]()
@@ -71,7 +78,12 @@ def load_inventory(
         left = {tensor.name for tensor in inventory.matrices[layout.EMBEDDING].tensors}
         specs.pop(layout.EMBEDDING, None)
     nn.quantize(model, class_predicate=lambda path, _: _as_arguments(specs.get(path)))
-    arrays = dict(_read_arrays(inventory, compute, on_bytes, left))
+    wanted = {name: shape for name, shape in inventory.shapes.items() if name not in left}
+    if ranks is None:
+        stored = _whole_arrays(inventory, wanted.keys())
+    else:
+        stored = _own_arrays(inventory, ranks.rank)
+    arrays = dict(_checked_arrays(inventory, wanted, stored, compute, on_bytes))
     factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
     model.load_weights(list(arrays.items()), strict=True)
     _apply_factors(model, inventory, factors)
@@ -79,7 +91,10 @@ def load_inventory(
     model.whole_codes = hardware.refuses_slices()
     # CUDA compiles the product that looks up a row at its first use, for half a minute.
     model.fuse(compiled_activation=model.on_gpu, row_by_product=hardware.has_metal())
-    _use_kernels(model, inventory, compute, embedding_on_disk)
+    if ranks is None:
+        _use_kernels(model, inventory, compute, embedding_on_disk)
+    else:  # the fused kernels know no sum over ranks
+        sum_shares(model, ranks.sum)
     model.eval()
     return model
 
@@ -139,43 +154,56 @@ def _cut_files_named(path: Path, checkpoint: Checkpoint) -> Iterator[None]:
         raise RejectedError(f"{path}: was changed while it was loaded; start again") from None
 
 
-def _read_arrays(
-    inventory: Inventory,
-    compute: mx.Dtype,
-    on_bytes: Callable[[int, int], None] | None,
-    left: Set[str] = frozenset(),
-) -> Iterator[tuple[str, mx.array]]:
-    """Every parameter in the type that it is computed with, one evaluated at a time.
-
-    Those of `left` stay in the file.
-    """
-    wanted = {name: shape for name, shape in inventory.shapes.items() if name not in left}
+def _whole_arrays(inventory: Inventory, names: Set[str]) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of these names as they are stored; each is read when it is evaluated."""
     checkpoint = inventory.checkpoint
-    done = 0
     for file in checkpoint.files:
         path = checkpoint.directory / file
         with _cut_files_named(path, checkpoint):
             loaded = mx.load(str(checked(path)), format="safetensors")
         assert isinstance(loaded, dict)
         for key in sorted(loaded):
-            array = loaded.pop(key)
-            if key not in wanted:
-                continue
-            shape = wanted.pop(key)
-            if mx.issubdtype(array.dtype, mx.floating):
-                kept = mx.float32 if key.endswith((OUTPUT_SCALE, OUTPUT_DIVISOR)) else compute
-                array = array.astype(kept).reshape(shape)
-            with _cut_files_named(path, checkpoint):
-                mx.eval(array)
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-                count = cast(int, mx.sum(~mx.isfinite(array)).item())
-                raise RejectedError(
-                    f"{checkpoint.directory}: {key}: {counted(count, 'value is', 'values are')} "
-                    "not finite; the weights are damaged"
-                )
-            done += checkpoint.tensors[key].size_bytes
-            if on_bytes is not None:
-                on_bytes(done, checkpoint.size_bytes)
-            yield key, array
+            if key in names:
+                yield key, loaded.pop(key)
+
+
+def _own_arrays(inventory: Inventory, rank: int) -> Iterator[tuple[str, mx.array]]:
+    """What rank `rank` holds of every tensor; `inventory` is of a part."""
+    wanted, checkpoint = inventory.shapes, inventory.checkpoint
+    for name in checkpoint.files:
+        with open_file(checkpoint.directory / name) as file:
+            for key, whole in checkpoint.tensors.items():
+                if whole.file == name and key in wanted:
+                    yield key, read_part(file, whole, wanted[key], rank)
+
+
+def _checked_arrays(
+    inventory: Inventory,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Iterable[tuple[str, mx.array]],
+    compute: mx.Dtype,
+    on_bytes: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, mx.array]]:
+    """Every parameter of `shapes` in the type that it is computed with, one evaluated at a time."""
+    checkpoint, wanted = inventory.checkpoint, dict(shapes)
+    done = 0
+    for key, read in stored:
+        array, shape = read, wanted.pop(key)
+        del read  # what is stored goes as soon as it is converted
+        if mx.issubdtype(array.dtype, mx.floating):
+            kept = mx.float32 if key.endswith((OUTPUT_SCALE, OUTPUT_DIVISOR)) else compute
+            array = array.astype(kept).reshape(shape)
+        with _cut_files_named(checkpoint.path(checkpoint.tensors[key]), checkpoint):
+            mx.eval(array)
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+            count = cast(int, mx.sum(~mx.isfinite(array)).item())
+            raise RejectedError(
+                f"{checkpoint.directory}: {key}: {counted(count, 'value is', 'values are')} "
+                "not finite; the weights are damaged"
+            )
+        done += checkpoint.tensors[key].size_bytes
+        if on_bytes is not None:
+            on_bytes(done, checkpoint.size_bytes)
+        yield key, array
     for key in wanted:
         yield key, mx.array(XIELU_DEFAULTS[key.rsplit(".", 1)[-1]], compute)

@@ -16,8 +16,9 @@ def main() -> None:
         code = _run()
     except KeyboardInterrupt:
         code = 130
-    from apertus_mlx.cli import sink
+    from apertus_mlx.cli import several, sink
 
+    several.leave(code != 0)
     sink.finish()
     # During Python's own end an interrupt would print a traceback.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -78,13 +79,14 @@ def _usage_message(error: Any) -> str:
 
 def _failed(error: Exception) -> int:
     """Say in one line what happened; returns the exit code."""
-    from apertus_mlx.cli import sink
+    from apertus_mlx.cli import several, sink
     from apertus_mlx.system.foreign_errors import explain
 
     if os.environ.get("APERTUS_MLX_DEBUG") == "1":
         import traceback
 
         sink.note("".join(traceback.format_exception(error)), end="", keep=sink.LAYOUT)
+    error = several.explain_loss(error)
     known = explain(error)
     if known is None:
         message = (
@@ -94,5 +96,6 @@ def _failed(error: Exception) -> int:
         code = 1
     else:
         message, code = str(known), known.exit_code
-    sink.note(f"error: {' '.join(message.split())}")
+    prefix = several.leave(failed=True)
+    sink.note(f"{prefix}error: {' '.join(message.split())}")
     return code

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from apertus_mlx import __version__
-from apertus_mlx.cli import sink
+from apertus_mlx.cli import several, sink
 
 # Each in the module of its name; `eval` is a word of Python.
 COMMANDS = (
@@ -82,5 +82,6 @@ def root(
 ) -> None:
     """Run and quantize the Apertus language models with MLX."""
     context.with_resource(sink.log_shown())
+    several.meet(context.invoked_subcommand)
     if context.invoked_subcommand is None:
         sink.put(context.get_help(), keep=sink.LAYOUT)

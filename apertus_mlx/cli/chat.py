@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from apertus_mlx.cli import options, sink
+from apertus_mlx.cli import options, several, sink
 from apertus_mlx.cli.chat_commands import ChatCommands, Request, read_request
 from apertus_mlx.cli.chat_lines import Lines, open_chat_lines
 from apertus_mlx.cli.output import print_pieces
@@ -155,7 +155,7 @@ class _Talk:
     ) -> None:
         try:
             with (
-                suppress(KeyboardInterrupt),
+                nullcontext() if several.is_one_of_many() else suppress(KeyboardInterrupt),
                 self._interruptible() as interrupted,
                 closing(start(*self._how, interrupted)) as pieces,
             ):
@@ -192,7 +192,8 @@ class _Talk:
 
         def interrupt(*_: Any) -> None:
             self._interrupts += 1
-            # One more could come while this one is on its way out.
+            # One more could come while this one is on its way out. Of several ranks all end behind
+            # the same token: there the second one ends the chat.
             if self._interrupts == 2:
                 raise KeyboardInterrupt
 

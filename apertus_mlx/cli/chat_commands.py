@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from apertus_mlx.cli import several
 from apertus_mlx.cli.generate import summary
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.request_files import read_messages, write_messages
@@ -127,6 +128,8 @@ class ChatCommands:
         self.ended = True
 
     def _path(self, command: str, text: str) -> Path:
+        if several.is_one_of_many():
+            raise UsageError(f"{command}: files are of one machine; not under mlx.launch")
         if text:
             return Path(os.path.expanduser(text))  # noqa: PTH111 (never raises)
         if self._file is None:

@@ -26,9 +26,13 @@ def locate_model(model: str | None, revision: str | None, offline: bool) -> Path
 
 def open_model(model: str | None, options: RunOptions) -> ModelFolder:
     """Find and open the folder of `model`; tells what in it is not used."""
+    from apertus_mlx.backend.ranks import joined
+    from apertus_mlx.generation.agreement import require_same_model
     from apertus_mlx.generation.model_folder import open_folder
 
     folder = open_folder(locate_model(model, options.revision, options.offline))
+    if (ranks := joined()) is not None:
+        require_same_model(ranks, folder.inventory)
     for line in folder.notes:
         note(line)
     return folder

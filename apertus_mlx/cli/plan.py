@@ -112,6 +112,8 @@ def _words(report: MemoryPlan) -> Iterator[str | Table]:
     )
     if report.draft_bytes:
         yield f"the draft takes {format_bytes(report.draft_bytes)} of that"
+    if report.ranks > 1:
+        yield f"split over {report.ranks} machines: weights, KV and all that follows are of one"
     yield ""
     header = list(HEADER)
     with_speed = any(row.decode_tokens_per_s is not None for row in report.forms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
+from apertus_mlx.cli import several
 from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
 from apertus_mlx.system.sizes import format_binary
@@ -17,9 +18,15 @@ def read_prompt() -> str:
     """Standard input as text.
 
     Raises:
-        UsageError: it is closed, not UTF-8, or beyond `MAX_PROMPT_BYTES`.
+        UsageError: it is closed, not UTF-8, beyond `MAX_PROMPT_BYTES`, or that of `mlx.launch`,
+            which never ends.
     """
     _require_stdin()
+    if several.is_one_of_many():
+        raise UsageError(
+            "standard input does not end under mlx.launch; give the prompt as an argument, or "
+            "--messages FILE"
+        )
     if sys.stdin.isatty():
         note("reading the prompt from standard input; end it with Ctrl-D")
     data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)

@@ -23,8 +23,15 @@ from apertus_mlx.errors import ResourceError
 ORDERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # The line that redraws itself at the end of the terminal on stderr, if there is one.
 _drawn: list[str] = []
+# Whether this process is to say nothing, as another one speaks for it.
+_hushed: list[bool] = []
 # What a text of several lines keeps.
 LAYOUT = "\n\t"
+
+
+def hush(silent: bool = True) -> None:
+    """Print nothing from now on, or all again."""
+    _hushed[:] = [True] * silent
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -56,6 +63,8 @@ def put(text: str, end: str = "\n", keep: str = "") -> None:
 
 def put_exactly(text: str) -> None:
     """Write data to stdout that is to stay as it is: for a pipe or file, see `put`."""
+    if _hushed:
+        return
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -87,7 +96,7 @@ def clear() -> None:
 
 
 def _tell(text: str) -> None:
-    if sys.stderr is None:
+    if sys.stderr is None or _hushed:
         return
     try:
         sys.stderr.write(text)

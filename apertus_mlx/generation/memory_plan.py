@@ -6,6 +6,7 @@ from typing import Any
 
 from apertus_mlx.backend.choose import uses_cpu
 from apertus_mlx.backend.hardware import available_bytes, card, has_gpu
+from apertus_mlx.backend.ranks import joined
 from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.generation.options import RunOptions
@@ -13,6 +14,7 @@ from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
 from apertus_mlx.memory.fit import draft_bytes, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.model.disk_embedding import require_untied
+from apertus_mlx.model.split import part_of
 from apertus_mlx.system.sizes import format_bytes
 
 
@@ -46,12 +48,26 @@ def plan_memory(
 ) -> Fit:
     """Settings with which `context` positions (the model's own, if fewer) fit `memory_limit`.
 
-    `beside_bytes` of it are for something else, such as a draft.
+    `beside_bytes` of it are for something else, such as a draft. Of several ranks each has its part
+    in memory, and all have to find the same settings.
 
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
-        UsageError: this model's heads cannot be cached as asked, or its embedding not left on disk.
+        UsageError: this model's heads cannot be cached as asked, its embedding not left on disk,
+            the model does not divide by the ranks, or their settings differ.
     """
+    ranks = joined()
+    if ranks is None:
+        return _plan_own(inventory, options, context, beside_bytes)
+    plan = _plan_own(part_of(inventory, ranks.size), options, context, beside_bytes)
+    numbers = f"{plan.backend.compute_bytes} {options.dtype}".encode()
+    ranks.require_alike({"type to compute in (--dtype sets it)": numbers})
+    settings = f"{plan.form} {plan.prefill_step}".encode()
+    ranks.require_alike({"room for the cache (--kv-bits and --prefill-step set it)": settings})
+    return plan
+
+
+def _plan_own(inventory: Inventory, options: RunOptions, context: int, beside_bytes: int) -> Fit:
     config, form = inventory.config, options.form
     if form is not None:
         form.require_fit(config.head_dim)

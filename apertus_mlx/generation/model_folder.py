@@ -8,6 +8,7 @@ from pathlib import Path
 
 from apertus_mlx.backend.choose import load_for, uses_cpu
 from apertus_mlx.backend.mlx import DTYPES, compute_dtype
+from apertus_mlx.backend.ranks import Ranks, joined
 from apertus_mlx.cache import CacheConfig
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.generation_config import GenerationConfig, read_generation_config
@@ -201,7 +202,7 @@ class ModelFolder:
             self.inventory, options.compute, options.dtype, options.precision, on_bytes,
             options.embedding,
         )  # fmt: skip
-        return LoadedModel(self, model)
+        return LoadedModel(self, model, ranks=joined())
 
 
 def open_folder(directory: Path) -> ModelFolder:
@@ -228,12 +229,14 @@ class LoadedModel:
     Attributes:
         output_filter: what all its answers go through.
         drafting: what guesses the tokens of its answers, if anything does.
+        ranks: those that compute it together; None where this process does alone.
     """
 
     folder: ModelFolder
     model: LanguageModel
     output_filter: OutputFilter | None = None
     drafting: Drafting | None = None
+    ranks: Ranks | None = None
 
 
 def require_prompt(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from apertus_mlx.generation.agreement import Agreement
 from apertus_mlx.generation.answer import Answer, FinishReason, PendingAnswer
 from apertus_mlx.generation.cached_prefix import CachedPrefix, Run
 from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP, draw_tokens
@@ -63,6 +64,11 @@ class Generation:
     _begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        self._agreement: Agreement | None = None
+        if self.loaded.ranks is not None:
+            self.prompt = self.loaded.ranks.shared(self.prompt)
+            self._agreement = Agreement(self.loaded.ranks, self.cancelled)
+            self.cancelled = self._agreement.stopped
         self._pending = PendingAnswer(
             self.loaded,
             self.prompt,
@@ -143,6 +149,8 @@ class Generation:
         """The answer's token ids, with the draft if there is one."""
         pending, drafting = self._pending, self.loaded.drafting
         sampler, limit, rules = pending.sampler(), pending.max_tokens, pending.rules
+        if self._agreement is not None:
+            sampler.agree = self._agreement.token
         if drafting is None:
             yield from draw_tokens(run.step, logits, sampler, limit, rules)
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -111,7 +111,13 @@ class SamplerState(NamedTuple):
 
 
 class Sampler:
-    """Draws tokens for one sequence; everything stays lazy, so that decoding can run ahead."""
+    """Draws tokens for one sequence; everything stays lazy, so that decoding can run ahead.
+
+    Attributes:
+        agree: the token that is taken for the one drawn, where several draw together.
+    """
+
+    agree: Callable[[mx.array], mx.array] | None = None
 
     def __init__(
         self,
@@ -163,6 +169,8 @@ class Sampler:
             token = mx.random.categorical(filter_logits(given, self._params), key=key)
         if self._budget is not None:
             token = self._budget(token)
+        if self.agree is not None:
+            token = self.agree(token)
         if self._seen is not None:
             self._seen = mx.put_along_axis(self._seen, token.reshape(1), mx.array(True), axis=0)
         if self._counts is not None:

@@ -13,6 +13,7 @@ from apertus_mlx.memory.fit import PREFILL_STEPS, fit, largest_context, possible
 from apertus_mlx.memory.footprint import Backend, footprint
 from apertus_mlx.memory.report import DEFAULT_CONTEXT
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
+from apertus_mlx.model.split import part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,17 @@ def plan_row(
     prefill_step: int | None,
     backend: Backend,
     is_estimate: bool = False,
+    ranks: int = 1,
 ) -> PlanRow:
     """Plan for `context` tokens, or for the model's own context where that is shorter.
 
+    Of several `ranks` it is for one, without a speed.
+
     Raises:
-        UsageError: heads that cannot be cached as asked.
+        UsageError: heads that cannot be cached as asked, or a model that does not divide by
+            `ranks`.
     """
+    inventory = part_of(inventory, ranks)
     context = min(context or DEFAULT_CONTEXT, inventory.config.max_position_embeddings)
     if form is not None:
         form.require_fit(inventory.config.head_dim)
@@ -77,7 +83,7 @@ def plan_row(
         form, step = form or possible_forms(inventory.config)[-1], prefill_step or PREFILL_STEPS[-1]
         needed, fits = footprint(inventory, form, context, step, backend), False
     speed = None
-    if fits and device.bandwidth is not None:
+    if fits and device.bandwidth is not None and ranks == 1:
         speed = decode_tokens_per_s(inventory, form, context, backend, device.bandwidth)
     longest = largest_context(inventory, limit, form, step, backend)
     return PlanRow(

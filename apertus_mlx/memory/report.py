@@ -25,6 +25,7 @@ from apertus_mlx.memory.footprint import (
     kv_bytes_per_position,
 )
 from apertus_mlx.memory.speed import FORMULA, decode_tokens_per_s
+from apertus_mlx.model.split import part_of
 from apertus_mlx.system.sizes import format_bytes
 
 DEFAULT_CONTEXT = 4096
@@ -68,6 +69,7 @@ class MemoryPlan:
         advice: its options, or why nothing fits and what would.
         embedding_on_disk_saves_bytes: what `--embedding disk` spares; 0 where it cannot.
         draft_bytes: what a draft takes of the limit.
+        ranks: over how many machines the model is split; all bytes are of one of them.
     """
 
     model: str
@@ -84,6 +86,7 @@ class MemoryPlan:
     speed_formula: str
     embedding_on_disk_saves_bytes: int
     draft_bytes: int = 0
+    ranks: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """What `plan --json` prints."""
@@ -99,12 +102,18 @@ def plan_for_device(
     on_gpu: bool,
     cpu: str | None = None,
     draft: Inventory | None = None,
+    ranks: int = 1,
 ) -> MemoryPlan:
-    """Plan for every form of cache, or for `form`; `draft` guesses and is in memory, too.
+    """Plan for every form of cache, or for `form`; of several `ranks` for one.
+
+    `draft` guesses and is in memory, too.
 
     Raises:
-        UsageError: a context beyond the model's, or heads that cannot be cached as asked.
+        UsageError: a context beyond the model's, heads that cannot be cached as asked, or a model
+            that does not divide by `ranks`.
     """
+    parameters = layout.parameter_count(inventory.config)
+    inventory = part_of(inventory, ranks)
     longest = inventory.config.max_position_embeddings
     if context is not None and context > longest:
         raise UsageError(f"--context {context}: the model's context is {longest} tokens")
@@ -123,7 +132,7 @@ def plan_for_device(
     def planned(form: CacheConfig, step: int, backend: Backend) -> PlannedRun:
         needed = footprint(inventory, form, context, step, backend)
         speed = None
-        if device.bandwidth is not None:
+        if device.bandwidth is not None and ranks == 1:  # nobody knows the link
             speed = decode_tokens_per_s(inventory, form, context, backend, device.bandwidth)
         return PlannedRun(
             str(form),
@@ -155,7 +164,7 @@ def plan_for_device(
         best_row, advice = None, f"does not fit: {error}"
     return MemoryPlan(
         inventory.name,
-        layout.parameter_count(inventory.config),
+        parameters,
         inventory.checkpoint.file_bytes,
         device.name,
         device.memory_bytes,
@@ -168,6 +177,7 @@ def plan_for_device(
         FORMULA,
         disk_saving_bytes(inventory, backend),
         beside,
+        ranks,
     )
 
 

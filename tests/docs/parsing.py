@@ -51,6 +51,8 @@ def check(words: Sequence[str]) -> None:
         _check_pip(arguments)
     elif name == "pytest":
         assert all((ROOT / each).exists() for each in arguments if each.startswith("tests/"))
+    elif name == "mlx.launch":
+        check(arguments[arguments.index("--") + 1 :])
     elif name.startswith("mlx_lm."):
         assert importlib.util.find_spec(name) or importlib.util.find_spec("mlx_lm") is None
     elif program not in OTHERS and "=" not in program:

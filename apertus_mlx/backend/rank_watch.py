@@ -1,0 +1,162 @@
+"""Notices that a rank is gone: MLX may wait for one for ever, as for a machine without its cable.
+
+Rank 0 has a connection to each other one. Over it both say every second that they are there, and
+at the end how it went. It leaves the numbers to MLX and carries single bytes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from apertus_mlx.backend.ranks import Ranks
+from apertus_mlx.errors import NotFoundError
+
+INTERVAL_S = 1.0
+# A machine that has said nothing for so long is gone.
+SILENCE_S = 10.0
+# Time for a rank to say by itself what has befallen all of them, before others speak for it.
+GRACE_S = 1.0
+CONNECT_S = 10.0
+# Bytes; any other one is the number of a rank that is gone.
+_THERE, _FAILED, _DONE = 0, 254, 255
+MOST_RANKS = _FAILED
+_SECRET_BYTES = 16
+
+
+class RankWatch:
+    """Watches the other ranks from a thread until this one ends.
+
+    `on_loss` is called in that thread, once, with a line that names the rank that is gone, or None
+    where another one tells it; it has to end the process.
+    """
+
+    def __init__(self, ranks: Ranks, on_loss: Callable[[str | None], None]) -> None:
+        """Connect; every rank has to.
+
+        Raises:
+            NotFoundError: a rank cannot be reached.
+        """
+        self._ranks, self._on_loss = ranks, on_loss
+        try:
+            self._others = _accept(ranks) if ranks.rank == 0 else {0: _connect(ranks)}
+        except OSError as error:
+            raise NotFoundError(f"the ranks cannot watch each other ({error})") from None
+        self._heard = dict.fromkeys(self._others, time.monotonic())
+        self._ended: set[int] = set()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
+        self._thread.start()
+
+    def leave(self, failed: bool) -> bool:
+        """Tell the others how this rank ended, and stop watching.
+
+        Returns whether this rank is to say what failed: rank 0 always, another one where rank 0
+        has not failed, too.
+        """
+        self._closing.set()
+        self._thread.join(3 * INTERVAL_S)
+        self._tell(_FAILED if failed else _DONE)
+        speaks = True
+        if failed and self._ranks.rank:
+            self._others[0].settimeout(GRACE_S)
+            with suppress(OSError):
+                while heard := self._others[0].recv(64):
+                    speaks = _FAILED not in heard
+                    if not speaks:
+                        break
+        for connection in self._others.values():
+            connection.close()
+        return speaks
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank, connection in self._others.items():
+                connection.setblocking(False)
+                selector.register(connection, selectors.EVENT_READ, rank)
+            told = 0.0
+            while not self._closing.is_set():
+                # First what has come: this process itself may have stood still.
+                for key, _ in selector.select(INTERVAL_S / 4):
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now - told > INTERVAL_S:
+                    self._tell(_THERE)
+                    told = now
+                for rank in self._others.keys() - self._ended:
+                    if now - self._heard[rank] > SILENCE_S:
+                        self._lose(rank, f"has been silent for {SILENCE_S:.0f} s")
+
+    def _hear(self, rank: int) -> bool:
+        """Take what a rank says; returns whether there may be more."""
+        try:
+            heard = self._others[rank].recv(64)
+        except BlockingIOError:
+            return True
+        except OSError:
+            heard = b""
+        self._heard[rank] = time.monotonic()
+        if _DONE in heard:
+            self._ended.add(rank)
+        elif _FAILED in heard:
+            # What it is befalls all of them as a rule; whoever is on the way to say it may.
+            time.sleep(GRACE_S)
+            self._lose(rank, "has failed", tells_itself=True)
+        elif gone := [byte for byte in heard if byte != _THERE]:
+            self._lose(gone[0], "is gone", tells_itself=True)
+        elif not heard and rank not in self._ended:
+            time.sleep(GRACE_S)
+            self._lose(rank, "is gone: its process has ended")
+        return bool(heard)
+
+    def _lose(self, rank: int, how: str, tells_itself: bool = False) -> None:
+        if self._closing.is_set():
+            return
+        if self._ranks.rank == 0:
+            self._tell(rank)
+        line = f"{self._ranks.name(rank)} {how}"
+        # Rank 0 speaks, and of rank 0 its neighbour.
+        self._on_loss(None if tells_itself or self._ranks.rank > 1 else line)
+
+    def _tell(self, byte: int) -> None:
+        for connection in self._others.values():
+            with suppress(OSError):
+                connection.send(bytes([byte]))
+
+
+def _accept(ranks: Ranks) -> dict[int, socket.socket]:
+    """Rank 0's connections to all others. Its port and a secret go over MLX's connections."""
+    host = ranks.hosts[0] if ranks.hosts else ""
+    secret = secrets.token_bytes(_SECRET_BYTES)
+    found: dict[int, socket.socket] = {}
+    with socket.create_server((host, 0)) as server:
+        ranks.shared([server.getsockname()[1], *secret])
+        end = time.monotonic() + CONNECT_S
+        while len(found) < ranks.size - 1:
+            server.settimeout(max(end - time.monotonic(), 0.001))
+            connection, _ = server.accept()
+            connection.settimeout(CONNECT_S)
+            first = b""
+            while len(first) <= _SECRET_BYTES and (more := connection.recv(1)):
+                first += more
+            known = hmac.compare_digest(first[:_SECRET_BYTES], secret)
+            if known and len(first) > _SECRET_BYTES and 0 < first[-1] < ranks.size:
+                found[first[-1]] = connection
+            else:
+                connection.close()
+    return found
+
+
+def _connect(ranks: Ranks) -> socket.socket:
+    port, *secret = ranks.shared([])
+    host = ranks.hosts[0] if ranks.hosts else "127.0.0.1"
+    connection = socket.create_connection((host, port), CONNECT_S)
+    connection.sendall(bytes([*secret, ranks.rank]))
+    return connection

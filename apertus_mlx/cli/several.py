@@ -1,0 +1,89 @@
+"""A command on several machines: it meets the other ranks, rank 0 speaks, all end together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from apertus_mlx.cli import sink
+from apertus_mlx.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from apertus_mlx.backend.rank_watch import RankWatch
+
+COMMANDS = ("generate", "chat")
+# Longer than the watch takes to find out which rank is gone.
+VERDICT_S = 15.0
+_watches: list[RankWatch] = []
+
+
+def meet(command: str | None) -> None:
+    """Meet the other ranks, if `mlx.launch` has started this process as one of several.
+
+    Raises:
+        UsageError: the command is for one machine.
+        NotFoundError: the ranks cannot reach each other.
+    """
+    if "MLX_RANK" not in os.environ or command is None:
+        return
+    from apertus_mlx.backend.rank_watch import RankWatch
+    from apertus_mlx.backend.ranks import join
+
+    ranks = join()
+    if ranks is None:
+        return
+    if ranks.rank:
+        sink.hush()
+    _watches.append(RankWatch(ranks, _end))
+    if command not in COMMANDS:
+        raise UsageError(
+            f"{command}: computes on one machine; mlx.launch can start {' and '.join(COMMANDS)}"
+        )
+
+
+def is_one_of_many() -> bool:
+    """Whether this process computes together with others."""
+    return bool(_watches)
+
+
+def explain_loss(error: Exception) -> Exception:
+    """What an error means where ranks compute together; for a lost one the watch says which.
+
+    Does not return if the watch ends the process.
+    """
+    if not _watches:
+        return error
+    from apertus_mlx.backend.ranks import lost
+
+    known = lost(error)
+    if known is not None:
+        time.sleep(VERDICT_S)
+    return known or error
+
+
+def leave(failed: bool) -> str:
+    """Tell the other ranks how this one ends.
+
+    Returns what its error begins with; it is printed where rank 0 does not fail as well.
+    """
+    if not _watches:
+        return ""
+    from apertus_mlx.backend.ranks import joined
+
+    speaks, ranks = _watches.pop().leave(failed), joined()
+    if ranks is None or ranks.rank == 0:
+        return ""
+    sink.hush(not speaks)
+    return f"{ranks.name(ranks.rank)}: "
+
+
+def _end(line: str | None) -> None:
+    """End the process, though its main thread may wait for MLX for ever."""
+    sink.finish()
+    if line is not None:
+        sink.hush(False)
+        sink.note(f"error: {line}; all ranks end")
+    sys.stderr.flush()
+    os._exit(NotFoundError.exit_code)

@@ -1,0 +1,110 @@
+"""What one rank computes of models split over several; run by test_ranks.py, in each process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from apertus_mlx.backend.ranks import Ranks, join
+from apertus_mlx.cache import CacheConfig
+from apertus_mlx.checkpoint.inventory import take_inventory
+from apertus_mlx.errors import UsageError
+from apertus_mlx.generation.agreement import require_same_model
+from apertus_mlx.generation.decode import prefill
+from apertus_mlx.generation.model_folder import LoadedModel, open_folder
+from apertus_mlx.generation.options import RunOptions, SamplingOptions
+from apertus_mlx.generation.run import Generation
+from apertus_mlx.model.apertus import Model
+
+PROMPT = [1, *(74 + 7 * i % 256 for i in range(150))]
+# With how far logits may be off, as a share of the largest. Of a number between two codes either
+# may be taken, which then makes all the difference between them.
+FORMS = {
+    "full": (CacheConfig(), 1e-5),
+    "bounded": (CacheConfig(bound=48), 1e-5),
+    "8 bits": (CacheConfig(8, 8, window=8), 1e-3),
+    "4 bits, 2 bits": (CacheConfig(4, 2, window=8), 5e-2),
+    "bounded codes": (CacheConfig(8, 8, window=8, bound=112), 1e-3),
+}
+# Greedy, and drawn by chance with penalties.
+DRAWS = {
+    "greedy": SamplingOptions(max_tokens=12, temperature=0),
+    "seeded": SamplingOptions(
+        max_tokens=12, temperature=1.5, top_p=1, seed=7, repetition_penalty=1.2
+    ),
+}
+
+
+def load(folder: Path) -> LoadedModel:
+    return open_folder(folder).load(RunOptions(compute="mlx", dtype="float32"))
+
+
+def logits(loaded: LoadedModel, form: CacheConfig) -> np.ndarray:
+    """After a prompt that is read in three chunks, and after each of five more tokens."""
+    model = loaded.model
+    cache = model.make_cache(form)
+    found = [prefill(model, PROMPT, cache, step=64)]
+    for token in (80, 90, 100, 110, 120):
+        found.append(model.next_token_logits(mx.array([[token]]), cache).values)
+    return np.array(mx.stack(found))
+
+
+def tokens(loaded: LoadedModel, options: SamplingOptions) -> list[int]:
+    run = Generation(loaded, PROMPT, options)
+    deque(run, maxlen=0)
+    return run.token_ids
+
+
+def results(folders: list[Path]) -> dict[str, np.ndarray]:
+    """Of the first model with all forms of cache, of the others with the usual one."""
+    found = {}
+    for folder in folders:
+        loaded = load(folder)
+        for name, (form, _) in FORMS.items() if folder == folders[0] else [("full", FORMS["full"])]:
+            found[f"{folder.name}; {name}"] = logits(loaded, form)
+        found[f"{folder.name}; bytes"] = np.array(held_bytes(loaded))
+        for name, options in DRAWS.items():
+            found[f"{folder.name}; {name}"] = np.array(tokens(loaded, options))
+    return found
+
+
+def stopped(ranks: Ranks, folder: Path) -> list[object]:
+    """An answer that the last rank alone wants to stop behind its fourth token."""
+    run = Generation(
+        load(folder),
+        PROMPT,
+        DRAWS["greedy"],
+        cancelled=lambda: ranks.rank == ranks.size - 1 and len(run.token_ids) >= 4,
+    )
+    deque(run, maxlen=0)
+    return [run.token_ids, run.answer.finish_reason]
+
+
+def refused(ranks: Ranks, folders: list[Path]) -> str:
+    """What is said where the last rank has another model."""
+    folder = folders[1 if ranks.rank == ranks.size - 1 else 0]
+    try:
+        require_same_model(ranks, take_inventory(folder))
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def held_bytes(loaded: LoadedModel) -> int:
+    assert isinstance(loaded.model, Model)
+    return sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters()))
+
+
+if __name__ == "__main__":
+    ranks = join()
+    assert ranks is not None
+    target, *given = map(Path, sys.argv[1:])
+    np.savez(target / f"rank{ranks.rank}.npz", **results(given))
+    told = {"stopped": stopped(ranks, given[0]), "refused": refused(ranks, given)}
+    (target / f"rank{ranks.rank}.json").write_text(json.dumps(told))

@@ -1,0 +1,83 @@
+"""Commands as ranks: rank 0 speaks, and where one rank dies none hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.builders import config_4x, write_checkpoint
+from tests.ranks import ends, start
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Answers go on for longer than a test."""
+    return write_checkpoint(tmp_path / "model", config_4x(max_position_embeddings=65_536))
+
+
+def answering(folder: Path, model: Path, count: int = 2) -> list[subprocess.Popen[str]]:
+    """Ranks in the middle of an answer, of which rank 0 has printed the beginning."""
+    command = ["-m", "apertus_mlx", "generate", "Hello", "-m", str(model), "--temp", "0"]
+    endless = [*command, "-n", "60000", *(f"--logit-bias={id}=-100" for id in (2, 68, 72))]
+    processes = start(folder, [endless] * count)
+    assert processes[0].stdout is not None
+    assert processes[0].stdout.read(2)
+    return processes
+
+
+def test_a_killed_rank_ends_all_and_is_named(tmp_path: Path, model: Path) -> None:
+    processes = answering(tmp_path, model)
+    processes[1].kill()
+    (code, _, err), (_, other_out, other_err) = ends(processes)
+    assert code == 4
+    expected = "error: rank 1 (127.0.0.1) is gone: its process has ended; all ranks end"
+    assert err.splitlines()[-1] == expected
+    assert (other_out, other_err) == ("", "")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("gone", [0, 2])
+def test_of_three_others_one_names_a_killed_rank(gone: int, tmp_path: Path, model: Path) -> None:
+    wide = config_4x(max_position_embeddings=65_536, num_key_value_heads=4)
+    processes = answering(tmp_path, write_checkpoint(tmp_path / "wide", wide), 4)
+    processes[gone].kill()
+    found = ends(processes)
+    assert [code for code, _, _ in found if code != -signal.SIGKILL] == [4, 4, 4]
+    lines = [line for _, _, err in found for line in err.splitlines() if "error" in line]
+    expected = f"error: rank {gone} (127.0.0.1) is gone: its process has ended; all ranks end"
+    assert lines == [expected]
+
+
+@pytest.mark.nightly
+def test_a_rank_that_stands_still_ends_all(tmp_path: Path, model: Path) -> None:
+    processes = answering(tmp_path, model)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    code, _, err = ends(processes[:1])[0]
+    processes[1].kill()
+    ends(processes[1:])
+    assert code == 4
+    assert "rank 1 (127.0.0.1) has been silent for 10 s" in err.splitlines()[-1]
+
+
+@pytest.mark.nightly
+def test_rank_0_speaks_for_all(tmp_path: Path, model: Path) -> None:
+    command = ["-m", "apertus_mlx", "generate", "Hello", "-n", "20", "--seed", "1", "-m"]
+    alone = subprocess.run(
+        [sys.executable, *command, str(model), "--compute", "mlx"], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    first, second = ends(start(tmp_path, [[*command, str(model)]] * 2))
+    assert first[:2] == (0, alone.stdout)
+    assert second == (0, "", "")
+    lost, other = ends(start(tmp_path, [[*command, str(model)], [*command, str(tmp_path)]]))
+    assert lost[0] == 4
+    assert other[2].startswith("rank 1 (127.0.0.1): error: ")
+    plans = ends(start(tmp_path, [["-m", "apertus_mlx", "plan"]] * 2))
+    assert [code for code, _, _ in plans] == [2, 2]
+    assert plans[0][2].startswith("error: plan: computes on one machine")
+    assert plans[1][1:] == ("", "")
