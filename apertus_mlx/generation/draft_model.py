@@ -8,6 +8,7 @@ from copy import copy
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx.backend.ranks import joined
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.drafts import Drafting, LookupDraft, ModelDraft
 from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder
@@ -68,8 +69,10 @@ def load_drafting(
 
     Raises:
         RejectedError: see `load_for`.
-        UsageError: see `require_draft`; or a head that cannot be cut.
+        UsageError: see `require_draft`; or a head that cannot be cut; or several ranks.
     """
+    if options.draft is not None and joined() is not None:
+        raise UsageError("--draft is for one machine; under mlx.launch leave it out")
     if draft is None:
         return None if options.draft is None else Drafting(LookupDraft())
     require_draft(target, draft)
