@@ -65,7 +65,8 @@ class RankWatch:
         self._tell(_FAILED if failed else _DONE)
         speaks = True
         if failed and self._ranks.rank:
-            self._others[0].settimeout(GRACE_S)
+            # Rank 0 lets its time of grace pass before it says anything, or ends.
+            self._others[0].settimeout(SILENCE_S)
             with suppress(OSError):
                 while heard := self._others[0].recv(64):
                     speaks = _FAILED not in heard
