@@ -154,8 +154,9 @@ class Speculator:
             if ahead > 0:
                 yield from self._block(ahead)
             else:
-                count = min(left, left if self._draft.ended else self._pace.rest)
-                yield from self._rest(count)
+                # The pace rests, or the draft has ended, or the last token needs no guess.
+                resting = not self._draft.ended and self._pace.ahead == 0
+                yield from self._rest(min(left, self._pace.rest) if resting else left)
             self.found.off = self._draft.ended or self._pace.off
             left -= len(self._ids) - before
             cleared += len(self._ids) - before
@@ -172,7 +173,8 @@ class Speculator:
             self.found.passes += 1
             self.found.tokens += 1
             yield from self._handed(token)
-        self._pace.rested(len(self._ids) - before, self._clock() - started - self._away)
+        if self._pace.ahead == 0:
+            self._pace.rested(len(self._ids) - before, self._clock() - started - self._away)
 
     def _plain(self, logits: mx.array, count: int) -> Iterator[int]:
         for token in draw_tokens(self._target.step, logits, self._sampler, count, self._rules):

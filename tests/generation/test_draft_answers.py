@@ -18,7 +18,7 @@ from apertus_mlx.cache import FULL_PRECISION, Cache
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.draft_model import cut_head, require_draft
-from apertus_mlx.generation.draft_pace import FixedPace
+from apertus_mlx.generation.draft_pace import FixedPace, MeasuredPace
 from apertus_mlx.generation.drafts import Drafting, LookupDraft, ModelDraft
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import DraftOptions, RunOptions, SamplingOptions
@@ -77,6 +77,18 @@ def answer_of(
 
 def with_draft(loaded: LoadedModel, draft: Any, ahead: int = 3) -> LoadedModel:
     return replace(loaded, drafting=Drafting(draft, FixedPace(ahead)))
+
+
+def test_the_last_token_needs_no_guess(loaded: LoadedModel) -> None:
+    """A pace that has just rested has no rest left for it."""
+    pace = MeasuredPace()
+    pace.rested(pace.rest, 1.0)
+    assert (pace.ahead, pace.rest) == (1, 0)
+    options = SamplingOptions(temperature=1, seed=3, max_tokens=2, logit_bias=ENDLESS)
+    plain, _ = answer_of(loaded, options)
+    drafting = Drafting(LookupDraft(), pace)
+    found, _ = answer_of(replace(loaded, drafting=drafting), options)
+    assert found.token_ids == plain.token_ids and len(plain.token_ids) == 2
 
 
 @pytest.mark.parametrize("think", [False, True])
