@@ -59,6 +59,11 @@ class TemplateProcess:
             with suppress(BrokenPipeError), self._process:
                 self._process = None
 
+    def end_for_good(self) -> None:
+        """End the process with the program; threads that still want to render wait for that."""
+        if self._lock.acquire(timeout=1):  # if not, it ends when nobody is left to ask it
+            self.end()
+
     def render(self, question: Mapping[str, object]) -> str:
         """Return what a template writes; see `render` in `template/sandbox.py`.
 
@@ -135,5 +140,5 @@ def _no_python() -> ResourceError:
 
 
 TEMPLATES = TemplateProcess()
-atexit.register(TEMPLATES.end)
+atexit.register(TEMPLATES.end_for_good)
 os.register_at_fork(after_in_child=TEMPLATES.__init__)  # type: ignore[misc]

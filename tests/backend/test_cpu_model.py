@@ -22,6 +22,7 @@ from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES
 from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.daily import every
 from tests.parity_cases import CASES
 
 pytest.importorskip("onnxruntime")
@@ -105,7 +106,7 @@ def test_geometries(name: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", every(2, [False, True]))
 @pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
 @pytest.mark.parametrize("bits", AFFINE_BITS)
 def test_affine(bits: int, group_size: int, tied: bool, tmp_path: Path) -> None:

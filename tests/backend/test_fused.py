@@ -21,6 +21,7 @@ from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.linear import ScaledLinear
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x
+from tests.daily import every
 from tests.metal_harness import SCHEDULES, metal_kernel, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -112,7 +113,7 @@ def assert_equal_steps(
             assert mx.array_equal(found.peaks, runs.max(axis=1))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", every(2, [True, False]))
 def test_a_small_model(tied: bool) -> None:
     reference, fused, counting = pair(tie_word_embeddings=tied)
     assert_equal_steps(reference, fused)
@@ -199,7 +200,7 @@ def test_greedy_tokens() -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("top_k", [1, 5, 40])
+@pytest.mark.parametrize("top_k", every(3, [1, 5, 40]))
 def test_sampled_tokens(top_k: int) -> None:
     reference, fused, _ = pair(tie_word_embeddings=True)
     params = SamplingParams(temperature=0.9, top_k=top_k, top_p=1.0, seed=4)

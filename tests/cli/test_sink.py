@@ -20,7 +20,7 @@ SINK = "apertus_mlx.cli.sink"
 MAY_NAME_STREAMS = {
     SINK, "apertus_mlx.cli.surroundings", "apertus_mlx.cli.prompt_text", "apertus_mlx.cli.output",
     "apertus_mlx.cli.chat", "apertus_mlx.cli.chat_lines", "apertus_mlx.cli.line_editor",
-    "apertus_mlx.cli.generate", "apertus_mlx.cli.progress",
+    "apertus_mlx.cli.generate", "apertus_mlx.cli.progress", "apertus_mlx.cli.several",
 }  # fmt: skip
 # All that the sink may not let through: controls, separators of lines, overrides of direction.
 OBEYED = [

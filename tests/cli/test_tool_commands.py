@@ -69,11 +69,10 @@ def test_a_chat_asks_for_results(
     talk: Conversation, says: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     says(f"Let me see. {CALLS}", "Warm.⟨68⟩", "Bye.⟨68⟩")
-    run(talk, QUESTION, "", "sunny", "//cold", "Thanks.")
+    run(talk, QUESTION, "sunny", "//cold", "Thanks.")
     out, err = capsys.readouterr()
     assert out == f"Let me see. \n{SHOWN}Warm.\nBye.\n"
-    # An empty line is no result.
-    assert err.splitlines() == ["type a message; /help for more", ASKED[0], *ASKED]
+    assert err.splitlines() == ["type a message; /help for more", *ASKED]
     roles = [message["role"] for message in talk.messages]
     assert roles == ["user", "assistant", "tool", "tool", "assistant", "user", "assistant"]
     assert (

@@ -23,6 +23,7 @@ from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.quant.spec import QuantSpec
 from tests import convert_builders as build
+from tests.daily import every
 
 FIXTURES = Path(__file__).parents[1] / "data" / "compressed_tensors"
 INTEGERS = sorted(
@@ -122,7 +123,7 @@ def test_there_is_a_fixture_for_every_scheme() -> None:
     assert sum(name.endswith("_aligned") for name in INTEGERS) == 12
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("name", every(3, INTEGERS))
 def test_integer_codes_are_kept_exactly(name: str, tmp_path: Path) -> None:
     job = planned(name, tmp_path, Request())
     convert(job, tmp_path / "out")
@@ -136,7 +137,7 @@ def test_integer_codes_are_kept_exactly(name: str, tmp_path: Path) -> None:
     assert not [step.loss for step in job.plan.steps if step.loss]
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("name", every(3, INTEGERS))
 def test_mlx_lm_and_mlx_read_the_kept_codes(name: str, tmp_path: Path) -> None:
     job = planned(name, tmp_path, Request())
     convert(job, tmp_path / "out")
@@ -217,7 +218,7 @@ def test_the_runtime_computes_with_kept_codes(name: str, tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", every(2, ALL))
 def test_dequantized_values_are_those_of_the_library(name: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "in", name)
     convert(prepare(source, Request(dequantize=True), "x"), tmp_path / "out")
@@ -235,7 +236,7 @@ def test_dequantized_values_are_those_of_the_library(name: str, tmp_path: Path) 
             assert np.array_equal(build.floats(ours), build.floats(library))
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("name", every(4, INTEGERS))
 def test_rounded_scales_are_a_loss_that_the_plan_states(name: str, tmp_path: Path) -> None:
     job = planned(name, tmp_path, Request(dtype="BF16"))
     losses = {step.path: step.loss for step in job.plan.steps if step.loss}

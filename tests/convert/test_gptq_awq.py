@@ -15,6 +15,7 @@ from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.spec import QuantSpec
 from tests import convert_builders as build
+from tests.daily import every
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -109,7 +110,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every(3, CASES))
 def test_codes_are_kept_exactly(case: str, tmp_path: Path) -> None:
     meaning = checkpoint(tmp_path / "in", *CASES[case])
     job = prepare(tmp_path / "in", Request(), "x")
@@ -124,7 +125,7 @@ def test_codes_are_kept_exactly(case: str, tmp_path: Path) -> None:
         assert np.array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every(3, CASES))
 def test_dequantized(case: str, tmp_path: Path) -> None:
     meaning = checkpoint(tmp_path / "in", *CASES[case])
     convert(prepare(tmp_path / "in", Request(dequantize=True, dtype="F32"), "x"), tmp_path / "out")

@@ -21,6 +21,7 @@ from apertus_mlx.convert.sources import reading
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.spec import FLOAT_MODES, QuantSpec
 from tests import convert_builders as build
+from tests.daily import every
 from tests.hub_server import point_client_at, serving
 
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -39,8 +40,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [QuantSpec(bits, group) for bits, group in AFFINE]
-    + [QuantSpec(bits, group, mode) for mode, (bits, group) in FLOAT_MODES.items()],
+    every(
+        2,
+        [QuantSpec(bits, group) for bits, group in AFFINE]
+        + [QuantSpec(bits, group, mode) for mode, (bits, group) in FLOAT_MODES.items()],
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -66,7 +70,7 @@ def test_codes_equal_those_of_mlx_for_each_whole_tensor(
     take_inventory(tmp_path / "out")
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", every(2, [True, False]))
 @pytest.mark.parametrize(
     ("bits", "mode"),
     [(bits, "affine") for bits in (2, 3, 4, 5, 6, 8)] + [(4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")],

@@ -57,7 +57,7 @@ def test_what_mlx_dequantized_comes_back_element_for_element(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("dtype", every(2, ["BF16", "F16", "F32"]))
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
 @pytest.mark.parametrize("scale_bits", [8, 24])
 def test_scaled_integers_come_back(
