@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -85,5 +84,4 @@ def _end(line: str | None) -> None:
     if line is not None:
         sink.hush(False)
         sink.note(f"error: {line}; all ranks end")
-    sys.stderr.flush()
     os._exit(NotFoundError.exit_code)
