@@ -68,16 +68,7 @@ class CachedPrefix:
     def cut(self, length: int) -> None:
         """Hold only the first `length` tokens; none, where the form of the cache cannot go back."""
         self._owner += 1
-        self._settle()
-        excess = len(self._tokens) - length
-        if excess <= 0:
-            return
-        self._settled = False
-        if not rewind(self._layers, excess):
-            self.forget()
-            return
-        del self._tokens[length:]
-        self._settled = True
+        self._go_back(length)
 
     def forget(self) -> None:
         """Hold nothing any more."""
@@ -191,16 +182,23 @@ class CachedPrefix:
         return logits
 
     def _keep(self, length: int) -> None:
+        excess = len(self._tokens) - length
+        if not self._go_back(length):
+            raise RuntimeError(f"a cache in {self.form} could not forget {excess} positions")
+
+    def _go_back(self, length: int) -> bool:
+        """Hold only the first `length` tokens, or none, where that cannot be: then False."""
         self._settle()
         excess = len(self._tokens) - length
         if excess <= 0:
-            return
+            return True
         self._settled = False
         if not rewind(self._layers, excess):
             self.forget()
-            raise RuntimeError(f"a cache in {self.form} could not forget {excess} positions")
+            return False
         del self._tokens[length:]
         self._settled = True
+        return True
 
 
 class Run:
