@@ -1,5 +1,6 @@
 """Fixtures that all tests share, and how examples are drawn."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,12 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # The same examples in every run; --hypothesis-seed tries others.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Modules of all tests are no garbage: later collections need not look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from apertus_mlx import Apertus, load
+from tests.daily import every
 
 USES: dict[str, Callable[[Apertus], object]] = {
     "generate": lambda model: model.generate("Hi", max_tokens=3),
@@ -28,7 +29,7 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("compute", ["cpu", "mlx"])
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", every(2, USES))
 def test_nothing_holds_a_closed_model(use: str, compute: str, no_collector: None) -> None:
     model = load(compute=compute)  # type: ignore[arg-type]
     assert model._loaded is not None

@@ -16,6 +16,7 @@ def without_figures(text: str) -> str:
     return re.sub(r"-?\d+\.\d+", "#", text)
 
 
+@pytest.mark.nightly
 def test_cells_print_what_the_notebook_shows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,12 +21,12 @@ from tests.daily import every
 QUESTION = "What is the capital of France?"
 OTHER = "What is the chemical symbol for gold?"
 COMPUTES = ["mlx", "cpu"]
-# With a cache in codes, one that forgets, and both.
+# With a cache in codes and one that forgets, both at once, and neither.
 KEPT: list[dict[str, Any]] = [
-    {},
+    {"kv_bits": 8, "max_kv": 200, "prefill_step": 32},
     {"kv_bits": 4},
     {"max_kv": 64},
-    {"kv_bits": 8, "max_kv": 200, "prefill_step": 32},
+    {},
 ]
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def ids(model: Apertus, question: str, **how: Any) -> list[int]:
     return model.generate(question, temperature=0, **how).token_ids
 
 
-@pytest.mark.parametrize("kept", every(3, KEPT), ids=str)
+@pytest.mark.parametrize("kept", every(4, KEPT), ids=str)
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_after_an_early_end_the_next_question_is_as_fresh(
     compute: Any, kept: dict[str, Any]
@@ -96,7 +96,7 @@ def test_after_an_early_end_the_next_question_is_as_fresh(
         assert told.prompt_token_ids == model.render(going_on.messages[:-1], think=think)
 
 
-@pytest.mark.parametrize("kept", every(3, KEPT), ids=str)
+@pytest.mark.parametrize("kept", every(4, KEPT), ids=str)
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_after_an_interrupt_the_next_question_is_as_fresh(
     compute: Any, kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -126,7 +126,7 @@ def test_after_an_interrupt_the_next_question_is_as_fresh(
             assert ids(model, OTHER) == expected
 
 
-@pytest.mark.parametrize("kept", every(3, KEPT), ids=str)
+@pytest.mark.parametrize("kept", every(4, KEPT), ids=str)
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_load_on_one_thread_ask_on_others(compute: Any, kept: dict[str, Any]) -> None:
     need(compute)
@@ -194,14 +194,17 @@ def test_two_models_at_once(model: Apertus) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    [
-        lambda model, chat: model.generate(OTHER),
-        lambda model, chat: model.generate_all([OTHER]),
-        lambda model, chat: next(model.stream(OTHER)),
-        lambda model, chat: chat.ask(OTHER),
-        lambda model, chat: chat.undo(),
-        lambda model, chat: model.logprobs(OTHER),
-    ],
+    every(
+        3,
+        [
+            lambda model, chat: model.generate(OTHER),
+            lambda model, chat: model.generate_all([OTHER]),
+            lambda model, chat: next(model.stream(OTHER)),
+            lambda model, chat: chat.ask(OTHER),
+            lambda model, chat: chat.undo(),
+            lambda model, chat: model.logprobs(OTHER),
+        ],
+    ),
     ids=["generate", "generate_all", "stream", "ask", "undo", "logprobs"],
 )
 def test_a_call_ends_the_stream_of_its_own_thread(
@@ -381,7 +384,7 @@ model.close()
 """
 
 
-@pytest.mark.parametrize("script", [AT_EXIT, CLOSED_AT_EXIT], ids=["open", "closed"])
+@pytest.mark.parametrize("script", every(2, [AT_EXIT, CLOSED_AT_EXIT]), ids=["open", "closed"])
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_python_ends_while_a_daemon_thread_computes(script: str, compute: str) -> None:
     need(compute)
@@ -448,7 +451,7 @@ def test_letting_go_of_a_stream_ends_it(model: Apertus) -> None:
     assert elsewhere(lambda: ids(model, QUESTION)) == ids(model, QUESTION)
 
 
-@pytest.mark.parametrize("way", ["generate", "stream", "chat", "generate_all"])
+@pytest.mark.parametrize("way", every(2, ["generate", "stream", "chat", "generate_all"]))
 def test_stop_from_another_thread(model: Apertus, way: str) -> None:
     """It comes when some tokens are there, and no later one is computed."""
     some, stopped = threading.Event(), threading.Event()

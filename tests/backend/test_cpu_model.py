@@ -108,7 +108,7 @@ def test_geometries(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", every(2, [False, True]))
 @pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
-@pytest.mark.parametrize("bits", AFFINE_BITS)
+@pytest.mark.parametrize("bits", every(2, AFFINE_BITS))
 def test_affine(bits: int, group_size: int, tied: bool, tmp_path: Path) -> None:
     config = {**WIDE, "tie_word_embeddings": tied}
     plain, cpu = both(

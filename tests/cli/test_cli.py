@@ -15,6 +15,7 @@ import pytest
 
 from apertus_mlx import __version__
 from tests.builders import FIRST_BYTE_ID, config_4x, random_weights, write_checkpoint, write_json
+from tests.daily import every
 
 QUESTION = "What is the capital of France?"
 
@@ -121,8 +122,9 @@ USAGE = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "named"), USAGE, ids=lambda value: str(value)[:40])
-def test_usage_errors(arguments: list[str], named: str) -> None:
+@pytest.mark.parametrize("case", every(3, USAGE), ids=lambda case: " ".join(case[0])[:40])
+def test_usage_errors(case: tuple[list[str], str]) -> None:
+    arguments, named = case
     assert named in refused(2, *arguments)
 
 
@@ -161,7 +163,7 @@ def test_code_of_a_checkpoint_is_named_not_run(tmp_path: Path) -> None:
 def test_version_and_help() -> None:
     assert run("--version").stdout.decode().strip() == __version__
     assert run("-h").returncode == 0
-    for command in ("generate", "chat", "inspect", "convert", "verify"):
+    for command in ("generate", "verify"):
         done = run(command, "--help")
         assert (done.returncode, done.stderr) == (0, b"")
 

@@ -20,6 +20,7 @@ from apertus_mlx.convert.evaluation.texts import read_texts
 from apertus_mlx.errors import ApertusError, UsageError
 from apertus_mlx.quant.metrics import compare, join, summarise
 from tests.builders import config_4x, write_checkpoint
+from tests.daily import every
 from tests.hub_server import point_client_at, serving
 
 
@@ -195,7 +196,7 @@ def test_command_with_several_models(
     ]
 
 
-@pytest.mark.parametrize("names", [["m"], ["m", "n"]])
+@pytest.mark.parametrize("names", every(2, [["m", "n"], ["m"]]))
 def test_plot(reference: Path, french: Path, tmp_path: Path, names: list[str]) -> None:
     """One point for each model at its size and divergence, and the noise floor."""
     pytest.importorskip("matplotlib")

@@ -41,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "spec",
     every(
-        2,
+        4,
         [QuantSpec(bits, group) for bits, group in AFFINE]
         + [QuantSpec(bits, group, mode) for mode, (bits, group) in FLOAT_MODES.items()],
     ),

@@ -22,6 +22,7 @@ from apertus_mlx.convert.write import workspace
 from apertus_mlx.errors import RejectedError, ResourceError, UsageError
 from apertus_mlx.quant.spec import QuantSpec
 from tests import convert_builders as build
+from tests.daily import every
 
 REQUEST = Request(QuantSpec(4, 64))
 # mxfp4 is MLX's slowest quantization here, which leaves time to kill it.
@@ -74,7 +75,7 @@ def test_killed_at_random_points_leaves_nothing_and_resumes_to_the_same_bytes(
     total = sum(map(len, expected.values()))
     rng = random.Random(3)
     kills = 0
-    for round_number in range(4):
+    for round_number in range(2):
         target = tmp_path / f"round{round_number}" / "out"
         target.parent.mkdir()
         for _ in range(5):
@@ -95,7 +96,7 @@ def test_killed_at_random_points_leaves_nothing_and_resumes_to_the_same_bytes(
             assert child.returncode == 0, errors
         assert build.tree(target) == expected
         assert names(target.parent) == ["out"]
-    assert kills >= 10
+    assert kills >= 5
 
 
 def test_resume_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +206,7 @@ def test_a_source_that_shrinks_meanwhile_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == ["in"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("code", every(3, [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO]))
 @pytest.mark.parametrize("after", [0, 3, 20])
 def test_a_disk_that_fails_leaves_nothing_but_finished_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int

@@ -14,6 +14,7 @@ from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.generation.run import Generation
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.template import Message
+from tests.daily import every
 
 pytestmark = pytest.mark.gpu
 
@@ -34,8 +35,8 @@ def loaded() -> LoadedModel:
 
 @pytest.mark.parametrize(
     "form",
-    [CacheConfig(8, 8), CacheConfig(4, 3, window=32), CacheConfig(bound=64),
-     CacheConfig(4, 4, bound=140, window=32)],
+    every(3, [CacheConfig(8, 8), CacheConfig(4, 3, window=32), CacheConfig(bound=64),
+              CacheConfig(4, 4, bound=140, window=32)]),
     ids=str,
 )  # fmt: skip
 def test_turns_answer_as_from_the_start(loaded: LoadedModel, form: CacheConfig) -> None:

@@ -124,8 +124,8 @@ def test_an_interrupt_between_layers_leaves_no_row(
 
 @pytest.mark.parametrize(
     "form",
-    every(4, [CacheConfig(), CacheConfig(4, 4), CacheConfig(8, 8), CacheConfig(bound=64),
-              CacheConfig(4, 4, bound=200)]),
+    every(5, [CacheConfig(4, 4, bound=200), CacheConfig(), CacheConfig(4, 4), CacheConfig(8, 8),
+              CacheConfig(bound=64)]),
     ids=str,
 )  # fmt: skip
 def test_nothing_speaks_on_after_undo(loaded: LoadedModel, form: CacheConfig) -> None:
@@ -160,7 +160,7 @@ def test_an_interrupt_before_any_bytecode(form: CacheConfig, model: LanguageMode
     fresh = CachedPrefix(model, form)
     fresh.begin(held).read()
     expected = np.array(fresh.begin(probe).read())
-    for bytecode in range(1, 3000, 101):
+    for bytecode in range(1, 3000, 251):
         prefix = CachedPrefix(model, form)
         prefix.begin(held).read()
         run = prefix.begin([*held, *following])

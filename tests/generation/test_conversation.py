@@ -115,7 +115,7 @@ CHANGES = [undo, undo_all, retry, reset, system, no_system, think, load, load_ow
 
 
 @pytest.mark.parametrize("form", range(3), ids=["full", "quantized", "bounded"])
-@pytest.mark.parametrize("change", every(3, CHANGES))
+@pytest.mark.parametrize("change", every(5, CHANGES))
 def test_after_any_change_the_next_answer_is_as_fresh(
     loaded: LoadedModel, change: Callable[..., list[Message]], form: int
 ) -> None:

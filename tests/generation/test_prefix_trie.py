@@ -15,6 +15,7 @@ from apertus_mlx.generation.prefix_trie import PrefixTrie, Segment
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import FORMS, TOLERANCE, TOLERANCE_OF_CODES
+from tests.daily import every
 
 FULL = CacheConfig()
 
@@ -85,7 +86,7 @@ def play(model: Model, form: CacheConfig, seed: int, turns: int) -> int:
     return hits
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", every(3, FORMS))
 def test_random_prompts(model: Model, form: str) -> None:
     assert play(model, FORMS[form], 1, 8)
 

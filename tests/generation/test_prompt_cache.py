@@ -294,7 +294,9 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("extra", [(), ("--kv-bits", "4"), ("--max-kv", "180", "--kv-bits", "8")])
+@pytest.mark.parametrize(
+    "extra", every(2, [(), ("--kv-bits", "4"), ("--max-kv", "180", "--kv-bits", "8")])
+)
 def test_generate_makes_and_resumes_a_prompt_cache(
     directory: Path, tmp_path: Path, extra: tuple[str, ...]
 ) -> None:
@@ -344,7 +346,8 @@ def test_resuming_cuts_back_exactly_or_refuses(directory: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("--kv-bits", "4"), ("--max-kv", "150"), ("--max-kv", "220", "--kv-bits", "4")]
+    "extra",
+    every(3, [(), ("--kv-bits", "4"), ("--max-kv", "150"), ("--max-kv", "220", "--kv-bits", "4")]),
 )
 def test_the_same_command_twice_says_the_same(
     directory: Path, tmp_path: Path, extra: tuple[str, ...]

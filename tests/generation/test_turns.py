@@ -106,13 +106,13 @@ def test_callers_come_in_the_order_in_which_they_came() -> None:
         return steps
 
     calls = []
-    for number in range(8):
+    for number in range(4):
         turn = Turn(line, work(number))
         calls.append(line.queue(lambda turn=turn: list(turn)))  # type: ignore[misc]
     stream.close()
     for call in calls:
         call.result()
-    assert order == list(range(8))
+    assert order == list(range(4))
 
 
 def test_one_at_a_time() -> None:
@@ -131,7 +131,7 @@ def test_one_at_a_time() -> None:
             inside.release()
 
     def many(seed: int) -> None:
-        for number in range(16):
+        for number in range(8):
             turn = Turn(line, work)
             kind = (seed + number) % 4
             if kind == 0:

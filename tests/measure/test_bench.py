@@ -321,6 +321,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str, Path]:
     return json.loads(done.stdout), done.stderr, plot
 
 
+@pytest.mark.nightly
 def test_json_is_complete(compared: tuple[Any, str, Path]) -> None:
     report, said, plot = compared
     names = [side["name"] for side in report["sides"]]

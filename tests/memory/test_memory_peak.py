@@ -84,7 +84,7 @@ def measured_peak(model: Model, form: CacheConfig, context: int, step: int) -> i
 @pytest.mark.parametrize(
     ("shape", "form", "context", "step"),
     [
-        (WIDE, FULL_PRECISION, 300, 64),
+        pytest.param(WIDE, FULL_PRECISION, 300, 64, marks=pytest.mark.nightly),
         pytest.param(WIDE, FULL_PRECISION, 512, 512, marks=pytest.mark.nightly),
         pytest.param(WIDE, FULL_PRECISION, 700, 256, marks=pytest.mark.nightly),
         pytest.param(WIDE, CacheConfig(4, 4), 700, 128, marks=pytest.mark.nightly),
@@ -96,7 +96,7 @@ def measured_peak(model: Model, form: CacheConfig, context: int, step: int) -> i
         pytest.param(DEEP, CacheConfig(bound=300), 640, 64, marks=pytest.mark.nightly),
         pytest.param(BIG_HEADS, FULL_PRECISION, 700, 256, marks=pytest.mark.nightly),
         pytest.param(BIG_HEADS, CacheConfig(4, 4), 700, 128, marks=pytest.mark.nightly),
-        (BIG_HEADS, CacheConfig(3, 3, bound=300), 600, 256),
+        pytest.param(BIG_HEADS, CacheConfig(3, 3, bound=300), 600, 256, marks=pytest.mark.nightly),
         (SMALL, CacheConfig(4, 4), 200, 100),
         (SMALL, FULL_PRECISION, 150, 150),
     ],

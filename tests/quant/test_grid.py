@@ -89,7 +89,7 @@ def test_scaled_integers_come_back(
 @pytest.mark.parametrize("bits", every(2, [2, 3, 4, 5, 6, 8]))
 @pytest.mark.parametrize("group", every(2, [32, 64, 128]))
 def test_random_weights_are_on_no_grid(bits: int, group: int, dtype: str) -> None:
-    for seed in range(3):
+    for seed in range(1):
         values = groups(gaussian(dtype, seed), group)
         for kind in KINDS:
             assert not recover(values, bits, dtype, kind).found.any()

@@ -98,9 +98,9 @@ def write_model(folder: Path) -> Path:
     return write_checkpoint(folder, config_4x(num_hidden_layers=1, torch_dtype="bfloat16"))
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """Every command, on folders."""
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.nightly)])
+def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Commands on folders: those that end soon, or all."""
     folder = tmp_path_factory.mktemp("local")
     model = str(write_model(folder / "model"))
     (folder / "text.txt").write_text(TEXT)
@@ -108,19 +108,21 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     commands: list[tuple[str, ...]] = [
         ("generate", "--model", model, "--max-tokens", "2", "Hello"),
         ("chat", "--model", model),
-        ("inspect", model),
         ("plan", model),
         ("convert", model, "q4", "--bits", "4", "--group-size", "32"),
+        ("verify", "q4"),
+    ]  # fmt: skip
+    long: list[tuple[str, ...]] = [
+        ("inspect", model),
         ("convert", model, "q2", "--bits", "2", "--group-size", "32", "--method", "gptq",
          "--calibration", "text.txt"),
-        ("verify", "q4"),
         ("eval", "q4", "--reference", model, *text, "--tokens", "64", "--plot", "eval.svg"),
         ("distill", model, "q2", "learned", *text, "--tokens", "256", "--window", "32"),
         ("bench", model, *SHORT),
         ("doctor", model, "--tune"),
         ("models",),
     ]  # fmt: skip
-    return watch(folder, commands, {})
+    return watch(folder, [*commands, *(long if request.param else ())], {})
 
 
 @pytest.fixture(scope="module")

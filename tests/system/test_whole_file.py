@@ -15,6 +15,7 @@ import pytest
 from apertus_mlx.cli.plot import Series, save_plot
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.system.whole_file import sync, whole_file
+from tests.daily import every
 
 
 def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_through_the_cache_of_a_drive(
     assert calls == (["full", "plain"] if code == errno.ENOTSUP else ["full"])
 
 
-@pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
+@pytest.mark.parametrize("ending", every(3, ["svg", "png", "pdf"]))
 def test_a_full_disk_leaves_no_half_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
