@@ -150,20 +150,26 @@ def random_play(seed: int, forms: Sequence[str] = tuple(FORMS)) -> Play:
 
 def require_same(play: Play, models: Models) -> Speculation:
     """Play it both ways; a difference is allowed where rounding decides between two tokens."""
-    expected, _ = play.plain(models.target)
     found, prefix, speculation = play.drafted(models)
+    if require_plain(play, models.target, found):
+        assert prefix.tokens == [*play.prompt, *found][: len(prefix.tokens)]
+        assert len(prefix.tokens) >= len(play.prompt) + play.tokens - 1
+    return speculation
+
+
+def require_plain(play: Play, model: LanguageModel, found: Sequence[int]) -> bool:
+    """That `found` are the tokens of plain decoding; False where rounding decided otherwise."""
+    expected, _ = play.plain(model)
     assert len(found) == play.tokens
     at = next(
         (i for i, pair in enumerate(zip(found, expected, strict=True)) if len({*pair}) > 1), None
     )
     if at is None:
-        assert prefix.tokens == [*play.prompt, *found][: len(prefix.tokens)]
-        assert len(prefix.tokens) >= len(play.prompt) + play.tokens - 1
-    else:
-        gap, scale = _gap(play, models.target, expected[:at])
-        tolerance = TOLERANCE_OF_CODES if FORMS[play.form].quantized else TOLERANCE
-        assert gap <= tolerance * scale, (play, at, gap, scale)
-    return speculation
+        return True
+    gap, scale = _gap(play, model, expected[:at])
+    tolerance = TOLERANCE_OF_CODES if FORMS[play.form].quantized else TOLERANCE
+    assert gap <= tolerance * scale, (play, at, gap, scale)
+    return False
 
 
 def _gap(play: Play, model: LanguageModel, before: Sequence[int]) -> tuple[float, float]:
@@ -189,4 +195,7 @@ def forms_but(*without: str) -> list[str]:
     return [name for name in FORMS if name not in without]
 
 
-__all__ = ["KINDS", "CacheConfig", "Models", "Play", "coarsened", "random_play", "require_same"]
+__all__ = [
+    "KINDS", "CacheConfig", "Models", "Play", "coarsened", "random_play", "require_plain",
+    "require_same",
+]  # fmt: skip

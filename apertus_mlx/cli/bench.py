@@ -13,12 +13,12 @@ from apertus_mlx.cli import options
 from apertus_mlx.cli.output import Table, print_report
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.sink import note
-from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.generation.options import LOOKUP, NO_DRAFT, DraftOptions, RunOptions
 from apertus_mlx.system.arguments import Option, Range
 from apertus_mlx.system.sizes import counted, format_binary, format_bytes, format_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from apertus_mlx.cache import CacheConfig
     from apertus_mlx.checkpoint.inventory import Inventory
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from apertus_mlx.measure.bench.workload import Workload
 
 MAX_COUNT = 2**20
-SIDES = (
-    ("apertus-mlx", "apertus_mlx.measure.bench.ours"),
-    ("mlx-lm", "apertus_mlx.measure.bench.peer"),
-)
+OURS = "apertus_mlx.measure.bench.ours"
+SIDES = (("apertus-mlx", OURS), ("mlx-lm", "apertus_mlx.measure.bench.peer"))
+DRAFTED = (("with the draft", OURS), ("plain", OURS))
 
 
 def bench(
@@ -51,6 +50,7 @@ def bench(
     seed: Annotated[int, Option("Same seed, same random prompts.", Range(0, 2**32))] = 0,
     plot: options.PlotOption = None,
     settings: RunOptions,
+    draft: DraftOptions = NO_DRAFT,
     json: options.JsonOption = False,
 ) -> None:
     """Measure how fast MODEL reads and writes here, and what it takes in memory.
@@ -58,16 +58,21 @@ def bench(
     Tokens are random, drawing them and reading them back is included, a first go does not count.
     ± is half of what lies between the slowest and the fastest turn.
 
+    With --draft, with it and without, turn by turn. How often it is right behind random tokens says
+    little about your texts.
+
     KV read: keys and values that a decoded token reads. roofline: the share of the speed at which
     the memory could deliver them and the weights.
     """
     from apertus_mlx.backend.hardware import has_library
+    from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.cache.config import FULL_BITS
     from apertus_mlx.checkpoint.inventory import take_inventory
-    from apertus_mlx.cli.model_source import locate_model, plan_run
+    from apertus_mlx.cli.model_source import locate_model, open_draft, plan_run
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.errors import RejectedError, UsageError
     from apertus_mlx.generation.memory_plan import memory_limit
+    from apertus_mlx.generation.model_folder import open_folder
     from apertus_mlx.measure.bench.sides import Settings
     from apertus_mlx.measure.bench.workload import make_workload
     from apertus_mlx.system.model_files import check_folder
@@ -76,6 +81,8 @@ def bench(
         check_plot(plot)
         if depths is not None and not depths.strip():
             raise UsageError("--plot: draws speed against depth, of which --depths has none")
+    if against is not None and draft.draft is not None:
+        raise UsageError("--against and --draft: give one of them")
     if against is not None and not has_library("mlx_lm"):
         raise UsageError("--against mlx-lm: install it: pip install mlx-lm")
     if settings.form is None:  # the planner must not change what is compared
@@ -94,11 +101,14 @@ def bench(
         seed,
         inventory.config.max_position_embeddings,
     )
-    sides = 1 if against is None else 2
-    if sides > 1:
+    sides = SIDES[:1] if against is None else SIDES
+    helper = None
+    if draft.draft is not None:
+        sides, helper = DRAFTED, open_draft(open_folder(directory), draft, settings)
+    if len(sides) > 1:
         # Both models are in memory at once, so each side gets its share of it.
-        settings = replace(settings, memory_limit=memory_limit(settings) // sides)
-    fit = plan_run(inventory, settings, workload.context)
+        settings = replace(settings, memory_limit=memory_limit(settings) // len(sides))
+    fit = plan_run(inventory, settings, workload.context, helper)
     side_settings = Settings(
         directory=str(directory),
         vocab_size=inventory.config.vocab_size,
@@ -112,7 +122,13 @@ def bench(
         buffer_cache_bytes=fit.buffer_cache_bytes,
         wired_bytes=fit.wired_bytes,
     )
-    report = _measure(inventory, model or "embedded", workload, fit.form, side_settings, sides)
+    started = [(*side, side_settings) for side in sides]
+    if draft.draft is not None:
+        place = LOOKUP if helper is None else str(helper.directory)
+        drafted = replace(side_settings, draft=place, draft_vocab=draft.draft_vocab)
+        started[0] = (*sides[0], drafted)
+    forms = [fit.form if module == OURS else FULL_PRECISION for _, module in sides]
+    report = _measure(inventory, model or "embedded", workload, forms, started)
     print_report(json, lambda: asdict(report), lambda: _words(report))
     if plot is not None:
         _draw(report, plot)
@@ -122,12 +138,10 @@ def _measure(
     inventory: Inventory,
     name: str,
     workload: Workload,
-    form: CacheConfig,
-    settings: Settings,
-    count: int,
+    forms: Sequence[CacheConfig],
+    started_as: Sequence[tuple[str, str, Settings]],
 ) -> Report:
-    """Start `count` sides, let them take turns, and put together what they found."""
-    from apertus_mlx.cache import FULL_PRECISION
+    """Start the sides, let them take turns, and put together what they found."""
     from apertus_mlx.measure.bench.report import SideReport, make_report, measurements
     from apertus_mlx.measure.bench.roofline import find_bandwidth
     from apertus_mlx.measure.bench.sides import Side
@@ -139,7 +153,7 @@ def _measure(
         _read_ahead(inventory.checkpoint.directory / file)
     with ExitStack() as stack:
         sides = []
-        for side_name, module in SIDES[:count]:
+        for side_name, module, settings in started_as:
             note(f"{side_name}: loading")
             # -P: a module in the current folder must not take the place of one of ours.
             command = [sys.executable, "-P", "-m", module]
@@ -147,20 +161,21 @@ def _measure(
         taken = {}
         for task in workload.tasks:
             note(f"{task}: {counted(workload.rounds, 'round')}")
-            with token_progress(str(task), total_tokens(count, task, workload)) as update:
+            with token_progress(str(task), total_tokens(len(sides), task, workload)) as update:
                 taken[task] = time_task(sides, task, workload, update)
     # Only now: on Linux a process's peak begins with that of the one that started it.
     machine = gather_facts()
     bandwidth = find_bandwidth(machine.identity.chip, machine.memory_bytes)
     reports = []
     for index, side in enumerate(sides):
-        # The options about caches are for our side; mlx-lm's stays as it comes.
-        kept = FULL_PRECISION if index else form
         own = {task: rounds[index] for task, rounds in taken.items()}
-        found = measurements(inventory, bandwidth, workload, side.ready, kept, own)
+        found = measurements(inventory, bandwidth, workload, side.ready, forms[index], own)
         reports.append(
-            SideReport(side.name, side.ready, side.start_s, side.peak_memory_bytes, found)
-        )
+            SideReport(
+                side.name, side.ready, side.start_s, side.peak_memory_bytes, found,
+                side.speculation,
+            )
+        )  # fmt: skip
     return make_report(inventory, name, machine, bandwidth, workload, reports, started)
 
 
@@ -214,6 +229,12 @@ def _words(report: Report) -> Iterator[str | Table]:
             f"{ready.cache}; loads in {ready.load_s:.2f} s, ready {side.start_s:.2f} s after its "
             f"start; peak memory {format_bytes(side.peak_memory_bytes)}"
         )
+        if (draft := side.speculation) is not None:
+            off = f"; off: {draft['off']}" if draft["off"] else ""
+            yield (
+                f"the draft: {draft['accepted']} of {draft['drafted']} guesses right, "
+                f"{draft['tokens_per_pass']:.2f} tokens a pass{off}"
+            )
     yield from report.notes
     yield ""
     yield _table(report)

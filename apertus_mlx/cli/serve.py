@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from apertus_mlx.cli import options
 from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
-from apertus_mlx.generation.options import CHAT_CONTEXT, RunOptions
+from apertus_mlx.generation.options import CHAT_CONTEXT, NO_DRAFT, DraftOptions, RunOptions
 from apertus_mlx.server.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ def serve(
     *,
     serving: ServeOptions,
     settings: RunOptions,
+    draft: DraftOptions = NO_DRAFT,
     output_filter: options.OutputFilterOption = None,
 ) -> None:
     """Serve MODEL at http://HOST:PORT/v1; see docs/server.md."""
     _require_libraries()
-    from apertus_mlx.cli.model_source import open_model, plan_run
+    from apertus_mlx.cli.model_source import open_draft, open_model, plan_run
+    from apertus_mlx.generation.draft_model import load_drafting
     from apertus_mlx.generation.parallelism import default_rows
     from apertus_mlx.server.admission import MemoryBudget
     from apertus_mlx.server.app import build_app
@@ -40,10 +42,14 @@ def serve(
     socket = bind(serving.host, serving.port)
     fix_now()
     folder = open_model(model, settings)
-    plan = plan_run(folder.inventory, settings, serving.context or CHAT_CONTEXT)
+    helper = open_draft(folder, draft, settings)
+    context = serving.context or CHAT_CONTEXT
+    plan = plan_run(folder.inventory, settings, context, helper)
 
     def load() -> LoadedModel:
-        return replace(folder.load(settings), output_filter=chosen)
+        loaded = folder.load(settings)
+        drafting = load_drafting(folder, helper, draft, settings, context=context)
+        return replace(loaded, output_filter=chosen, drafting=drafting)
 
     budget = MemoryBudget(folder.inventory, plan, settings.force)
     formats = [each.spec for each in folder.inventory.matrices.values() if each.spec is not None]

@@ -3,6 +3,8 @@
 All but attention is computed for all rows together; each row attends to its own cache, in whatever
 form and of whatever length (`cache/rows.py`). Nothing is copied when a row joins or leaves.
 
+A row that decodes alone may have a draft guess for it; see `guessed_steps.py`.
+
 What fails, fails one row: after an exception each row of the step is computed once more, alone and
 from its tokens, since nobody knows what became of its cache.
 """
@@ -10,6 +12,7 @@ from its tokens, since nobody knows what became of its cache.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,7 +20,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from apertus_mlx.cache import FullCache, QuantizedCache, expect, fork
+from apertus_mlx.cache import Cache, CacheConfig, FullCache, QuantizedCache, expect, fork
 from apertus_mlx.cache.rows import rows_of
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.generation.decode import (
@@ -27,6 +30,7 @@ from apertus_mlx.generation.decode import (
     prefill,
     read_chunk,
 )
+from apertus_mlx.generation.guessed_steps import GuessedSteps
 from apertus_mlx.generation.prefix_trie import PrefixTrie
 from apertus_mlx.generation.row import Row
 from apertus_mlx.model.apertus import Model
@@ -63,6 +67,7 @@ class Batch:
         prefixes: what rows leave there is reused by others. None: nothing is.
         prefill_step: most tokens of a prompt that are read at a time.
         shared_step: the same while rows decode, which wait for it.
+        guessed: steps of a row that decodes alone, with a draft. None: there is no draft.
 
     Attributes:
         running: rows that decode, in the order in which they began to.
@@ -76,6 +81,7 @@ class Batch:
         prefixes: PrefixTrie | None = None,
         prefill_step: int = DEFAULT_PREFILL_STEP,
         shared_step: int = SHARED_PREFILL_STEP,
+        guessed: GuessedSteps | None = None,
     ) -> None:
         self.model = model
         self.prefixes = PrefixTrie(0) if prefixes is None else prefixes
@@ -84,6 +90,7 @@ class Batch:
         self.running: list[Row] = []
         self.waiting: deque[Row] = deque()
         self.faults = 0
+        self._guessed = guessed
         self._steps = self._chunks = 0
 
     def __len__(self) -> int:
@@ -121,20 +128,51 @@ class Batch:
         yield from self.read()
 
     def step(self) -> list[Event]:
-        """Hand out one token of each running row, and compute what follows it."""
-        rows = self.running[:]
-        if not rows:
+        """Hand out one token of each running row, or more of one, and compute what follows."""
+        if not self.running:
             return []
-        try:
-            found = self._advance(rows)
-        except Exception as error:  # noqa: BLE001 - whatever it is, others go on
-            found = self._one_by_one(rows, error)
-        events = [self._hand_out(event) for event in found]
+        if len(self.running) == 1 and self._guessed is not None:
+            events = self._step_alone(self.running[0], self._guessed)
+        else:
+            events = self._plain_step(self.running[:])
         if self.running:
             self._start()
         self._steps += 1
         if self._steps % CLEAR_INTERVAL == 0:
             mx.clear_cache()
+        return events
+
+    def _plain_step(self, rows: list[Row]) -> list[Event]:
+        """Hand out one token of each row."""
+        try:
+            found = self._advance(rows)
+        except Exception as error:  # noqa: BLE001 - whatever it is, others go on
+            found = self._one_by_one(rows, error)
+        return [self._hand_out(event) for event in found]
+
+    def _step_alone(self, row: Row, guessed: GuessedSteps) -> list[Event]:
+        """Hand out the next token of `row`, and those behind it that a draft guesses right."""
+        ahead = guessed.ahead(row)
+        if ahead == 0:
+            started = time.perf_counter()
+            events = self._plain_step([row])
+            guessed.rested(row, time.perf_counter() - started)
+            return events
+        try:
+            found = guessed.compute(row, ahead)
+        except ApertusError as error:
+            return [self._hand_out(Event(row, error=error))]
+        except Exception as error:  # noqa: BLE001 - a plain step may do
+            guessed.give_up(row)
+            return [self._hand_out(event) for event in self._one_by_one([row], error)]
+        events = []
+        try:
+            for token, logits in guessed.hand_out(found):
+                events.append(Event(row, token, logits))
+        except Exception as error:  # noqa: BLE001 - it is this row's
+            return [*events, self._hand_out(Event(row, error=error))]
+        if row.left == 0:
+            self.leave(row)
         return events
 
     def read(self) -> list[Event]:
@@ -173,7 +211,7 @@ class Batch:
         if row.caches is None:
             self.reuse(row)
         if row.caches is None:
-            row.caches = self.model.make_cache(row.form)
+            row.caches = self._new_caches(row.form)
         if row.read == row.reused:
             expect(row.caches, len(prompt) - row.read)
         ends = [*(place for place in row.boundaries if place > row.read), len(prompt)]
@@ -186,6 +224,12 @@ class Batch:
         if row.read in row.boundaries:
             self.prefixes.keep(prompt[: row.read], row.form, fork(row.caches))
         return None if logits is None else NextTokenLogits(logits)
+
+    def _new_caches(self, form: CacheConfig) -> list[Cache]:
+        caches = self.model.make_cache(form)
+        if self._guessed is not None:
+            self._guessed.prepare(caches)
+        return caches
 
     def _advance(self, rows: Sequence[Row]) -> list[Event]:
         """Compute the token of each row, and meanwhile what follows."""
@@ -259,7 +303,7 @@ class Batch:
     def _recompute(self, row: Row) -> None:
         """Compute all that a running row has so far from its tokens."""
         row.caches = None  # the memory, before it is taken anew
-        row.caches = self.model.make_cache(row.form)
+        row.caches = self._new_caches(row.form)
         logits = prefill(self.model, row.ids, row.caches, self.prefill_step)
         row.begin(NextTokenLogits(logits))
 

@@ -57,6 +57,7 @@ def load_drafting(
     options: DraftOptions,
     settings: RunOptions,
     on_bytes: Callable[[int, int], None] | None = None,
+    context: int | None = None,
 ) -> Drafting | None:
     """What `options` ask for; None: no draft. The weights of `draft` are loaded.
 
@@ -66,6 +67,7 @@ def load_drafting(
         options: which draft.
         settings: how models are computed.
         on_bytes: as in `ModelFolder.load`.
+        context: most positions that its memory was planned for; by default its own context.
 
     Raises:
         RejectedError: see `load_for`.
@@ -79,7 +81,8 @@ def load_drafting(
     loaded = draft.load(settings, on_bytes)
     size, width = options.draft_vocab, target.config.output_vocab_size
     head = None if size is None else cut_head(loaded, size)
-    return Drafting(ModelDraft(loaded.model, draft.context_length, width, head))
+    most = min(draft.context_length, context or draft.context_length)
+    return Drafting(ModelDraft(loaded.model, most, width, head))
 
 
 def cut_head(loaded: LoadedModel, size: int) -> Callable[[mx.array], mx.array]:

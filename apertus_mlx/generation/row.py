@@ -10,6 +10,7 @@ import mlx.core as mx
 from apertus_mlx.cache import FULL_PRECISION, Cache, CacheConfig
 from apertus_mlx.generation.decode import is_finite, tell_apart, unsound
 from apertus_mlx.generation.sampling import Sampler, SamplerState
+from apertus_mlx.generation.speculate import Speculation
 from apertus_mlx.generation.structured import AnswerRules
 from apertus_mlx.model.language_model import NextTokenLogits
 
@@ -45,6 +46,7 @@ class Row:
         read: tokens of the prompt that are computed, those reused included.
         reused: tokens of the prompt that had been computed for others.
         left: tokens that may still be drawn.
+        speculation: what a draft was good for while it decoded alone; None without one.
 
     Raises:
         ValueError: the prompt is empty.
@@ -74,6 +76,7 @@ class Row:
         self.left = max_tokens
         self.caches: list[Cache] | None = None
         self.read = self.reused = 0
+        self.speculation: Speculation | None = None
         # Whether it has been computed once more by itself, after something failed.
         self.retried = False
         self._start = sampler.state

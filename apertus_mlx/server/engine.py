@@ -163,6 +163,7 @@ class Engine:
             "idle_prefixes": 0 if running is None else len(running.prefixes),
             "prefix_bytes": 0 if running is None else running.prefixes.nbytes,
             "prefix_hits": 0 if running is None else running.prefixes.hits,
+            "draft": None if running is None else running.drafts,
         }
 
     # What follows runs on the engine's thread alone.

@@ -212,13 +212,15 @@ class Choice:
         self._watch(token, logits)
         for piece in pending.push(token):
             self._show(piece)
-        if not (pending.ended or self.row.left == 0):
+        # The row may be some tokens ahead.
+        if not pending.ended and len(pending.token_ids) < pending.max_tokens:
             return None
         for piece in pending.finish(exhausted=True):
             self._show(piece)
         if self._prompt_watch is not None:
             job.tell(PromptRead(self._prompt_watch.found))
         pending.reused = self.row.reused
+        pending.speculation = self.row.speculation
         answer = pending.answer
         job.finish = answer.finish_reason
         ended = Ended(self.number, answer, job.cached, self._watch.reasoning, self._logprobs)

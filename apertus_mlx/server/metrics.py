@@ -32,6 +32,8 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
         self.cached_tokens = counter("cached_tokens", "Tokens of prompts computed before")
         self.generated_tokens = counter("generation_tokens", "Tokens generated")
+        self.drafted_tokens = counter("draft_tokens", "Tokens that a draft guessed")
+        self.accepted_tokens = counter("draft_accepted_tokens", "Those among them that were right")
         self.faults = counter("engine_faults", "Requests that failed by our fault")
         self.queue_s = histogram("queue_seconds", "From arrival to the first step", _SECONDS)
         self.first_token_s = histogram(
@@ -64,6 +66,9 @@ class Metrics:
         """Note an answer that is whole."""
         if answer.decode_tokens_per_s:
             self.between_s.observe(1 / answer.decode_tokens_per_s)
+        if answer.speculation is not None:
+            self.drafted_tokens.inc(answer.speculation.drafted)
+            self.accepted_tokens.inc(answer.speculation.accepted)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

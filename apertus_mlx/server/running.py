@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.generation.batch import Batch, Event, Row
+from apertus_mlx.generation.guessed_steps import GuessedSteps
 from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.prefix_trie import PrefixTrie
+from apertus_mlx.generation.speculate import Speculation
 from apertus_mlx.server.admission import MemoryBudget
 from apertus_mlx.server.errors import in_engine
 from apertus_mlx.server.jobs import Choice, Job
@@ -33,6 +35,7 @@ class Running:
         self._choices: dict[Row, Choice] = {}
         self._left_bytes = budget.left_bytes([])  # for what is kept for later
         self._batch = self._new_batch()
+        self._drafts = Speculation()
         self._faults = 0
         self._fault: Exception | None = None
 
@@ -53,6 +56,13 @@ class Running:
     def prefixes(self) -> PrefixTrie:
         """What answers that have ended have left for later ones."""
         return self._batch.prefixes
+
+    @property
+    def drafts(self) -> dict[str, int] | None:
+        """Tokens that the draft has guessed, and those that were right; None without a draft."""
+        if self._loaded.drafting is None:
+            return None
+        return {"drafted": self._drafts.drafted, "accepted": self._drafts.accepted}
 
     def has_room(self, job: Job) -> bool:
         """Whether another answer, of this job, fits into memory beside those that run."""
@@ -111,7 +121,10 @@ class Running:
             lambda token: decode([token], skip_special=False),
             self._most_prefixes,
         )
-        return Batch(self._loaded.model, prefixes, self._budget.plan.prefill_step)
+        model, drafting = self._loaded.model, self._loaded.drafting
+        stop_ids = self._loaded.folder.stop_ids
+        guessed = None if drafting is None else GuessedSteps(model, drafting, stop_ids)
+        return Batch(model, prefixes, self._budget.plan.prefill_step, guessed=guessed)
 
     def _tell(self, compute: Callable[[], Sequence[Event]]) -> None:
         """Have the batch compute, and each answer tell what has come of it."""
@@ -128,6 +141,9 @@ class Running:
                     answer = choice.take(event.token, event.logits)
                     if answer is not None:
                         self._metrics.answered(answer)
+                        if (found := answer.speculation) is not None:
+                            self._drafts.drafted += found.drafted
+                            self._drafts.accepted += found.accepted
                         self._end(event.row)
             except Exception as error:  # noqa: BLE001 - it is this job's end, not the engine's
                 fail(choice.job, error, self._metrics)

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,13 @@ from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.cli import bench as bench_command
 from apertus_mlx.cli import main
 from apertus_mlx.errors import ApertusError, RejectedError, ResourceError
+from apertus_mlx.generation.draft_pace import FixedPace
+from apertus_mlx.generation.drafts import Drafting, ModelDraft
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.measure.bench.drafted import Drafted
+from apertus_mlx.measure.bench.ours import Ours
 from apertus_mlx.measure.bench.report import measurements
 from apertus_mlx.measure.bench.roofline import Bandwidth, kv_read_bytes, weights_read_bytes
 from apertus_mlx.measure.bench.sides import Ready, Settings, Side
@@ -264,7 +272,7 @@ def serving(body: str) -> str:
         "import os, signal\nfrom contextlib import contextmanager\n"
         "from apertus_mlx.errors import RejectedError\n"
         f"@contextmanager\ndef open_side(settings):\n    {body}\n"
-        f"    yield {READY!r}, seconds\n"
+        f"    yield Loaded({READY!r}, seconds)\n"
         "serve(open_side)"
     )
 
@@ -417,6 +425,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> s
         (["--depths", "2048"], "context"),
         (["--depths", "", "--prompt-tokens", ""], "nothing to measure"),
         (["--against", "llama"], "--against"),
+        (["--against", "mlx-lm", "--draft", "lookup"], "give one of them"),
         (["--plot", "speed.gif"], "--plot"),
         (["--plot", "speed.png", "--depths", ""], "--depths"),
         (["--kv-bits", "5"], "--kv-bits"),
@@ -441,3 +450,32 @@ def test_what_cannot_be_had(
     # A side that crashes is one line, too, and an exit code.
     monkeypatch.setattr(bench_command, "SIDES", (("apertus-mlx", "apertus_mlx.nowhere"),))
     assert "the apertus-mlx side ended" in refused(capsys, 1, *TINY)
+
+
+@pytest.mark.parametrize("kv", [{}, {"key_bits": 4, "value_bits": 4}], ids=["full", "4 bits"])
+def test_a_side_with_a_draft_decodes_the_same(kv: dict[str, int]) -> None:
+    """Behind tokens that were read before, twice on one cache."""
+    loaded = open_folder(model_dir()).load(RunOptions(compute="mlx", dtype="float32"))
+    form, width = CacheConfig(**kv), loaded.folder.config.output_vocab_size
+    draft = ModelDraft(loaded.model, 256, width)
+    plain = Ours(loaded.model, form, 512)
+    drafted = Drafted(loaded.model, form, 512, Drafting(draft, FixedPace(3)))
+    found = []
+    for engine in (plain, drafted):
+        cache = engine.make_cache()
+        engine.read([80, 81, 82, 83], cache)
+        for _ in range(2):
+            with closing(engine.tokens([84], cache)) as tokens:
+                found.append([next(tokens) for _ in range(12)])
+            assert engine.rewind(cache, cache[0].offset - 4)
+    assert found == [found[0]] * 4
+    assert drafted.speculation.accepted > 10
+
+
+@pytest.mark.nightly
+def test_with_a_draft_and_without() -> None:
+    report = json.loads(run(*TINY, "--draft", "lookup", "--json").stdout)
+    names = [side["name"] for side in report["sides"]]
+    assert names == ["with the draft", "plain"]
+    assert report["sides"][1]["speculation"] is None
+    assert report["sides"][0]["speculation"]["passes"] > 0

@@ -15,16 +15,16 @@ from apertus_mlx.backend.metal.enabled import enabled
 from apertus_mlx.backend.mlx import DTYPES, compute_dtype
 from apertus_mlx.cache import Cache, CacheConfig, rewind
 from apertus_mlx.generation.decode import decode, prefill
-from apertus_mlx.generation.model_folder import open_folder
-from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.generation.draft_model import load_drafting
+from apertus_mlx.generation.drafts import Drafting
+from apertus_mlx.generation.model_folder import ModelFolder, open_folder
+from apertus_mlx.generation.options import DraftOptions, RunOptions
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
+from apertus_mlx.measure.bench.drafted import ENDLESS, Drafted
 from apertus_mlx.measure.bench.sides import Loaded, Ready, Settings, serve
 from apertus_mlx.measure.bench.stopwatch import Engine, Stopwatch
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.language_model import LanguageModel
-
-# More than any context holds: what is decoded has no end.
-ENDLESS = 2**31
 
 
 class Ours(Engine):
@@ -85,9 +85,22 @@ def _load(settings: Settings) -> Loaded:
         prefill_step=settings.prefill_step,
         load_s=load_s,
     )
-    engine = Ours(loaded.model, form, settings.prefill_step)
-    watch = Stopwatch(engine, settings.vocab_size, settings.new_tokens, settings.seed)
-    return ready, watch.seconds
+    drafting = _load_draft(loaded.folder, settings, RunOptions(**chosen))
+    if drafting is None:
+        plain = Ours(loaded.model, form, settings.prefill_step)
+        return Loaded(ready, _watch(plain, settings).seconds)
+    drafted = Drafted(loaded.model, form, settings.prefill_step, drafting)
+    return Loaded(ready, _watch(drafted, settings).seconds, drafted.speculation.report)
+
+
+def _watch(engine: Engine, settings: Settings) -> Stopwatch:
+    return Stopwatch(engine, settings.vocab_size, settings.new_tokens, settings.seed)
+
+
+def _load_draft(target: ModelFolder, settings: Settings, options: RunOptions) -> Drafting | None:
+    drafts = DraftOptions(draft=settings.draft, draft_vocab=settings.draft_vocab)
+    helper = None if drafts.model is None else open_folder(Path(drafts.model))
+    return load_drafting(target, helper, drafts, options)
 
 
 if __name__ == "__main__":

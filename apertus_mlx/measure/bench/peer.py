@@ -93,7 +93,7 @@ def open_side(settings: Settings) -> Iterator[Loaded]:
             raise _blamed(error, f"fails at {task}") from error
 
     with wired_limit(model):
-        yield ready, seconds
+        yield Loaded(ready, seconds)
 
 
 def _blamed(error: Exception, what: str) -> ApertusError:

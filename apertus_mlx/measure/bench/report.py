@@ -45,13 +45,17 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class SideReport:
-    """One side; `start_s` is from starting its process to a model that is ready."""
+    """One side; `start_s` is from starting its process to a model that is ready.
+
+    `speculation`: what a draft was good for in all that was decoded.
+    """
 
     name: str
     ready: Ready
     start_s: float
     peak_memory_bytes: int
     measurements: list[Measurement]
+    speculation: dict[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from apertus_mlx import errors
 from apertus_mlx.errors import ApertusError, ResourceError
@@ -20,7 +20,10 @@ from apertus_mlx.system.foreign_errors import explain
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a side is told when it starts; `form` are the fields of a `CacheConfig`."""
+    """What a side is told when it starts.
+
+    `form` are the fields of a `CacheConfig`, `draft` is a folder or `lookup`.
+    """
 
     directory: str
     vocab_size: int
@@ -33,6 +36,8 @@ class Settings:
     prefill_step: int
     buffer_cache_bytes: int
     wired_bytes: int
+    draft: str | None = None
+    draft_vocab: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,12 @@ class Ready:
     load_s: float
 
 
-# A side with its model, and what times a task on it.
-Loaded = tuple[Ready, Callable[[Task], float]]
+class Loaded(NamedTuple):
+    """A side with its model, what times a task on it, and what its draft was good for so far."""
+
+    ready: Ready
+    seconds: Callable[[Task], float]
+    speculation: Callable[[], dict[str, object] | None] = lambda: None
 
 
 class Side:
@@ -68,6 +77,7 @@ class Side:
     def __init__(self, name: str, command: Sequence[str], settings: Settings) -> None:
         self.name = name
         self.peak_memory_bytes = 0
+        self.speculation: dict[str, object] | None = None
         started = time.perf_counter()
         self._process = OtherProcess(command, {"HF_HUB_OFFLINE": "1"})
         try:
@@ -81,6 +91,7 @@ class Side:
         """Seconds that `task` takes on this side."""
         answer = self._ask(asdict(task))
         self.peak_memory_bytes = answer["peak_memory_bytes"]
+        self.speculation = answer["speculation"]
         return float(answer["seconds"])
 
     def close(self) -> None:
@@ -108,12 +119,13 @@ def serve(open_side: Callable[[Settings], AbstractContextManager[Loaded]]) -> No
 
     connection = Connection(int(sys.argv[-1]))
     try:
-        with open_side(Settings(**json.loads(connection.recv_bytes()))) as (ready, seconds):
-            send(connection, asdict(ready))
+        with open_side(Settings(**json.loads(connection.recv_bytes()))) as loaded:
+            send(connection, asdict(loaded.ready))
             while True:
-                taken = seconds(Task(**json.loads(connection.recv_bytes())))
-                peak = peak_bytes(ready.on_gpu)
-                send(connection, {"seconds": taken, "peak_memory_bytes": peak})
+                taken = loaded.seconds(Task(**json.loads(connection.recv_bytes())))
+                peak = peak_bytes(loaded.ready.on_gpu)
+                told = {"peak_memory_bytes": peak, "speculation": loaded.speculation()}
+                send(connection, {"seconds": taken, **told})
     except EOFError:
         return
     except Exception as error:
