@@ -330,8 +330,9 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert set(report) == {
         "machine", "products", "products_right", "model", "dtype", "kernels", "examined", "tuned",
         "agreement", "disagreement", "model_ratios", "compilation_ratios",
-        "switched_off", "conclusion", "stored",
+        "row_costs", "switched_off", "conclusion", "stored",
     }  # fmt: skip
+    assert len(report["row_costs"]) == 5 and report["row_costs"][0] == 1
     assert report["model"] == tiny.name and report["dtype"] == "float32"
     assert set(report["machine"]["identity"]) == {"chip", "system", "mlx", "package"}
     inventory = take_inventory(tiny)

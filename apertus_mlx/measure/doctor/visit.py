@@ -23,6 +23,7 @@ from apertus_mlx.measure.doctor.attended import AttendedDevice, child_command
 from apertus_mlx.measure.doctor.consult import Consultation, KernelResult, consult, keys_of
 from apertus_mlx.measure.doctor.device import Agreement
 from apertus_mlx.measure.doctor.facts import PRODUCT_BOUND, Facts, gather_facts, product_errors
+from apertus_mlx.measure.doctor.row_costs import row_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Report:
     disagreement: str | None
     model_ratios: tuple[float, ...]
     compilation_ratios: tuple[float, ...]
+    # What products with 1 to 5 rows cost, beside those with one; only with times.
+    row_costs: tuple[float, ...]
     switched_off: bool
     conclusion: str
     # Where the verdict is stored; None if there is none.
@@ -110,6 +113,7 @@ def visit(
         disagreement=done.disagreement,
         model_ratios=done.model_race.ratios if done.model_race else (),
         compilation_ratios=done.compilation_race.ratios if done.compilation_race else (),
+        row_costs=row_costs(inventory, DTYPES[dtype]) if with_times else (),
         switched_off=switched_off(),
         conclusion=conclusion,
         stored=stored,
