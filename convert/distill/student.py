@@ -8,7 +8,7 @@ rounded to their stored type. Gradients pass these roundings as if they were not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -16,8 +16,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
+from apertus_mlx.convert.evaluation.numpy_operations import compute_here
 from apertus_mlx.convert.evaluation.products import product
 from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.sources.source import MatrixSource, Source
@@ -172,7 +175,6 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     """
     check_student(weights.source)
     config = weights.config
-    model = Model(config)
     modules: dict[str, Any] = {}
     arrays: dict[str, mx.array] = {}
     for matrix in weights.source.layout:
@@ -190,8 +192,22 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
             modules[path] = RoundedNorm(value, config.rms_norm_eps, dtype)
         else:
             arrays[name] = value
+    return assemble(config, modules, arrays, trained)
+
+
+def assemble(
+    config: ModelConfig,
+    modules: Mapping[str, nn.Module],
+    arrays: Mapping[str, mx.array],
+    trained: Trained,
+) -> Model:
+    """A model of `modules` by path and, for all else, `arrays` by name; see `make_student`."""
+    model = Model(config)
     model.update_modules(tree_unflatten(list(modules.items())))
     model.update(tree_unflatten(list(arrays.items())))
+    if not has_gpu():
+        for layer in model.layers:
+            compute_here(layer)
     model.freeze()
     for _, module in learning_modules(model):
         keys = ["weight"] if isinstance(module, RoundedNorm) else ["scales", "biases"]
@@ -228,12 +244,15 @@ def stored_tensors(model: Model) -> Iterator[tuple[str, mx.array]]:
 def _quantized(matrix: layout.Matrix, found: MatrixSource, weights: SourceWeights) -> Quantized:
     stored, codes = found.stored, found.read_codes(weights.reader, 0, matrix.rows)
     assert stored is not None and codes.biases is not None
-    unpacked = mx.array(unpack(np.array(codes.weight), stored.spec.bits, matrix.columns))
+    form = stored.spec, MLX_TYPES[stored.scale_dtype]
+    return quantized(matrix, (codes.weight, codes.scales, codes.biases), *form)
+
+
+def quantized(
+    matrix: layout.Matrix, tensors: Sequence[mx.array], spec: QuantSpec, dtype: mx.Dtype
+) -> Quantized:
+    """The module of a matrix from its packed codes, scales and biases."""
+    codes, scales, biases = tensors
+    unpacked = mx.array(unpack(np.array(codes), spec.bits, matrix.columns))
     kind = QuantizedTable if matrix.path == layout.EMBEDDING else QuantizedProjection
-    return kind(
-        unpacked,
-        codes.scales.astype(mx.float32),
-        codes.biases.astype(mx.float32),
-        stored.spec,
-        MLX_TYPES[stored.scale_dtype],
-    )
+    return kind(unpacked, scales.astype(mx.float32), biases.astype(mx.float32), spec, dtype)

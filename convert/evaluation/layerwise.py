@@ -15,7 +15,7 @@ from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
-from apertus_mlx.convert.evaluation.numpy_operations import causal_attention, xielu
+from apertus_mlx.convert.evaluation.numpy_operations import compute_here
 from apertus_mlx.convert.evaluation.products import Projection
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.sources.reading import Reader, block_rows
@@ -138,16 +138,11 @@ class Layer:
                 setattr(parts[part], attribute, value.reshape(parts[part][attribute].shape))
         # Attention then ends with what o is given.
         parts["self_attn"].o_proj = nn.Identity()
-        self._activation: Callable[[mx.array], mx.array] = module.mlp.act_fn
         if has_gpu():
             module.mlp.act_fn.fuse(compiled=True)
         else:
-            slopes = [np.array(slope).item() for slope in module.mlp.act_fn.slopes()]
-            self._activation = xielu(*slopes)
-            attend = causal_attention(module.self_attn.scale)
-            parts["self_attn"].attend = lambda queries, keys, values, _: _joined_heads(
-                attend(queries, keys, values)
-            )
+            compute_here(module)
+        self._activation: Callable[[mx.array], mx.array] = module.mlp.act_fn
 
     def stage_input(self, stage: int, residual: mx.array) -> mx.array:
         """What the matrices of a stage are given.
@@ -176,12 +171,6 @@ class Layer:
     def __call__(self, residual: mx.array) -> mx.array:
         """The residual stream after this layer."""
         return self.add(3, self.add(1, residual))
-
-
-def _joined_heads(heads: mx.array) -> mx.array:
-    """`[B, L, heads * D]` of `[B, heads, L, D]`."""
-    batch, _, length, _ = heads.shape
-    return heads.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
 
 def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:

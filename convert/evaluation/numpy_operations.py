@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from apertus_mlx.model.apertus import DecoderLayer
 from apertus_mlx.quant.arrays import Float32, blocks
 
 # Queries of each head that attend at once.
@@ -55,6 +56,23 @@ def causal_attention(scale: float) -> _Operation:
         return tuple(map(mx.array, found))
 
     return _with_gradient(forward, backward)
+
+
+def compute_here(layer: DecoderLayer) -> None:
+    """Have the attention and the activation of `layer` computed by this module.
+
+    Its slopes are those that it has now; they do not learn.
+    """
+    attention = causal_attention(layer.self_attn.scale)
+
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, _: Any) -> mx.array:
+        heads = attention(queries, keys, values)
+        batch, _, length, _ = heads.shape
+        return heads.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+    slopes = [np.array(slope).item() for slope in layer.mlp.act_fn.slopes()]
+    setattr(layer.self_attn, "attend", attend)  # noqa: B010 - a method, for this layer alone
+    setattr(layer.mlp, "act_fn", xielu(*slopes))  # noqa: B010 - likewise
 
 
 def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> _Operation:
