@@ -170,8 +170,15 @@ def convert_model(
     ] = None,
     recipe: Annotated[_File | None, Option("TOML or JSON file with formats per module.")] = None,
     method: Annotated[
-        str, Option("rtn rounds, search finds the best scales, gptq calibrates on text.")
+        str,
+        Option(
+            "rtn rounds, search finds the best scales, gptq calibrates on text, best is gptq with "
+            "--tune or search, whichever is closer on held-out text."
+        ),
     ] = "rtn",
+    tune: Annotated[
+        bool, Option("After gptq, train scales, biases and norms towards the original.")
+    ] = False,
     smooth: Annotated[
         bool, Option("Scale columns before rounding, where calibration shows a smaller error.")
     ] = False,
@@ -214,8 +221,8 @@ def convert_model(
     """Convert SOURCE to MLX weights in the folder OUT, quantized where bits are given.
 
     A plan of a source on the Hub is made from its headers. `progress` is told of the stages
-    `downloading`, `measuring`, `comparing sizes`, `comparing methods`, `calibrating`, `converting`
-    and `evaluating`, as far as there is something to do.
+    `downloading`, `measuring`, `comparing sizes`, `comparing methods`, `calibrating`, `tuning`,
+    `converting` and `evaluating`, as far as there is something to do.
 
     Raises:
         UsageError: options that exclude each other, or an output that is taken.
@@ -232,7 +239,7 @@ def convert_model(
     request = read_request(
         bits=bits, group_size=group_size, mode=mode, embed_bits=embed_bits, head_bits=head_bits,
         rules=as_list(set), recipe=None if recipe is None else Path(recipe), target_bpw=target_bpw,
-        target_size=target_size, method=method, smooth=smooth, rotate=rotate,
+        target_size=target_size, method=method, smooth=smooth, rotate=rotate, tune=tune,
         dequantize=dequantize, requantize=requantize, dtype=dtype,
         allow_untied_head=allow_untied_head, allow_nonfinite=allow_nonfinite, vocab=vocab,
         vocab_for=[str(each) for each in as_list(vocab_for)],
@@ -240,7 +247,7 @@ def convert_model(
     measured = [Path(each) for each in as_list(text)]
     if measured and not request.cuts_vocabulary:
         raise UsageError("--text: only --vocab and --vocab-for use it")
-    if texts and method != "gptq" and not smooth and request.target is None:
+    if texts and request.method != "gptq" and not smooth and request.target is None:
         raise UsageError("--calibration: only --method gptq, --smooth and targets use it")
     target_device = None if device is None else parse_device(device)
     output = Path(out) if out is not None else None
@@ -660,7 +667,9 @@ def _labels(models: Sequence[str | Path]) -> list[str]:
 def _layers(progress: OnProgress | None) -> OnLayers:
     if progress is None:
         return lambda stage, done, total: None
-    return lambda stage, done, total: progress(Progress(stage, done, total, "layers"))
+    return lambda stage, done, total: progress(
+        Progress(stage, done, total, "tokens" if stage == "tuning" else "layers")
+    )
 
 
 def _naming(progress: OnProgress | None, model: str | Path) -> OnProgress | None:

@@ -28,8 +28,9 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig, read_config
 from apertus_mlx.checkpoint.tensors import open_checkpoint
 from apertus_mlx.convert.calibration.allocation import allocate_bits
-from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes
+from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, with_tuned_norms
 from apertus_mlx.convert.calibration.held_out_comparison import Planned
+from apertus_mlx.convert.calibration.tuning import tune
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, hidden_states, open_weights
 from apertus_mlx.convert.evaluation.texts import Document, Sample, TextSet
 from apertus_mlx.convert.plan.planning import make_plan
@@ -152,6 +153,7 @@ def _request(name: str, spec: QuantSpec, size_bytes: int) -> Request:
         method=method,
         smooth="smooth" in extras,
         rotate="rotate" in extras,
+        tune="tune" in extras,
     )
 
 
@@ -176,7 +178,10 @@ def ours(directory: Path, request: Request, windows: np.ndarray) -> Made:
         plan = make_plan(source, request)
         if plan.calibrates:
             make_codes(plan, directory, calibration, codes, lambda *_: None)
-        planned = Planned(transformed_weights(plan, reader, codes), plan, codes)
+        if request.tune:
+            tune(plan, directory, calibration, codes, lambda *_: None)
+        weights = with_tuned_norms(transformed_weights(plan, reader, codes), codes)
+        planned = Planned(weights, plan, codes)
         return Made(
             {matrix.path: planned.matrix(matrix.path) for matrix in layout.matrices(source.config)},
             {name: planned.vector(name) for name, _ in layout.vectors(source.config)},

@@ -38,7 +38,10 @@ LENGTHS = {"embedded": 256, "trained": 128}
 CALIBRATION_LENGTH = 256
 STOCK = ("mlx-lm rtn", "mlx-lm gptq", "mlx-lm dwq")
 STOCK_GPTQ_BITS = (2, 4, 8)
-OURS = ("search", "gptq", "gptq + smooth", "gptq + rotate", "gptq + allocation")
+OURS = (
+    "search", "gptq", "gptq + smooth", "gptq + rotate", "gptq + allocation", "gptq + tune",
+    "gptq + allocation + tune",
+)  # fmt: skip
 # Most that our best may have of the divergence of mlx-lm's best, by bits.
 BARS = {2: 0.45, 3: 0.40, 4: 0.60, 6: 0.60}
 COLUMNS = (

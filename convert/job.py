@@ -24,6 +24,8 @@ from apertus_mlx.convert.calibration.before_plan import (
 )
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
 from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
+from apertus_mlx.convert.calibration.memory import require_memory
+from apertus_mlx.convert.calibration.tuning import Tuning, tune, tuning_note
 from apertus_mlx.convert.evaluation import evaluate
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.evaluation.little_text import choose
@@ -107,7 +109,10 @@ class Job:
         measured = evaluate.kept_bytes(self.plan.source.config, self.calibration.judged)
         if not self.plan.calibrates:
             return measured
-        return measured + calibrated.kept_bytes(self.plan, self.calibration.sample.windows.size)
+        windows = self.calibration.sample.windows
+        if self.plan.request.tune:
+            measured += Tuning.on(self.plan.source.config, windows).disk_bytes
+        return measured + calibrated.kept_bytes(self.plan, windows.size)
 
 
 def prepare(
@@ -174,6 +179,7 @@ def prepare(
             identity.append(cut.sha256)
             source = keep_rows(source, cut.kept)
         if request.target is not None:
+            require_memory(source, request)
             calibration = prepare_calibration(directory, calibration_texts)
             identity.append(calibration.digest())
             needed = space_for_target(source, request, calibration)
@@ -185,6 +191,7 @@ def prepare(
         if grids:
             plan = make_plan(source, request, max_shard_bytes, grids, size)
         if plan.calibrates and calibration is None:
+            require_memory(source, request)
             calibration = prepare_calibration(directory, calibration_texts)
         if chosen is None:
             identity += [plan.fingerprint(), calibration.digest() if calibration else ""]
@@ -246,14 +253,17 @@ def convert(
     on_layers = layer_progress or (lambda stage, done, total: None)
 
     def make(workspace: Workspace) -> None:
-        codes = None
+        codes = tuned = None
         if job.calibration is not None and job.plan.calibrates:
             codes = workspace.kept_folder(CALIBRATION)
             make_codes(
                 job.plan, job.directory, job.calibration, codes, partial(on_layers, "calibrating")
             )
+            if job.plan.request.tune:
+                tell = partial(on_layers, "tuning")
+                tuned = tune(job.plan, job.directory, job.calibration, codes, tell)
         execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)
-        _write_other_files(job, target.name, workspace, partial(on_layers, "evaluating"))
+        _write_other_files(job, target.name, workspace, tuned, partial(on_layers, "evaluating"))
 
     build(
         target, (job.fingerprint, job.plan.fingerprint()), {job.directory: job.files},
@@ -267,9 +277,15 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def _write_other_files(
-    job: Job, name: str, workspace: Workspace, progress: Callable[[int, int], None]
+    job: Job,
+    name: str,
+    workspace: Workspace,
+    tuned: Mapping[str, Any] | None,
+    progress: Callable[[int, int], None],
 ) -> None:
     plan, path = job.plan, workspace.path
+    if tuned is not None:
+        plan = replace(plan, notes=(*plan.notes, tuning_note(tuned)))
     write_json(path / CONFIG_FILE, output_config(plan, job.original_config))
     write_json(path / INDEX_FILE, _index(plan))
     copy_files(job.directory, path, job.cut is not None)
@@ -306,6 +322,7 @@ def _write_other_files(
         "vocabulary": job.cut.as_json() if job.cut else None,
         "allocation": job.allocation.record if job.allocation else None,
         "calibration": job.calibration.sample.record() if job.calibration else None,
+        "tuning": tuned,
         "losses": {step.path: step.loss for step in plan.steps if step.loss},
         "notes": list(plan.notes),
         **app_facts(path),

@@ -23,6 +23,7 @@ TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for
 REQUESTS = {
     "plain": Request(QuantSpec(4, 64)),
     "gptq": Request(QuantSpec(3, 32), method="gptq", smooth=True),
+    "tuned": Request(QuantSpec(3, 32), method="gptq", tune=True),
     "target": Request(target=Target(4.5, group_size=32), method="gptq"),
 }
 KINDS = (*REQUESTS, "distill")
@@ -57,7 +58,7 @@ class Work:
             distill(job, target, resume, observer)
             return
         # The target's text is little, and judged; of the other kind it is enough.
-        enough = 1 if self.kind == "gptq" else little_text.ENOUGH_TOKENS
+        enough = 1 if self.kind in ("gptq", "tuned") else little_text.ENOUGH_TOKENS
         with patch.object(little_text, "ENOUGH_TOKENS", enough):
             conversion = prepare(
                 self.source, REQUESTS[self.kind], "source", max_shard_bytes=60_000,

@@ -18,12 +18,12 @@ from typing import Any
 
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.calibration import held_out_comparison
-from apertus_mlx.convert.calibration.calibrated import WINDOW_TOKENS, Calibration
+from apertus_mlx.convert.calibration.calibrated import Calibration
 from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison, spread
 from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.plan.grids import find_grids
-from apertus_mlx.convert.plan.plan import Plan
+from apertus_mlx.convert.plan.plan import WINDOW_TOKENS, Plan
 from apertus_mlx.convert.plan.planning import make_plan
 from apertus_mlx.convert.plan.policy import DEFAULT_GROUP_SIZE, Request, Rule, Target
 from apertus_mlx.convert.sources.reading import Reader

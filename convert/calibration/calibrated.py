@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrate import quantize_model
+from apertus_mlx.convert.evaluation.layerwise import ChangedWeights, Weights
 from apertus_mlx.convert.evaluation.texts import (
     Sample,
     TextSet,
@@ -27,20 +28,22 @@ from apertus_mlx.convert.evaluation.texts import (
     read_texts,
     sample_windows,
 )
-from apertus_mlx.convert.plan.plan import CALIBRATION_TOKENS, Plan, Step
+from apertus_mlx.convert.plan.plan import CALIBRATION_TOKENS, WINDOW_TOKENS, Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.transforms.smoothing import rounding_of, smoothing_scales
 from apertus_mlx.convert.transforms.weights import SCALES, transformed_weights, unscaled_weights
 from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
 from apertus_mlx.errors import ResourceError
+from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.system.whole_file import whole_file
 
 # In the folder of the codes: that all of them are there, and how far smoothing is.
 DONE = "done"
 SMOOTHING = "smoothing.npz"
-WINDOW_TOKENS = 512
 WINDOWS = CALIBRATION_TOKENS // WINDOW_TOKENS
 SEED = 0
+# Where tuned scales and biases lie, and the file of the norms among them (`tuning`).
+TUNED, NORMS = "tuned", "norms"
 # What becomes of a matrix, in the order of the tensors of its step.
 PARTS = ("weight", "scales", "biases")
 
@@ -57,6 +60,17 @@ class Calibration:
         windows = np.ascontiguousarray(self.sample.windows)
         digest = hashlib.sha256(repr(windows.shape).encode() + windows.tobytes())
         return digest.hexdigest() + self.sample.sha256 + self.judged.sha256
+
+
+@dataclass(frozen=True, slots=True)
+class _OtherVectors(ChangedWeights):
+    """Weights with some other vectors, by name."""
+
+    vectors: Mapping[str, Float32]
+
+    def vector(self, name: str) -> Float32:
+        """A norm's weight or a parameter of an activation."""
+        return self.vectors[name] if name in self.vectors else self.weights.vector(name)
 
 
 def prepare_calibration(directory: Path, paths: Sequence[Path]) -> Calibration:
@@ -140,7 +154,7 @@ def kept_bytes(plan: Plan, tokens: int) -> int:
 
 
 def read_codes(folder: Path, step: Step) -> tuple[mx.array, ...]:
-    """The tensors of a calibrated step.
+    """The tensors of a calibrated step, tuned where they are.
 
     Raises:
         ResourceError: they were damaged meanwhile.
@@ -150,8 +164,21 @@ def read_codes(folder: Path, step: Step) -> tuple[mx.array, ...]:
         raise ResourceError(
             f"{step.path}: its codes were damaged or taken away meanwhile; start again"
         )
+    if (tuned := load_arrays(tuned_file(folder, step.path))) is not None:
+        kept |= tuned
     weight, *others = (mx.array(kept[part]) for part in PARTS)
     return weight, *(array.astype(MLX_TYPES[step.dtype]) for array in others)
+
+
+def with_tuned_norms(weights: Weights, folder: Path | None) -> Weights:
+    """`weights` with the norms that were tuned; `folder` is that of the codes."""
+    kept = None if folder is None else load_arrays(tuned_file(folder, NORMS))
+    return weights if kept is None else _OtherVectors(weights, kept)
+
+
+def tuned_file(folder: Path, name: str) -> Path:
+    """Where the scales and biases of a module lie that were tuned, or the norms."""
+    return folder / TUNED / f"{name}.npz"
 
 
 def _code_file(folder: Path, path: str) -> Path:

@@ -17,7 +17,6 @@ from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrated import (
     SEED,
-    WINDOW_TOKENS,
     Calibration,
     layer_runs,
     make_codes,
@@ -26,7 +25,7 @@ from apertus_mlx.convert.calibration.calibrated import (
 from apertus_mlx.convert.evaluation.evaluate import token_errors
 from apertus_mlx.convert.evaluation.layerwise import ChangedWeights, SourceWeights, hidden_states
 from apertus_mlx.convert.evaluation.texts import Tokens, open_text, sample_windows
-from apertus_mlx.convert.plan.plan import Plan
+from apertus_mlx.convert.plan.plan import WINDOW_TOKENS, Plan
 from apertus_mlx.convert.transforms.smoothing import rounding_of
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep

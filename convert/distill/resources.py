@@ -28,11 +28,15 @@ class Resources:
     config: ModelConfig
     trained: Trained
     window_tokens: int
+    # Of a batch, or one window; None: as many as are worth it.
+    batch_tokens: int | None = None
 
     @property
     def batch_windows(self) -> int:
         """Windows of a batch."""
-        tokens: int = min(BATCH_TOKENS, BATCH_LOGITS // self.config.output_vocab_size)
+        tokens: int = min(
+            self.batch_tokens or BATCH_TOKENS, BATCH_LOGITS // self.config.output_vocab_size
+        )
         return max(1, tokens // self.window_tokens)
 
     @property

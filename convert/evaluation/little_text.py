@@ -37,11 +37,11 @@ def choose(
         judge: measures the divergence of plans on texts held out, where there is little to see.
     """
     tokens, held_out = calibration.sample.windows.size, calibration.judged.held_out
-    if held_out and tokens >= ENOUGH_TOKENS:
-        return plan, None
     request = plan.request
+    if held_out and tokens >= ENOUGH_TOKENS and not request.compare:
+        return plan, None
     method: Method = "search" if request.method == "gptq" else request.method
-    plain = make(replace(request, method=method, smooth=False))
+    plain = make(replace(request, method=method, smooth=False, tune=False))
     text = f"{calibration.sample.name}: {counted(tokens, 'token')}"
     if not held_out:
         return plain, (
@@ -50,8 +50,10 @@ def choose(
         )
     with_texts, without = judge([plan, plain])
     kept = plan if with_texts < without else plain
+    if tokens < ENOUGH_TOKENS:
+        text += f" are little to calibrate on, from {ENOUGH_TOKENS:,} on they are enough"
     return kept, (
-        f"{text} are little to calibrate on, from {ENOUGH_TOKENS:,} on they are enough; on texts "
-        f"held out the mean divergence is {with_texts:.4g}, without texts {without:.4g}: "
+        f"{text}; on texts held out the mean divergence is {with_texts:.4g}, without texts "
+        f"{without:.4g}: "
         f"{'the calibrated codes are' if kept is plan else f'method {method} is'} kept"
     )

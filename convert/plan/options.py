@@ -6,11 +6,19 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.plan.plan import CONFIG_DTYPES
-from apertus_mlx.convert.plan.policy import METHODS, Request, Rule, Target, make_spec
+from apertus_mlx.convert.plan.policy import (
+    BEST,
+    METHODS,
+    Method,
+    Request,
+    Rule,
+    Target,
+    make_spec,
+)
 from apertus_mlx.errors import UsageError
 from apertus_mlx.memory.devices import parse_size
 from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, QuantSpec
@@ -75,11 +83,15 @@ def read_request(
         if number is not None:
             found.append(Rule(path, make_spec(number, group_size, None, option), option))
     found += [parse_rule(rule, group_size) for rule in rules]
+    if method == BEST:
+        method, switches = "gptq", {**switches, "tune": True, "compare": True}
+    elif switches.get("tune") and method != "gptq":
+        raise UsageError(f"--tune: --method {method} calibrates nothing; give --method gptq")
     request = Request(
         default,
         tuple(found),
         target,
-        method=next(each for each in METHODS if each == method),
+        method=next(each for each in get_args(Method) if each == method),
         dtype=CONFIG_DTYPES[dtype] if dtype else None,
         vocab=vocab,
         vocab_for=tuple(vocab_for),

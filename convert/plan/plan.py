@@ -14,6 +14,7 @@ from typing import Any, Literal
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.convert.distill.resources import Resources
 from apertus_mlx.convert.plan.policy import Method, Request
 from apertus_mlx.convert.sources.reading import BLOCK_BYTES, block_rows
 from apertus_mlx.convert.sources.source import Factor, MatrixSource, Source
@@ -33,8 +34,11 @@ BLOCK_COPIES = 4
 # Of the 8B; for a source on the Hub.
 TYPICAL_TOKENIZER_BYTES = 16_000_000
 
-# Most tokens that calibration looks at.
-CALIBRATION_TOKENS = 128 * 512
+# Of a window of the text for calibration, and most of all of them.
+WINDOW_TOKENS = 512
+CALIBRATION_TOKENS = 128 * WINDOW_TOKENS
+# Tokens that are tuned on at once, or one window.
+TUNING_TOKENS = 1024
 
 Transform = Literal[
     "copy",  # values in their own type
@@ -151,6 +155,11 @@ def calibration_memory_bytes(config: ModelConfig) -> int:
     return 4 * (max(2 * layer + moments, embedding) + streams)
 
 
+def tuning_memory_bytes(config: ModelConfig) -> int:
+    """Estimate of what the training of scales after it takes."""
+    return Resources(config, "scales", WINDOW_TOKENS, TUNING_TOKENS).memory_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class OutputFile:
     """A shard: its header as it will be written, and the size of what follows."""
@@ -215,9 +224,18 @@ class Plan:
     def peak_memory_bytes(self) -> int:
         """Estimate of the most memory that execution will hold."""
         widest = max((step.memory_bytes for step in self.steps), default=0)
-        if self.calibrates:
-            widest = max(widest, calibration_memory_bytes(self.source.config))
-        return BASE_MEMORY_BYTES + TOKENIZER_COPIES * self.tokenizer_bytes + widest
+        fixed = BASE_MEMORY_BYTES + TOKENIZER_COPIES * self.tokenizer_bytes
+        return fixed + max(widest, self.calibration_memory_bytes, self.tuning_memory_bytes)
+
+    @property
+    def calibration_memory_bytes(self) -> int:
+        """What calibration adds to that which every conversion takes."""
+        return calibration_memory_bytes(self.source.config) if self.calibrates else 0
+
+    @property
+    def tuning_memory_bytes(self) -> int:
+        """The same of the training after it."""
+        return tuning_memory_bytes(self.source.config) if self.request.tune else 0
 
     def fingerprint(self) -> str:
         """Identifies what will be written; equal fingerprints give equal bytes."""
@@ -227,4 +245,6 @@ class Plan:
         ]
         parts += [[file.name, file.header.hex()] for file in self.files]
         parts.append(transforms.record(self.request, self.source.config))
+        if self.request.tune:
+            parts.append("tuned")
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

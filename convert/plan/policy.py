@@ -21,7 +21,9 @@ DEFAULT_GROUP_SIZE = 64
 # rtn rounds to nearest as MLX does, search finds the best scales for the weights, gptq calibrates
 # on text.
 Method = Literal["rtn", "search", "gptq"]
-METHODS: tuple[Method, ...] = get_args(Method)
+# gptq with `tune`, and search instead where text that is held out says so.
+BEST = "best"
+METHODS: tuple[str, ...] = (*get_args(Method), BEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ class Request:
     # Whether scales move from norms into matrices, or weights are rotated, before that.
     smooth: bool = False
     rotate: bool = False
+    # Whether scales, biases and norms of calibrated codes are trained together afterwards.
+    tune: bool = False
+    # Whether codes that no text has shaped are compared with calibrated ones, however much text
+    # there is.
+    compare: bool = False
     dequantize: bool = False
     requantize: bool = False
     # safetensors type of everything that is not codes; None lets the source decide.

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
-from apertus_mlx.convert.calibration.calibrated import read_codes
+from apertus_mlx.convert.calibration.calibrated import read_codes, with_tuned_norms
 from apertus_mlx.convert.evaluation.layerwise import Weights
 from apertus_mlx.convert.plan.grids import grid_codes
 from apertus_mlx.convert.plan.plan import OutputFile, OutputTensor, Plan, Step
@@ -56,7 +56,7 @@ def execute(
     """
     done_bytes = 0
     with Reader(source) as reader, _Shards(workspace.path, plan.files) as shards:
-        weights = transformed_weights(plan, reader, calibrated)
+        weights = with_tuned_norms(transformed_weights(plan, reader, calibrated), calibrated)
         for number, step in enumerate(plan.steps):
             recorded = workspace.done.get(number)
             if recorded is None or shards.checksum(step) != recorded:

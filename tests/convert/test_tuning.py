@@ -1,0 +1,212 @@
+"""`convert --tune`: only scales, biases and norms change, and the result is nearer the original."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from apertus_mlx.backend.mlx import load_model
+from apertus_mlx.convert.calibration import calibrated, memory, tuning
+from apertus_mlx.convert.calibration.calibrated import prepare_calibration
+from apertus_mlx.convert.calibration.tuning import Tuning
+from apertus_mlx.convert.evaluation import little_text
+from apertus_mlx.convert.evaluation.texts import language_windows, open_text
+from apertus_mlx.convert.job import Job, convert, prepare
+from apertus_mlx.convert.plan.options import read_request
+from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.write.manifest import MANIFEST
+from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.quant.spec import QuantSpec
+from tests.builders import config_4x, write_checkpoint
+
+REQUEST = Request(QuantSpec(2, 32), method="gptq")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    text = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(60))
+    (folder / "en.txt").write_text(text)
+    return write_checkpoint(folder / "source", config_4x(), dtype=mx.bfloat16)
+
+
+def small_steps(patch: pytest.MonkeyPatch) -> None:
+    """Many batches from little text, all of which calibrates."""
+    patch.setattr(little_text, "ENOUGH_TOKENS", 1)
+    patch.setattr(calibrated, "WINDOW_TOKENS", 64)
+    patch.setattr(tuning, "TUNING_TOKENS", 256)
+    patch.setattr(tuning, "EPOCHS", (4, 4))
+
+
+def job(source: Path, request: Request, target: Path | None = None) -> Job:
+    text = source.parent / "en.txt"
+    return prepare(source, request, "source", calibration_texts=[text], target=target)
+
+
+@pytest.fixture(scope="module")
+def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same conversion without and with `--tune`."""
+    place = tmp_path_factory.mktemp("folders")
+    with pytest.MonkeyPatch.context() as patch:
+        small_steps(patch)
+        plain, tuned = (
+            convert(job(source, replace(REQUEST, tune=on)), place / str(on)) for on in (False, True)
+        )
+    return plain, tuned
+
+
+def arrays(folder: Path) -> dict[str, mx.array]:
+    found = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(found, dict)
+    return found
+
+
+def divergence(folder: Path, source: Path, windows: np.ndarray) -> float:
+    """Mean over all positions, in float64, from the logits of the runtime."""
+    logs = []
+    for model in (source, folder):
+        logits = np.array(load_model(model, "float32")(mx.array(windows)), np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        logs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def test_the_codes_are_those_of_the_calibration(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed as they were, with other scales."""
+    small_steps(monkeypatch)
+    monkeypatch.setattr(tuning, "EPOCHS", (1, 1))
+    found = job(source, replace(REQUEST, tune=True))
+    (tmp_path / "codes").mkdir()
+    assert found.calibration is not None
+    calibrated.make_codes(
+        found.plan, source, found.calibration, tmp_path / "codes", lambda *_: None
+    )
+    written = arrays(convert(found, tmp_path / "out"))
+    assert found.plan.specs
+    for step in found.plan.steps:
+        if step.spec is not None:
+            codes, scales, _ = calibrated.read_codes(tmp_path / "codes", step)
+            assert mx.array_equal(written[f"{step.path}.weight"], codes)
+            assert not mx.array_equal(written[f"{step.path}.scales"], scales)
+
+
+@pytest.mark.nightly
+def test_codes_stay_and_the_rest_learns(folders: tuple[Path, Path]) -> None:
+    plain, tuned = map(arrays, folders)
+    assert plain.keys() == tuned.keys()
+    changed = {name for name in plain if not bool(mx.array_equal(plain[name], tuned[name]))}
+    scales = {name for name in plain if name.endswith((".scales", ".biases"))}
+    norms = {name for name in plain if name.endswith("norm.weight")}
+    assert scales <= changed <= scales | norms
+    assert changed & norms
+
+
+@pytest.mark.nightly
+def test_the_receipt_says_what_was_gained(folders: tuple[Path, Path], source: Path) -> None:
+    """Beside the divergences of both folders on the windows that decide."""
+    texts = prepare_calibration(source, [source.parent / "en.txt"])
+    manifests = [json.loads((folder / MANIFEST).read_text()) for folder in folders]
+    assert manifests[0]["tuning"] is None
+    record = manifests[1]["tuning"]
+    windows = Tuning.on(None, texts.sample.windows).deciding  # type: ignore[arg-type]
+    found = [divergence(folder, source, windows) for folder in folders]
+    # The original names a part of the tokens, and the rest as one: never more than the whole.
+    for said, whole in zip((record["kl_before"], record["kl_after"]), found, strict=True):
+        assert 0.6 * whole < said < 1.001 * whole
+    assert record["kl_after"] < record["kl_before"]
+    assert any(note.startswith("--tune: on windows held") for note in manifests[1]["notes"])
+
+
+@pytest.mark.nightly
+def test_text_that_nothing_has_seen_is_nearer_too(folders: tuple[Path, Path], source: Path) -> None:
+    texts = prepare_calibration(source, [source.parent / "en.txt"])
+    [windows] = language_windows(texts.judged, *open_text(source), 512, 512)["en"][:1]
+    before, after = (divergence(folder, source, windows) for folder in folders)
+    assert after < before
+
+
+def test_no_window_has_two_uses(source: Path) -> None:
+    """Windows to learn from, to decide by and to judge by; of windows that repeat as well."""
+    texts = prepare_calibration(source, [source.parent / "en.txt"])
+    drawn = np.random.default_rng(0).integers(0, 9, (40, 2))
+    for windows in (texts.sample.windows, drawn, drawn[:2], np.zeros((5, 2), np.int64)):
+        divided = Tuning.on(None, windows)  # type: ignore[arg-type]
+        lessons, deciding = (
+            {row.tobytes() for row in part} for part in (divided.lessons, divided.deciding)
+        )
+        assert lessons.isdisjoint(deciding)
+        assert lessons | deciding == {row.tobytes() for row in windows}
+        assert divided.is_possible == bool(lessons and deciding)
+    assert not Tuning.on(None, drawn[:1]).is_possible  # type: ignore[arg-type]
+
+
+@pytest.mark.nightly
+def test_what_does_not_get_better_stays(
+    folders: tuple[Path, Path], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_steps(monkeypatch)
+    monkeypatch.setattr(tuning, "EPOCHS", (1, 1))
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
+    found = convert(job(source, replace(REQUEST, tune=True)), tmp_path / "out")
+    assert (found / "model.safetensors").read_bytes() == (
+        folders[0] / "model.safetensors"
+    ).read_bytes()
+    notes = json.loads((found / MANIFEST).read_text())["notes"]
+    assert "--tune: on windows held out from it nothing got better; nothing was changed" in notes
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("calibration", "source: calibration takes about 2.00 GB of .* are available; --method se"),
+        ("tuning", "source: --tune takes about 2.00 GB of .* are available; leave it out"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_begins(
+    source: Path, what: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
+    monkeypatch.setattr(memory, f"{what}_memory_bytes", lambda _: 2 * 10**9)
+    with pytest.raises(ResourceError, match=message):
+        job(source, replace(REQUEST, tune=True))
+
+
+def options(**given: object) -> Request:
+    none = dict.fromkeys(
+        ("bits", "group_size", "mode", "embed_bits", "head_bits", "recipe", "target_bpw",
+         "target_size", "dtype", "vocab")
+    )  # fmt: skip
+    return read_request(**{**none, "rules": (), "vocab_for": (), **given})  # type: ignore[arg-type]
+
+
+def test_best_is_gptq_tuned_and_compared() -> None:
+    found = options(method="best", bits=2)
+    assert found == Request(QuantSpec(2, 64), method="gptq", tune=True, compare=True)
+
+
+@pytest.mark.parametrize("method", ["rtn", "search"])
+def test_nothing_to_tune(method: str) -> None:
+    with pytest.raises(UsageError, match=f"--tune: --method {method} calibrates nothing"):
+        options(method=method, bits=2, tune=True)
+
+
+def test_best_keeps_what_is_nearer(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enough text or not; here calibration is made to lose."""
+    monkeypatch.setattr(little_text, "ENOUGH_TOKENS", 1)
+    monkeypatch.setattr(
+        "apertus_mlx.convert.job.HeldOutComparison.divergences", lambda *_: [0.2, 0.1]
+    )
+    best = replace(REQUEST, tune=True, compare=True)
+    plan = job(source, best, tmp_path / "out").plan
+    assert (plan.request.method, plan.request.tune) == ("search", False)
+    assert "without texts 0.1: method search is kept" in plan.notes[-1]
+    assert job(source, replace(best, compare=False)).plan.request.tune
