@@ -67,15 +67,21 @@ class Curvature:
         """Of H, `[columns]`."""
         return np.asarray(_diagonal(self.moments), np.float32)
 
-    def reduce(self, right: Array) -> Array:
-        """`L^-1 right[order]` for `right` `[columns, rows]`."""
+    def solve(self, right: Array) -> Array:
+        """`H^-1 right` for `right` `[columns, rows]`."""
         x = right[as_library(self.order, right)]
         for part, inverse in zip(blocks(len(x), BLOCK_COLUMNS), self.inverses, strict=True):
             here = x[part]
             if part.start:
                 here = here - self.factor[part, : part.start] @ x[: part.start]
             x[part] = inverse @ here
-        return x
+        parts = list(zip(blocks(len(x), BLOCK_COLUMNS), self.inverses, strict=True))
+        for part, inverse in reversed(parts):
+            here = x[part]
+            if part.stop < len(x):
+                here = here - self.factor[part.stop :, part].T @ x[part.stop :]
+            x[part] = inverse.T @ here
+        return x[as_library(np.argsort(self.order), right)]
 
 
 def damped(second_moments: Float32 | Float64, damping: float = DAMPING) -> Float64:

@@ -29,7 +29,6 @@ def improve(
     curvature: Curvature,
     scale_type: ScaleType = "BF16",
     rounds: int | None = None,
-    missing: Array | None = None,
 ) -> Columns:
     """Codes, scales and biases whose objective is at most that of `start`, row by row.
 
@@ -39,7 +38,6 @@ def improve(
         curvature: the objective's.
         scale_type: what scales and biases will be stored in.
         rounds: how often each block of columns is taken up; by default as often as pays.
-        missing: if given, come close to `target + H^-1 missing` instead; `[columns, rows]`.
     """
     xp, spec = library(target), start.spec
     if rounds is None:
@@ -50,8 +48,6 @@ def improve(
         for part in blocks(len(errors), BLOCK_COLUMNS):
             # Half the slope of the objective.
             slope = curvature.moments[part] @ errors
-            if missing is not None:
-                slope = slope - missing[part]
             groups = list(blocks(part.stop - part.start, spec.group_size))
             for inside in groups * VISITS:
                 here = slice(part.start + inside.start, part.start + inside.stop)

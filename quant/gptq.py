@@ -49,12 +49,9 @@ def round_in_order(
     target: Array,
     grid: Columns,
     curvature: Curvature,
-    missing: Array | None = None,
     block_columns: int = BLOCK_COLUMNS,
 ) -> Columns:
     """Codes for `target` `[columns, rows]` on the scales and biases of `grid`.
-
-    With `missing` `[columns, rows]` they are for `target + H^-1 missing`.
 
     With `H = L L^T` the objective is a sum over columns k of squares of what the errors at and
     behind k come to through L. From the last column on, each is moved by what those behind it left
@@ -64,13 +61,12 @@ def round_in_order(
     order, factor = as_library(curvature.order, target), curvature.factor
     groups = as_library(curvature.order // grid.spec.group_size, target)
     values = target[order]
-    lead = None if missing is None else curvature.reduce(missing)
     # From here on from the last column to the first.
     codes, errors = xp.zeros_like(values), xp.zeros_like(values)
     for part in reversed(list(blocks(len(values), block_columns))):
         own = factor[part, part]
         diagonal = xp.diagonal(own)[:, None]
-        moved = values[part] if lead is None else values[part] + lead[part] / diagonal
+        moved = values[part]
         if part.stop < len(values):
             moved = moved + (factor[part.stop :, part].T @ errors[part.stop :]) / diagonal
         form = groups[part][::-1]
