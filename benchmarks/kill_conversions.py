@@ -1,6 +1,6 @@
 """Kills conversions and distillations at random moments (SIGKILL) and lets them go on.
 
-    PYTHONPATH=.:tests python benchmarks/kill_conversions.py --kills 200
+    PYTHONPATH=.:tests python benchmarks/kill_conversions.py --kills 200 [--kinds gptq tuned]
 
 Half of the moments are drawn over the duration of a whole run, the others come right after a random
 line of progress. A run that was killed goes on with `--resume` until it is killed again or done.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--child", nargs=3, metavar=("KIND", "FOLDER", "TARGET"))
     arguments = parser.parse_args()
     if arguments.child:
@@ -55,26 +57,29 @@ def main() -> None:
         work.run(Path(target), resume=True, progress=lambda line: print(line, flush=True))
         return
     with tempfile.TemporaryDirectory() as place:
-        counts, faults = kill_all(Path(place), arguments.kills, random.Random(arguments.seed))
+        draw = random.Random(arguments.seed)
+        counts, faults = kill_all(Path(place), arguments.kills, draw, arguments.kinds)
     print(json.dumps({"kills": counts, "faults": faults}, indent=2))
     sys.exit(bool(faults))
 
 
-def kill_all(place: Path, kills: int, draw: random.Random) -> tuple[dict[str, int], list[str]]:
+def kill_all(
+    place: Path, kills: int, draw: random.Random, kinds: Sequence[str] = KINDS
+) -> tuple[dict[str, int], list[str]]:
     """Kill until there are enough; returns how many there were of each kind, and what failed."""
     models = place / "models"
     models.mkdir()
-    for kind in KINDS:
+    for kind in kinds:
         make_work(kind, models)
     homes = [place / name for name in ("home", "tmp")]
     for home in homes:
         home.mkdir()
-    wholes = {kind: whole_run(kind, models, place) for kind in KINDS}
+    wholes = {kind: whole_run(kind, models, place) for kind in kinds}
     counts: Counter[str] = Counter()
     faults: list[str] = []
     number = 0
     while sum(counts.values()) < kills:
-        kind = KINDS[number % len(KINDS)]
+        kind = kinds[number % len(kinds)]
         target = place / f"round-{number}" / "out"
         target.parent.mkdir()
         number += 1
