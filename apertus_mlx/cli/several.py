@@ -12,7 +12,7 @@ from apertus_mlx.errors import NotFoundError, UsageError
 if TYPE_CHECKING:
     from apertus_mlx.backend.rank_watch import RankWatch
 
-COMMANDS = ("generate", "chat")
+COMMANDS = ("generate", "chat", "bench")
 # Longer than the watch takes to find out which rank is gone.
 VERDICT_S = 15.0
 _watches: list[RankWatch] = []
@@ -38,7 +38,7 @@ def meet(command: str | None) -> None:
     _watches.append(RankWatch(ranks, _end))
     if command not in COMMANDS:
         raise UsageError(
-            f"{command}: computes on one machine; mlx.launch can start {' and '.join(COMMANDS)}"
+            f"{command}: computes on one machine; mlx.launch can start {', '.join(COMMANDS)}"
         )
 
 

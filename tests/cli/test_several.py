@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import read_config
 from tests.builders import config_4x, write_checkpoint
 from tests.ranks import ends, start
 
@@ -81,3 +84,51 @@ def test_rank_0_speaks_for_all(tmp_path: Path, model: Path) -> None:
     assert [code for code, _, _ in plans] == [2, 2]
     assert plans[0][2].startswith("error: plan: computes on one machine")
     assert plans[1][1:] == ("", "")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("split", [[], ["--pipeline"]])
+def test_every_rank_keeps_its_part_of_a_prompt(
+    tmp_path: Path, model: Path, split: list[str]
+) -> None:
+    command = ["-m", "apertus_mlx", "generate", "Hello", "-n", "9", "--temp", "0", "--json"]
+    command += ["-m", str(model), "--compute", "mlx"]
+    alone = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    expected = json.loads(alone.stdout)
+    command += ["--prompt-cache", str(tmp_path / "prompt"), *split]
+    for reused in (0, expected["prompt_tokens"] - 1):
+        (code, out, err), other = ends(start(tmp_path, [command] * 2))
+        assert (code, other) == (0, (0, "", "")), err
+        told = json.loads(out)
+        assert told["token_ids"] == expected["token_ids"]
+        assert told["reused_prompt_tokens"] == reused
+    assert sorted(each.name for each in tmp_path.glob("prompt*")) == ["prompt", "prompt.1"]
+    (tmp_path / "prompt.1").unlink()
+    found = ends(start(tmp_path, [command] * 2))
+    assert [code for code, _, _ in found] == [2, 2]
+    said = "rank 1 (127.0.0.1) has another prompt cache than rank 0 (127.0.0.1)"
+    assert said in found[0][2]
+    other_split = [each for each in command if each not in split] + (["--pipeline"] * (not split))
+    found = ends(start(tmp_path, [other_split] * 2))
+    assert found[0][0] == 3
+    assert "prompt: was made by rank 0 of 2 with " in found[0][2]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("split", [[], ["--pipeline"]])
+def test_bench_of_ranks(tmp_path: Path, model: Path, split: list[str]) -> None:
+    command = ["-m", "apertus_mlx", "bench", str(model), "--prompt-tokens", "8", "--depths", "0"]
+    command += ["--new-tokens", "3", "--rounds", "1", "--json", *split]
+    (code, out, err), other = ends(start(tmp_path, [command] * 2))
+    assert (code, other) == (0, (0, "", "")), err
+    told = json.loads(out)
+    (side,) = told["sides"]
+    what = "layers 0 to 0" if split else "a share of each layer"
+    assert side["ready"]["backend"] == f"MLX on the CPU, rank 0 of 2 with {what}"
+    assert [each["task"]["kind"] for each in side["measurements"]] == ["prefill", "decode"]
+    assert all(each["tokens_per_s"]["median"] > 0 for each in side["measurements"])
+    assert side["measurements"][1]["roofline_share"] is None
+    # Both machines' weights, as one would have them.
+    assert told["model"]["parameters"] == layout.parameter_count(read_config(model))
