@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import read_config
 from tests.builders import config_4x, write_checkpoint
-from tests.ranks import ends, start
+from tests.ranks import ROOT, ends, start
 
 
 @pytest.fixture
@@ -132,3 +134,44 @@ def test_bench_of_ranks(tmp_path: Path, model: Path, split: list[str]) -> None:
     assert side["measurements"][1]["roofline_share"] is None
     # Both machines' weights, as one would have them.
     assert told["model"]["parameters"] == layout.parameter_count(read_config(model))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path, model: Path, interrupted: int) -> None:
+    processes = answering(tmp_path, model)
+    processes[interrupted].send_signal(signal.SIGINT)
+    found = ends(processes)
+    assert [code for code, _, _ in found] == [130, 130]
+    assert not any("error" in err or "Traceback" in err for _, _, err in found)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_an_interrupt_of_the_launcher_ends_all(tmp_path: Path, model: Path, command: str) -> None:
+    """As a terminal does it: all of its processes get the signal."""
+    launch = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
+    arguments = {
+        "generate": ["Hello", "-n", "60000", "-m", str(model), "--temp", "0",
+                     *(f"--logit-bias={id}=-100" for id in (2, 68, 72))],
+        "serve": [str(model), "--port", "0"],
+    }[command]  # fmt: skip
+    own = [sys.executable, "-m", "apertus_mlx", command, *arguments]
+    process = subprocess.Popen(
+        [sys.executable, "-c", launch, "-n", "2", "--starting-port", str(free_port()), "--", *own],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        start_new_session=True,
+    )  # fmt: skip
+    told = process.stdout if command == "generate" else process.stderr
+    assert told is not None
+    assert any(told.read(1) for _ in range(2))
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    codes = re.findall(rb"Node with rank (\d) exited with code (\d+)", err)
+    assert sorted(codes) == [(b"0", b"130"), (b"1", b"130")], err
