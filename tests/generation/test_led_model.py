@@ -109,7 +109,7 @@ def play(
     ("seed", "form", "most"),
     [
         (0, CacheConfig(), 9),
-        (1, CacheConfig(8, 8, window=8), 0),
+        pytest.param(1, CacheConfig(8, 8, window=8), 0, marks=pytest.mark.nightly),
         *(pytest.param(seed, CacheConfig(), 4, marks=pytest.mark.nightly) for seed in range(2, 20)),
         pytest.param(2, CacheConfig(bound=48), 0, marks=pytest.mark.nightly),
     ],
