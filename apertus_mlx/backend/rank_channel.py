@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from apertus_mlx.backend.rank_sockets import connect
-from apertus_mlx.backend.ranks import Ranks
-from apertus_mlx.errors import NotFoundError
+from apertus_mlx.backend.ranks import RankLostError, Ranks
 
 # A rank that takes nothing for so long is gone, and `RankWatch` has said so before.
 _STUCK_S = 60.0
@@ -32,22 +32,23 @@ class RankChannel:
         """Of rank 0: send an order.
 
         Raises:
-            NotFoundError: a rank is gone.
+            RankLostError: a rank is gone.
         """
         line = json.dumps(order).encode() + b"\n"
         try:
             for each in self._others:
                 each.sendall(line)
         except OSError:
-            raise NotFoundError("the connection to another rank was lost") from None
+            raise RankLostError("the connection to another rank was lost") from None
 
     def orders(self) -> Iterator[dict[str, Any]]:
         """Of the others: all orders, as they come.
 
         Raises:
-            NotFoundError: rank 0 is gone.
+            RankLostError: rank 0 is gone.
         """
-        with self._others[0].makefile("rb") as lines:
+        with suppress(OSError), self._others[0].makefile("rb") as lines:
             for line in lines:
-                yield json.loads(line)
-        raise NotFoundError("the connection to rank 0 was lost")
+                if line.endswith(b"\n"):  # else rank 0 has died over it
+                    yield json.loads(line)
+        raise RankLostError("the connection to rank 0 was lost")

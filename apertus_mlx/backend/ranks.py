@@ -99,10 +99,16 @@ class Ranks:
                     raise UsageError(f"{self.name(rank)} has another {fact} than {self.name(0)}")
 
 
+class RankLostError(NotFoundError):
+    """The connection to another rank was lost; `RankWatch` finds out to which."""
+
+
 def lost(error: BaseException) -> NotFoundError | None:
-    """What it means to a user if MLX lost the connection to another rank; else None."""
+    """What it means to a user if the connection to another rank was lost; else None."""
+    if isinstance(error, RankLostError):
+        return error
     if isinstance(error, RuntimeError) and "connection to a peer was lost" in str(error):
-        return NotFoundError("the connection to another rank was lost")
+        return RankLostError("the connection to another rank was lost")
     return None
 
 

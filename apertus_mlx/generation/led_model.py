@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -57,6 +58,7 @@ class LedDecoder(nn.Module):
         self._numbers = 0
         self._gone: deque[int] = deque()
         self._broken = False
+        self._before: Callable[[], None] = lambda: None
 
     def __call__(self, inputs: mx.array, cache: Sequence[Cache]) -> mx.array:
         """Final hidden states of `inputs` `[B, L]`; the same on all ranks.
@@ -67,12 +69,15 @@ class LedDecoder(nn.Module):
         if self._broken:
             raise ApertusError("the ranks are out of step; start them again")
         self._broken = True
+        # MLX crashes where it computes with what a lost connection has left without data.
+        self._before()
         rows = [self._row(first) for first in _firsts(cache)]
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         self._tell({"rows": rows, "shape": list(inputs.shape), "gone": gone})
         hidden = self._pass(self._summed(inputs.astype(mx.uint32)), cache)
         # The others compute it now, in the order in which they hear of it.
         mx.async_eval(hidden)
+        self._before = partial(mx.eval, hidden)
         for first in _firsts(cache):
             vars(first)[_NAME].length = first.offset
         self._broken = False
@@ -109,12 +114,11 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
         used: Sequence[Cache] = rows[0]
         if len(rows) > 1:
             used = rows_of([_ours(each) for each in rows])
-        hidden = model.model(summed(mx.zeros(order["shape"], mx.uint32)), used)
-        # One pass ahead, so that the next order is read while this one is computed.
-        mx.async_eval(hidden)
-        if before is not None:
+        if before is not None:  # see `LedDecoder`
             mx.eval(before)
-        before = hidden
+        before = model.model(summed(mx.zeros(order["shape"], mx.uint32)), used)
+        # The next order is read meanwhile.
+        mx.async_eval(before)
         if order["shape"][1] > 1:
             mx.clear_cache()
 

@@ -22,6 +22,10 @@ from tests.server.process import Process
 pytestmark = pytest.mark.nightly
 
 PROMPTS = [[1, *range(80, 80 + 3 * count)] for count in range(4, 8)]
+ENDLESS = {
+    "prompt": PROMPTS[0], "max_tokens": 60_000, "stream": True, "temperature": 0,
+    "logit_bias": {"2": -100, "68": -100, "72": -100},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +110,10 @@ def test_ranks_answer_as_one_process(tmp_path: Path, model: Path, split: list[st
 
 
 def test_a_client_that_goes_frees_all(tmp_path: Path, model: Path) -> None:
-    endless = {
-        "prompt": PROMPTS[0], "max_tokens": 60_000, "stream": True, "temperature": 0,
-        "logit_bias": {"2": -100, "68": -100, "72": -100},
-    }  # fmt: skip
     with serving(tmp_path, model, "--parallel", "1") as (port, processes):
         expected = post(port, prompt=PROMPTS[1], max_tokens=9, temperature=0)
         connection = connect(port)
-        request(connection, endless)
+        request(connection, ENDLESS)
         reply = connection.getresponse()
         assert reply.read(100)
         reply.close()
@@ -127,13 +127,19 @@ def test_a_client_that_goes_frees_all(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-def test_a_killed_rank_ends_the_server(tmp_path: Path, model: Path, gone: int) -> None:
-    with serving(tmp_path, model) as (port, processes):
+@pytest.mark.parametrize("answering", [False, True])
+def test_a_killed_rank_ends_the_server(
+    tmp_path: Path, model: Path, gone: int, answering: bool
+) -> None:
+    with serving(tmp_path, model) as (port, processes), closing(connect(port)) as connection:
         post(port, prompt="a", max_tokens=1)
+        if answering:
+            request(connection, ENDLESS)
+            assert connection.getresponse().read(100)
         processes[gone].kill()
         found = ends(processes)
     assert [code for code, _, _ in found] == [[-9, 4], [4, -9]][gone]
-    lines = [line for _, _, err in found for line in err.splitlines() if "error" in line]
+    lines = [line for _, _, err in found for line in err.splitlines() if "error:" in line]
     expected = f"error: rank {gone} (127.0.0.1) is gone: its process has ended; all ranks end"
     assert lines == [expected]
 
