@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from apertus_mlx.cli import options
+from apertus_mlx.cli import options, several
 from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import CHAT_CONTEXT, NO_DRAFT, DraftOptions, RunOptions
@@ -64,7 +64,8 @@ def serve(
     def load() -> LoadedModel:
         loaded = folder.load(settings)
         if ranks is not None and channel is not None and isinstance(loaded.model, Model):
-            lead(loaded.model, ranks.sum, channel.tell)
+            # Where a rank is gone it waits here until the watch ends the process.
+            lead(loaded.model, ranks.sum, channel.tell, several.explain_loss)
         drafting = load_drafting(folder, helper, draft, settings, context=context)
         return replace(loaded, output_filter=chosen, drafting=drafting)
 

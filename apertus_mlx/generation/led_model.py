@@ -1,8 +1,7 @@
 """A model on several machines of which rank 0 alone knows what is asked, as in a server.
 
 Rank 0 draws all tokens. Before each of its passes it tells the others for which sequences it is,
-and they compute the same pass with caches of their own. The tokens go over MLX's connections, so
-that rank 0 need not wait for them.
+and they compute the same pass with caches of their own. The tokens go over MLX's connections.
 
 A cache is named by a number. What a fork of it computes is another one's, and so is what comes
 after some positions were taken back: under one number positions are only added, so that each rank
@@ -15,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -47,18 +45,27 @@ class _Name:
 
 
 class LedDecoder(nn.Module):
-    """Rank 0's decoder: what the others hear of each pass is `tell`'s; see `Model.model`."""
+    """Rank 0's decoder: the others hear of each pass by `tell`; see `Model.model`.
 
-    def __init__(self, decoder: nn.Module, summed: Sum, tell: Callable[[Order], None]) -> None:
+    Each pass is waited for: MLX crashes where it computes with what a lost connection has left
+    without data. `failed` is told of one that fails, before anybody else, and may not return.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        summed: Sum,
+        tell: Callable[[Order], None],
+        failed: Callable[[Exception], object],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # Embedding, layers and norm, as whoever asks for them knows them.
         dict.update(self, decoder)
         self._pass: Callable[..., mx.array] = decoder.__call__
-        self._summed, self._tell = summed, tell
+        self._summed, self._tell, self._failed = summed, tell, failed
         self._numbers = 0
         self._gone: deque[int] = deque()
         self._broken = False
-        self._before: Callable[[], None] = lambda: None
 
     def __call__(self, inputs: mx.array, cache: Sequence[Cache]) -> mx.array:
         """Final hidden states of `inputs` `[B, L]`; the same on all ranks.
@@ -69,15 +76,15 @@ class LedDecoder(nn.Module):
         if self._broken:
             raise ApertusError("the ranks are out of step; start them again")
         self._broken = True
-        # MLX crashes where it computes with what a lost connection has left without data.
-        self._before()
-        rows = [self._row(first) for first in _firsts(cache)]
-        gone = [self._gone.popleft() for _ in range(len(self._gone))]
-        self._tell({"rows": rows, "shape": list(inputs.shape), "gone": gone})
-        hidden = self._pass(self._summed(inputs.astype(mx.uint32)), cache)
-        # The others compute it now, in the order in which they hear of it.
-        mx.async_eval(hidden)
-        self._before = partial(mx.eval, hidden)
+        try:
+            rows = [self._row(first) for first in _firsts(cache)]
+            gone = [self._gone.popleft() for _ in range(len(self._gone))]
+            self._tell({"rows": rows, "shape": list(inputs.shape), "gone": gone})
+            hidden = self._pass(self._summed(inputs.astype(mx.uint32)), cache)
+            mx.eval(hidden)
+        except Exception as error:
+            self._failed(error)
+            raise
         for first in _firsts(cache):
             vars(first)[_NAME].length = first.offset
         self._broken = False
@@ -102,7 +109,6 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
         ApertusError: an order makes no sense.
     """
     held: dict[int, list[Cache]] = {}
-    before: mx.array | None = None
     for order in orders:
         if "end" in order:
             if order["end"] == "interrupted":
@@ -114,11 +120,7 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
         used: Sequence[Cache] = rows[0]
         if len(rows) > 1:
             used = rows_of([_ours(each) for each in rows])
-        if before is not None:  # see `LedDecoder`
-            mx.eval(before)
-        before = model.model(summed(mx.zeros(order["shape"], mx.uint32)), used)
-        # The next order is read meanwhile.
-        mx.async_eval(before)
+        mx.eval(model.model(summed(mx.zeros(order["shape"], mx.uint32)), used))
         if order["shape"][1] > 1:
             mx.clear_cache()
 
@@ -151,9 +153,14 @@ def _ours(caches: Iterable[Cache]) -> list[FullCache | QuantizedCache]:
     return [each for each in caches if isinstance(each, FullCache | QuantizedCache)]
 
 
-def lead(model: Model, summed: Sum, tell: Callable[[Order], None]) -> None:
-    """Have all passes of `model` go to the other ranks, too."""
-    model.model = LedDecoder(model.model, summed, tell)  # type: ignore[assignment]
+def lead(
+    model: Model,
+    summed: Sum,
+    tell: Callable[[Order], None],
+    failed: Callable[[Exception], object] = lambda _: None,
+) -> None:
+    """Have all passes of `model` go to the other ranks, too; see `LedDecoder`."""
+    model.model = LedDecoder(model.model, summed, tell, failed)  # type: ignore[assignment]
 
 
 def end(tell: Callable[[Order], None], interrupted: bool) -> None:
