@@ -26,6 +26,7 @@ import mlx.nn as nn
 from apertus_mlx import hub
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.backend.memory_limits import mlx_limits
+from apertus_mlx.backend.ranks import is_launched
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.conversation import Conversation
@@ -109,13 +110,19 @@ def load(
         RejectedError: a file of it is damaged or not supported.
         ResourceError: too little memory or disk.
         TypeError: a value of a wrong type, or an unknown option.
-        UsageError: a value out of range.
+        UsageError: a value out of range, or one of several processes of `mlx.launch`.
     """
     _require_process()
+    if is_launched():
+        raise UsageError(
+            "load: computes on one machine; under mlx.launch start a command of apertus-mlx"
+        )
     TEMPLATES.start()
     settings = RunOptions(**known(RunOptions, options))
     chosen = None if output_filter is None else load_output_filter(output_filter)
     report = progress or (lambda _: None)
+    if settings.pipeline:
+        raise UsageError("pipeline: splits a model over the machines of mlx.launch")
     drafts = DraftOptions(draft=draft, draft_vocab=draft_vocab)
     folder = open_folder(
         hub.locate(model, revision=settings.revision, offline=settings.offline, progress=progress)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from apertus_mlx.measure.tasks.run import ModelScores
     from apertus_mlx.memory import Device
     from apertus_mlx.memory.overview import Overview
+    from apertus_mlx.memory.pipeline_report import PipelinePlan
     from apertus_mlx.memory.report import MemoryPlan
 
 EMBEDDED_NAME = "apertus-demo"
@@ -311,6 +312,54 @@ def plan(
     cpu = precision if ranks == 1 else None
     return plan_for_device(
         inventory, target, context, options.form, options.prefill_step, on_gpu, cpu, other, ranks
+    )
+
+
+@checked
+def plan_pipeline(
+    model: _Name | None = None,
+    *,
+    device: str | None = None,
+    context: int | None = None,
+    ranks: int = 1,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: OnProgress | None = None,
+    **cache: Unpack[CacheKeywords],
+) -> PipelinePlan:
+    """What each of several machines takes if the model is split by layers, by their memory.
+
+    `device` names each of them, with commas between, or one of which there are `ranks`. The other
+    options are those of `plan`.
+
+    Raises:
+        UsageError: fewer than two machines, more than layers, another number of devices than
+            `ranks`, or see `plan`.
+        NotFoundError: there is no such model, or it cannot be reached.
+        RejectedError: the checkpoint is damaged or has to be converted first.
+    """
+    from apertus_mlx.generation.memory_plan import find_device
+    from apertus_mlx.memory.pipeline_report import plan_stages
+
+    options = CacheOptions(**known(CacheOptions, cache))
+    names: list[str | None] = [None] if device is None else [*device.split(",")]
+    if len(names) == 1:
+        names *= ranks
+    if len(names) < 2 or ranks not in (1, len(names)):
+        raise UsageError(
+            f"--pipeline: {len(names)} machines, and --ranks {ranks}; --ranks 2 splits over two "
+            "alike, --device 64GB,36GB over these"
+        )
+    found = [find_device(name) for name in names]
+    on_gpu = all(each for _, each, _ in found)
+    inventory = _inventory(model, revision, offline, progress)
+    return plan_stages(
+        inventory,
+        [target for target, _, _ in found],
+        context,
+        options.form,
+        options.prefill_step,
+        on_gpu,
     )
 
 

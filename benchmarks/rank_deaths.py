@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=150)
+    parser.add_argument("--pipeline", action="store_true", help="split by layers")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     counts: Counter[str] = Counter()
@@ -47,6 +48,7 @@ def main() -> None:
             "-m", "apertus_mlx", "generate", "Hello", "--temp", "0", "--json",
             "-m", str(write_checkpoint(folder / "model", config)), "-n", str(arguments.tokens),
             *(f"--logit-bias={stop_id}=-100" for stop_id in (2, 68, 72)),
+            *(["--pipeline"] if arguments.pipeline else []),
         ]  # fmt: skip
         expected = answer(ends(start(folder, [command] * 2))[0][1])
         for number in range(arguments.rounds):

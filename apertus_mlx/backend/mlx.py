@@ -27,7 +27,8 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.disk_embedding import DiskEmbedding
 from apertus_mlx.model.linear import ScaledLinear
-from apertus_mlx.model.split import part_of, sum_shares
+from apertus_mlx.model.split import sum_shares
+from apertus_mlx.model.stages import StagedModel
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import checked, open_file
 from apertus_mlx.system.sizes import counted
@@ -60,18 +61,20 @@ def load_inventory(
     """Load what `take_inventory` found; see `load_model`.
 
     `on_bytes` is told the bytes read so far and in all. `embedding_on_disk` leaves the rows of an
-    untied embedding in the file. Of several `ranks` each loads its part.
+    untied embedding in the file. Of several `ranks` each loads the part that `inventory` is of.
 
     Raises:
-        UsageError: `embedding_on_disk`, but the head is the embedding; or the model does not divide
-            by the number of ranks.
+        UsageError: `embedding_on_disk`, but the head is the embedding.
     """
     command_buffers.widen()
     tf32.switch_off()
-    if ranks is not None:
-        inventory = part_of(inventory, ranks.size)
+    part = inventory.part
+    assert (ranks is None) == (part is None)
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
-    model = Model(inventory.config)
+    if ranks is not None and part is not None and part.layers is not None:
+        model: Model = StagedModel(inventory.config, part, ranks)
+    else:
+        model = Model(inventory.config)
     specs, left = inventory.specs, set[str]()
     if embedding_on_disk:
         model.model.embed_tokens = DiskEmbedding(inventory, compute, hardware.has_metal())
@@ -79,10 +82,10 @@ def load_inventory(
         specs.pop(layout.EMBEDDING, None)
     nn.quantize(model, class_predicate=lambda path, _: _as_arguments(specs.get(path)))
     wanted = {name: shape for name, shape in inventory.shapes.items() if name not in left}
-    if ranks is None:
+    if part is None or part.layers is not None:
         stored = _whole_arrays(inventory, wanted.keys())
     else:
-        stored = _own_arrays(inventory, ranks.rank)
+        stored = _own_arrays(inventory, part.rank)
     arrays = dict(_checked_arrays(inventory, wanted, stored, compute, on_bytes))
     factors = {path: arrays.pop(tensor.name) for path, tensor in inventory.factors.items()}
     model.load_weights(list(arrays.items()), strict=True)
@@ -91,9 +94,9 @@ def load_inventory(
     model.whole_codes = hardware.refuses_slices()
     # CUDA compiles the product that looks up a row at its first use, for half a minute.
     model.fuse(compiled_activation=model.on_gpu, row_by_product=hardware.has_metal())
-    if ranks is None:
+    if ranks is None or part is None:
         _use_kernels(model, inventory, compute, embedding_on_disk)
-    else:  # the fused kernels know no sum over ranks
+    elif part.layers is None:  # the fused kernels know no sum over ranks
         sum_shares(model, ranks.sum)
     model.eval()
     return model
@@ -186,7 +189,10 @@ def _checked_arrays(
 ) -> Iterator[tuple[str, mx.array]]:
     """Every parameter of `shapes` in the type that it is computed with, one evaluated at a time."""
     checkpoint, wanted = inventory.checkpoint, dict(shapes)
-    done = 0
+    done, all_bytes = 0, checkpoint.size_bytes
+    if inventory.part is not None:
+        known = checkpoint.tensors
+        all_bytes = sum(known[name].size_bytes for name in shapes if name in known)
     for key, read in stored:
         array, shape = read, wanted.pop(key)
         del read  # what is stored goes as soon as it is converted
@@ -203,7 +209,7 @@ def _checked_arrays(
             )
         done += checkpoint.tensors[key].size_bytes
         if on_bytes is not None:
-            on_bytes(done, checkpoint.size_bytes)
+            on_bytes(done, all_bytes)
         yield key, array
     for key in wanted:
         yield key, mx.array(XIELU_DEFAULTS[key.rsplit(".", 1)[-1]], compute)

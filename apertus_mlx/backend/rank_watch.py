@@ -6,15 +6,13 @@ at the end how it went. It leaves the numbers to MLX and carries single bytes.
 
 from __future__ import annotations
 
-import hmac
-import secrets
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from apertus_mlx.backend.rank_sockets import connect
 from apertus_mlx.backend.ranks import Ranks
 from apertus_mlx.errors import NotFoundError
 
@@ -23,48 +21,45 @@ INTERVAL_S = 1.0
 SILENCE_S = 10.0
 # Time for a rank to say by itself what has befallen all of them, before others speak for it.
 GRACE_S = 1.0
-CONNECT_S = 10.0
+# The exit code of what Ctrl-C ends.
+INTERRUPTED = 130
 # Bytes; any other one is the number of a rank that is gone.
-_THERE, _FAILED, _DONE = 0, 254, 255
-MOST_RANKS = _FAILED
-_SECRET_BYTES = 16
+_THERE, _INTERRUPTED, _FAILED, _DONE = 0, 253, 254, 255
+MOST_RANKS = _INTERRUPTED
 
 
 class RankWatch:
     """Watches the other ranks from a thread until this one ends.
 
     `on_loss` is called in that thread, once, with a line that names the rank that is gone, or None
-    where another one tells it; it has to end the process.
+    where another one tells it, and the exit code; it has to end the process.
     """
 
-    def __init__(self, ranks: Ranks, on_loss: Callable[[str | None], None]) -> None:
+    def __init__(self, ranks: Ranks, on_loss: Callable[[str | None, int], None]) -> None:
         """Connect; every rank has to.
 
         Raises:
             NotFoundError: a rank cannot be reached.
         """
         self._ranks, self._on_loss = ranks, on_loss
-        try:
-            self._others = _accept(ranks) if ranks.rank == 0 else {0: _connect(ranks)}
-        except OSError as error:
-            raise NotFoundError(f"the ranks cannot watch each other ({error})") from None
+        self._others = connect(ranks)
         self._heard = dict.fromkeys(self._others, time.monotonic())
         self._ended: set[int] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._thread.start()
 
-    def leave(self, failed: bool) -> bool:
-        """Tell the others how this rank ended, and stop watching.
+    def leave(self, code: int) -> bool:
+        """Tell the others with which exit code this rank ends, and stop watching.
 
         Returns whether this rank is to say what failed: rank 0 always, another one where rank 0
         has not failed, too.
         """
         self._closing.set()
         self._thread.join(3 * INTERVAL_S)
-        self._tell(_FAILED if failed else _DONE)
+        self._tell({0: _DONE, INTERRUPTED: _INTERRUPTED}.get(code, _FAILED))
         speaks = True
-        if failed and self._ranks.rank:
+        if code not in (0, INTERRUPTED) and self._ranks.rank:
             # Rank 0 lets its time of grace pass before it says anything, or ends.
             self._others[0].settimeout(SILENCE_S)
             with suppress(OSError):
@@ -106,6 +101,10 @@ class RankWatch:
         self._heard[rank] = time.monotonic()
         if _DONE in heard:
             self._ended.add(rank)
+        elif _INTERRUPTED in heard:
+            # It may be on its way to this rank, too.
+            time.sleep(GRACE_S)
+            self._lose(rank, "was interrupted", code=INTERRUPTED)
         elif _FAILED in heard:
             # What it is befalls all of them as a rule; whoever is on the way to say it may.
             time.sleep(GRACE_S)
@@ -117,47 +116,19 @@ class RankWatch:
             self._lose(rank, "is gone: its process has ended")
         return bool(heard)
 
-    def _lose(self, rank: int, how: str, tells_itself: bool = False) -> None:
+    def _lose(
+        self, rank: int, how: str, tells_itself: bool = False, code: int = NotFoundError.exit_code
+    ) -> None:
         if self._closing.is_set():
             return
         if self._ranks.rank == 0:
-            self._tell(rank)
+            self._tell(rank if code != INTERRUPTED else _INTERRUPTED)
         line = f"{self._ranks.name(rank)} {how}"
         # Rank 0 speaks, and of rank 0 its neighbour.
-        self._on_loss(None if tells_itself or self._ranks.rank > 1 else line)
+        silent = tells_itself or self._ranks.rank > 1 or code == INTERRUPTED
+        self._on_loss(None if silent else line, code)
 
     def _tell(self, byte: int) -> None:
         for connection in self._others.values():
             with suppress(OSError):
                 connection.send(bytes([byte]))
-
-
-def _accept(ranks: Ranks) -> dict[int, socket.socket]:
-    """Rank 0's connections to all others. Its port and a secret go over MLX's connections."""
-    host = ranks.hosts[0] if ranks.hosts else ""
-    secret = secrets.token_bytes(_SECRET_BYTES)
-    found: dict[int, socket.socket] = {}
-    with socket.create_server((host, 0)) as server:
-        ranks.shared([server.getsockname()[1], *secret])
-        end = time.monotonic() + CONNECT_S
-        while len(found) < ranks.size - 1:
-            server.settimeout(max(end - time.monotonic(), 0.001))
-            connection, _ = server.accept()
-            connection.settimeout(CONNECT_S)
-            first = b""
-            while len(first) <= _SECRET_BYTES and (more := connection.recv(1)):
-                first += more
-            known = hmac.compare_digest(first[:_SECRET_BYTES], secret)
-            if known and len(first) > _SECRET_BYTES and 0 < first[-1] < ranks.size:
-                found[first[-1]] = connection
-            else:
-                connection.close()
-    return found
-
-
-def _connect(ranks: Ranks) -> socket.socket:
-    port, *secret = ranks.shared([])
-    host = ranks.hosts[0] if ranks.hosts else "127.0.0.1"
-    connection = socket.create_connection((host, port), CONNECT_S)
-    connection.sendall(bytes([*secret, ranks.rank]))
-    return connection

@@ -54,6 +54,24 @@ class Ranks:
         """The sum of `x` over all ranks; every rank has to ask for it."""
         return mx.distributed.all_sum(x, group=self.group)
 
+    def from_before(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
+        """See `Links`: what the rank before this one sends."""
+        if self.rank == 0:
+            return None
+        return mx.distributed.recv(shape, dtype, self.rank - 1, group=self.group)
+
+    def to_next(self, x: mx.array) -> mx.array:
+        """See `Links`: send `x` to the rank after this one; returns the last one's, on all."""
+        if self.rank < self.size - 1:
+            sent = mx.distributed.send(x, self.rank + 1, group=self.group)
+            x = mx.depends(mx.zeros_like(x), sent)
+        return self.sum(x)
+
+    def gathered(self, number: int) -> list[int]:
+        """The numbers (32 bits) of all ranks, in their order."""
+        own = mx.array([number], mx.uint32)
+        return [int(each) for each in np.array(mx.distributed.all_gather(own, group=self.group))]
+
     def shared(self, numbers: Sequence[int]) -> list[int]:
         """Return rank 0's `numbers` (32 bits each) on every rank, whatever theirs are."""
         own = list(numbers) if self.rank == 0 else []
@@ -81,10 +99,16 @@ class Ranks:
                     raise UsageError(f"{self.name(rank)} has another {fact} than {self.name(0)}")
 
 
+class RankLostError(NotFoundError):
+    """The connection to another rank was lost; `RankWatch` finds out to which."""
+
+
 def lost(error: BaseException) -> NotFoundError | None:
-    """What it means to a user if MLX lost the connection to another rank; else None."""
+    """What it means to a user if the connection to another rank was lost; else None."""
+    if isinstance(error, RankLostError):
+        return error
     if isinstance(error, RuntimeError) and "connection to a peer was lost" in str(error):
-        return NotFoundError("the connection to another rank was lost")
+        return RankLostError("the connection to another rank was lost")
     return None
 
 

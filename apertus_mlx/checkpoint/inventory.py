@@ -47,10 +47,32 @@ class StoredMatrix(layout.Matrix):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What one of several machines holds of a checkpoint.
+
+    Attributes:
+        rank: which of them it is, from 0 on.
+        ranks: how many there are.
+        layers: those that it holds whole; None: a share of every layer.
+    """
+
+    rank: int
+    ranks: int
+    layers: range | None = None
+
+    def __str__(self) -> str:
+        share = "a share of each layer"
+        if self.layers is not None:
+            share = f"layers {self.layers.start} to {self.layers[-1]}"
+        return f"rank {self.rank} of {self.ranks} with {share}"
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
     """A checkpoint whose tensors match its config.
 
     Attributes:
+        part: where only that is here, which it is; config, matrices and vectors are those of it.
         matrices: each weight matrix by its module path, in the model's order.
         vectors: norms and xIELU parameters by name; None for a constant that is not stored.
         dropped: tensors that are in the files but not in the model, and why.
@@ -65,6 +87,7 @@ class Inventory:
     dropped: Mapping[str, str]
     tied: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
     tokenizer_bytes: int | None = None
+    part: Part | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +120,8 @@ class Inventory:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape in the model, for everything that is loaded."""
         found = {t.name: t.shape for m in self.matrices.values() for t in m.tensors}
-        found.update(layout.vectors(self.config))
+        first = self.part.layers.start if self.part and self.part.layers else 0
+        found.update(layout.vectors(self.config, first))
         found.update((tensor.name, tensor.shape) for tensor in self.factors.values())
         return found
 

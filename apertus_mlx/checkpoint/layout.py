@@ -47,9 +47,12 @@ def matrices(config: ModelConfig) -> Iterator[Matrix]:
         yield Matrix(HEAD, config.output_vocab_size, hidden)
 
 
-def vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Norm weights and xIELU parameters, with the shapes that Hugging Face stores."""
-    for index in range(config.num_hidden_layers):
+def vectors(config: ModelConfig, first: int = 0) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Norm weights and xIELU parameters, with the shapes that Hugging Face stores.
+
+    `first` is the number of the first layer, where others hold those before it.
+    """
+    for index in range(first, first + config.num_hidden_layers):
         prefix = layer(index)
         yield f"{prefix}.attention_layernorm.weight", (config.hidden_size,)
         yield f"{prefix}.feedforward_layernorm.weight", (config.hidden_size,)
@@ -65,6 +68,12 @@ def vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def layer(index: int) -> str:
     """The path of decoder layer `index`."""
     return f"model.layers.{index}"
+
+
+def layer_of(name: str) -> int | None:
+    """In which decoder layer the module or tensor `name` stands; None: in none."""
+    parts = name.split(".", 3)
+    return int(parts[2]) if name.startswith("model.layers.") else None
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -18,7 +18,7 @@ def main() -> None:
         code = 130
     from apertus_mlx.cli import several, sink
 
-    several.leave(code != 0)
+    several.leave(code)
     sink.finish()
     # During Python's own end an interrupt would print a traceback.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -96,6 +96,6 @@ def _failed(error: Exception) -> int:
         code = 1
     else:
         message, code = str(known), known.exit_code
-    prefix = several.leave(failed=True)
+    prefix = several.leave(code)
     sink.note(f"{prefix}error: {' '.join(message.split())}")
     return code

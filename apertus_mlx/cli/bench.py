@@ -65,14 +65,17 @@ def bench(
     the memory could deliver them and the weights.
     """
     from apertus_mlx.backend.hardware import has_library
+    from apertus_mlx.backend.ranks import joined
     from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.cache.config import FULL_BITS
     from apertus_mlx.checkpoint.inventory import take_inventory
     from apertus_mlx.cli.model_source import locate_model, open_draft, plan_run
     from apertus_mlx.cli.plot import check_plot
     from apertus_mlx.errors import RejectedError, UsageError
+    from apertus_mlx.generation.agreement import require_same_model
     from apertus_mlx.generation.memory_plan import memory_limit
     from apertus_mlx.generation.model_folder import open_folder
+    from apertus_mlx.generation.own_part import own_part
     from apertus_mlx.measure.bench.sides import Settings
     from apertus_mlx.measure.bench.workload import make_workload
     from apertus_mlx.system.model_files import check_folder
@@ -93,6 +96,13 @@ def bench(
         raise RejectedError(f"{directory}: config.json: model_file names code, which mlx-lm runs")
     if against is not None:
         check_folder(directory)  # mlx-lm follows links and opens whatever has the right name
+    if (ranks := joined()) is not None:
+        if against is not None or draft.draft is not None:
+            raise UsageError(
+                "--against and --draft: measure on one machine; under mlx.launch leave them out"
+            )
+        require_same_model(ranks, inventory)
+    part = own_part(inventory, settings)
     workload = make_workload(
         prompt_tokens,
         depths,
@@ -108,7 +118,7 @@ def bench(
     if len(sides) > 1:
         # Both models are in memory at once, so each side gets its share of it.
         settings = replace(settings, memory_limit=memory_limit(settings) // len(sides))
-    fit = plan_run(inventory, settings, workload.context, helper)
+    fit = plan_run(part, settings, workload.context, helper)
     side_settings = Settings(
         directory=str(directory),
         vocab_size=inventory.config.vocab_size,
@@ -128,7 +138,7 @@ def bench(
         drafted = replace(side_settings, draft=place, draft_vocab=draft.draft_vocab)
         started[0] = (*sides[0], drafted)
     forms = [fit.form if module == OURS else FULL_PRECISION for _, module in sides]
-    report = _measure(inventory, model or "embedded", workload, forms, started)
+    report = _measure(inventory, part, model or "embedded", workload, forms, started)
     print_report(json, lambda: asdict(report), lambda: _words(report))
     if plot is not None:
         _draw(report, plot)
@@ -136,12 +146,17 @@ def bench(
 
 def _measure(
     inventory: Inventory,
+    part: Inventory,
     name: str,
     workload: Workload,
     forms: Sequence[CacheConfig],
     started_as: Sequence[tuple[str, str, Settings]],
 ) -> Report:
-    """Start the sides, let them take turns, and put together what they found."""
+    """Start the sides, let them take turns, and put together what they found.
+
+    Of several ranks each measures its `part` in its own process, all at the same time.
+    """
+    from apertus_mlx.measure.bench.ours import Here
     from apertus_mlx.measure.bench.report import SideReport, make_report, measurements
     from apertus_mlx.measure.bench.roofline import find_bandwidth
     from apertus_mlx.measure.bench.sides import Side
@@ -149,11 +164,15 @@ def _measure(
     from apertus_mlx.measure.doctor.facts import gather_facts
 
     started = datetime.now().astimezone()
-    for file in inventory.checkpoint.files:
+    alone = part.part is None
+    for file in inventory.checkpoint.files if alone else ():
         _read_ahead(inventory.checkpoint.directory / file)
     with ExitStack() as stack:
-        sides = []
-        for side_name, module, settings in started_as:
+        sides: list[Side | Here] = []
+        if not alone:
+            note("loading")
+            sides.append(stack.enter_context(closing(Here(started_as[0][2], part))))
+        for side_name, module, settings in started_as if alone else ():
             note(f"{side_name}: loading")
             # -P: a module in the current folder must not take the place of one of ours.
             command = [sys.executable, "-P", "-m", module]
@@ -169,7 +188,9 @@ def _measure(
     reports = []
     for index, side in enumerate(sides):
         own = {task: rounds[index] for task, rounds in taken.items()}
-        found = measurements(inventory, bandwidth, workload, side.ready, forms[index], own)
+        # Nobody knows the links between machines.
+        known = bandwidth if alone else None
+        found = measurements(inventory, known, workload, side.ready, forms[index], own)
         reports.append(
             SideReport(
                 side.name, side.ready, side.start_s, side.peak_memory_bytes, found,
@@ -252,7 +273,11 @@ def _table(report: Report) -> Table:
             found = side.measurements[index]
             row += [str(found.tokens_per_s), "-", "-"]
             if found.kv_read_bytes is not None:
-                row[-2:] = [format_bytes(found.kv_read_bytes), f"{found.roofline_share:.0%}"]
+                share = found.roofline_share
+                row[-2:] = [
+                    format_bytes(found.kv_read_bytes),
+                    "-" if share is None else f"{share:.0%}",
+                ]
         row += [str(report.ratios[index].ratio)] if report.ratios else []
         rows.append(row)
     header += [f"x {side.name}" for side in report.sides[1:]]

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from apertus_mlx.cli import options, several
+from apertus_mlx.cli import options
 from apertus_mlx.cli.output import print_json, print_pieces
 from apertus_mlx.cli.progress import token_progress
 from apertus_mlx.cli.prompt_text import read_prompt
@@ -70,8 +70,6 @@ def generate(
     from apertus_mlx.text.output_filter import load_output_filter
 
     toolset = read_tool_options(tools, tool_choice)
-    if prompt_cache is not None and several.is_one_of_many():
-        raise UsageError("--prompt-cache: is of one machine; under mlx.launch leave it out")
     asked = _read_request(prompt, messages, system)
     require_prompt(asked, system, think, raw, bool(toolset.definitions), "--messages")
     chosen = None if output_filter is None else load_output_filter(output_filter)

@@ -25,17 +25,21 @@ def locate_model(model: str | None, revision: str | None, offline: bool) -> Path
 
 
 def open_model(model: str | None, options: RunOptions) -> ModelFolder:
-    """Find and open the folder of `model`; tells what in it is not used."""
+    """Find and open the folder of `model`; tells what in it is not used.
+
+    Of several ranks each has the inventory of its part.
+    """
     from apertus_mlx.backend.ranks import joined
     from apertus_mlx.generation.agreement import require_same_model
     from apertus_mlx.generation.model_folder import open_folder
+    from apertus_mlx.generation.own_part import own_part
 
     folder = open_folder(locate_model(model, options.revision, options.offline))
     if (ranks := joined()) is not None:
         require_same_model(ranks, folder.inventory)
     for line in folder.notes:
         note(line)
-    return folder
+    return replace(folder, inventory=own_part(folder.inventory, options))
 
 
 def open_draft(target: ModelFolder, draft: DraftOptions, options: RunOptions) -> ModelFolder | None:

@@ -14,10 +14,11 @@ from apertus_mlx.generation.options import CacheOptions
 from apertus_mlx.system.arguments import Option
 from apertus_mlx.system.sizes import counted, format_binary, format_bytes, format_parameters
 from apertus_mlx.tools import plan as run
-from apertus_mlx.tools import plan_overview
+from apertus_mlx.tools import plan_overview, plan_pipeline
 
 if TYPE_CHECKING:
     from apertus_mlx.memory.overview import Overview
+    from apertus_mlx.memory.pipeline_report import PipelinePlan
     from apertus_mlx.memory.report import MemoryPlan
 
 
@@ -30,6 +31,9 @@ def plan(
     cache: CacheOptions,
     *,
     all: Annotated[bool, Option("Plan every released model instead, one line for each.")] = False,
+    pipeline: Annotated[
+        bool, Option("Split by layers; --device may name each machine, as 64GB,36GB.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Show what MODEL takes in memory, whether it fits a device, and the best settings there.
@@ -47,6 +51,12 @@ def plan(
 
     with show_progress() as progress:
         options = {**given, **asdict(cache), "progress": progress}
+        if pipeline:
+            if all or options.pop("draft") is not None:
+                raise UsageError("--pipeline: is planned for one model without a draft")
+            split = plan_pipeline(**options)
+            print_report(json, split.as_json, lambda: _stages(split))
+            return
         if all or is_all(given["device"]):
             if options.pop("draft") is not None:
                 raise UsageError("--draft: is planned for one model on one device")
@@ -99,6 +109,28 @@ def _overview(report: Overview) -> Iterator[str | Table]:
     if any(row.is_estimate for row in report.rows):
         yield "~ computed from the model's shape, not read from its files"
     yield f"* {report.speed_formula}"
+
+
+def _stages(report: PipelinePlan) -> Iterator[str | Table]:
+    """One model on several machines."""
+    yield (
+        f"{report.model}: {counted(report.layers, 'layer')} on {len(report.stages)} machines, "
+        f"{report.context} tokens of context; cache in {report.form}, "
+        f"prefill step {report.prefill_step}"
+    )
+    yield ""
+    header = ["rank", "device", "per process", "layers", "weights", "KV", "peak", "fits"]
+    rows = []
+    for rank, stage in enumerate(report.stages):
+        rows.append([
+            str(rank), stage.device, format_bytes(stage.limit_bytes),
+            f"{stage.first_layer}-{stage.first_layer + stage.layers - 1}",
+            format_bytes(stage.weights_bytes), format_bytes(stage.kv_bytes),
+            format_bytes(stage.total_bytes, round_up=True), "yes" if stage.fits else "no",
+        ])  # fmt: skip
+    yield Table(header, rows)
+    yield ""
+    yield report.advice
 
 
 def _words(report: MemoryPlan) -> Iterator[str | Table]:

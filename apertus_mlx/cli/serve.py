@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from apertus_mlx.cli import options
+from apertus_mlx.cli import options, several
 from apertus_mlx.cli.sink import note
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import CHAT_CONTEXT, NO_DRAFT, DraftOptions, RunOptions
@@ -25,9 +25,15 @@ def serve(
 ) -> None:
     """Serve MODEL at http://HOST:PORT/v1; see docs/server.md."""
     _require_libraries()
+    from apertus_mlx.backend.rank_channel import RankChannel
+    from apertus_mlx.backend.ranks import joined
+    from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.cli.model_source import open_draft, open_model, plan_run
     from apertus_mlx.generation.draft_model import load_drafting
+    from apertus_mlx.generation.led_model import end, lead
+    from apertus_mlx.generation.own_part import common_room
     from apertus_mlx.generation.parallelism import default_rows
+    from apertus_mlx.model.apertus import Model
     from apertus_mlx.server.admission import MemoryBudget
     from apertus_mlx.server.app import build_app
     from apertus_mlx.server.engine import Engine, EngineLimits
@@ -37,6 +43,14 @@ def serve(
     from apertus_mlx.text.output_filter import load_output_filter
     from apertus_mlx.text.template.chat_template import fix_now
 
+    ranks = joined()
+    if ranks is not None and serving.idle_unload is not None:
+        raise UsageError("--idle-unload: is for one machine; under mlx.launch leave it out")
+    if ranks is not None and draft.draft is not None:
+        raise UsageError("--draft: is for one machine; under mlx.launch leave it out")
+    if ranks is not None and ranks.rank:
+        _follow(model, serving, settings)
+        return
     access = read_access(serving)
     chosen = None if output_filter is None else load_output_filter(output_filter)
     socket = bind(serving.host, serving.port)
@@ -44,10 +58,14 @@ def serve(
     folder = open_model(model, settings)
     helper = open_draft(folder, draft, settings)
     context = serving.context or CHAT_CONTEXT
-    plan = plan_run(folder.inventory, settings, context, helper)
+    plan = common_room(folder.inventory, plan_run(folder.inventory, settings, context, helper))
+    channel = None if ranks is None else RankChannel(ranks)
 
     def load() -> LoadedModel:
         loaded = folder.load(settings)
+        if ranks is not None and channel is not None and isinstance(loaded.model, Model):
+            # Where a rank is gone it waits here until the watch ends the process.
+            lead(loaded.model, ranks.sum, channel.tell, several.explain_loss)
         drafting = load_drafting(folder, helper, draft, settings, context=context)
         return replace(loaded, output_filter=chosen, drafting=drafting)
 
@@ -56,7 +74,8 @@ def serve(
     limits = EngineLimits(
         serving.parallel or default_rows(formats),
         serving.max_queue,
-        serving.keep_prefixes,
+        # Other ranks can go back in a full cache alone.
+        serving.keep_prefixes if channel is None or plan.form == FULL_PRECISION else 0,
         serving.idle_unload,
     )
     engine = Engine(folder, load, budget, limits)
@@ -71,7 +90,41 @@ def serve(
     app = build_app(engine, served, access, metrics=serving.metrics)
     host = f"[{serving.host}]" if ":" in serving.host else serving.host
     note(f"serving {served.name} at http://{host}:{socket.getsockname()[1]}/v1")
-    listen(app, engine, socket, serving.grace)
+    interrupted = False
+    try:
+        listen(app, engine, socket, serving.grace)
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        if channel is not None:
+            end(channel.tell, interrupted)
+
+
+def _follow(model: str | None, serving: ServeOptions, settings: RunOptions) -> None:
+    """Be one of the ranks that compute what rank 0 serves; it alone listens, and ends them."""
+    import signal
+
+    from apertus_mlx.backend.memory_limits import mlx_limits
+    from apertus_mlx.backend.rank_channel import RankChannel
+    from apertus_mlx.backend.ranks import joined
+    from apertus_mlx.cli.model_source import open_model, plan_run
+    from apertus_mlx.generation.led_model import follow
+    from apertus_mlx.generation.own_part import common_room
+    from apertus_mlx.model.apertus import Model
+
+    folder = open_model(model, settings)
+    plan = plan_run(folder.inventory, settings, serving.context or CHAT_CONTEXT)
+    common_room(folder.inventory, plan)
+    ranks = joined()
+    assert ranks is not None
+    channel = RankChannel(ranks)
+    # Answers may have time to end; rank 0 knows how long.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes):
+        loaded = folder.load(settings).model
+        assert isinstance(loaded, Model)
+        follow(loaded, plan.form, ranks.sum, channel.orders())
 
 
 def _name(model: str | None, folder: str) -> str:

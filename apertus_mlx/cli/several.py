@@ -7,12 +7,12 @@ import time
 from typing import TYPE_CHECKING
 
 from apertus_mlx.cli import sink
-from apertus_mlx.errors import NotFoundError, UsageError
+from apertus_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from apertus_mlx.backend.rank_watch import RankWatch
 
-COMMANDS = ("generate", "chat")
+COMMANDS = ("generate", "chat", "serve", "bench")
 # Longer than the watch takes to find out which rank is gone.
 VERDICT_S = 15.0
 _watches: list[RankWatch] = []
@@ -38,7 +38,7 @@ def meet(command: str | None) -> None:
     _watches.append(RankWatch(ranks, _end))
     if command not in COMMANDS:
         raise UsageError(
-            f"{command}: computes on one machine; mlx.launch can start {' and '.join(COMMANDS)}"
+            f"{command}: computes on one machine; mlx.launch can start {', '.join(COMMANDS)}"
         )
 
 
@@ -62,8 +62,8 @@ def explain_loss(error: Exception) -> Exception:
     return known or error
 
 
-def leave(failed: bool) -> str:
-    """Tell the other ranks how this one ends.
+def leave(code: int) -> str:
+    """Tell the other ranks with which exit code this one ends.
 
     Returns what its error begins with; it is printed where rank 0 does not fail as well.
     """
@@ -71,17 +71,17 @@ def leave(failed: bool) -> str:
         return ""
     from apertus_mlx.backend.ranks import joined
 
-    speaks, ranks = _watches.pop().leave(failed), joined()
+    speaks, ranks = _watches.pop().leave(code), joined()
     if ranks is None or ranks.rank == 0:
         return ""
     sink.hush(not speaks)
     return f"{ranks.name(ranks.rank)}: "
 
 
-def _end(line: str | None) -> None:
+def _end(line: str | None, code: int) -> None:
     """End the process, though its main thread may wait for MLX for ever."""
     sink.finish()
     if line is not None:
         sink.hush(False)
         sink.note(f"error: {line}; all ranks end")
-    os._exit(NotFoundError.exit_code)
+    os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from apertus_mlx.backend.choose import uses_cpu
@@ -9,12 +10,12 @@ from apertus_mlx.backend.hardware import available_bytes, card, has_gpu
 from apertus_mlx.backend.ranks import joined
 from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import Inventory
+from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
 from apertus_mlx.memory.fit import draft_bytes, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.model.disk_embedding import require_untied
-from apertus_mlx.model.split import part_of
 from apertus_mlx.system.sizes import format_bytes
 
 
@@ -49,25 +50,39 @@ def plan_memory(
     """Settings with which `context` positions (the model's own, if fewer) fit `memory_limit`.
 
     `beside_bytes` of it are for something else, such as a draft. Of several ranks each has its part
-    in memory, and all have to find the same settings.
+    (see `own_part`) in memory, and all take the best settings that fit every one.
 
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
-        UsageError: this model's heads cannot be cached as asked, its embedding not left on disk,
-            the model does not divide by the ranks, or their settings differ.
+        UsageError: this model's heads cannot be cached as asked, its embedding not left on disk, or
+            the ranks were given other settings.
     """
     ranks = joined()
     if ranks is None:
         return _plan_own(inventory, options, context, beside_bytes)
-    plan = _plan_own(part_of(inventory, ranks.size), options, context, beside_bytes)
-    numbers = f"{plan.backend.compute_bytes} {options.dtype}".encode()
+    plan = _plan_own(inventory, options, context, beside_bytes)
+    numbers = f"{plan.backend} {options.dtype}".encode()
     ranks.require_alike({"type to compute in (--dtype sets it)": numbers})
-    settings = f"{plan.form} {plan.prefill_step}".encode()
-    ranks.require_alike({"room for the cache (--kv-bits and --prefill-step set it)": settings})
-    return plan
+    given = f"{options.form} {options.prefill_step} {options.force}".encode()
+    ranks.require_alike({"set of options for the cache": given})
+    try:
+        return _plan_own(
+            inventory, options, context, beside_bytes, lambda own: not ranks.any(not own)
+        )
+    except ResourceError:
+        raise UsageError(
+            "no settings for the cache suit all ranks; give --kv-bits and --prefill-step"
+        ) from None
 
 
-def _plan_own(inventory: Inventory, options: RunOptions, context: int, beside_bytes: int) -> Fit:
+def _plan_own(
+    inventory: Inventory,
+    options: RunOptions,
+    context: int,
+    beside_bytes: int,
+    agreed: Callable[[bool], bool] = bool,
+) -> Fit:
+    """See `plan_memory`; `agreed`: whether settings do for all, if for this machine or not."""
     config, form = inventory.config, options.form
     if form is not None:
         form.require_fit(config.head_dim)
@@ -81,7 +96,7 @@ def _plan_own(inventory: Inventory, options: RunOptions, context: int, beside_by
     context = min(context, config.max_position_embeddings)
     limit = max(0, memory_limit(options) - beside_bytes)
     if not options.force:
-        return fit(inventory, limit, context, backend, form, options.prefill_step)
+        return fit(inventory, limit, context, backend, form, options.prefill_step, agreed=agreed)
     form, step = form or FULL_PRECISION, options.prefill_step or prefill_steps(backend)[0]
     return Fit(form, step, footprint(inventory, form, context, step, backend), limit, backend)
 

@@ -178,14 +178,21 @@ class ModelFolder:
         return room
 
     def prompt_cache(self, path: Path, form: CacheConfig, options: RunOptions) -> PromptCache:
-        """The prompt cache at `path`, checked.
+        """The prompt cache at `path`, checked; of several machines all but rank 0 add a number.
 
         Raises:
             RejectedError: it is damaged, or made under other conditions.
+            UsageError: other machines have none, or one of other tokens.
         """
         dtype = "float32" if uses_cpu(options.compute, options.dtype) else options.dtype
         number = DTYPES[dtype] if dtype else compute_dtype(self.inventory)
-        return PromptCache(path, self.inventory, form, number)
+        part = self.inventory.part
+        if part is not None and part.rank:
+            path = path.with_name(f"{path.name}.{part.rank}")
+        found = PromptCache(path, self.inventory, form, number)
+        if (ranks := joined()) is not None:
+            ranks.require_alike({"prompt cache": repr(found.tokens).encode()})
+        return found
 
     def load(
         self,

@@ -239,6 +239,10 @@ class RunOptions(CacheOptions):
         Literal["memory", "disk"],
         Option("disk: read a token's row from the file each time; not where the head is the same."),
     ] = "memory"
+    pipeline: Annotated[
+        bool,
+        Option("Under mlx.launch split the model by layers, by each machine's memory."),
+    ] = False
     memory_limit: Annotated[
         str | int | None,
         Option("Most memory, as 1.2GB or in bytes; default: what the machine can give."),
@@ -298,6 +302,7 @@ class RunKeywords(CacheKeywords, total=False):
     compute: Literal["auto", "mlx", "cpu"]
     precision: Literal["auto", "float32", "int8"]
     embedding: Literal["memory", "disk"]
+    pipeline: bool
     memory_limit: str | int | None
     force: bool
     revision: str | None

@@ -4,7 +4,8 @@ A safetensors file. Its metadata holds `format` and `format_version`, the form o
 number of positions, and digests of model, weights, quantization, template and tokens. All names,
 shapes and types follow from form, model and length, so whatever differs from them is refused; the
 file chooses nothing, and nothing is read from it before its header has been checked. The digests
-are of texts that `swift/` writes alike, so that a file opens there, too.
+are of texts that `swift/` writes alike, so that a file opens there, too. Of several machines each
+has a file of its own for its part, whose `part` says which that is.
 
 The last token of a prompt is never in its file: it has to be computed anyway, and not every form of
 cache could go back by it. Left out of the digests is what moves numbers by no more than rounding
@@ -81,12 +82,20 @@ class PromptCache:
         self._path = path
         self._form = form
         self._made_with = fingerprint(inventory)
+        self._part = str(inventory.part or "")
         self._saved: Saved | None = None
         self._failure: ResourceError | None = None
         if path.exists():
-            self._saved = load_prompt_cache(path, inventory.config, form, dtype, self._made_with)
+            self._saved = load_prompt_cache(
+                path, inventory.config, form, dtype, self._made_with, self._part
+            )
         elif not path.parent.is_dir():
             raise UsageError(f"--prompt-cache {path}: there is no folder {path.parent}")
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those of the prefix that the file holds; none where there was no file."""
+        return [] if self._saved is None else self._saved.tokens
 
     def require_use(self, prompt: Sequence[int]) -> None:
         """Refuse a file that is of little use for `prompt`.
@@ -135,7 +144,7 @@ class PromptCache:
         if self._saved is not None or not prefix.tokens:
             return
         try:
-            save_prompt_cache(self._path, prefix, self._made_with)
+            save_prompt_cache(self._path, prefix, self._made_with, self._part)
         except ResourceError as error:
             self._failure = error
 
@@ -183,8 +192,12 @@ def _files_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def save_prompt_cache(path: Path, prefix: CachedPrefix, made_with: Fingerprint) -> None:
+def save_prompt_cache(
+    path: Path, prefix: CachedPrefix, made_with: Fingerprint, part: str = ""
+) -> None:
     """Write what `prefix` holds; whole or not at all.
+
+    `part`: of one of several machines its `Part`, in words.
 
     Raises:
         ResourceError: the file cannot be written.
@@ -202,6 +215,7 @@ def save_prompt_cache(path: Path, prefix: CachedPrefix, made_with: Fingerprint) 
         "positions": str(len(tokens)),
         "tokens": _tokens_digest(tokens),
         **asdict(made_with),
+        **({"part": part} if part else {}),
     }
     try:
         with whole_file(path, durable=False) as unfinished, unfinished.open("wb") as file:
@@ -212,7 +226,12 @@ def save_prompt_cache(path: Path, prefix: CachedPrefix, made_with: Fingerprint) 
 
 
 def load_prompt_cache(
-    path: Path, config: ModelConfig, form: CacheConfig, dtype: mx.Dtype, now: Fingerprint
+    path: Path,
+    config: ModelConfig,
+    form: CacheConfig,
+    dtype: mx.Dtype,
+    now: Fingerprint,
+    part: str = "",
 ) -> Saved:
     """Read a prefix that was saved under the same conditions.
 
@@ -222,6 +241,7 @@ def load_prompt_cache(
         form: of the cache that is wanted.
         dtype: in which the model computes.
         now: fingerprint of that model.
+        part: of one of several machines its `Part`, in words.
 
     Raises:
         NotFoundError: there is no such file.
@@ -238,6 +258,12 @@ def load_prompt_cache(
         raise RejectedError(
             f"{path}: format version {metadata.get('format_version', '')[:20]!r}, this program "
             f"reads {FORMAT_VERSION}; delete it and let it be made anew"
+        )
+    made_by = metadata.get("part", "")
+    if made_by != part:
+        raise RejectedError(
+            f"{path}: was made by {made_by[:80] or 'one machine'}, and this is "
+            f"{part or 'one machine'}; delete it and let it be made anew"
         )
     for name, expected in asdict(now).items():
         if metadata.get(name) != expected:

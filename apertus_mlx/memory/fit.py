@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -66,19 +66,21 @@ def fit(
     form: CacheConfig | None = None,
     prefill_step: int | None = None,
     bounds: bool = False,
+    agreed: Callable[[bool], bool] = bool,
 ) -> Fit:
     """The best settings with which `context` positions stay under `limit_bytes`.
 
     What is given (`form`, `prefill_step`) is kept, the rest chosen: full precision and long steps
-    first. `bounds`: a bounded cache, which forgets, may be chosen when nothing else fits.
+    first. `bounds`: a bounded cache, which forgets, may be chosen when nothing else fits. `agreed`
+    is asked of each in turn, with whether they fit here; it may refuse what others cannot do.
 
     Raises:
         ResourceError: nothing fits; the message has the numbers that would.
     """
     steps = (prefill_step,) if prefill_step is not None else prefill_steps(backend)
-    for candidate, step in _settings(inventory.config, context, form, steps, bounds):
+    for candidate, step in possible_settings(inventory.config, context, form, steps, bounds):
         needed = footprint(inventory, candidate, context, step, backend)
-        if needed.total_bytes <= limit_bytes:
+        if agreed(needed.total_bytes <= limit_bytes):
             return Fit(candidate, step, needed, limit_bytes, backend)
     raise ResourceError(_refusal(inventory, limit_bytes, context, backend, form, prefill_step))
 
@@ -105,13 +107,14 @@ def largest_context(
     return bisect_right(contexts, limit_bytes, key=total_bytes)
 
 
-def _settings(
+def possible_settings(
     config: ModelConfig,
     context: int,
     form: CacheConfig | None,
     steps: Sequence[int],
     bounds: bool,
 ) -> Iterator[tuple[CacheConfig, int]]:
+    """Forms of cache and prefill steps, the best first; see `fit`."""
     forms = [form] if form is not None else possible_forms(config)
     comfortable = [step for step in steps if step >= COMFORTABLE_STEP] or steps
     yield from product(forms, comfortable)
@@ -173,7 +176,7 @@ def _refusal(
         )
     short = min(context, LEAST_BOUND)
     steps = (prefill_step,) if prefill_step is not None else prefill_steps(backend)
-    found = _settings(inventory.config, short, form, steps, False)
+    found = possible_settings(inventory.config, short, form, steps, False)
     settings = [(each, short, step) for each, step in found]
 
     def least_of(model: Inventory) -> int:

@@ -159,9 +159,11 @@ def weights_bytes(inventory: Inventory, compute_bytes: int) -> int:
 def disk_saving_bytes(inventory: Inventory, backend: Backend) -> int:
     """Bytes that `--embedding disk` spares; none where the head is the embedding.
 
-    None on the CPU path either, which leaves an untied embedding on disk in any case.
+    None on the CPU path either, which leaves an untied embedding on disk in any case, and none on
+    one of several machines, where it is not to be had.
     """
-    if inventory.config.tie_word_embeddings or backend.cpu is not None:
+    tied, of_many = inventory.config.tie_word_embeddings, inventory.part is not None
+    if tied or of_many or backend.cpu is not None:
         return 0
     return inventory.matrices[layout.EMBEDDING].weight_bytes(backend.compute_bytes)
 

@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.checkpoint.inventory import Inventory, StoredMatrix
+from apertus_mlx.checkpoint.inventory import Inventory, Part, StoredMatrix
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model.apertus import Model
 
@@ -39,8 +39,8 @@ def axis_of(path: str) -> int | None:
     return AXES.get(path.rpartition(".")[2])
 
 
-def part_of(inventory: Inventory, ranks: int) -> Inventory:
-    """What one of `ranks` holds of a checkpoint; of every rank the shapes are the same.
+def part_of(inventory: Inventory, ranks: int, rank: int = 0) -> Inventory:
+    """What rank `rank` of `ranks` holds of a checkpoint; of every one the shapes are the same.
 
     Raises:
         UsageError: heads, the feed-forward or the groups of a matrix do not divide.
@@ -60,7 +60,7 @@ def part_of(inventory: Inventory, ranks: int) -> Inventory:
         intermediate_size=config.intermediate_size // ranks,
     )
     matrices = {path: _part(matrix, ranks) for path, matrix in inventory.matrices.items()}
-    return replace(inventory, config=own_config, matrices=matrices)
+    return replace(inventory, config=own_config, matrices=matrices, part=Part(rank, ranks))
 
 
 def _obstacle(inventory: Inventory, ranks: int) -> str | None:

@@ -445,3 +445,11 @@ def test_a_piece_is_text() -> None:
         pieces = list(model.stream(QUESTION, temperature=0))
     assert all(isinstance(piece, Piece) for piece in pieces)
     assert "".join(piece.text for piece in pieces) == ANSWER
+
+
+def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="pipeline: splits a model over the machines"):
+        load(pipeline=True)
+    monkeypatch.setenv("MLX_RANK", "0")
+    with pytest.raises(UsageError, match=r"load: computes on one machine; under mlx\.launch"):
+        load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from apertus_mlx.generation.agreement import require_same_model
 from apertus_mlx.generation.decode import prefill
 from apertus_mlx.generation.model_folder import LoadedModel, open_folder
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
+from apertus_mlx.generation.own_part import own_part
 from apertus_mlx.generation.run import Generation
 from apertus_mlx.model.apertus import Model
 
@@ -41,8 +43,14 @@ DRAWS = {
 }
 
 
-def load(folder: Path) -> LoadedModel:
-    return open_folder(folder).load(RunOptions(compute="mlx", dtype="float32"))
+def load(folder: Path, memory_limit: str | None = None) -> LoadedModel:
+    """With a limit split by layers."""
+    by_layers = memory_limit is not None
+    options = RunOptions(
+        compute="mlx", dtype="float32", pipeline=by_layers, memory_limit=memory_limit
+    )
+    opened = open_folder(folder)
+    return replace(opened, inventory=own_part(opened.inventory, options)).load(options)
 
 
 def logits(loaded: LoadedModel, form: CacheConfig) -> np.ndarray:
@@ -61,11 +69,11 @@ def tokens(loaded: LoadedModel, options: SamplingOptions) -> list[int]:
     return run.token_ids
 
 
-def results(folders: list[Path]) -> dict[str, np.ndarray]:
+def results(folders: list[Path], memory_limit: str | None = None) -> dict[str, np.ndarray]:
     """Of the first model with all forms of cache, of the others with the usual one."""
     found = {}
     for folder in folders:
-        loaded = load(folder)
+        loaded = load(folder, memory_limit)
         for name, (form, _) in FORMS.items() if folder == folders[0] else [("full", FORMS["full"])]:
             found[f"{folder.name}; {name}"] = logits(loaded, form)
         found[f"{folder.name}; bytes"] = np.array(held_bytes(loaded))
@@ -74,10 +82,10 @@ def results(folders: list[Path]) -> dict[str, np.ndarray]:
     return found
 
 
-def stopped(ranks: Ranks, folder: Path) -> list[object]:
+def stopped(ranks: Ranks, folder: Path, memory_limit: str | None) -> list[object]:
     """An answer that the last rank alone wants to stop behind its fourth token."""
     run = Generation(
-        load(folder),
+        load(folder, memory_limit),
         PROMPT,
         DRAWS["greedy"],
         cancelled=lambda: ranks.rank == ranks.size - 1 and len(run.token_ids) >= 4,
@@ -104,7 +112,8 @@ def held_bytes(loaded: LoadedModel) -> int:
 if __name__ == "__main__":
     ranks = join()
     assert ranks is not None
-    target, *given = map(Path, sys.argv[1:])
-    np.savez(target / f"rank{ranks.rank}.npz", **results(given))
-    told = {"stopped": stopped(ranks, given[0]), "refused": refused(ranks, given)}
+    limits, target, *given = sys.argv[1], *map(Path, sys.argv[2:])
+    limit = limits.split(",")[ranks.rank] if limits else None
+    np.savez(target / f"rank{ranks.rank}.npz", **results(given, limit))
+    told = {"stopped": stopped(ranks, given[0], limit), "refused": refused(ranks, given)}
     (target / f"rank{ranks.rank}.json").write_text(json.dumps(told))

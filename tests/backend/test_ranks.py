@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.memory.footprint import weights_bytes
 from apertus_mlx.model.split import part_of
+from apertus_mlx.model.stages import stage_of
 from tests.backend import rank_cases
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.ranks import ends, start
@@ -71,9 +73,11 @@ def all_models(folder: Path, **changes: Any) -> list[Path]:
     return models(folder, **changes) + found
 
 
-def compare(folder: Path, given: list[Path], ranks: int) -> None:
-    """Each rank against this process, which computes alone."""
-    command = ["-m", "tests.backend.rank_cases", str(folder), *map(str, given)]
+def compare(
+    folder: Path, given: list[Path], ranks: int, limits: str = "", split: Sequence[range] = ()
+) -> None:
+    """Each rank against this process, which computes alone; by layers if memory has `limits`."""
+    command = ["-m", "tests.backend.rank_cases", limits, str(folder), *map(str, given)]
     for code, _, err in ends(start(folder, [command] * ranks)):
         assert code == 0, err
     alone = rank_cases.results(given)
@@ -87,7 +91,8 @@ def compare(folder: Path, given: list[Path], ranks: int) -> None:
                 assert worst < rank_cases.FORMS[what][1], (name, rank, worst)
             elif what == "bytes":
                 # The planner says it from headers alone.
-                part = part_of(take_inventory(folder / model), ranks)
+                whole = take_inventory(folder / model)
+                part = stage_of(whole, split[rank], rank, ranks) if split else part_of(whole, ranks)
                 factors = sum(4 * math.prod(factor.shape) for factor in part.factors.values())
                 assert found[name] == weights_bytes(part, 4) + factors < expected, (name, rank)
             else:
@@ -105,6 +110,22 @@ def compare(folder: Path, given: list[Path], ranks: int) -> None:
 
 def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
     compare(tmp_path, models(tmp_path), 2)
+
+
+LAYERS = {"num_hidden_layers": 6}
+
+
+@pytest.mark.nightly
+def test_layers_on_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+    split = [range(1), range(1, 6)]
+    compare(tmp_path, all_models(tmp_path, **LAYERS), 2, "20MB,40MB", split)
+
+
+@pytest.mark.nightly
+def test_layers_on_four_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+    split = [range(each, each + 1) for each in range(4)]
+    four = {"num_hidden_layers": 4}
+    compare(tmp_path, models(tmp_path, **four), 4, "20MB,20MB,20MB,20MB", split)
 
 
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 256}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import read_config
 from tests.builders import config_4x, write_checkpoint
-from tests.ranks import ends, start
+from tests.ranks import ROOT, ends, start
 
 
 @pytest.fixture
@@ -81,3 +86,92 @@ def test_rank_0_speaks_for_all(tmp_path: Path, model: Path) -> None:
     assert [code for code, _, _ in plans] == [2, 2]
     assert plans[0][2].startswith("error: plan: computes on one machine")
     assert plans[1][1:] == ("", "")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("split", [[], ["--pipeline"]])
+def test_every_rank_keeps_its_part_of_a_prompt(
+    tmp_path: Path, model: Path, split: list[str]
+) -> None:
+    command = ["-m", "apertus_mlx", "generate", "Hello", "-n", "9", "--temp", "0", "--json"]
+    command += ["-m", str(model), "--compute", "mlx"]
+    alone = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    expected = json.loads(alone.stdout)
+    command += ["--prompt-cache", str(tmp_path / "prompt"), *split]
+    for reused in (0, expected["prompt_tokens"] - 1):
+        (code, out, err), other = ends(start(tmp_path, [command] * 2))
+        assert (code, other) == (0, (0, "", "")), err
+        told = json.loads(out)
+        assert told["token_ids"] == expected["token_ids"]
+        assert told["reused_prompt_tokens"] == reused
+    assert sorted(each.name for each in tmp_path.glob("prompt*")) == ["prompt", "prompt.1"]
+    (tmp_path / "prompt.1").unlink()
+    found = ends(start(tmp_path, [command] * 2))
+    assert [code for code, _, _ in found] == [2, 2]
+    said = "rank 1 (127.0.0.1) has another prompt cache than rank 0 (127.0.0.1)"
+    assert said in found[0][2]
+    other_split = [each for each in command if each not in split] + (["--pipeline"] * (not split))
+    found = ends(start(tmp_path, [other_split] * 2))
+    assert found[0][0] == 3
+    assert "prompt: was made by rank 0 of 2 with " in found[0][2]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("split", [[], ["--pipeline"]])
+def test_bench_of_ranks(tmp_path: Path, model: Path, split: list[str]) -> None:
+    command = ["-m", "apertus_mlx", "bench", str(model), "--prompt-tokens", "8", "--depths", "0"]
+    command += ["--new-tokens", "3", "--rounds", "1", "--json", *split]
+    (code, out, err), other = ends(start(tmp_path, [command] * 2))
+    assert (code, other) == (0, (0, "", "")), err
+    told = json.loads(out)
+    (side,) = told["sides"]
+    what = "layers 0 to 0" if split else "a share of each layer"
+    assert side["ready"]["backend"] == f"MLX on the CPU, rank 0 of 2 with {what}"
+    assert [each["task"]["kind"] for each in side["measurements"]] == ["prefill", "decode"]
+    assert all(each["tokens_per_s"]["median"] > 0 for each in side["measurements"])
+    assert side["measurements"][1]["roofline_share"] is None
+    # Both machines' weights, as one would have them.
+    assert told["model"]["parameters"] == layout.parameter_count(read_config(model))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path, model: Path, interrupted: int) -> None:
+    processes = answering(tmp_path, model)
+    processes[interrupted].send_signal(signal.SIGINT)
+    found = ends(processes)
+    assert [code for code, _, _ in found] == [130, 130]
+    assert not any("error" in err or "Traceback" in err for _, _, err in found)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_an_interrupt_of_the_launcher_ends_all(tmp_path: Path, model: Path, command: str) -> None:
+    """As a terminal does it: all of its processes get the signal."""
+    launch = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
+    arguments = {
+        "generate": ["Hello", "-n", "60000", "-m", str(model), "--temp", "0",
+                     *(f"--logit-bias={id}=-100" for id in (2, 68, 72))],
+        "serve": [str(model), "--port", "0"],
+    }[command]  # fmt: skip
+    own = [sys.executable, "-m", "apertus_mlx", command, *arguments]
+    process = subprocess.Popen(
+        [sys.executable, "-c", launch, "-n", "2", "--starting-port", str(free_port()), "--", *own],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        start_new_session=True,
+    )  # fmt: skip
+    told = process.stdout if command == "generate" else process.stderr
+    assert told is not None
+    assert any(told.read(1) for _ in range(2))
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    codes = re.findall(rb"Node with rank (\d) exited with code (\d+)", err)
+    assert sorted(codes) == [(b"0", b"130"), (b"1", b"130")], err

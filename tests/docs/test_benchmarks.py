@@ -30,6 +30,7 @@ SHORT = {
     "make_checkpoint": "0.5B {new}",
     "poison_requests": "--count 300",
     "rank_deaths": "--rounds 1 --tokens 8",
+    "rank_memory": "tiny --pipeline",
     "serve_load": "--seconds 20 --clients 4",
     "serve_peers": "{model} --clients 1 2 --requests 1 --rounds 1 --max-tokens 4",
     "small_vocabulary": "{model} --vocab 1024 --tokens 4 --rounds 1",

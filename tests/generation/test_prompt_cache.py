@@ -6,11 +6,12 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from apertus_mlx.backend.metal.compiled_step import CompiledStep
 from apertus_mlx.backend.mlx import load_inventory
+from apertus_mlx.backend.ranks import Ranks
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.cli.app import app
@@ -35,10 +37,13 @@ from apertus_mlx.generation.prompt_cache import (
 )
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.split import part_of
+from apertus_mlx.model.stages import stage_of
 from tests.builders import config_4x, random_weights, write_checkpoint, write_json
 from tests.cache_sequences import layers_of
 from tests.daily import every
 from tests.decode_step import JoinedPlain
+from tests.links import Wire
 
 pytestmark = pytest.mark.gpu
 
@@ -89,6 +94,31 @@ def resume(path: Path, model: Model, form: CacheConfig, now: Fingerprint) -> Cac
     prefix = CachedPrefix(model, form)
     prefix.restore(saved.tokens, saved.layers)
     return prefix
+
+
+def test_a_machine_of_several_has_a_file_for_its_part(directory: Path, tmp_path: Path) -> None:
+    whole = take_inventory(directory)
+    part = stage_of(whole, range(1, 2), 1, 2)
+    wire = cast(Ranks, Wire(1, 2, [mx.random.normal((1, 30, whole.config.hidden_size))]))
+    model = load_inventory(part, "float32", ranks=wire)
+    prefix = CachedPrefix(model)
+    prefix.begin(TOKENS[:31]).read(30)
+    path = tmp_path / "p"
+    PromptCache(path, part, FULL_PRECISION, mx.float32).save(prefix)
+    found = PromptCache(path, part, FULL_PRECISION, mx.float32)
+    assert found.tokens == TOKENS[:30]
+    resumed = found.resume(model, TOKENS[:31])
+    for before, after in zip(prefix.export(), resumed.export(), strict=True):
+        assert all(mx.array_equal(before[name], after[name]).item() for name in before)
+    others = {
+        "rank 0 of 2 with a share of each layer": part_of(whole, 2),
+        "rank 1 of 3 with layers 1 to 1": stage_of(whole, range(1, 2), 1, 3),
+        "one machine": whole,
+    }
+    for name, other in others.items():
+        said = f"was made by rank 1 of 2 with layers 1 to 1, and this is {name}; delete it"
+        with pytest.raises(RejectedError, match=re.escape(said)):
+            PromptCache(path, other, FULL_PRECISION, mx.float32)
 
 
 def load(path: Path, model: Model, form: CacheConfig, now: Fingerprint) -> Any:

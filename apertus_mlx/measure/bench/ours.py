@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from apertus_mlx import __version__
+from apertus_mlx.backend.hardware import peak_bytes
 from apertus_mlx.backend.memory_limits import mlx_limits
 from apertus_mlx.backend.metal.enabled import enabled
 from apertus_mlx.backend.mlx import DTYPES, compute_dtype
+from apertus_mlx.backend.ranks import Ranks
 from apertus_mlx.cache import Cache, CacheConfig, rewind
+from apertus_mlx.checkpoint.inventory import Inventory
+from apertus_mlx.generation.agreement import Agreement
 from apertus_mlx.generation.decode import decode, prefill
 from apertus_mlx.generation.draft_model import load_drafting
 from apertus_mlx.generation.drafts import Drafting
@@ -30,8 +35,15 @@ from apertus_mlx.model.language_model import LanguageModel
 class Ours(Engine):
     """`Engine` of this package."""
 
-    def __init__(self, model: LanguageModel, form: CacheConfig, prefill_step: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        form: CacheConfig,
+        prefill_step: int,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._model = model
+        self._ranks = ranks
         self._form = form
         self._prefill_step = prefill_step
 
@@ -44,6 +56,8 @@ class Ours(Engine):
     def tokens(self, prompt: list[int], cache: list[Cache]) -> Generator[int, None, None]:
         greedy = SamplingParams(temperature=0, seed=0)
         sampler = Sampler(greedy, prompt, self._model.config.output_vocab_size)
+        if self._ranks is not None:
+            sampler.agree = Agreement(self._ranks, None).token
         logits = prefill(self._model, prompt, cache, self._prefill_step)
         yield from decode(self._model, logits, cache, sampler, ENDLESS)
 
@@ -51,17 +65,44 @@ class Ours(Engine):
         return rewind(cache, positions)
 
 
+class Here:
+    """This side in this process, which is one of several ranks; see `Side`."""
+
+    name = "apertus-mlx"
+
+    def __init__(self, settings: Settings, inventory: Inventory) -> None:
+        """Load the part that `inventory` is of."""
+        started = time.perf_counter()
+        self._limits = ExitStack()
+        loaded = self._limits.enter_context(open_side(settings, inventory))
+        self.ready, self.seconds, self.speculation = loaded.ready, loaded.seconds, None
+        self.start_s = time.perf_counter() - started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most that this process has held."""
+        return peak_bytes(self.ready.on_gpu)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._limits.close()
+
+
 @contextmanager
-def open_side(settings: Settings) -> Iterator[Loaded]:
-    """Load the model and run it, both under limits, as `generate` does."""
+def open_side(settings: Settings, inventory: Inventory | None = None) -> Iterator[Loaded]:
+    """Load the model and run it, both under limits, as `generate` does.
+
+    `inventory`: of the part that this rank has, where there are several.
+    """
     with mlx_limits(settings.buffer_cache_bytes, settings.wired_bytes):
-        yield _load(settings)
+        yield _load(settings, inventory)
 
 
-def _load(settings: Settings) -> Loaded:
+def _load(settings: Settings, part: Inventory | None) -> Loaded:
     started = time.perf_counter()
     chosen = {name: getattr(settings, name) for name in ("dtype", "compute", "precision")}
-    loaded = open_folder(Path(settings.directory)).load(RunOptions(**chosen))
+    folder = open_folder(Path(settings.directory))
+    loaded = replace(folder, inventory=part or folder.inventory).load(RunOptions(**chosen))
     load_s = time.perf_counter() - started
     inventory = loaded.folder.inventory
     form = CacheConfig(**settings.form)
@@ -69,8 +110,11 @@ def _load(settings: Settings) -> Loaded:
     if isinstance(loaded.model, Model):
         backend = f"MLX on the {'GPU' if loaded.model.on_gpu else 'CPU'}"
         dtype = DTYPES[settings.dtype] if settings.dtype else compute_dtype(inventory)
-        found = enabled(inventory.config, inventory.specs, dtype)
-        kernels = sorted(found.kernels) + ["compiled step"] * bool(found.compiled_step)
+        if inventory.part is None:
+            found = enabled(inventory.config, inventory.specs, dtype)
+            kernels = sorted(found.kernels) + ["compiled step"] * bool(found.compiled_step)
+        else:
+            backend += f", {inventory.part}"
     else:
         backend = f"onnxruntime on the CPU, precision {settings.precision}"
         dtype = mx.float32
@@ -87,7 +131,7 @@ def _load(settings: Settings) -> Loaded:
     )
     drafting = _load_draft(loaded.folder, settings, RunOptions(**chosen))
     if drafting is None:
-        plain = Ours(loaded.model, form, settings.prefill_step)
+        plain = Ours(loaded.model, form, settings.prefill_step, loaded.ranks)
         return Loaded(ready, _watch(plain, settings).seconds)
     drafted = Drafted(loaded.model, form, settings.prefill_step, drafting)
     return Loaded(ready, _watch(drafted, settings).seconds, drafted.speculation.report)

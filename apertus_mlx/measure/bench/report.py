@@ -83,13 +83,16 @@ class Report:
 
 def measurements(
     inventory: Inventory,
-    bandwidth: Bandwidth,
+    bandwidth: Bandwidth | None,
     workload: Workload,
     ready: Ready,
     form: CacheConfig,
     taken: Mapping[Task, list[list[float]]],
 ) -> list[Measurement]:
-    """What a side with caches of `form` did: `taken` are seconds, a list of rounds per task."""
+    """What a side with caches of `form` did: `taken` are seconds, a list of rounds per task.
+
+    Without a `bandwidth` there is no roofline.
+    """
     weights = weights_read_bytes(inventory)
     found = []
     for task, seconds in taken.items():
@@ -99,6 +102,9 @@ def measurements(
             continue
         depth, steps = max(task.tokens, 1), workload.new_tokens
         kv = kv_read_bytes(inventory.config, form, depth, steps, ready.number_bytes)
+        if bandwidth is None:
+            found.append(Measurement(task, figure, seconds, kv))
+            continue
         most = bandwidth.reference / (weights + kv)
         found.append(Measurement(task, figure, seconds, kv, most, figure.median / most))
     return found

@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
-from apertus_mlx.measure.bench.sides import Side
 from apertus_mlx.measure.bench.workload import Task, Workload
 
 
@@ -32,6 +31,14 @@ class Figure:
         return f"{self.median:,.{digits}f} ± {self.spread:,.{digits}f}"
 
 
+class Timed(Protocol):
+    """What does tasks and takes their time."""
+
+    @property
+    def seconds(self) -> Callable[[Task], float]:
+        """Seconds that a task takes."""
+
+
 def turns(sides: int) -> list[int]:
     """Who measures when in a round: 0 1 1 0, or 0 where there is only one."""
     there = list(range(sides))
@@ -44,7 +51,7 @@ def total_tokens(sides: int, task: Task, workload: Workload) -> int:
 
 
 def time_task(
-    sides: Sequence[Side], task: Task, workload: Workload, on_tokens: Callable[[int], None]
+    sides: Sequence[Timed], task: Task, workload: Workload, on_tokens: Callable[[int], None]
 ) -> list[list[list[float]]]:
     """Seconds of `task`, for each side a list of rounds, each with all its turns.
 

@@ -76,7 +76,7 @@ enum ModelOptions {
     /// Options of `apertus-mlx` that are not there, since what they ask for is not.
     static let missing: Set = [
         "--tool-choice", "--logit-bias", "--max-thought-tokens", "--schema", "--output-filter",
-        "--draft", "--draft-vocab", "--embedding",
+        "--draft", "--draft-vocab", "--embedding", "--pipeline",
         "--revision", "--against", "--plot", "--golden",
     ]
 

@@ -1,0 +1,169 @@
+"""A model on several machines of which rank 0 alone knows what is asked, as in a server.
+
+Rank 0 draws all tokens. Before each of its passes it tells the others for which sequences it is,
+and they compute the same pass with caches of their own. The tokens go over MLX's connections.
+
+A cache is named by a number. What a fork of it computes is another one's, and so is what comes
+after some positions were taken back: under one number positions are only added, so that each rank
+can fork it at any length.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from apertus_mlx.cache import Cache, CacheConfig, FullCache, QuantizedCache, fork, rewind
+from apertus_mlx.cache.rows import Rows, rows_of
+from apertus_mlx.errors import ApertusError
+from apertus_mlx.model.apertus import Model
+
+# Where the first layer's cache has its name; a fork takes it along.
+_NAME = "_led_as"
+Order = Mapping[str, Any]
+Sum = Callable[[mx.array], mx.array]
+
+
+class _Name:
+    """The number of a cache, for as long as it or a fork of it lives.
+
+    Attributes:
+        length: positions that the other ranks hold under it.
+        owner: the identity of the cache that goes on under it.
+    """
+
+    def __init__(self, number: int, owner: object) -> None:
+        self.number = number
+        self.length = 0
+        self.owner = weakref.ref(owner)
+
+
+class LedDecoder(nn.Module):
+    """Rank 0's decoder: the others hear of each pass by `tell`; see `Model.model`.
+
+    Each pass is waited for: MLX crashes where it computes with what a lost connection has left
+    without data. `failed` is told of one that fails, before anybody else, and may not return.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        summed: Sum,
+        tell: Callable[[Order], None],
+        failed: Callable[[Exception], object],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # Embedding, layers and norm, as whoever asks for them knows them.
+        dict.update(self, decoder)
+        self._pass: Callable[..., mx.array] = decoder.__call__
+        self._summed, self._tell, self._failed = summed, tell, failed
+        self._numbers = 0
+        self._gone: deque[int] = deque()
+        self._broken = False
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Cache]) -> mx.array:
+        """Final hidden states of `inputs` `[B, L]`; the same on all ranks.
+
+        Raises:
+            ApertusError: a pass has failed before, and nobody knows what the others have computed.
+        """
+        if self._broken:
+            raise ApertusError("the ranks are out of step; start them again")
+        self._broken = True
+        try:
+            rows = [self._row(first) for first in _firsts(cache)]
+            gone = [self._gone.popleft() for _ in range(len(self._gone))]
+            self._tell({"rows": rows, "shape": list(inputs.shape), "gone": gone})
+            hidden = self._pass(self._summed(inputs.astype(mx.uint32)), cache)
+            mx.eval(hidden)
+        except Exception as error:
+            self._failed(error)
+            raise
+        for first in _firsts(cache):
+            vars(first)[_NAME].length = first.offset
+        self._broken = False
+        return hidden
+
+    def _row(self, first: FullCache | QuantizedCache) -> tuple[int, int | None, int]:
+        """The number of a sequence, that which it is a fork of, and the positions it holds."""
+        old: _Name | None = vars(first).get(_NAME)
+        if old is not None and old.owner() is first and first.offset == old.length:
+            return old.number, None, old.length
+        self._numbers += 1
+        name = vars(first)[_NAME] = _Name(self._numbers, first)
+        weakref.finalize(name, self._gone.append, name.number).atexit = False
+        return name.number, None if old is None else old.number, first.offset
+
+
+def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]) -> None:
+    """Compute the passes that rank 0 tells of, with caches of `form`, until it says `end`.
+
+    Raises:
+        KeyboardInterrupt: rank 0 was interrupted.
+        ApertusError: an order makes no sense.
+    """
+    held: dict[int, list[Cache]] = {}
+    for order in orders:
+        if "end" in order:
+            if order["end"] == "interrupted":
+                raise KeyboardInterrupt
+            return
+        rows = [_caches(held, model, form, *row) for row in order["rows"]]
+        for number in order["gone"]:
+            del held[number]
+        used: Sequence[Cache] = rows[0]
+        if len(rows) > 1:
+            used = rows_of([_ours(each) for each in rows])
+        mx.eval(model.model(summed(mx.zeros(order["shape"], mx.uint32)), used))
+        if order["shape"][1] > 1:
+            mx.clear_cache()
+
+
+def _caches(
+    held: dict[int, list[Cache]],
+    model: Model,
+    form: CacheConfig,
+    number: int,
+    origin: int | None,
+    length: int,
+) -> list[Cache]:
+    """The caches of a number with so many positions; new, or a fork of what has those and more."""
+    found = held.get(number)
+    if found is None:
+        found = model.make_cache(form) if origin is None else fork(held[origin])
+        held[number] = found
+    if not rewind(found, found[0].offset - length):
+        raise ApertusError("this rank is out of step with rank 0; start them again")
+    return found
+
+
+def _firsts(cache: Sequence[Cache]) -> Sequence[FullCache | QuantizedCache]:
+    """The first layer's cache of each sequence."""
+    first = cache[0]
+    return first.caches if isinstance(first, Rows) else _ours([first])
+
+
+def _ours(caches: Iterable[Cache]) -> list[FullCache | QuantizedCache]:
+    return [each for each in caches if isinstance(each, FullCache | QuantizedCache)]
+
+
+def lead(
+    model: Model,
+    summed: Sum,
+    tell: Callable[[Order], None],
+    failed: Callable[[Exception], object] = lambda _: None,
+) -> None:
+    """Have all passes of `model` go to the other ranks, too; see `LedDecoder`."""
+    model.model = LedDecoder(model.model, summed, tell, failed)  # type: ignore[assignment]
+
+
+def end(tell: Callable[[Order], None], interrupted: bool) -> None:
+    """Tell the other ranks that there is no more to do, as far as they still hear it."""
+    with suppress(ApertusError):
+        tell({"end": "interrupted" if interrupted else "done"})

@@ -1,0 +1,177 @@
+"""Ranks that follow rank 0: they compute the same passes, whatever it forks, cuts and lets go."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from apertus_mlx.backend.mlx import load_inventory
+from apertus_mlx.cache import Cache, CacheConfig
+from apertus_mlx.checkpoint.inventory import take_inventory
+from apertus_mlx.errors import ApertusError
+from apertus_mlx.generation.batch import Batch, Row
+from apertus_mlx.generation.led_model import Order, end, follow, lead
+from apertus_mlx.generation.prefix_trie import PrefixTrie
+from apertus_mlx.model.apertus import Model
+from tests.batch_play import answer, new_row
+from tests.builders import config_4x, write_checkpoint
+
+
+class Heard:
+    """A decoder whose outputs are kept."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder, self.layers = decoder, decoder.layers
+        self.norm, self.embed_tokens = decoder.norm, decoder.embed_tokens
+        self.hidden: list[mx.array] = []
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Cache]) -> mx.array:
+        self.hidden.append(self.decoder(inputs, cache))
+        return self.hidden[-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), config_4x(head_dim=64))
+
+
+class Ranks:
+    """Rank 0 in this process, and what it told and sent."""
+
+    def __init__(self, folder: Path, form: CacheConfig) -> None:
+        self.form, self.folder = form, folder
+        self.model = load_inventory(take_inventory(folder), "float32")
+        self.orders: list[Order] = []
+        self.sent: deque[mx.array] = deque()
+        self.heard = Heard(self.model.model)
+        lead(self.model, self.sum, self.orders.append)
+        self.model.model._pass = self.heard
+
+    def sum(self, inputs: mx.array) -> mx.array:
+        self.sent.append(inputs)
+        return inputs
+
+    def follow(self) -> None:
+        """Be rank 1, and compare each of its passes."""
+        model = load_inventory(take_inventory(self.folder), "float32")
+        heard = Heard(model.model)
+        model.model = heard  # type: ignore[assignment]
+
+        def summed(nothing: mx.array) -> mx.array:
+            sent = self.sent.popleft()
+            assert (nothing.shape, nothing.dtype) == (sent.shape, mx.uint32)
+            return sent + nothing
+
+        follow(model, self.form, summed, self.orders)
+        assert len(heard.hidden) == len(self.heard.hidden)
+        for own, first in zip(heard.hidden, self.heard.hidden, strict=True):
+            assert mx.array_equal(own, first).item()
+
+    def cached(self) -> set[int]:
+        """Numbers of the caches that other ranks still hold."""
+        told = {row[0] for order in self.orders for row in order["rows"]}
+        return told - {number for order in self.orders for number in order["gone"]}
+
+
+def play(
+    ranks: Ranks, prefixes: PrefixTrie, draw: random.Random, check: Callable[[Row], None]
+) -> None:
+    """Prompts that begin alike, some of which leave early."""
+    batch = Batch(ranks.model, prefixes, 64, 32)
+    stems = [[1, *(draw.randrange(74, 330) for _ in range(40))] for _ in range(2)]
+    rows: list[Row] = []
+    for _ in range(10):
+        stem = draw.choice([*stems, *(row.ids for row in rows)])[: draw.randrange(20, 60)]
+        row, _ = new_row([*stem, *(draw.randrange(74, 330) for _ in range(9))], ranks.form)
+        row.boundaries = [len(stem)] if draw.random() < 0.3 else row.boundaries
+        rows.append(row)
+        batch.join(row)
+        if draw.random() < 0.4:
+            batch.reuse(row, take=True)
+        for _ in range(draw.randrange(6)):
+            list(batch.turn())
+        if draw.random() < 0.3:
+            batch.leave(draw.choice(rows))
+    while len(batch):
+        list(batch.turn())
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.parametrize(
+    ("seed", "form", "most"),
+    [
+        (0, CacheConfig(), 9),
+        pytest.param(1, CacheConfig(8, 8, window=8), 0, marks=pytest.mark.nightly),
+        *(pytest.param(seed, CacheConfig(), 4, marks=pytest.mark.nightly) for seed in range(2, 20)),
+        pytest.param(2, CacheConfig(bound=48), 0, marks=pytest.mark.nightly),
+    ],
+)
+def test_other_ranks_compute_the_same_passes(
+    folder: Path, seed: int, form: CacheConfig, most: int
+) -> None:
+    ranks = Ranks(folder, form)
+    alone = load_inventory(take_inventory(folder), "float32")
+
+    def check(row: Row) -> None:
+        if form != CacheConfig():  # what is read in chunks may fall to other codes
+            return
+        assert answer(row) == greedy(alone, row.ids[: row.prompt_tokens], form, len(answer(row)))
+
+    prefixes = PrefixTrie(10**9, most=most)
+    play(ranks, prefixes, random.Random(seed), check)
+    assert any(len(order["rows"]) > 1 for order in ranks.orders)
+    assert any(row[1] is not None for order in ranks.orders for row in order["rows"]) == (most > 0)
+    # What rank 0 lets go the others let go with its next pass.
+    prefixes.clear()
+    gc.collect()
+    ranks.model.next_token_logits(mx.array([[80]]), ranks.model.make_cache(form))
+    assert len(ranks.cached()) == 1
+    end(ranks.orders.append, interrupted=False)
+    ranks.follow()
+
+
+def greedy(model: Model, prompt: list[int], form: CacheConfig, count: int) -> list[int]:
+    """One token after the other, of a prompt that is read at once."""
+    cache = model.make_cache(form)
+    ids = list(prompt)
+    for _ in range(count):
+        fed = mx.array([ids if len(ids) == len(prompt) else ids[-1:]])
+        ids.append(int(mx.argmax(model(fed, cache)[0, -1])))
+    return ids[len(prompt) :]
+
+
+def test_an_interrupt_reaches_the_others(folder: Path) -> None:
+    ranks = Ranks(folder, CacheConfig())
+    end(ranks.orders.append, interrupted=True)
+    with pytest.raises(KeyboardInterrupt):
+        ranks.follow()
+
+
+def test_after_a_pass_that_failed_there_is_no_other(folder: Path) -> None:
+    ranks = Ranks(folder, CacheConfig())
+    cache = ranks.model.make_cache()
+
+    def fails(*_: object) -> mx.array:
+        raise ValueError("no memory")
+
+    ranks.model.model._pass = fails
+    with pytest.raises(ValueError, match="no memory"):
+        ranks.model(mx.array([[80]]), cache)
+    ranks.model.model._pass = ranks.heard
+    with pytest.raises(ApertusError, match="the ranks are out of step"):
+        ranks.model(mx.array([[80]]), cache)
+
+
+def test_a_rank_that_holds_too_little_says_so(folder: Path) -> None:
+    model = load_inventory(take_inventory(folder), "float32")
+    orders = [{"rows": [[1, None, 5]], "shape": [1, 1], "gone": []}]
+    with pytest.raises(ApertusError, match="out of step with rank 0"):
+        follow(model, CacheConfig(), lambda x: x, orders)
