@@ -123,7 +123,7 @@ def _listed(name: str, known: Collection[str], notes: list[str]) -> list[str]:
 
 def _found(task: str, known: Collection[str]) -> list[str]:
     """The names by which this lm-eval has a task; none where it does not."""
-    for name in (task, OTHER_NAMES.get(task)):
+    for name in (task, OTHER_NAMES.get(task, task)):
         if name in known:
             return [name]
     if task not in BY_LANGUAGE:
