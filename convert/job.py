@@ -24,7 +24,7 @@ from apertus_mlx.convert.calibration.before_plan import (
 )
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
 from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
-from apertus_mlx.convert.evaluation import evaluate
+from apertus_mlx.convert.evaluation import receipt
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.evaluation.little_text import choose
 from apertus_mlx.convert.plan.grids import find_grids
@@ -35,7 +35,7 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.transforms import names as transforms
-from apertus_mlx.convert.vocabulary.choice import Cut, choose_tokens
+from apertus_mlx.convert.vocabulary.choice import Cut, choose_tokens, open_cut
 from apertus_mlx.convert.vocabulary.kept_rows import keep_rows
 from apertus_mlx.convert.write.app_facts import app_facts
 from apertus_mlx.convert.write.card import CARD, license_of, make_card
@@ -104,7 +104,7 @@ class Job:
         """Most that lies beside the output until it is done: codes, and what a run goes on from."""
         if self.calibration is None:
             return 0
-        measured = evaluate.kept_bytes(self.plan.source.config, self.calibration.judged)
+        measured = receipt.kept_bytes(self.plan.source.config, self.calibration.judged)
         if not self.plan.calibrates:
             return measured
         return measured + calibrated.kept_bytes(self.plan, self.calibration.sample.windows.size)
@@ -173,8 +173,9 @@ def prepare(
             cut = choose_tokens(directory, config, request, inflation_texts)
             identity.append(cut.sha256)
             source = keep_rows(source, cut.kept)
+        text = None if cut is None else open_cut(directory, cut)
         if request.target is not None:
-            calibration = prepare_calibration(directory, calibration_texts)
+            calibration = prepare_calibration(directory, calibration_texts, text)
             identity.append(calibration.digest())
             needed = space_for_target(source, request, calibration)
             with measuring(directory, target, _digest(identity), resume, ALLOCATION, needed) as to:
@@ -185,7 +186,7 @@ def prepare(
         if grids:
             plan = make_plan(source, request, max_shard_bytes, grids, size)
         if plan.calibrates and calibration is None:
-            calibration = prepare_calibration(directory, calibration_texts)
+            calibration = prepare_calibration(directory, calibration_texts, text)
         if chosen is None:
             identity += [plan.fingerprint(), calibration.digest() if calibration else ""]
         notes = [] if chosen is None else [chosen.note]
@@ -283,9 +284,9 @@ def _write_other_files(
     license_id = license_of(job.directory)
     quality = None
     if job.calibration is not None:
-        quality = evaluate.measure(
-            path, job.directory, job.calibration.judged,
-            progress=progress, folder=workspace.kept_folder(EVALUATION),
+        quality = receipt.measure_receipt(
+            path, job.directory, job.calibration.judged, progress,
+            lambda name: workspace.kept_folder(f"{EVALUATION}-{name}"),
         )  # fmt: skip
     card = make_card(plan, name, job.source_name, job.commit, license_id, quality)
     (path / CARD).write_text(card, encoding="utf-8")

@@ -28,8 +28,8 @@ from apertus_mlx.convert.distill.student import (
 )
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
 from apertus_mlx.convert.distill.training import Options, Training, Validation, best
-from apertus_mlx.convert.evaluation.evaluate import Evaluation, kept_bytes, measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
+from apertus_mlx.convert.evaluation.receipt import Receipt, kept_bytes, measure_receipt
 from apertus_mlx.convert.evaluation.texts import (
     Sample,
     TextSet,
@@ -221,8 +221,10 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
         student, history = _train(job, workspace.kept_folder(DISTILLATION), observer)
         _write_model(job.student, path, dict(stored_tensors(student)))
         # Streams of a student that learned with other options are not this one's.
-        judged = workspace.kept_folder(f"{EVALUATION}-{_training_name(job)}")
-        quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=judged)
+        quality = measure_receipt(
+            path, job.teacher, job.judged, observer.measuring,
+            lambda name: workspace.kept_folder(f"{EVALUATION}-{name}-{_training_name(job)}"),
+        )  # fmt: skip
         _describe(job.student, path, target.name, _record(job, history), quality)
 
     build(
@@ -290,7 +292,7 @@ def _write_model(source: Path, output: Path, tensors: dict[str, mx.array]) -> No
 
 
 def _describe(
-    student: Path, path: Path, name: str, record: dict[str, Any], quality: Evaluation
+    student: Path, path: Path, name: str, record: dict[str, Any], quality: Receipt
 ) -> None:
     """Write the card and the manifest."""
     old = read_object(student / MANIFEST)

@@ -45,6 +45,7 @@ _LANGUAGE_TAG = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
 
 
 Content = str | tuple[Message, ...]
+OpenText = tuple[Tokenizer, ChatTemplate | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def read_texts(paths: Sequence[Path] = ()) -> TextSet:
     return TextSet(name, digest.hexdigest(), tuple(documents))
 
 
-def open_text(directory: Path) -> tuple[Tokenizer, ChatTemplate | None]:
+def open_text(directory: Path) -> OpenText:
     """The tokenizer of a checkpoint, and its chat template if it has one.
 
     Raises:
