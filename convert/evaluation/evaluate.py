@@ -40,11 +40,14 @@ from apertus_mlx.convert.sources.source import Source
 from apertus_mlx.convert.vocabulary.matching import Matching, Reading, kept_ids, match
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.quant.arrays import Float32
+from apertus_mlx.quant.arrays import Float32, blocks
 from apertus_mlx.quant.metrics import Divergence, TokenErrors, compare, join, summarise
 
 WINDOW_TOKENS = 512
 TOKENS_PER_LANGUAGE = 2048
+# Logits that are compared at once: of more the memory is asked of the system again each time, which
+# took three times as long as the work.
+COMPARED_LOGITS = 1 << 19
 FLOOR = "the reference with products and residual stream rounded to bfloat16"
 
 
@@ -124,11 +127,16 @@ def measure_all(
                 "vocabulary can be compared"
             )
     by_language = language_windows(texts, tokenizer, template, WINDOW_TOKENS, tokens_per_language)
-    if not by_language:
+    labels, windows, readings = [], [], []
+    for label, groups in by_language.items():
+        for group in groups:
+            reading = None if matching is None else matching.read(group)
+            if reading is None or len(reading.borders[0]):
+                labels.append(label)
+                windows.append(group)
+                readings.append(reading)
+    if not labels:
         raise UsageError(f"{texts.name}: too little text to judge with")
-    labels = [label for label, groups in by_language.items() for _ in groups]
-    windows = [group for groups in by_language.values() for group in groups]
-    readings = [None if matching is None else matching.read(group) for group in windows]
     own_windows = [w if r is None else r.whole for w, r in zip(windows, readings, strict=True)]
     with ExitStack() as stack:
 
@@ -167,7 +175,7 @@ def measure_all(
                 label: summarise(
                     join([e for e, own in zip(errors, labels, strict=True) if own == label])
                 )
-                for label in by_language
+                for label in dict.fromkeys(labels)
             }
             return {**by_label, None: summarise(join(errors))}
 
@@ -180,7 +188,7 @@ def measure_all(
             states = hidden_states(found, windows, None, done(number + 2), keep)
             own = divergences(found, states)
             del states
-            languages = {label: (own[label], floors[label]) for label in by_language}
+            languages = {label: (own[label], floors[label]) for label in dict.fromkeys(labels)}
             evaluations.append(
                 Evaluation(
                     own[None], floors[None], languages, texts.name, texts.sha256,
@@ -269,6 +277,7 @@ def _errors(
                         "overflow"
                     )
             found = [v if to is None else to(v) for v, to in zip(logits, bring, strict=True)]
-            parts.append(compare(found[0], found[1], after[part]))
+            for few in blocks(len(found[0]), COMPARED_LOGITS // found[0].shape[1]):
+                parts.append(compare(found[0][few], found[1][few], after[part][few]))
         result.append(join(parts))
     return result
