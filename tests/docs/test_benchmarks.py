@@ -35,6 +35,7 @@ SHORT = {
     "small_vocabulary": "{model} --vocab 1024 --tokens 4 --rounds 1",
     "speculation": "--estimates",
     "structured_cost": "--rounds 1 --tokens 4",
+    "vocabulary_healing": "--tokens 1024",
 }
 # Run by other tests, two of them by the last ones here.
 ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models"}
