@@ -118,11 +118,18 @@ def open_text(directory: Path) -> OpenText:
     Raises:
         ApertusError: a file is missing, damaged or not supported.
     """
-    config = read_config(directory)
-    tokenizer = Tokenizer.load(
-        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
-    )
+    tokenizer = open_tokenizer(directory)
     return tokenizer, ChatTemplate.load(directory, tokenizer)
+
+
+def open_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ApertusError: a file is missing, damaged or not supported.
+    """
+    config = read_config(directory)
+    return Tokenizer.load(directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id)
 
 
 def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from apertus_mlx.checkpoint.config import read_config
-from apertus_mlx.convert.evaluation.texts import Tokens, open_text, same_tokens
+from apertus_mlx.convert.evaluation.texts import Tokens, open_tokenizer, same_tokens
 from apertus_mlx.convert.vocabulary.byte_pairs import BytePairs, Ids, read_byte_pairs
 from apertus_mlx.quant.arrays import Float32
 from apertus_mlx.text.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def match(whole: Path, part: Path) -> Matching | None:
     Raises:
         RejectedError: the tokenizer of `part` is no byte-level BPE.
     """
-    (larger, _), (smaller, _) = open_text(whole), open_text(part)
+    larger, smaller = open_tokenizer(whole), open_tokenizer(part)
     if same_tokens(larger, smaller):
         return None
     kept = kept_ids(larger, smaller)

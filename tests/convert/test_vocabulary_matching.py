@@ -17,7 +17,7 @@ from apertus_mlx.convert.evaluation.evaluate import measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.evaluation.texts import DEFAULT_DIRECTORY, read_texts
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.vocabulary.matching import NOWHERE, match
+from apertus_mlx.convert.vocabulary.matching import NOWHERE, Matching, match
 from apertus_mlx.hub.demo import model_dir
 
 TEXTS = (
@@ -97,10 +97,15 @@ def part(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return convert_model(None, tmp_path_factory.mktemp("cut") / "part", **how).output
 
 
-def test_a_window_is_read_in_both(part: Path) -> None:
+@pytest.fixture(scope="module")
+def matching(part: Path) -> Matching:
+    found = match(model_dir(), part)
+    assert found is not None
+    return found
+
+
+def test_a_window_is_read_in_both(part: Path, matching: Matching) -> None:
     ids, own = in_both(model_dir(), part)
-    matching = match(model_dir(), part)
-    assert matching is not None
     reading = matching.read(np.array([own, own[2:] + own[:2]]))
     assert reading.whole[0].tolist()[: len(ids)] == ids
     ends, own_ends = borders(model_dir(), ids), borders(part, own)
@@ -110,12 +115,10 @@ def test_a_window_is_read_in_both(part: Path) -> None:
     ]
 
 
-def test_a_window_may_begin_inside_a_character(part: Path) -> None:
+def test_a_window_may_begin_inside_a_character(matching: Matching) -> None:
     text = "日日"
     letters = library(model_dir()).encode(text, add_special_tokens=False)
     assert len(letters.ids) == len(text.encode()), "it has to be bytes"
-    matching = match(model_dir(), part)
-    assert matching is not None
     reading = matching.read(np.array([letters.ids[1:-1]]))
     assert reading.whole.tolist() == [letters.ids[1:-1]]
     assert not reading.inside.any()
@@ -125,9 +128,9 @@ def test_a_model_has_no_other_tokens_than_itself() -> None:
     assert match(model_dir(), model_dir()) is None
 
 
-def test_a_teacher_speaks_of_pieces(tmp_path: Path, part: Path) -> None:
+def test_a_teacher_speaks_of_pieces(tmp_path: Path, part: Path, matching: Matching) -> None:
     ids, own = in_both(model_dir(), part)
-    matching, k = match(model_dir(), part), 32
+    k = 32
     answers = TeacherCache(tmp_path / "answers", [np.array([own])])
     with Reader(model_dir()) as reader:
         answers.fill(open_weights(model_dir(), reader), k, lambda _: None, matching)
@@ -142,7 +145,9 @@ def test_a_teacher_speaks_of_pieces(tmp_path: Path, part: Path) -> None:
     assert inside > 5
 
 
-def test_what_comes_before_the_first_border_is_not_learned(tmp_path: Path, part: Path) -> None:
+def test_what_comes_before_the_first_border_is_not_learned(
+    tmp_path: Path, part: Path, matching: Matching
+) -> None:
     """A window that begins inside a token has no token of the teacher before it."""
     smaller = library(part)
     cut = next(
@@ -154,8 +159,6 @@ def test_what_comes_before_the_first_border_is_not_learned(tmp_path: Path, part:
         and len(pieces := [token.id for token in smaller.model.tokenize(name)]) > 1
     )
     answers = TeacherCache(tmp_path / "answers", [np.array([cut])])
-    matching = match(model_dir(), part)
-    assert matching is not None
     assert matching.read(np.array([cut])).places[0, 0] == NOWHERE
     with Reader(model_dir()) as reader:
         answers.fill(open_weights(model_dir(), reader), 8, lambda _: None, matching)
