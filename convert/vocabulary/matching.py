@@ -19,6 +19,7 @@ from apertus_mlx.checkpoint.config import read_config
 from apertus_mlx.convert.evaluation.texts import Tokens, open_tokenizer, same_tokens
 from apertus_mlx.convert.vocabulary.byte_pairs import BytePairs, Ids, read_byte_pairs
 from apertus_mlx.quant.arrays import Float32
+from apertus_mlx.text.byte_alphabet import BYTE_OF_CHARACTER
 from apertus_mlx.text.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -107,7 +108,13 @@ class Matching:
         self._whole, self._part, self._kept = whole, part, kept
         names = {token_id: whole.id_to_token(token_id) for token_id in range(rows)}
         there = set(kept.tolist())
-        cut = {i: name for i, name in names.items() if i not in there and name is not None}
+        # A control token that the part has not is never written, in whatever pieces.
+        there |= whole.special_ids
+        cut = {
+            token_id: name
+            for token_id, name in names.items()
+            if token_id not in there and name is not None and set(name) <= BYTE_OF_CHARACTER.keys()
+        }
         first = np.full(rows, NOWHERE, np.int64)
         heads = kept[kept < rows]
         first[heads] = np.arange(len(heads))

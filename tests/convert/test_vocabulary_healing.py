@@ -59,6 +59,7 @@ def test_a_cut_model_heals(tmp_path: Path, tiny: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", [{"vocab": 1024}, {"vocab_for": TEXT}])
 def test_the_embedded_model_heals(
     tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -67,7 +68,7 @@ def test_the_embedded_model_heals(
     monkeypatch.setattr("apertus_mlx.convert.distill.resources.BATCH_TOKENS", 512)
     cut = convert_model(None, tmp_path / "cut", bits=4, **how).output
     heal(cut, tmp_path / "healed", Options(learning_rate=3e-3), 8192)
-    windows = recipe(cut, JUDGED_SEED, 4)
+    windows = recipe(cut, JUDGED_SEED, 2)
     before, after = (
         divergence(model_dir(), folder, windows) for folder in (cut, tmp_path / "healed")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,10 +16,12 @@ from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache
 from apertus_mlx.convert.evaluation.evaluate import measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
-from apertus_mlx.convert.evaluation.texts import DEFAULT_DIRECTORY, read_texts
+from apertus_mlx.convert.evaluation.texts import DEFAULT_DIRECTORY, open_tokenizer, read_texts
 from apertus_mlx.convert.sources.reading import Reader
-from apertus_mlx.convert.vocabulary.matching import NOWHERE, Matching, match
+from apertus_mlx.convert.vocabulary.byte_pairs import read_byte_pairs
+from apertus_mlx.convert.vocabulary.matching import NOWHERE, Matching, kept_ids, match
 from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.text.tokenizer import Tokenizer
 
 TEXTS = (
     "Die Hauptstadt der Schweiz ist Bern, und nicht Zürich.",
@@ -126,6 +129,22 @@ def test_a_window_may_begin_inside_a_character(matching: Matching) -> None:
 
 def test_a_model_has_no_other_tokens_than_itself() -> None:
     assert match(model_dir(), model_dir()) is None
+
+
+def test_a_control_token_that_the_part_has_not_counts_for_nothing(tmp_path: Path) -> None:
+    value = json.loads((model_dir() / "tokenizer.json").read_bytes())
+    new = {**value["added_tokens"][0], "id": 1792, "content": "<an image>", "special": True}
+    value["added_tokens"].append(new)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    whole = Tokenizer.load(tmp_path, vocab_size=1856, bos_token_id=BOS)
+    part = open_tokenizer(model_dir())
+    kept = kept_ids(whole, part)
+    assert kept is not None
+    pairs = read_byte_pairs(model_dir() / "tokenizer.json")
+    found = Matching(whole, part, pairs, kept, 1856)
+    shares = np.zeros((1, 1856), np.float32)
+    shares[0, [1792, 100]] = 0.75, 0.25
+    assert found.first_pieces(shares)[0, [100, 60]].tolist() == [1, 0]
 
 
 def test_a_teacher_speaks_of_pieces(tmp_path: Path, part: Path, matching: Matching) -> None:
