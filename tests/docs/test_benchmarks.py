@@ -32,7 +32,7 @@ SHORT = {
     "rank_deaths": "--rounds 1 --tokens 8",
     "serve_load": "--seconds 20 --clients 4",
     "serve_peers": "{model} --clients 1 2 --requests 1 --rounds 1 --max-tokens 4",
-    "small_vocabulary": "{model} --vocab 1024 --tokens 4 --rounds 1",
+    "small_vocabulary": "apertus_mlx/hub/demo/model --vocab 1024 --tokens 4 --rounds 1",
     "speculation": "--estimates",
     "structured_cost": "--rounds 1 --tokens 4",
     "vocabulary_healing": "--tokens 1024",
