@@ -3,18 +3,24 @@
     python -m benchmarks.embedding_rows [--tokens 2000]
 
 For the geometries of 1.5B and 8B, in 16 bits and in affine codes of 4 bits, with random rows in a
-file of their real size. Printed is the median time of a token: the row's bytes alone, the row as
-MLX's array ready to compute with, and the same from memory. The file has just been written, so that
+file of their real size. Printed is the median time of a token, and that of the processor: the
+row's bytes alone; the row as MLX's array ready to compute with; the same by MLX's operations on
+the stored parts; and the same from memory. They take turns. The file has just been written, so that
 the system has it in memory; a disk adds its own time.
+
+Then what a fresh process holds, of its own and of MLX's, with the embedding in memory and on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,6 +39,9 @@ from apertus_mlx.quant.spec import QuantSpec
 from benchmarks.make_checkpoint import VOCAB_SIZE, config
 
 FILE = "model.safetensors"
+DTYPE = mx.bfloat16
+# Tokens before it is another form's turn.
+TURN = 50
 
 
 def main() -> None:
@@ -40,25 +49,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--sizes", nargs="+", default=["1.5B", "8B"])
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.one:
+        hold_one(Path(given.one[0]), *json.loads(given.one[1]))
+        return
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, given.tokens).tolist()
     for size in given.sizes:
         for spec in (None, QuantSpec(4, 64)):
             with tempfile.TemporaryDirectory() as folder:
                 inventory = write_embedding(Path(folder), size, spec)
-                dtype = mx.float32 if spec is None else mx.bfloat16
-                embedding = DiskEmbedding(inventory, dtype, True)
                 stored = inventory.matrices[layout.EMBEDDING]
                 rows = StoredRows(inventory.checkpoint, stored.tensors)
-                there = in_memory(Path(folder), stored, dtype)
-                times = (
-                    per_token(ids, lambda token, rows=rows: rows.read([token])),
-                    per_token(ids, lambda token, to=embedding: mx.eval(to(mx.array([[token]])))),
-                    per_token(ids, lambda token, to=there: mx.eval(to(mx.array([[token]])))),
+                embedding, by_mlx = (DiskEmbedding(inventory, DTYPE, True) for _ in range(2))
+                assert embedding._row is not None
+                by_mlx._row = None
+                there = in_memory(Path(folder), stored)
+                times = per_token(
+                    ids,
+                    {
+                        "read": lambda token, rows=rows: rows.read([token]),
+                        "ready": lambda token, to=embedding: mx.eval(to(mx.array([[token]]))),
+                        "by MLX": lambda token, to=by_mlx: mx.eval(to(mx.array([[token]]))),
+                        "memory": lambda token, to=there: mx.eval(to(mx.array([[token]]))),
+                    },
                 )
+                held = [hold(Path(folder), size, spec, disk) for disk in (False, True)]
+            found = ", ".join(f"{name} {a:.1f} us ({b:.1f} us)" for name, (a, b) in times.items())
+            saved = [(a - b) / 1e6 for a, b in zip(*held, strict=True)]
+            planned = sum(tensor.size_bytes for tensor in stored.tensors) / 1e6
             print(
-                f"{size} {spec or 'bfloat16'}: {rows.row_bytes} bytes a row; read "
-                f"{times[0]:.1f} us, ready {times[1]:.1f} us, from memory {times[2]:.1f} us"
+                f"{size} {spec or 'bfloat16'}: {rows.row_bytes} bytes a row; {found}; a process "
+                f"holds {saved[0]:.1f} MB less, MLX {saved[1]:.1f} MB less, planned {planned:.1f} "
+                "MB less",
+                flush=True,
             )
 
 
@@ -66,22 +90,29 @@ def write_embedding(folder: Path, size: str, spec: QuantSpec | None) -> Inventor
     """A file with the embedding alone."""
     parsed = parse_config(config(size))
     rows, columns = parsed.vocab_size, parsed.hidden_size
+    names = ("weight", "scales", "biases")[: 1 if spec is None else 3]
+    if (folder / FILE).exists():
+        return _inventory(folder, size, spec, names)
     values = mx.random.normal((4096, columns)).astype(mx.bfloat16)
     parts = (values,) if spec is None else tuple(mx.quantize(values, spec.group_size, spec.bits))
-    names = ("weight", "scales", "biases")[: len(parts)]
     arrays = {
         f"{layout.EMBEDDING}.{name}": mx.concatenate([part] * (rows // 4096))
         for name, part in zip(names, parts, strict=True)
     }
     mx.save_safetensors(str(folder / FILE), arrays)
+    return _inventory(folder, size, spec, names)
+
+
+def _inventory(folder: Path, size: str, spec: QuantSpec | None, names: Sequence[str]) -> Inventory:
+    parsed = parse_config(config(size))
     tensors: dict[str, TensorInfo] = {info.name: info for info in read_header(folder / FILE)}
     found = tuple(tensors[f"{layout.EMBEDDING}.{name}"] for name in names)
-    matrix = StoredMatrix(layout.EMBEDDING, rows, columns, spec, found)
+    matrix = StoredMatrix(layout.EMBEDDING, parsed.vocab_size, parsed.hidden_size, spec, found)
     checkpoint = Checkpoint(size, (FILE,), tensors, folder)
     return Inventory(parsed, checkpoint, {layout.EMBEDDING: matrix}, {}, {})
 
 
-def in_memory(folder: Path, stored: StoredMatrix, dtype: mx.Dtype) -> nn.Module:
+def in_memory(folder: Path, stored: StoredMatrix) -> nn.Module:
     """The embedding that the file holds, as the loader makes it."""
     arrays = mx.load(str(folder / FILE))
     assert isinstance(arrays, dict)
@@ -89,7 +120,6 @@ def in_memory(folder: Path, stored: StoredMatrix, dtype: mx.Dtype) -> nn.Module:
     embedding: nn.Module
     if stored.spec is None:
         embedding = nn.Embedding(1, stored.columns)
-        parts = {name: array.astype(dtype) for name, array in parts.items()}
     else:
         spec = stored.spec
         embedding = nn.QuantizedEmbedding(1, stored.columns, spec.group_size, spec.bits)
@@ -98,14 +128,46 @@ def in_memory(folder: Path, stored: StoredMatrix, dtype: mx.Dtype) -> nn.Module:
     return ProductEmbedding(embedding) if ProductEmbedding.is_exact(embedding) else embedding
 
 
-def per_token(ids: Iterable[int], read: Callable[[int], object]) -> float:
-    """Median microseconds."""
-    times = []
-    for token in ids:
-        began = time.perf_counter()
-        read(token)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e6
+def per_token(
+    ids: Sequence[int], forms: dict[str, Callable[[int], object]]
+) -> dict[str, tuple[float, float]]:
+    """Median microseconds of each form, and those of the processor."""
+    walls: dict[str, list[float]] = {name: [] for name in forms}
+    processor: dict[str, list[float]] = {name: [] for name in forms}
+    for first in range(0, len(ids), TURN):
+        for name, read in forms.items():
+            for token in ids[first : first + TURN]:
+                before, began = time.process_time(), time.perf_counter()
+                read(token)
+                walls[name].append(time.perf_counter() - began)
+                processor[name].append(time.process_time() - before)
+    return {
+        name: (statistics.median(walls[name]) * 1e6, statistics.median(processor[name]) * 1e6)
+        for name in forms
+    }
+
+
+def hold(folder: Path, size: str, spec: QuantSpec | None, disk: bool) -> tuple[int, int]:
+    """Bytes that a fresh process holds, of its own and MLX's, after some tokens."""
+    form = json.dumps([size, spec and [spec.bits, spec.group_size], disk])
+    command = [sys.executable, "-m", "benchmarks.embedding_rows", "--one", str(folder), form]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    own, of_mlx = json.loads(done.stdout.splitlines()[-1])
+    return own, of_mlx
+
+
+def hold_one(folder: Path, size: str, spec: list[int] | None, disk: bool) -> None:
+    """Look up some tokens and print what the process holds."""
+    import psutil
+
+    inventory = write_embedding(folder, size, None if spec is None else QuantSpec(*spec))
+    if disk:
+        embedding: nn.Module = DiskEmbedding(inventory, DTYPE, True)
+    else:
+        embedding = in_memory(folder, inventory.matrices[layout.EMBEDDING])
+    for token in range(0, VOCAB_SIZE, VOCAB_SIZE // 100):
+        mx.eval(embedding(mx.array([[token]])))
+    print(json.dumps([psutil.Process().memory_full_info().uss, mx.get_active_memory()]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, 
 from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
 from apertus_mlx.convert.calibration.memory import require_memory
 from apertus_mlx.convert.calibration.tuning import Tuning, tune, tuning_note
-from apertus_mlx.convert.evaluation import evaluate
+from apertus_mlx.convert.evaluation import receipt
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.evaluation.little_text import choose
 from apertus_mlx.convert.plan.grids import find_grids
@@ -37,7 +37,7 @@ from apertus_mlx.convert.plan.shards import MAX_SHARD_BYTES
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
 from apertus_mlx.convert.sources.recognise import recognise
 from apertus_mlx.convert.transforms import names as transforms
-from apertus_mlx.convert.vocabulary.choice import Cut, choose_tokens
+from apertus_mlx.convert.vocabulary.choice import Cut, choose_tokens, open_cut
 from apertus_mlx.convert.vocabulary.kept_rows import keep_rows
 from apertus_mlx.convert.write.app_facts import app_facts
 from apertus_mlx.convert.write.card import CARD, license_of, make_card
@@ -59,7 +59,7 @@ from apertus_mlx.system.progress import OnLayers
 from apertus_mlx.system.strict_json import read_object
 
 # Of the files from which an interrupted run resumes; a run of another version starts again.
-STATE_VERSION = 3
+STATE_VERSION = 4
 # Folders beside the output while it is built.
 ALLOCATION, CHOICE, CALIBRATION, EVALUATION = "allocation", "choice", "calibration", "receipt"
 
@@ -106,7 +106,7 @@ class Job:
         """Most that lies beside the output until it is done: codes, and what a run goes on from."""
         if self.calibration is None:
             return 0
-        measured = evaluate.kept_bytes(self.plan.source.config, self.calibration.judged)
+        measured = receipt.kept_bytes(self.plan.source.config, self.calibration.judged)
         if not self.plan.calibrates:
             return measured
         windows = self.calibration.sample.windows
@@ -178,9 +178,10 @@ def prepare(
             cut = choose_tokens(directory, config, request, inflation_texts)
             identity.append(cut.sha256)
             source = keep_rows(source, cut.kept)
+        text = None if cut is None else open_cut(directory, cut)
         if request.target is not None:
             require_memory(source, request)
-            calibration = prepare_calibration(directory, calibration_texts)
+            calibration = prepare_calibration(directory, calibration_texts, text)
             identity.append(calibration.digest())
             needed = space_for_target(source, request, calibration)
             with measuring(directory, target, _digest(identity), resume, ALLOCATION, needed) as to:
@@ -192,7 +193,7 @@ def prepare(
             plan = make_plan(source, request, max_shard_bytes, grids, size)
         if plan.calibrates and calibration is None:
             require_memory(source, request)
-            calibration = prepare_calibration(directory, calibration_texts)
+            calibration = prepare_calibration(directory, calibration_texts, text)
         if chosen is None:
             identity += [plan.fingerprint(), calibration.digest() if calibration else ""]
         notes = [] if chosen is None else [chosen.note]
@@ -299,9 +300,9 @@ def _write_other_files(
     license_id = license_of(job.directory)
     quality = None
     if job.calibration is not None:
-        quality = evaluate.measure(
-            path, job.directory, job.calibration.judged,
-            progress=progress, folder=workspace.kept_folder(EVALUATION),
+        quality = receipt.measure_receipt(
+            path, job.directory, job.calibration.judged, progress,
+            lambda name: workspace.kept_folder(f"{EVALUATION}-{name}"),
         )  # fmt: skip
     card = make_card(plan, name, job.source_name, job.commit, license_id, quality)
     (path / CARD).write_text(card, encoding="utf-8")

@@ -1,29 +1,30 @@
 """An embedding whose rows stay in the checkpoint: a token's row is read when it is needed.
 
 It gives the very numbers that the embedding in memory gives: the few rows of a call make a small
-embedding of the same kind. The ids have to be known to read rows, so a call waits for them.
+embedding of the same kind. A single row is computed by NumPy where that gives the same for some
+tokens. The ids have to be known to read rows, so a call waits for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.checkpoint.rows import StoredRows
-from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.errors import UsageError
 from apertus_mlx.model.embedding import ProductEmbedding
+from apertus_mlx.model.stored_row import StoredRow, floats, require_finite
+from apertus_mlx.quant.spec import QuantSpec
 
-# What the bytes of each safetensors type are read as, and the bits of its exponent, which are all
-# set in NaN and infinity.
-_STORED = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U8": "u1"}
-_NOT_FINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+# What the bytes of codes are read as.
+_CODES = {"U32": "<u4", "U8": "u1"}
 PARTS = ("weight", "scales", "biases")
 
 
@@ -57,9 +58,11 @@ class DiskEmbedding(nn.Module):
             )
         self._small.freeze()
         # As in memory (`Model.fuse`): one row by product, if that is exact for three of them.
-        self._fill([0, (stored.rows - 1) // 2, stored.rows - 1])
+        some = [0, (stored.rows - 1) // 2, stored.rows - 1]
+        self._fill(some)
         if row_by_product and ProductEmbedding.is_exact(self._small):
             self._small = ProductEmbedding(self._small)
+        self._row = next(filter(partial(self._is_exact, some), self._candidates()), None)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rows `[..., D]` of the token ids `x`.
@@ -68,7 +71,12 @@ class DiskEmbedding(nn.Module):
             RejectedError: a file was changed since, or a row holds what is not finite.
         """
         if x.size == 1:
-            self._fill(np.array(x).reshape(-1).tolist())
+            token: Any = x.item()
+            if self._row is not None:
+                values = self._row(self._rows.read([token]))
+                # The constructor rounds at once, where `astype` would be one more operation.
+                return mx.array(values.reshape(*x.shape, -1), self._dtype)
+            self._fill([token])
             places = np.zeros(x.shape, np.uint32)
         else:
             ids, found = np.unique(np.array(x), return_inverse=True)
@@ -81,28 +89,32 @@ class DiskEmbedding(nn.Module):
         """Make the small embedding that of these tokens."""
         found = self._rows.read(ids)
         for name, tensor, data in zip(PARTS, self._rows.tensors, found, strict=False):
-            values = np.frombuffer(data, _STORED[tensor.dtype]).reshape(len(ids), -1)
-            if tensor.dtype in _NOT_FINITE:
-                self._small[name] = self._floats(values, tensor)
+            if tensor.dtype in _CODES:
+                values = mx.array(np.frombuffer(data, _CODES[tensor.dtype]).reshape(len(ids), -1))
             else:
-                self._small[name] = mx.array(values)
+                require_finite(data, tensor)
+                values = mx.array(floats(data, tensor).reshape(len(ids), -1), self._dtype)
+            self._small[name] = values
 
-    def _floats(self, values: npt.NDArray[Any], tensor: TensorInfo) -> mx.array:
-        """Stored floats in the type to compute in; most is done here, where nothing is queued."""
-        bits = values.view(f"u{values.itemsize}")
-        mask = _NOT_FINITE[tensor.dtype]
-        if (bits & mask == mask).any():
-            raise RejectedError(
-                f"{tensor.file}: {tensor.name}: a value is not finite; the weights are damaged"
-            )
-        if tensor.dtype == "BF16":
-            if self._dtype == mx.bfloat16:
-                return mx.array(values).view(mx.bfloat16)
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        elif self._dtype == mx.float32:
-            values = values.astype(np.float32)
-        array = mx.array(values)
-        return array if array.dtype == self._dtype else array.astype(self._dtype)
+    def _candidates(self) -> Iterator[StoredRow]:
+        """Ways to compute a single row without MLX."""
+        tensors, small = self._rows.tensors, self._small
+        if not isinstance(small, nn.QuantizedEmbedding):
+            yield StoredRow(None, tensors, self._dtype)
+        elif small.mode == "affine":
+            spec = QuantSpec(small.bits, small.group_size)
+            for rounds_once in (False, True):
+                yield StoredRow(spec, tensors, self._dtype, rounds_once)
+
+    def _is_exact(self, ids: Sequence[int], row: StoredRow) -> bool:
+        """Whether `row` gives what MLX gives for these tokens, each by itself."""
+        for token in ids:
+            self._fill([token])
+            expected = self._small(mx.zeros((1,), mx.uint32)).reshape(-1)
+            found = mx.array(row(self._rows.read([token])), self._dtype)
+            if not mx.array_equal(found, expected).item():
+                return False
+        return True
 
 
 def require_untied(inventory: Inventory) -> None:

@@ -21,6 +21,7 @@ from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrate import quantize_model
 from apertus_mlx.convert.evaluation.layerwise import ChangedWeights, Weights
 from apertus_mlx.convert.evaluation.texts import (
+    OpenText,
     Sample,
     TextSet,
     hold_out,
@@ -54,6 +55,8 @@ class Calibration:
 
     sample: Sample
     judged: TextSet
+    # Tokenizer and chat template that both are read with, where they are not the source's.
+    text: OpenText | None = None
 
     def digest(self) -> str:
         """Of all that a result depends on."""
@@ -73,15 +76,20 @@ class _OtherVectors(ChangedWeights):
         return self.vectors[name] if name in self.vectors else self.weights.vector(name)
 
 
-def prepare_calibration(directory: Path, paths: Sequence[Path]) -> Calibration:
+def prepare_calibration(
+    directory: Path, paths: Sequence[Path], text: OpenText | None = None
+) -> Calibration:
     """Read the texts, keep a part to judge by, and cut windows for the model in `directory`.
+
+    `text` is what it reads with, where that is not the tokenizer and template there.
 
     Raises:
         ApertusError: see `read_texts` and `sample_windows`.
     """
     seen, judged = hold_out(read_texts(paths))
-    sample = sample_windows(seen, *open_text(directory), WINDOW_TOKENS, WINDOWS, SEED)
-    return Calibration(sample, judged)
+    opened = text or open_text(directory)
+    sample = sample_windows(seen, *opened, WINDOW_TOKENS, WINDOWS, SEED)
+    return Calibration(sample, judged, text)
 
 
 def make_codes(

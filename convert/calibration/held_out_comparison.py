@@ -82,9 +82,8 @@ class HeldOutComparison:
         sample = calibration.sample
         few = replace(sample, windows=spread(sample.windows, WINDOWS))
         self._calibration = replace(calibration, sample=few)
-        sample = sample_windows(
-            calibration.judged, *open_text(directory), WINDOW_TOKENS, WINDOWS, SEED
-        )
+        text = calibration.text or open_text(directory)
+        sample = sample_windows(calibration.judged, *text, WINDOW_TOKENS, WINDOWS, SEED)
         self._windows = sample.windows
 
     def divergences(self, plans: Sequence[Plan], rounded: bool = False) -> list[float]:

@@ -28,8 +28,8 @@ from apertus_mlx.convert.distill.student import (
 )
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
 from apertus_mlx.convert.distill.training import Options, Training, Validation, best
-from apertus_mlx.convert.evaluation.evaluate import Evaluation, kept_bytes, measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
+from apertus_mlx.convert.evaluation.receipt import Receipt, kept_bytes, measure_receipt
 from apertus_mlx.convert.evaluation.texts import (
     Sample,
     TextSet,
@@ -40,7 +40,7 @@ from apertus_mlx.convert.evaluation.texts import (
     sample_windows,
 )
 from apertus_mlx.convert.sources.reading import FileState, Reader, file_states
-from apertus_mlx.convert.vocabulary.matching import kept_ids, on_part
+from apertus_mlx.convert.vocabulary.matching import kept_ids, match
 from apertus_mlx.convert.write.app_facts import app_facts
 from apertus_mlx.convert.write.card import CARD, make_distilled_card
 from apertus_mlx.convert.write.copied_files import TOKENIZER, copy_files
@@ -58,7 +58,7 @@ from apertus_mlx.system.strict_json import read_object
 # Folders beside the output while it is built.
 DISTILLATION, EVALUATION = "distillation", "receipt"
 # Of what an interrupted run goes on from; an interrupted run of another version starts again.
-STATE_VERSION = 1
+STATE_VERSION = 2
 # Least and most windows that decide which weights are best, and their share between.
 HELD_OUT_WINDOWS = (1, 32)
 HELD_OUT_SHARE = 1 / 20
@@ -221,8 +221,10 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
         student, history = _train(job, workspace.kept_folder(DISTILLATION), observer)
         _write_model(job.student, path, dict(stored_tensors(student)))
         # Streams of a student that learned with other options are not this one's.
-        judged = workspace.kept_folder(f"{EVALUATION}-{_training_name(job)}")
-        quality = measure(path, job.teacher, job.judged, progress=observer.measuring, folder=judged)
+        quality = measure_receipt(
+            path, job.teacher, job.judged, observer.measuring,
+            lambda name: workspace.kept_folder(f"{EVALUATION}-{name}-{_training_name(job)}"),
+        )  # fmt: skip
         _describe(job.student, path, target.name, _record(job, history), quality)
 
     build(
@@ -251,11 +253,13 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Vali
     )
     total = batches.tokens + held_out.tokens
     with Reader(job.teacher) as reader:
-        (whole, _), (part, _) = open_text(job.teacher), open_text(job.student)
-        teacher = on_part(open_weights(job.teacher, reader), whole, part)
-        k = min(job.options.top_k, teacher.config.output_vocab_size - 1)
-        held_out.fill(teacher, k, lambda done: observer.teacher(done, total))
-        batches.fill(teacher, k, lambda done: observer.teacher(held_out.tokens + done, total))
+        teacher = open_weights(job.teacher, reader)
+        matching = match(job.teacher, job.student)
+        k = min(job.options.top_k, read_config(job.student).output_vocab_size - 1)
+        held_out.fill(teacher, k, lambda done: observer.teacher(done, total), matching)
+        batches.fill(
+            teacher, k, lambda done: observer.teacher(held_out.tokens + done, total), matching
+        )
     with Reader(job.student) as reader:
         student = make_student(open_weights(job.student, reader), job.options.trained)
     if resources.recomputes:
@@ -288,7 +292,7 @@ def _write_model(source: Path, output: Path, tensors: dict[str, mx.array]) -> No
 
 
 def _describe(
-    student: Path, path: Path, name: str, record: dict[str, Any], quality: Evaluation
+    student: Path, path: Path, name: str, record: dict[str, Any], quality: Receipt
 ) -> None:
     """Write the card and the manifest."""
     old = read_object(student / MANIFEST)

@@ -23,6 +23,7 @@ from apertus_mlx.convert.evaluation.layerwise import (
 )
 from apertus_mlx.convert.evaluation.products import Projection
 from apertus_mlx.convert.evaluation.texts import Tokens
+from apertus_mlx.convert.vocabulary.matching import NOWHERE, Matching, Reading
 from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
 from apertus_mlx.errors import ResourceError
 from apertus_mlx.quant.arrays import Float32
@@ -39,7 +40,8 @@ class Batch:
     tokens: mx.array
     # The k likeliest next tokens of each, `[windows, length, k]`.
     likeliest: mx.array
-    # Their probabilities and the rest, `[windows, length, k + 1]`; they sum to one.
+    # Their probabilities and the rest, `[windows, length, k + 1]`; they sum to one, or to nothing
+    # where the teacher says nothing.
     shares: mx.array
 
 
@@ -68,13 +70,20 @@ class TeacherCache:
         """Tokens of all batches."""
         return sum(batch.size for batch in self._batches)
 
-    def fill(self, teacher: SourceWeights, k: int, progress: Callable[[int], None]) -> None:
+    def fill(
+        self,
+        teacher: SourceWeights,
+        k: int,
+        progress: Callable[[int], None],
+        matching: Matching | None = None,
+    ) -> None:
         """Compute the answers that are missing.
 
         Args:
-            teacher: any checkpoint of the same vocabulary.
+            teacher: any checkpoint.
             k: how many tokens are kept by name.
             progress: told the number of tokens that are done.
+            matching: of the teacher's vocabulary and that of the windows, if it is a part of it.
         """
         self._folder.mkdir(exist_ok=True)
         missing = [i for i in range(len(self)) if load_arrays(self._path(i)) is None]
@@ -89,9 +98,16 @@ class TeacherCache:
                 if other != state:
                     other.unlink()
             keep = Keep(state)
-            hidden = hidden_states(teacher, [self._batches[i] for i in lot], keep=keep)
-            for index, states in zip(lot, hidden, strict=True):
-                save_arrays(self._path(index), _answers(states, head, k))
+            windows = [self._batches[i] for i in lot]
+            readings = [matching.read(each) if matching is not None else None for each in windows]
+            own = [w if r is None else r.whole for w, r in zip(windows, readings, strict=True)]
+            hidden = hidden_states(teacher, own, keep=keep)
+            for index, states, reading in zip(lot, hidden, readings, strict=True):
+                if matching is None or reading is None:
+                    answers = _answers(states, head, k)
+                else:
+                    answers = _matched_answers(states, head, k, matching, reading)
+                save_arrays(self._path(index), answers)
                 done += self._batches[index].size
                 progress(done)
             keep.discard()
@@ -104,7 +120,8 @@ class TeacherCache:
                 f"{self._path(index)}: was damaged or taken away meanwhile; --resume makes it anew"
             )
         shares = answers["shares"].astype(np.float32)
-        shares /= shares.sum(-1, keepdims=True)
+        sums = shares.sum(-1, keepdims=True)
+        shares /= np.where(sums > 0, sums, 1)
         likeliest = mx.array(answers["likeliest"])
         return Batch(mx.array(self._batches[index]), likeliest, mx.array(shares))
 
@@ -118,14 +135,44 @@ def _answers(states: Float32, head: Projection, k: int) -> dict[str, np.ndarray]
     parts = []
     for part in logit_blocks(len(rows), len(head.weight)):
         logits = head(mx.array(rows[part]))
-        shares = mx.softmax(logits, axis=-1, precise=True)
-        likeliest = mx.argpartition(shares, kth=-k, axis=-1)[:, -k:].astype(mx.uint32)
-        named = mx.take_along_axis(shares, likeliest, axis=-1)
-        # Summed up by itself: as one minus the others it would be rounding noise.
-        others = mx.put_along_axis(shares, likeliest, mx.array(0.0), axis=-1)
-        named = mx.concatenate([named, others.sum(-1, keepdims=True)], axis=-1)
-        parts.append((np.array(likeliest), np.array(named.astype(mx.float16))))
+        parts.append(_named(mx.softmax(logits, axis=-1, precise=True), k))
+    return _joined(parts, states.shape[:2])
+
+
+def _matched_answers(
+    states: Float32, head: Projection, k: int, matching: Matching, reading: Reading
+) -> dict[str, np.ndarray]:
+    """The same for the tokens of a part of the teacher's vocabulary."""
+    windows, tokens = (each.reshape(-1) for each in np.indices(reading.places.shape))
+    places, inside = reading.places[windows, tokens], reading.inside[windows, tokens]
+    parts = []
+    for part in logit_blocks(len(places), len(head.weight)):
+        logits = head(mx.array(states[windows[part], np.maximum(places[part], 0)]))
+        shares = np.array(mx.softmax(logits, axis=-1, precise=True))
+        found = matching.first_pieces(shares)
+        rest = np.zeros((len(found), 1), np.float32)
+        found[places[part] == NOWHERE] = 0
+        for row in np.flatnonzero(inside[part]):
+            pieces = reading.pieces(windows[part][row], tokens[part][row])
+            found[row], rest[row] = matching.next_pieces(shares[row], pieces)
+        parts.append(_named(mx.array(found), k, mx.array(rest)))
+    return _joined(parts, reading.places.shape)
+
+
+def _named(shares: mx.array, k: int, more: mx.array | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens, and their shares and that of the rest with `more`."""
+    likeliest = mx.argpartition(shares, kth=-k, axis=-1)[:, -k:].astype(mx.uint32)
+    named = mx.take_along_axis(shares, likeliest, axis=-1)
+    # Summed up by itself: as one minus the others it would be rounding noise.
+    others = mx.put_along_axis(shares, likeliest, mx.array(0.0), axis=-1)
+    named = mx.concatenate([named, others.sum(-1, keepdims=True) + more], axis=-1)
+    return np.array(likeliest), np.array(named.astype(mx.float16))
+
+
+def _joined(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    likeliest, shares = (np.concatenate(each) for each in zip(*parts, strict=True))
     return {
-        name: np.concatenate(found).reshape(*states.shape[:2], -1)
-        for name, found in zip(("likeliest", "shares"), zip(*parts, strict=True), strict=True)
-    }
+        "likeliest": likeliest.reshape(*shape, -1), "shares": shares.reshape(*shape, -1)
+    }  # fmt: skip

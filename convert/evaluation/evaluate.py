@@ -37,14 +37,17 @@ from apertus_mlx.convert.evaluation.texts import (
 )
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.sources.source import Source
-from apertus_mlx.convert.vocabulary.matching import kept_ids, on_part
+from apertus_mlx.convert.vocabulary.matching import Matching, Reading, kept_ids, match
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.errors import RejectedError, UsageError
-from apertus_mlx.quant.arrays import Float32
+from apertus_mlx.quant.arrays import Float32, blocks
 from apertus_mlx.quant.metrics import Divergence, TokenErrors, compare, join, summarise
 
 WINDOW_TOKENS = 512
 TOKENS_PER_LANGUAGE = 2048
+# Logits that are compared at once: of more the memory is asked of the system again each time, which
+# took three times as long as the work.
+COMPARED_LOGITS = 1 << 19
 FLOOR = "the reference with products and residual stream rounded to bfloat16"
 
 
@@ -98,7 +101,8 @@ def measure_all(
     Args:
         directories: models in any form that `convert` reads.
         reference: likewise; its tokenizer and chat template are used, unless the models have a
-            part of its vocabulary, all the same: then theirs, and the reference counts on it.
+            part of its vocabulary, all the same: then theirs. The reference reads its own tokens,
+            and they are compared where both have a border (`Matching`).
         texts: what to predict.
         tokens_per_language: most tokens of each language.
         progress: told runs through layers that are done, and how many there are.
@@ -109,11 +113,12 @@ def measure_all(
         UsageError: the models have different vocabularies or tokenizers; the texts are too short.
         RejectedError: a checkpoint is damaged or not supported.
     """
-    whole, template = open_text(reference)
-    tokenizer = whole
+    tokenizer, template = open_text(reference)
+    matching = None
     if directories:
         part, own_template = open_text(directories[0])
-        if not same_tokens(whole, part) and kept_ids(whole, part) is not None:
+        if not same_tokens(tokenizer, part) and kept_ids(tokenizer, part) is not None:
+            matching = match(reference, directories[0])
             tokenizer, template = part, own_template
     for directory in directories:
         if not same_tokens(tokenizer, open_text(directory)[0]):
@@ -122,23 +127,30 @@ def measure_all(
                 "vocabulary can be compared"
             )
     by_language = language_windows(texts, tokenizer, template, WINDOW_TOKENS, tokens_per_language)
-    if not by_language:
+    labels, windows, readings = [], [], []
+    for label, groups in by_language.items():
+        for group in groups:
+            reading = None if matching is None else matching.read(group)
+            if reading is None or len(reading.borders[0]):
+                labels.append(label)
+                windows.append(group)
+                readings.append(reading)
+    if not labels:
         raise UsageError(f"{texts.name}: too little text to judge with")
-    labels = [label for label, groups in by_language.items() for _ in groups]
-    windows = [group for groups in by_language.values() for group in groups]
+    own_windows = [w if r is None else r.whole for w, r in zip(windows, readings, strict=True)]
     with ExitStack() as stack:
 
         def opened(directory: Path) -> SourceWeights:
             return open_weights(directory, stack.enter_context(Reader(directory)))
 
-        expected = on_part(opened(reference), whole, tokenizer)
+        expected = opened(reference)
         # Open all before measuring the first: a wrong name must not cost an hour.
         models = [opened(directory) for directory in directories]
         for directory, found in zip(directories, models, strict=True):
-            if found.config.vocab_size != expected.config.vocab_size:
+            if found.config.vocab_size != tokenizer.vocab_size:
                 raise UsageError(
                     f"{directory}: {found.config.vocab_size} tokens in the vocabulary, {reference} "
-                    f"has {expected.config.vocab_size}"
+                    f"has {tokenizer.vocab_size}"
                 )
         layers = [weights.config.num_hidden_layers for weights in (expected, expected, *models)]
         report = progress or (lambda done, total: None)
@@ -151,20 +163,23 @@ def measure_all(
         def kept(name: str) -> Keep:
             return Keep(folder / f"{name}.npz" if folder is not None else None)
 
-        hidden = hidden_states(expected, windows, None, done(0), kept("expected"))
+        hidden = hidden_states(expected, own_windows, None, done(0), kept("expected"))
 
         def divergences(found: Weights, states: list[Float32]) -> dict[str | None, Divergence]:
             """Of each language, and of all languages under None."""
-            errors = token_errors(expected, hidden, found, states, windows)
+            if matching is None:
+                errors = token_errors(expected, hidden, found, states, windows)
+            else:
+                errors = _matched_errors(matching, readings, expected, hidden, found, states)
             by_label: dict[str | None, Divergence] = {
                 label: summarise(
                     join([e for e, own in zip(errors, labels, strict=True) if own == label])
                 )
-                for label in by_language
+                for label in dict.fromkeys(labels)
             }
             return {**by_label, None: summarise(join(errors))}
 
-        rounded = hidden_states(expected, windows, to_bfloat16, done(1), kept("rounded"))
+        rounded = hidden_states(expected, own_windows, to_bfloat16, done(1), kept("rounded"))
         floors = divergences(expected, rounded)
         del rounded
         evaluations = []
@@ -173,7 +188,7 @@ def measure_all(
             states = hidden_states(found, windows, None, done(number + 2), keep)
             own = divergences(found, states)
             del states
-            languages = {label: (own[label], floors[label]) for label in by_language}
+            languages = {label: (own[label], floors[label]) for label in dict.fromkeys(labels)}
             evaluations.append(
                 Evaluation(
                     own[None], floors[None], languages, texts.name, texts.sha256,
@@ -207,22 +222,62 @@ def token_errors(
     Raises:
         RejectedError: a logit is not finite.
     """
-    heads = [weights.matrix(head_path(weights.config)) for weights in (expected, found)]
+    rows = [[each.reshape(-1, each.shape[-1]) for each in hidden] for hidden in
+            (expected_hidden, found_hidden)]  # fmt: skip
+    return _errors((expected, found), rows, [_following(ids).reshape(-1) for ids in windows])
+
+
+def _matched_errors(
+    matching: Matching,
+    readings: Sequence[Reading | None],
+    expected: Weights,
+    expected_hidden: list[Float32],
+    found: Weights,
+    found_hidden: list[Float32],
+) -> list[TokenErrors]:
+    """The same where both vocabularies have a border; `found` may have either of them."""
+    rows: list[list[Float32]] = [[], []]
+    following = []
+    is_part = found is not expected
+    for reading, wanted, got in zip(readings, expected_hidden, found_hidden, strict=True):
+        assert reading is not None
+        windows, tokens = reading.borders
+        places = reading.places[windows, tokens]
+        rows[0].append(wanted[windows, places])
+        rows[1].append(got[windows, tokens if is_part else places])
+        following.append(_following(reading.part)[windows, tokens])
+    bring = (matching.logits, None if is_part else matching.logits)
+    return _errors((expected, found), rows, following, bring)
+
+
+def _following(ids: Tokens) -> Tokens:
+    """The token after each, -1 after the last of a window."""
+    return np.concatenate([ids[:, 1:], np.full((len(ids), 1), -1, np.int64)], 1)
+
+
+def _errors(
+    models: tuple[Weights, Weights],
+    rows: Sequence[Sequence[Float32]],
+    following: Sequence[Tokens],
+    bring: Sequence[Callable[[Float32], Float32] | None] = (None, None),
+) -> list[TokenErrors]:
+    """Compare the logits of rows `[tokens, hidden]` of both, each brought to the same tokens."""
+    heads = [weights.matrix(head_path(weights.config)) for weights in models]
+    most = max(map(len, heads))
     result = []
-    for wanted, got, ids in zip(expected_hidden, found_hidden, windows, strict=True):
-        last = np.full((len(ids), 1), -1, np.int64)
-        following = np.concatenate([ids[:, 1:], last], 1).reshape(-1)
-        rows = [hidden.reshape(len(following), -1) for hidden in (wanted, got)]
+    for wanted, got, after in zip(*rows, following, strict=True):
         parts = []
-        for part in logit_blocks(len(following), len(heads[0])):
-            logits = [row[part] @ head.T for row, head in zip(rows, heads, strict=True)]
-            for weights, values in zip((expected, found), logits, strict=True):
+        for part in logit_blocks(len(after), most):
+            logits = [row[part] @ head.T for row, head in zip((wanted, got), heads, strict=True)]
+            for weights, values in zip(models, logits, strict=True):
                 if not np.isfinite(values).all():
                     name = f"{weights.source.name}: " if isinstance(weights, SourceWeights) else ""
                     raise RejectedError(
                         f"{name}computes logits that are not finite; its weights are damaged or "
                         "overflow"
                     )
-            parts.append(compare(logits[0], logits[1], following[part]))
+            found = [v if to is None else to(v) for v, to in zip(logits, bring, strict=True)]
+            for few in blocks(len(found[0]), COMPARED_LOGITS // found[0].shape[1]):
+                parts.append(compare(found[0][few], found[1][few], after[part][few]))
         result.append(join(parts))
     return result

@@ -45,6 +45,7 @@ _LANGUAGE_TAG = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
 
 
 Content = str | tuple[Message, ...]
+OpenText = tuple[Tokenizer, ChatTemplate | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +112,24 @@ def read_texts(paths: Sequence[Path] = ()) -> TextSet:
     return TextSet(name, digest.hexdigest(), tuple(documents))
 
 
-def open_text(directory: Path) -> tuple[Tokenizer, ChatTemplate | None]:
+def open_text(directory: Path) -> OpenText:
     """The tokenizer of a checkpoint, and its chat template if it has one.
 
     Raises:
         ApertusError: a file is missing, damaged or not supported.
     """
-    config = read_config(directory)
-    tokenizer = Tokenizer.load(
-        directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id
-    )
+    tokenizer = open_tokenizer(directory)
     return tokenizer, ChatTemplate.load(directory, tokenizer)
+
+
+def open_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ApertusError: a file is missing, damaged or not supported.
+    """
+    config = read_config(directory)
+    return Tokenizer.load(directory, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id)
 
 
 def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:

@@ -102,25 +102,15 @@ def read_request(
 
 
 def _check_vocabulary(request: Request) -> None:
-    """Refuse a cut vocabulary that cannot be, or one beside a method that reads texts."""
-    if request.vocab is not None:
-        if request.vocab_for:
-            raise UsageError("--vocab-for: leave out --vocab; one decides the other")
-        if request.vocab < 1 or request.vocab % MULTIPLE:
-            raise UsageError(
-                f"--vocab {request.vocab}: expected a multiple of {MULTIPLE}, such as 65536"
-            )
-    used = {
-        "--method gptq": request.method == "gptq",
-        "--smooth": request.smooth,
-        str(request.target): request.target is not None,
-    }
-    for option, given in used.items():
-        if given and request.cuts_vocabulary:
-            raise UsageError(
-                f"{option}: reads texts, and the vocabulary changes; cut it first, without bits, "
-                "and convert what comes out"
-            )
+    """Refuse a cut vocabulary that cannot be."""
+    if request.vocab is None:
+        return
+    if request.vocab_for:
+        raise UsageError("--vocab-for: leave out --vocab; one decides the other")
+    if request.vocab < 1 or request.vocab % MULTIPLE:
+        raise UsageError(
+            f"--vocab {request.vocab}: expected a multiple of {MULTIPLE}, such as 65536"
+        )
 
 
 def parse_rule(text: str, group_size: int | None, origin: str = "--set") -> Rule:

@@ -75,10 +75,8 @@ class BytePairs:
         Raises:
             RejectedError: what is kept would be no complete encoding.
         """
-        rules = {(left, right): (rank, result) for rank, (left, right, result) in
-                 enumerate(self.pairs)}  # fmt: skip
+        rules, letters = self._rules(), self._letters()
         first = self._first_splits()
-        letters = {name: token_id for token_id, name in self.names.items() if len(name) == 1}
         kept = set(range(self.floor))
         waiting = [token_id for token_id in used if token_id >= self.floor]
         while waiting:
@@ -86,7 +84,7 @@ class BytePairs:
             if token_id in kept or token_id not in self.names:
                 continue
             kept.add(token_id)
-            met = _merging([letters[letter] for letter in self.names[token_id]], rules)
+            met, _ = _merging([letters[letter] for letter in self.names[token_id]], rules)
             waiting += met
             if token_id not in met:
                 # A piece of a text that is a token as a whole, which merging does not reach.
@@ -114,6 +112,20 @@ class BytePairs:
         ]
         value = {**self.source, "model": model}
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def pieces(self, names: Iterable[str]) -> list[tuple[int, ...]]:
+        """The tokens that the bytes of each of these names become; they may be no tokens here."""
+        rules, letters = self._rules(), self._letters()
+        return [tuple(_merging([letters[letter] for letter in name], rules)[1]) for name in names]
+
+    def _rules(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Of each pair the rank of its merge, and what it makes."""
+        return {(left, right): (rank, result) for rank, (left, right, result) in
+                enumerate(self.pairs)}  # fmt: skip
+
+    def _letters(self) -> dict[str, int]:
+        """The tokens of single bytes by their names."""
+        return {name: token_id for token_id, name in self.names.items() if len(name) == 1}
 
     def _first_splits(self) -> dict[int, tuple[int, int]]:
         """Of each token the merge with the lowest rank that makes it from lower ids."""
@@ -170,11 +182,13 @@ def read_byte_pairs(path: Path) -> BytePairs:
     return BytePairs(path, source, names, 1 + max([*bytes_ids, *added]), pairs)
 
 
-def _merging(ids: list[int], rules: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
-    """All tokens that come up while these bytes are merged, lowest rank first."""
+def _merging(
+    ids: list[int], rules: Mapping[tuple[int, int], tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """Merge bytes, lowest rank first: all tokens that come up on the way, and what is left."""
     met = []
     while found := [(*rules[pair], at) for at, pair in enumerate(pairwise(ids)) if pair in rules]:
         _, result, at = min(found)
         ids[at : at + 2] = [result]
         met.append(result)
-    return met
+    return met, ids

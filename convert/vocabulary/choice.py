@@ -10,10 +10,18 @@ from typing import Any
 
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.generation_config import read_generation_config
-from apertus_mlx.convert.evaluation.texts import Document, TextSet, encode, open_text, read_texts
+from apertus_mlx.convert.evaluation.texts import (
+    Document,
+    OpenText,
+    TextSet,
+    encode,
+    open_text,
+    read_texts,
+)
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.vocabulary.byte_pairs import Ids, read_byte_pairs
 from apertus_mlx.errors import RejectedError, UsageError
+from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 from apertus_mlx.text.tokenizer_file import parse_backend
 from apertus_mlx.text.vocabulary import LibraryVocabulary
@@ -115,12 +123,23 @@ def choose_tokens(
         kept, name = pairs.closure(used, config.vocab_size), corpus.name
     cut = pairs.cut(kept)
     measured = read_texts(texts)
-    after = Tokenizer(
-        LibraryVocabulary(parse_backend(path, cut)), name=f"{path}, cut",
-        vocab_size=len(kept), bos_id=tokenizer.bos_id, roles=tokenizer.roles,
-    )  # fmt: skip
+    after = _tokenizer(path, cut, len(kept), tokenizer)
     inflation = tuple(_inflation(measured, (tokenizer, after)))
     return Cut(kept, config.vocab_size, name, cut, measured.name, inflation)
+
+
+def open_cut(directory: Path, cut: Cut) -> OpenText:
+    """The cut tokenizer of the checkpoint in `directory`, and its chat template if it has one."""
+    whole, _ = open_text(directory)
+    tokenizer = _tokenizer(directory / "tokenizer.json", cut.tokenizer, len(cut.kept), whole)
+    return tokenizer, ChatTemplate.load(directory, tokenizer)
+
+
+def _tokenizer(path: Path, data: bytes, size: int, whole: Tokenizer) -> Tokenizer:
+    return Tokenizer(
+        LibraryVocabulary(parse_backend(path, data)), name=f"{path}, cut",
+        vocab_size=size, bos_id=whole.bos_id, roles=whole.roles,
+    )  # fmt: skip
 
 
 def _require_below(directory: Path, config: ModelConfig, floor: int) -> None:

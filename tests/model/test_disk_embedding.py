@@ -17,6 +17,7 @@ from apertus_mlx import convert_model, load, plan
 from apertus_mlx.backend.choose import load_for
 from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.header import read_header
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
 from apertus_mlx.errors import RejectedError, ResourceError, UsageError
 from apertus_mlx.memory import footprint
@@ -58,6 +59,10 @@ def require_equal_logits(inventory: Inventory, dtype: str | None = None) -> None
         assert mx.array_equal(on_disk.model.embed_tokens(ids), there.model.embed_tokens(ids))
         assert mx.array_equal(on_disk(ids), there(ids))
     assert not [name for name, _ in tree_flatten(on_disk.parameters()) if "embed" in name]
+    # One row by itself needs no operation of MLX.
+    spec = inventory.matrices[layout.EMBEDDING].spec
+    embedding: Any = on_disk.model.embed_tokens
+    assert (embedding._row is not None) == (spec is None or spec.mode == "affine")
 
 
 @pytest.mark.parametrize(
@@ -157,8 +162,23 @@ def test_a_row_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", CONFIG, weights)
     loaded = load_inventory(take_inventory(folder), None, None, True)
     mx.eval(loaded(mx.array([[1, 299]])))
-    with pytest.raises(RejectedError, match=r"model\.embed_tokens\.weight: a value is not finite"):
-        loaded(PROMPT)
+    for ids in (PROMPT, PROMPT[:, 2:3]):
+        with pytest.raises(RejectedError, match=r"embed_tokens\.weight: a value is not finite"):
+            loaded(ids)
+
+
+def test_a_scale_that_is_not_finite_is_refused(model: Path) -> None:
+    loaded = load_inventory(take_inventory(model), None, None, True)
+    mx.eval(loaded(PROMPT))
+    scales = next(t for t in read_header(model / "model.safetensors")
+                  if t.name == "model.embed_tokens.scales")  # fmt: skip
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(scales.offset + 300 * scales.size_bytes // 384)
+        file.write(b"\x80\x7f")
+    for ids in (PROMPT, PROMPT[:, 2:3]):
+        loaded = load_inventory(take_inventory(model), None, None, True)
+        with pytest.raises(RejectedError, match=r"embed_tokens\.scales: a value is not finite"):
+            loaded(ids)
 
 
 def test_the_planner_offers_it(model: Path) -> None:

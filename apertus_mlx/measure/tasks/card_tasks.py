@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ PRE = (
     *("multi-if", "include_base_44", "include_base_new_45", "blend_sample", "cultural_bench"),
     *("multijail", "switzerland_qa", "polyglotoxicityprompts"),
 )
-# Upstream's parts of the group of that name, which the fork has whole.
+# The parts of the fork's group of that name.
 SWISSAI = (
     *("global_mmlu", "include_base_44", "xcopa", "xnli", "xwinograd", "pawsx", "m_arc"),
     "m_hellaswag",
@@ -35,6 +36,19 @@ SWISSAI = (
 LISTS = {"apertus-post": POST, "apertus-pre": PRE, "swissai_eval": SWISSAI}
 RUN_CODE = {"humaneval_instruct", "mbpp_instruct"}
 NEED_A_JUDGE = {"alpaca_eval"}
+# What swiss-ai/lm-evaluation-harness alone has (b403756e, July 2026).
+FORK_ONLY = {
+    *("global_mmlu_gen_0shot", "truthfulqa_multilingual_mc2", "mlogiqa_gen"),
+    *("include_base_44_gen_0shot", "include_base_new_45", "include_base_new_45_gen_0shot"),
+    *("multi-if", "blend_sample", "cultural_bench", "switzerland_qa", "switzerland_qa_0shot"),
+    *("aya_redteaming", "multijail"),
+}
+# Names on the cards that neither has: the fork's are mlogiqa_gen, and polyglotoxicityprompts by
+# language.
+NOWHERE = {"mlogiqa", "polyglotoxicityprompts"}
+# Groups of the fork that lm-eval has under another name, or only as a task for each language.
+OTHER_NAMES = {"m_arc": "arc_multilingual", "m_hellaswag": "hellaswag_multilingual"}
+BY_LANGUAGE = {"global_mmlu", "include_base_44", "mgsm_native_cot"}
 
 
 @dataclass(slots=True)
@@ -91,11 +105,13 @@ def _listed(name: str, known: Collection[str], notes: list[str]) -> list[str]:
             reason = "they run code that the model writes"
         elif task in NEED_A_JUDGE:
             reason = "another model has to judge them"
-        elif task not in known:
-            reason = f"this lm-eval does not have them; most are in the Swiss fork: {SWISS_FORK}"
-        else:
-            runs.append(task)
+        elif found := _found(task, known):
+            runs += found
             continue
+        elif task in FORK_ONLY:
+            reason = f"only the Swiss fork has them: {SWISS_FORK}"
+        else:
+            reason = "this lm-eval does not have them"
         reasons.setdefault(reason, []).append(task)
     notes += [
         f"{name}: left out: {', '.join(tasks)}: {reason}" for reason, tasks in reasons.items()
@@ -103,6 +119,18 @@ def _listed(name: str, known: Collection[str], notes: list[str]) -> list[str]:
     if not runs:
         raise UsageError(f"--tasks {name}: this lm-eval has none of them; {SWISS_FORK}")
     return runs
+
+
+def _found(task: str, known: Collection[str]) -> list[str]:
+    """The names by which this lm-eval has a task; none where it does not."""
+    for name in (task, OTHER_NAMES.get(task, task)):
+        if name in known:
+            return [name]
+    if task not in BY_LANGUAGE:
+        return []
+    # Longer names are subjects and other prompts.
+    language = re.compile(re.escape(task) + "_(north_)?[a-z]+")
+    return sorted(filter(language.fullmatch, known))
 
 
 def _unknown(name: str, all_names: Sequence[str]) -> str:

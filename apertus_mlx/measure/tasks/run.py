@@ -6,8 +6,10 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partialmethod
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def find_tasks(names: Sequence[str], offline: bool) -> Chosen:
     """
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    with _quiet():
+    with quiet():
         # To read the names of all of lm-eval's tasks takes it seconds; ours need none of them.
         manager = _task_manager(include_defaults=not set(names) <= own_tasks().keys())
         chosen = choose(names, manager.all_tasks, own_tasks())
@@ -135,7 +137,7 @@ def run_tasks(
             on_requests=progress,
         )
         try:
-            with _quiet():
+            with quiet():
                 found = simple_evaluate(
                     model=adapter,
                     # A task changes what it is given.
@@ -185,12 +187,28 @@ def _task_manager(include_defaults: bool) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what lm-eval logs to whom it may concern."""
+def quiet() -> Iterator[None]:
+    """Without what lm-eval logs, prints on stdout and draws on stderr, and without its processes.
+
+    It is no use to hide its bars by name: each of its modules has its own.
+    """
+    from tqdm import tqdm
+
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    level, one_process = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    # As it stands in the class: what the class gives is bound to it.
+    drawn = vars(tqdm)["__init__"]
     logger.setLevel(logging.ERROR)
+    tqdm.__init__ = partialmethod(drawn, disable=True)
+    # Its errors are estimated by forks of this process, which has a model in it.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        yield
+        with redirect_stdout(StringIO()):
+            yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        tqdm.__init__ = drawn
+        if one_process is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = one_process

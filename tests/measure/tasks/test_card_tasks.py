@@ -5,25 +5,40 @@ from __future__ import annotations
 import pytest
 
 from apertus_mlx.errors import UsageError
-from apertus_mlx.measure.tasks.card_tasks import LISTS, choose
+from apertus_mlx.measure.tasks.card_tasks import (
+    FORK_ONLY,
+    LISTS,
+    NEED_A_JUDGE,
+    NOWHERE,
+    RUN_CODE,
+    _found,
+    choose,
+)
 from apertus_mlx.measure.tasks.own_tasks import own_tasks
 from apertus_mlx.measure.tasks.run import Score, scores
 
-KNOWN = ["hellaswag", "humaneval_instruct", "xnli", "global_mmlu", "arc_easy"]
+KNOWN = ["hellaswag", "humaneval_instruct", "xnli", "arc_easy", "arc_multilingual"]
+KNOWN += ["global_mmlu_de", "global_mmlu_fr", "global_mmlu_full_de", "global_mmlu_de_stem"]
 
 
 def test_a_list_says_what_it_leaves_out() -> None:
     chosen = choose(["apertus-post", "arc_easy", "hellaswag"], KNOWN, own_tasks())
-    assert chosen.tasks == ["hellaswag", "xnli", "arc_easy"]
+    assert chosen.tasks == ["hellaswag", "arc_multilingual", "xnli", "arc_easy"]
     said = "\n".join(chosen.notes)
     [code] = [line for line in chosen.notes if "run code" in line]
     assert "humaneval_instruct, mbpp_instruct" in code and "hellaswag" not in code
     [fork] = [line for line in chosen.notes if "Swiss fork" in line]
     assert "switzerland_qa_0shot" in fork and "swiss-ai/lm-evaluation-harness" in fork
     assert "alpaca_eval: another model has to judge" in said
-    assert chosen.notes[-1].endswith("hellaswag, xnli, arc_easy")
+    assert chosen.notes[-1].endswith("hellaswag, arc_multilingual, xnli, arc_easy")
     # Every task of the list runs, or is named.
     assert all(task in said for task in LISTS["apertus-post"])
+
+
+def test_what_lm_eval_calls_otherwise() -> None:
+    chosen = choose(["swissai_eval"], KNOWN, own_tasks())
+    assert chosen.tasks == ["global_mmlu_de", "global_mmlu_fr", "xnli", "arc_multilingual"]
+    assert "include_base_44" in chosen.notes[0]
 
 
 def test_our_own_need_nothing() -> None:
@@ -89,3 +104,18 @@ def test_scores_of_lm_evals_result() -> None:
         Score("a", "em (strict)", 0.2, None, 7),
         Score("g", "acc", 0.4, None, 11),
     ]
+
+
+@pytest.mark.nightly
+def test_names_beside_the_index_of_lm_eval() -> None:
+    """Each task of the cards is there, or said to be elsewhere; and so that no more."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    known = set(tasks.TaskManager().all_tasks)
+    elsewhere = FORK_ONLY | NEED_A_JUDGE | NOWHERE
+    for name in {task for each in LISTS.values() for task in each}:
+        there = choose([name], known, {}).tasks if name in known else _found(name, known)
+        assert bool(there) != (name in elsewhere), name
+        assert known.issuperset(there)
+    assert len(_found("global_mmlu", known)) == 15
+    assert len(_found("include_base_44", known)) == 44
+    assert known >= RUN_CODE

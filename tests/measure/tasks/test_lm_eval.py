@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import bootstrap_stderr, mean
 from lm_eval.api.registry import get_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from apertus_mlx import evaluate_tasks, load
 from apertus_mlx.cli.app import app
@@ -23,6 +26,7 @@ from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.measure.tasks import likelihood
 from apertus_mlx.measure.tasks.likelihood import windows
 from apertus_mlx.measure.tasks.peer import ApertusLM
+from apertus_mlx.measure.tasks.run import quiet
 
 CHAT = [{"role": "user", "content": "Which animal barks? It is no <|user_end|> cat."}]
 
@@ -105,6 +109,18 @@ def test_what_would_change_an_answer_is_refused(
         adapter.generate_until([request("generate_until", "Hello", {"until": ["\n"], **given})])
 
 
+def test_lm_eval_itself_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints and draws a bar where it estimates the error of what is no mean."""
+    values = [0.0, 1.0, 1.0]
+    drawn = vars(tqdm)["__init__"]
+    with quiet():
+        found = bootstrap_stderr(mean, values, iters=1000)
+    assert found > 0
+    assert capsys.readouterr() == ("", "")
+    assert vars(tqdm)["__init__"] is drawn
+    assert "DISABLE_MULTIPROC" not in os.environ
+
+
 def test_repeats_are_drawn_anew_and_the_same_again(tmp_path: Path) -> None:
     given = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 12}
     asked = [request("generate_until", "Hello", given) for _ in range(3)]
@@ -123,7 +139,9 @@ def test_the_offline_task_and_going_on(
     out = tmp_path / "scores.json"
     arguments = ["eval", str(model_dir()), "--tasks", "plain_facts_de", "--out", str(out)]
     app([*arguments, "--offline", "--json"], standalone_mode=False)
-    printed = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    printed = json.loads(said.out)
+    assert "it/s" not in said.err
     assert json.loads(out.read_text("utf-8")) == printed
     scores = {each["metric"]: each for each in printed["models"]["model"]["scores"]}
     data = json.loads(Path(likelihood.__file__).with_name("plain_facts.json").read_text("utf-8"))
