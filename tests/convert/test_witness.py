@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from apertus_mlx.checkpoint.config import parse_config, read_config
 from apertus_mlx.checkpoint.tensors import open_checkpoint
 from apertus_mlx.model import apertus
-from benchmarks.witness import fetching, publishing
+from benchmarks.witness import fetching, network, publishing, training
 from benchmarks.witness.fetching import fetch, files
 from benchmarks.witness.geometry import SIZES, Size, choose
 from benchmarks.witness.network import head_loss, xielu
@@ -200,6 +200,29 @@ def test_it_learns_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     expected, found = (dict(tree_flatten(each.model.parameters())) for each in (whole, again))
     assert expected.keys() == found.keys()
     assert all(bool(mx.array_equal(expected[name], found[name])) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=[pytest.mark.nightly, pytest.mark.timeout(900)])],
+    ids=["plain", "compiled"],
+)
+def test_mlx_and_numpy_train_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """What a GPU would compute, here on the CPU, from the same weights; it goes on as well."""
+    ids = np.random.default_rng(0).integers(0, 320, 2000).astype(np.uint16)
+    ours = Trainer(PLAN, ids, tmp_path / "numpy")
+    monkeypatch.setattr(network, "has_gpu", lambda: True)
+    monkeypatch.setattr(training, "has_gpu", lambda: compiled)
+    plain = Trainer(PLAN, ids, tmp_path / "mlx")
+    for step in range(6):
+        ours.step()
+        if step == 3:
+            plain.save()
+            plain = Trainer(PLAN, ids, tmp_path / "mlx")
+        plain.step()
+    np.testing.assert_allclose(ours.losses, plain.losses, rtol=1e-4)
 
 
 def test_a_run_reads_every_window_once_before_any_again(tmp_path: Path) -> None:
