@@ -23,7 +23,8 @@ from benchmarks.witness.geometry import Size
 
 # Tokens whose logits stand in memory at once, and numbers that the activation is applied to.
 _BLOCK_TOKENS, _BLOCK_NUMBERS = 256, 1 << 15
-Loss = Callable[[Model, mx.array], mx.array]
+# Without `learns` no gradient can be taken.
+Loss = Callable[..., mx.array]
 
 
 def new_model(size: Size, seed: int) -> tuple[Model, Loss]:
@@ -48,17 +49,17 @@ def new_model(size: Size, seed: int) -> tuple[Model, Loss]:
     return model, _cpu_loss
 
 
-def _loss(model: Model, batch: mx.array) -> mx.array:
+def _loss(model: Model, batch: mx.array, learns: bool = True) -> mx.array:
     logits = model(batch[:, :-1])
     return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean")
 
 
-def _cpu_loss(model: Model, batch: mx.array) -> mx.array:
+def _cpu_loss(model: Model, batch: mx.array, learns: bool = True) -> mx.array:
     hidden = model.model(batch[:, :-1])
     # Gradients go through the embedding both ways.
     table: mx.array = model.model.embed_tokens.weight
     targets = np.array(batch[:, 1:]).reshape(-1)
-    return head_loss(hidden.reshape(-1, hidden.shape[-1]), table, targets)
+    return head_loss(hidden.reshape(-1, hidden.shape[-1]), table, targets, learns)
 
 
 class _Projection(nn.Module):
@@ -128,10 +129,12 @@ def xielu(x: mx.array, alpha_p: mx.array, alpha_n: mx.array, beta: float, eps: f
     return activated
 
 
-def head_loss(hidden: mx.array, table: mx.array, targets: np.ndarray) -> mx.array:
+def head_loss(
+    hidden: mx.array, table: mx.array, targets: np.ndarray, learns: bool = True
+) -> mx.array:
     """Mean cross entropy of `hidden` `[tokens, D]` with the head `table` `[vocabulary, D]`.
 
-    Logits are made a block at a time, and the gradients with them.
+    Logits are made a block at a time, and the gradients with them where it `learns`.
     """
     gradients: list[Float32] = []
 
@@ -146,6 +149,8 @@ def head_loss(hidden: mx.array, table: mx.array, targets: np.ndarray) -> mx.arra
             np.exp(scores, out=scores)
             sums = scores.sum(-1, keepdims=True)
             total += float(np.log(sums).sum(dtype=np.float64))
+            if not learns:
+                continue
             scores /= sums
             scores[rows, targets[part]] -= 1
             scores /= np.float32(len(states))

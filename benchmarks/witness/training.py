@@ -125,7 +125,10 @@ class Trainer:
     def held_out_loss(self, windows: np.ndarray) -> float:
         """Mean over `windows` `[count, length + 1]`."""
         parts = [windows[i : i + self.plan.rows] for i in range(0, len(windows), self.plan.rows)]
-        sums = [self._loss(self.model, mx.array(part)).item() * len(part) for part in parts]
+        sums = [
+            self._loss(self.model, mx.array(part), learns=False).item() * len(part)
+            for part in parts
+        ]
         return float(sum(sums) / len(windows))
 
     def save(self) -> None:

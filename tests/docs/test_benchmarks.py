@@ -37,7 +37,7 @@ SHORT = {
     "structured_cost": "--rounds 1 --tokens 4",
 }
 # Run by other tests, two of them by the last ones here.
-ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models"}
+ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models", "witness"}
 COMPARED = {"embedded_exam", "quantizers"}
 # Takes many minutes, and llama.cpp: its arguments are read.
 ONLY_READ = {"cpu_speed"}
