@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,15 @@ from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, 
 from apertus_mlx.convert.calibration.held_out_comparison import Planned
 from apertus_mlx.convert.calibration.tuning import tune
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, hidden_states, open_weights
-from apertus_mlx.convert.evaluation.texts import Document, Sample, TextSet
+from apertus_mlx.convert.evaluation.texts import (
+    Document,
+    Sample,
+    TextSet,
+    hold_out,
+    open_text,
+    read_texts,
+    sample_windows,
+)
 from apertus_mlx.convert.plan.planning import make_plan
 from apertus_mlx.convert.plan.policy import Method, Request, Target
 from apertus_mlx.convert.sources.reading import Reader
@@ -41,7 +49,8 @@ from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.quant import metrics
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.template import Message
-from benchmarks.quantizers import STOCK, Case
+from benchmarks import auto_round_export
+from benchmarks.quantizers import AUTO_ROUND, STOCK, Case
 from recipes.demo.corpus import documents
 from tests.trained_model import recipe_windows
 
@@ -53,6 +62,10 @@ CALIBRATION_SEED = 5
 CHECK_SEED, CHECK_DOCUMENTS = 6, 200
 # Nothing was ever tuned on these documents; a change that is made because of them needs others.
 JUDGE_SEED, JUDGE_TOKENS = 41_017_633, 8192
+# Of a folder of texts: it has more languages than the recipe.
+JUDGE_TEXT_TOKENS = 32_768
+# Tokens whose logits stand in memory at once.
+BLOCK_TOKENS = 2048
 Matrices = Mapping[str, np.ndarray]
 
 
@@ -77,26 +90,59 @@ class Replaced:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a method leaves: weights, and what their tensors take."""
+    """What a method leaves: weights, and what their tensors take.
+
+    Attributes:
+        cost: what was measured in another process, where the method ran.
+    """
 
     matrices: Matrices
     vectors: Matrices
     size_bytes: int
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Windows `[count, length]` to calibrate on, texts to check on, and windows to judge by."""
+
+    calibration: Sample
+    checked: TextSet
+    judged: np.ndarray
+
+
+def material(case: Case) -> Material:
+    """Of the embedded model's recipe, or of the folders `calibration` and `judged` in a text."""
+    if case.text is None:
+        windows = recipe_windows(CALIBRATION_SEED, case.windows, case.length)
+        return Material(
+            Sample(windows, "recipe", "", CALIBRATION_SEED),
+            TextSet("recipe", "", tuple(islice(recipe_texts(CHECK_SEED), CHECK_DOCUMENTS))),
+            recipe_windows(JUDGE_SEED, JUDGE_TOKENS // case.length, case.length),
+        )
+    seen, checked = hold_out(read_texts([case.text / "calibration"]))
+    judged = read_texts([case.text / "judged"])
+    tokenizer = open_text(case.directory)
+    count = JUDGE_TEXT_TOKENS // case.length
+    return Material(
+        sample_windows(seen, *tokenizer, case.length, case.windows, CALIBRATION_SEED),
+        checked,
+        sample_windows(judged, *tokenizer, case.length, count, JUDGE_SEED).windows,
+    )
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Quantize in this process and judge; see `quantizers` for the keys."""
-    calibration = recipe_windows(CALIBRATION_SEED, case.windows, case.length)
-    make = _maker(case, calibration)
+    given = material(case)
+    make = _maker(case, given)
     before_bytes = _peak_bytes()
     wall, cpu = time.perf_counter(), time.process_time()
     made = make()
     wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     grown_bytes = _peak_bytes() - before_bytes
-    held_out = recipe_windows(JUDGE_SEED, JUDGE_TOKENS // case.length, case.length)
     with Reader(case.directory) as reader:
         weights = open_weights(case.directory, reader)
-        divergence = judge(weights, Replaced(weights, made.matrices, made.vectors), held_out)
+        divergence = judge(weights, Replaced(weights, made.matrices, made.vectors), given.judged)
     return {
         "bytes": made.size_bytes,
         **asdict(divergence),
@@ -104,16 +150,23 @@ def measure(case: Case) -> dict[str, Any]:
         "cpu_s": round(cpu_s, 2),
         "peak_growth_bytes": grown_bytes,
         "imports_bytes": before_bytes,
+        **made.cost,
     }
 
 
 def judge(reference: Weights, model: Weights, windows: np.ndarray) -> metrics.Divergence:
     """Compare two models on `windows`."""
     last = np.full((len(windows), 1), -1)
-    following = np.concatenate([windows[:, 1:], last], 1).reshape(-1)
-    return metrics.summarise(
-        metrics.compare(logits(reference, windows), logits(model, windows), following)
-    )
+    following = np.concatenate([windows[:, 1:], last], 1)
+    rows = max(BLOCK_TOKENS // windows.shape[1], 1)
+    parts = [slice(start, start + rows) for start in range(0, len(windows), rows)]
+    return metrics.summarise(metrics.join([
+        metrics.compare(
+            logits(reference, windows[part]), logits(model, windows[part]),
+            following[part].reshape(-1),
+        )
+        for part in parts
+    ]))  # fmt: skip
 
 
 def logits(weights: Weights, windows: np.ndarray) -> np.ndarray:
@@ -122,13 +175,18 @@ def logits(weights: Weights, windows: np.ndarray) -> np.ndarray:
     return hidden.reshape(-1, hidden.shape[-1]) @ weights.matrix(head_path(weights.config)).T
 
 
-def _maker(case: Case, calibration: np.ndarray) -> Callable[[], Made]:
+def _maker(case: Case, given: Material) -> Callable[[], Made]:
     """The method, with everything imported that it needs."""
     spec = QuantSpec(case.bits, GROUP_SIZE)
     size_bytes = uniform_bytes(case.directory, spec)
+    calibration = given.calibration.windows
+    if case.method == AUTO_ROUND:
+        assert case.environments is not None
+        python = auto_round_export.environment(case.environments)
+        return lambda: auto_round(case.directory, calibration, spec, python, size_bytes)
     if case.method not in STOCK:
         request = _request(case.method, spec, size_bytes)
-        return lambda: ours(case.directory, request, calibration)
+        return lambda: ours(case.directory, request, given)
     import mlx_lm.quant.dwq
     import mlx_lm.quant.gptq
     import mlx_lm.utils  # noqa: F401
@@ -162,13 +220,10 @@ def uniform_bytes(directory: Path, spec: QuantSpec) -> int:
     return make_plan(_source(directory), Request(spec)).weight_bytes
 
 
-def ours(directory: Path, request: Request, windows: np.ndarray) -> Made:
-    """What `convert` would write for `request`, calibrated on `windows`."""
+def ours(directory: Path, request: Request, given: Material) -> Made:
+    """What `convert` would write for `request`, calibrated on what is given."""
     source = _source(directory)
-    calibration = Calibration(
-        Sample(windows, "recipe", "", CALIBRATION_SEED),
-        TextSet("recipe", "", tuple(islice(recipe_texts(CHECK_SEED), CHECK_DOCUMENTS))),
-    )
+    calibration = Calibration(given.calibration, given.checked)
     with tempfile.TemporaryDirectory() as place, Reader(directory) as reader:
         measured, codes = (Path(place) / name for name in ("measured", "codes"))
         measured.mkdir()
@@ -236,6 +291,31 @@ def stock_dwq(model: Any, windows: np.ndarray, spec: QuantSpec) -> Any:
     return model
 
 
+def auto_round(
+    directory: Path, windows: np.ndarray, spec: QuantSpec, python: Path, size_bytes: int
+) -> Made:
+    """AutoRound's export for MLX, from a process of its own; it leaves the embedding to rounding.
+
+    Raises:
+        SystemExit: it cannot make it, or makes another format.
+    """
+
+    def rounded(model: Any) -> Any:
+        for name, module in model.named_modules():
+            if hasattr(module, "scales") and (module.bits, module.group_size) != (
+                spec.bits, spec.group_size
+            ):  # fmt: skip
+                raise SystemExit(f"{name}: AutoRound chose another format than {spec}")
+        nn.quantize(model, group_size=spec.group_size, bits=spec.bits)
+        return model
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, cost = auto_round_export.run(
+            python, directory, windows, spec.bits, spec.group_size, Path(place)
+        )
+        return Made(stock(folder, rounded, spec), {}, size_bytes, cost)
+
+
 def recipe_texts(seed: int) -> Any:
     """Documents of the embedded model's recipe as `calibration_text` would read them."""
     turn = re.compile(
@@ -270,7 +350,9 @@ def _peak_bytes() -> int:
 def main() -> None:
     """Measure the case that is described in JSON, and print what came out as JSON."""
     values = json.loads(sys.argv[1])
-    case = Case(**{**values, "directory": Path(values["directory"])})
+    paths = ("directory", "text", "environments")
+    places = {key: Path(values[key]) for key in paths if values[key] is not None}
+    case = Case(**{**values, **places})
     # mlx-lm talks on stdout while it works.
     out, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps(measure(case)), file=out)

@@ -39,7 +39,7 @@ SHORT = {
     "vocabulary_healing": "--tokens 1024",
 }
 # Run by other tests, two of them by the last ones here.
-ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models"}
+ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models", "witness"}
 COMPARED = {"embedded_exam", "quantizers"}
 # Takes many minutes, and llama.cpp: its arguments are read.
 ONLY_READ = {"cpu_speed"}
