@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from apertus_mlx.errors import ApertusError
@@ -25,11 +25,19 @@ DISPLAYS = ("summarized", "omitted")
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """Whether the model deliberates, for how many tokens at most, and whether that is told."""
+    """Whether the model deliberates.
+
+    Attributes:
+        wanted: whether it does.
+        budget: for how many tokens at most.
+        told: whether the client is told what it thinks.
+        adapts: whether it may be left out where the model cannot.
+    """
 
     wanted: bool
     budget: int | None = None
     told: bool = True
+    adapts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,10 @@ def _read(
     tools = read_message_tools(fields)
     thinking = _read_thinking(fields.get("thinking"), model.think)
     continues = messages[-1]["role"] == "assistant"
+    if thinking.adapts and tools.definitions and thinking.wanted:
+        template = model.folder.template
+        wanted = template is None or template.thinks_with_tools
+        thinking = replace(thinking, wanted=wanted)
     try:
         prompt = model.chat_prompt(messages, thinking.wanted, tools.definitions, continues)
     except ApiError as error:
@@ -130,7 +142,7 @@ def _read_thinking(value: Any, default: bool) -> Thinking:
         budget = Whole(1, 2**31 - 1).read(f"{place}.budget_tokens", budget)
     elif budget is not None:
         raise wrong(f"{place}.budget_tokens", "needs the type enabled")
-    return Thinking(kind != "disabled", budget, display != "omitted")
+    return Thinking(kind != "disabled", budget, display != "omitted", kind == "adaptive")
 
 
 def _read_schema(value: Any) -> str | None:
