@@ -297,6 +297,8 @@ def test_bodies_and_answers_are_as_described(server: Server, double: ScriptedSer
     double.say(THOUGHT, "So.", THOUGHT_END, "I ask.", CALLS, CALL_TEXT, CALLS_END)
     fields = {"tools": TOOLS, "thinking": {"type": "adaptive"}}
     names["Message"].validate(ask(double.server, **fields))
-    for event in stream(double.server, **fields):
+    events = {each["type"]: each for each in stream(double.server, **fields)}
+    assert len(events) == 7
+    for event in events.values():
         names["MessageEvent"].validate(event)
     names["MessageError"].validate(server.post(PATH, {}).json())
