@@ -25,8 +25,10 @@ from typing import Any
 Request = tuple[str, str, bytes, dict[str, str]]
 Kind = Callable[[random.Random], Request]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+MESSAGES = "/v1/messages"
 # 200 where chance made a sound request; 503 has a reason of its own.
 STATED = {200, 204, 400, 403, 404, 405, 413, 415, 429, 503}
+ERROR_KEYS = {"message", "type", "param", "code"}
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 5, 2**31, 2**63, 2**70, -(2**70), 0.5, -0.5, 1e308, -1e308, 1e-320,
     "", "a", "5", "true", "null", "\ud800", "\u0000", "\u2028", "x" * 5000, "<|assistant_end|>",
@@ -241,10 +243,47 @@ def stops(rng: random.Random) -> Request:
     return sent(CHAT, chat(stop=found))
 
 
+def anthropic_fields(rng: random.Random) -> Request:
+    """Junk in a field of Anthropic's API."""
+    names = ["system", "max_tokens", "stop_sequences", "temperature", "top_k", "tools", "thinking",
+             "tool_choice", "output_config", "metadata", "mcp_servers", "speed", "n"]  # fmt: skip
+    path = rng.choice([MESSAGES, f"{MESSAGES}/count_tokens"])
+    return sent(path, chat(**{rng.choice(names): rng.choice(JUNK) for _ in range(2)}))
+
+
+def anthropic_blocks(rng: random.Random) -> Request:
+    """Blocks that are damaged, or in no order."""
+    kinds = ["text", "image", "document", "tool_use", "tool_result", "thinking", "search_result",
+             "redacted_thinking", "server_tool_use", "", None, 5]  # fmt: skip
+    keys = ["text", "thinking", "id", "name", "input", "tool_use_id", "content", "is_error"]
+
+    def block() -> Any:
+        sound = {"text": "a", "thinking": "a", "id": "t", "name": "f", "input": {},
+                 "tool_use_id": "t"}  # fmt: skip
+        return {"type": rng.choice(kinds), **sound, rng.choice(keys): rng.choice(JUNK)}
+
+    roles = ["user", "assistant", "system", "tool"]
+    given = [
+        {"role": rng.choice(roles), "content": [block() for _ in range(rng.randrange(3))]}
+        for _ in range(rng.randrange(1, 4))
+    ]
+    return sent(MESSAGES, {"messages": given, "max_tokens": 2})
+
+
+def anthropic_tools(rng: random.Random) -> Request:
+    """Damaged tools of Anthropic's API, and choices among them."""
+    key = rng.choice(["name", "input_schema", "type", "strict", "x"])
+    tool = {"name": "f", "input_schema": {"type": "object"}, key: rng.choice(JUNK)}
+    kind = rng.choice(["auto", "any", "tool", "none", "x", None])
+    choice = rng.choice([{"type": kind, "name": rng.choice(["f", "g", None])}, *JUNK])
+    return sent(MESSAGES, chat(tools=[tool] * rng.choice([1, 1, 2]), tool_choice=choice))
+
+
 KINDS: tuple[Kind, ...] = (
     field, two_fields, completion_field, unknown_field, messages, message, roles, parts, prompts,
     token_ids, control_texts, tools, schemas, calls, long_prompts, not_json, cut_json, media_types,
-    paths, methods, places, token_endpoints, models, biases, stops,
+    paths, methods, places, token_endpoints, models, biases, stops, anthropic_fields,
+    anthropic_blocks, anthropic_tools,
 )  # fmt: skip
 
 
@@ -255,8 +294,10 @@ def fault(status: int, text: str) -> str | None:
     if status in (200, 204):
         return None
     try:
-        error = json.loads(text)["error"]
-        known = set(error) == {"message", "type", "param", "code"} and error["message"]
+        told = json.loads(text)
+        error = told["error"]
+        keys = {"message", "type"} if told.get("type") == "error" else ERROR_KEYS
+        known = set(error) == keys and error["message"]
     except (ValueError, KeyError, TypeError):
         return "no error object"
     if not known or "\n" in error["message"] or len(error["message"]) > 1000:

@@ -51,6 +51,7 @@ class Answer:
             is the last.
         malformed_tool_calls: how many calls were no valid JSON; what the model wrote is text.
         speculation: what a draft was good for; None without one.
+        stop_string: that ended it; None: none did.
     """
 
     text: str
@@ -67,6 +68,7 @@ class Answer:
     tool_calls: list[ToolCall] = field(default_factory=list)
     malformed_tool_calls: int = 0
     speculation: Speculation | None = None
+    stop_string: str | None = None
 
     def as_message(self) -> Message:
         """The answer as an assistant's message of OpenAI's API, to go on from.
@@ -206,6 +208,7 @@ class PendingAnswer:
             tool_calls=[_call(parts) for parts in self._calls.values()],
             malformed_tool_calls=self._parser.malformed,
             speculation=self.speculation,
+            stop_string=self._parser.stop_string,
         )
 
     def _end(self) -> None:

@@ -24,6 +24,9 @@ from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.errors import ApiError, busy
 from apertus_mlx.server.fields import ignored_fields
 from apertus_mlx.server.jobs import Job, Task
+from apertus_mlx.server.message_fields import MESSAGE_FIELDS
+from apertus_mlx.server.message_reply import MessageReply
+from apertus_mlx.server.messages import count_message_tokens, read_message_request
 from apertus_mlx.server.openapi import describe
 from apertus_mlx.server.outbox import JobOutbox, RequestOutbox
 from apertus_mlx.server.security import Access, Application, Guard, error_response
@@ -63,6 +66,7 @@ class Endpoints:
         return [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/messages", self.messages, methods=["POST"]),
             *(
                 Route(path, partial(self.tokens, answer), methods=["POST"])
                 for path, answer in (
@@ -70,6 +74,7 @@ class Endpoints:
                     ("/detokenize", detokenize),
                     ("/apply-template", apply_template),
                     ("/v1/chat/completions/input_tokens", count_input),
+                    ("/v1/messages/count_tokens", count_message_tokens),
                 )
             ),
             Route("/v1/models", self.models, methods=["GET"]),
@@ -105,6 +110,22 @@ class Endpoints:
             )
         return JSONResponse(reply.whole(await whole_answers(self._engine, jobs, outbox, request)))
 
+    async def messages(self, request: Request) -> Response:
+        """POST /v1/messages."""
+        body = await self._body(request)
+        asked = await self._prepare(read_message_request, body)
+        jobs, outbox = self._submit([asked.task])
+        reply = MessageReply(self._model.name, asked, jobs[0])
+        headers = {"request-id": reply.request_id}
+        if asked.task.streams:
+            stream = event_stream(
+                self._engine, jobs, outbox, reply.events, reply.last, self._ping_after_s, reply.form
+            )
+            stream.headers.update(headers)
+            return stream
+        [([ended], _)] = await whole_answers(self._engine, jobs, outbox, request)
+        return JSONResponse(reply.whole(ended), headers=headers)
+
     async def tokens(
         self, answer: Callable[[Mapping[str, Any], ServedModel], dict[str, Any]], request: Request
     ) -> Response:
@@ -132,6 +153,7 @@ class Endpoints:
                 "accepted_but_ignored": {
                     "chat": ignored_fields("chat"),
                     "completions": ignored_fields("completions"),
+                    "messages": ignored_fields("messages", MESSAGE_FIELDS),
                 },
             }
         )
@@ -218,16 +240,18 @@ def _logged(app: Application, engine: Engine) -> Application:
     return serve
 
 
-async def _failed(_: Request, error: ApiError) -> Response:
-    return error_response(error)
+async def _failed(request: Request, error: ApiError) -> Response:
+    return error_response(error, request.url.path)
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
     words = {404: "there is no such path here", 405: f"{request.method} does not work here"}
     message = words.get(error.status_code, error.detail)
-    return error_response(ApiError(error.status_code, message, headers=error.headers))
+    told = ApiError(error.status_code, message, headers=error.headers)
+    return error_response(told, request.url.path)
 
 
-async def _our_fault(_: Request, error: Exception) -> Response:
+async def _our_fault(request: Request, error: Exception) -> Response:
     _log.error("a request failed", exc_info=error)
-    return error_response(ApiError(500, "the server failed on this request", code="internal"))
+    told = ApiError(500, "the server failed on this request", code="internal")
+    return error_response(told, request.url.path)

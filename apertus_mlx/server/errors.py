@@ -43,7 +43,7 @@ ERROR_TYPES = {
 _PLACE = re.compile(r"^(?:--)?([a-z_][\w.\-\[\]]*)(?: [^:]{1,80})?: ")
 
 # Files and folders of this machine are not for clients.
-_OWN_FILE = re.compile(r"^[^:]*(?:/|\.jinja|\.json)[^:]*: ")
+_OWN_FILE = re.compile(r"^[^:]*(?:/|\.jinja|\.json\b)[^:]*: ")
 
 
 class ApiError(Exception):

@@ -17,6 +17,7 @@ from apertus_mlx.server.field_schemas import (
     body_schema,
     known,
 )
+from apertus_mlx.server.message_schemas import MESSAGE_ANSWERS, message_body_schema
 
 VERSION = "3.1.0"
 _BODY = (400, 404, 408, 413, 415)
@@ -37,6 +38,7 @@ class Operation:
         body: what the request brings.
         chunk: the name of what an event of its stream holds; None: it does not stream.
         parameters: in the path and the query.
+        error: the name of what an error is.
     """
 
     method: str
@@ -46,6 +48,7 @@ class Operation:
     body: Schema | None = None
     chunk: str | None = None
     parameters: Sequence[Schema] = ()
+    error: str = "Error"
 
 
 def operations(names: Sequence[str]) -> dict[str, Operation]:
@@ -80,6 +83,15 @@ def operations(names: Sequence[str]) -> dict[str, Operation]:
         ),
         "/v1/chat/completions/input_tokens": Operation(
             "post", "Counts the tokens of a chat's prompt", "InputTokens", _BODY, chat
+        ),
+        "/v1/messages": Operation(
+            "post", "Answers to a conversation, as Anthropic's clients ask for them", "Message",
+            _GENERATES, message_body_schema(model, "max_tokens"), "MessageEvent",
+            error="MessageError",
+        ),
+        "/v1/messages/count_tokens": Operation(
+            "post", "Counts the tokens of a prompt", "MessageTokens", _BODY,
+            message_body_schema(model), error="MessageError",
         ),
         "/tokenize": Operation("post", "Tokens of a text or chat", "Tokens", _BODY, tokenized),
         "/detokenize": Operation(
@@ -117,7 +129,7 @@ def describe(names: Sequence[str], *, metrics: bool = False, key: bool = False) 
         "openapi": VERSION,
         "info": {"title": "apertus-mlx", "version": __version__},
         "paths": {path: {each.method: _operation(each)} for path, each in found.items()},
-        "components": {"schemas": ANSWERS},
+        "components": {"schemas": {**ANSWERS, **MESSAGE_ANSWERS}},
     }
     if key:
         scheme = {"type": "http", "scheme": "bearer"}
@@ -134,12 +146,13 @@ def _operation(found: Operation) -> dict[str, Any]:
     words = "The answer"
     if found.chunk is not None:
         answer["text/event-stream"] = {"schema": TEXT}
-        words = f"The answer; of a stream, the data of each event is a {found.chunk} or an Error"
+        words = "The answer; of a stream, the data of each event is "
+        words += f"a {found.chunk} or {found.error}"
     told: dict[str, Any] = {"200": {"description": words, "content": answer}}
     for status in sorted({*_ALWAYS, *found.errors}):
         error: dict[str, Any] = {
             "description": STATUSES[status],
-            "content": {"application/json": {"schema": named("Error")}},
+            "content": {"application/json": {"schema": named(found.error)}},
         }
         if status in (429, 503):
             error["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "required": True}}

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
 from apertus_mlx.server.errors import ApiError
+from apertus_mlx.server.message_errors import is_message_path, message_error_response
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -127,7 +128,7 @@ class Guard:
                 headers, scope["path"], scope.get("query_string", b""), scope["method"]
             )
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         origin = headers.get("origin")
         if scope["method"] == "OPTIONS" and origin is not None:
@@ -149,11 +150,14 @@ def _cors(origin: str) -> dict[str, str]:
     return {
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Methods": "GET, POST",
-        "Access-Control-Allow-Headers": "authorization, content-type, x-api-key",
+        "Access-Control-Allow-Headers": "authorization, content-type, x-api-key, "
+        "anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access",
         "Vary": "Origin",
     }
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The response that tells of an error."""
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """The response that tells of an error, in the form of the API that a path is of."""
+    if is_message_path(path):
+        return message_error_response(error)
     return JSONResponse(error.body(), error.status, error.headers)

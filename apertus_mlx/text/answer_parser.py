@@ -28,6 +28,7 @@ class AnswerParser:
 
     Attributes:
         stopped: a stop string was found; further ids are ignored.
+        stop_string: which one; None: none.
         ended_with_calls: the answer has ended, and the last of it are calls that are whole.
         malformed: how many calls were no valid JSON; what the model wrote is text then.
     """
@@ -64,6 +65,11 @@ class AnswerParser:
         self._thinking = thinking
         self._calls = 0
         self._begin()
+
+    @property
+    def stop_string(self) -> str | None:
+        """See the class."""
+        return self._stops.found
 
     def push(self, token_id: int) -> list[Piece]:
         """Take the next id; returns what is certain now."""

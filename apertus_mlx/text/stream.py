@@ -51,6 +51,7 @@ class StopStrings:
 
     Attributes:
         stopped: A stop string was found, or the text has ended; further text is ignored.
+        found: The stop string that was found; None: none.
     """
 
     def __init__(self, stop_strings: Sequence[str]):
@@ -62,6 +63,7 @@ class StopStrings:
         if "" in stop_strings:
             raise UsageError("a stop string must not be empty")
         self.stopped = False
+        self.found: str | None = None
         self._stops = tuple(stop_strings)
         self._held = ""
 
@@ -73,7 +75,9 @@ class StopStrings:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)[1]]
+            end, at = min(found)
+            self.found = text[at:end]
+            return text[:at]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

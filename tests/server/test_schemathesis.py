@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/input_tokens", "/tokenize",
     "/detokenize", "/apply-template", "/v1/models", "/v1/models/{name}", "/v1/status", "/health",
-    "/metrics", "/openapi.json",
+    "/metrics", "/openapi.json", "/v1/messages", "/v1/messages/count_tokens",
 )  # fmt: skip
 
 NAMES = [

@@ -70,6 +70,11 @@ class ChatTemplate:
             own_texts["bos_token"] = tokenizer.id_to_token(tokenizer.bos_id) or ""
         self._template = MarkedTemplate(source, tokenizer, name, own_texts)
 
+    @property
+    def thinks_with_tools(self) -> bool:
+        """Whether a model of this template may deliberate where it has tools."""
+        return not self._form.encloses_results
+
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         """Find and compile the template of the checkpoint in `directory`.
