@@ -183,24 +183,29 @@ _GIVEN: Mapping[str, Schema] = {
 def body_schema(endpoint: Endpoint, model: Schema) -> Schema:
     """What the body of a request to an endpoint may be; `model` is what its name may be."""
     required = "messages" if endpoint == "chat" else "prompt"
-    fields = {name: _of(field) for name, field in fields_of(endpoint).items() if name != "model"}
+    fields = {
+        name: field_schema(field, _GIVEN)
+        for name, field in fields_of(endpoint).items()
+        if name != "model"
+    }
     return known({"model": model, **fields}, required)
 
 
-def _of(field: Field) -> Schema:
+def field_schema(field: Field, given: Mapping[str, Schema]) -> Schema:
+    """What a field may be; `given` has what the readers of their own read."""
     note: Schema = {"description": field.note} if field.note else {}
     if field.treatment == "ignored":
         return {}
     if field.treatment == "refused":
         return {"enum": [*field.harmless, None], **note}
-    return {**_of_kind(field.name, field.kind), **note}
+    return {**_of_kind(field.name, field.kind, given), **note}
 
 
-def _of_kind(name: str, kind: Kind) -> Schema:
+def _of_kind(name: str, kind: Kind, given: Mapping[str, Schema]) -> Schema:
     if isinstance(kind, Whole):
         most = {} if kind.clamp else {"maximum": kind.most}
         return {"type": "integer", "minimum": kind.least, **most}
     if isinstance(kind, Number):
         within: Schema = {"type": "number", "minimum": kind.least, "maximum": kind.most}
         return {"anyOf": [within, {"const": 0}]} if kind.or_zero else within
-    return FLAG if isinstance(kind, Flag) else _GIVEN[name]
+    return FLAG if isinstance(kind, Flag) else given[name]

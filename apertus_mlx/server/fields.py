@@ -6,7 +6,7 @@ The one table that requests are checked by; docs/server.md has it in words.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from apertus_mlx.generation.options import MOST_BIAS
 from apertus_mlx.server.errors import ApiError, wrong
 
 Treatment = Literal["honoured", "ignored", "refused"]
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "responses"]
 MOST_CHOICES, MOST_STOPS, MOST_STOP_BYTES, MOST_TOP_LOGPROBS = 8, 64, 256, 20
 MOST_PROMPTS, MOST_BIASES, MOST_TOOLS, MOST_MESSAGES = 32, 1024, 256, 10_000
 MOST_TOKENS = 2**31 - 1
@@ -215,18 +215,25 @@ FIELDS = (
 )  # fmt: skip
 
 
-def fields_of(endpoint: Endpoint) -> dict[str, Field]:
+def fields_of(endpoint: Endpoint, table: Sequence[Field] = FIELDS) -> dict[str, Field]:
     """The fields of an endpoint by name."""
-    return {field.name: field for field in FIELDS if endpoint in field.endpoints}
+    return {field.name: field for field in table if endpoint in field.endpoints}
 
 
-def read_fields(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+def read_fields(
+    body: Mapping[str, Any], endpoint: Endpoint, table: Sequence[Field] = FIELDS
+) -> dict[str, Any]:
     """The fields of a body that are honoured and given, checked; null counts as not given.
+
+    Args:
+        body: of the request.
+        endpoint: that it was sent to.
+        table: of an API that has one of its own.
 
     Raises:
         ApiError: 400, one is wrong or not supported.
     """
-    known, found = fields_of(endpoint), {}
+    known, found = fields_of(endpoint, table), {}
     for name, value in body.items():
         if value is None:
             continue
@@ -250,9 +257,10 @@ def unsupported(name: str, note: str = "") -> ApiError:
     return wrong(name, words, code="unsupported_parameter")
 
 
-def ignored_fields(endpoint: Endpoint) -> list[str]:
+def ignored_fields(endpoint: Endpoint, table: Sequence[Field] = FIELDS) -> list[str]:
     """What may stand in a body and changes nothing."""
-    return [name for name, field in fields_of(endpoint).items() if field.treatment == "ignored"]
+    fields = fields_of(endpoint, table).items()
+    return [name for name, field in fields if field.treatment == "ignored"]
 
 
 def read_object(name: str, value: Any, keys: tuple[str, ...]) -> Mapping[str, Any]:
