@@ -60,7 +60,7 @@ class Endpoints:
         self._description = describe(model.names, metrics=metrics, key=key)
         self._most_body_bytes, self._body_timeout_s = most_body_bytes, body_timeout_s
         self._ping_after_s = ping_after_s
-        self._responses = responses or ResponseStore()
+        self._responses = ResponseStore() if responses is None else responses
         # Templates, tokens and grammars of requests, one after the other.
         self._preparing = ThreadPoolExecutor(1, "prepare")
 

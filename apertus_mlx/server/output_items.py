@@ -65,7 +65,9 @@ class OutputItem:
         return [*events, {"type": "response.output_item.done", "item": item}]
 
     def _part(self, text: str) -> dict[str, Any]:
-        more = {"annotations": [], "logprobs": []} if self.part == "output_text" else {}
+        more: dict[str, Any] = (
+            {"annotations": [], "logprobs": []} if self.part == "output_text" else {}
+        )
         return {"type": self.part, "text": text, **more}
 
     def _place(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from apertus_mlx.server.errors import ApiError
 from apertus_mlx.server.jobs import Ended, Event, Told
 from apertus_mlx.server.output_items import OutputItem, call, message, reasoning
 from apertus_mlx.server.response_store import ResponseStore
-from apertus_mlx.server.responses import ResponseRequest
+from apertus_mlx.server.responses import ResponseRequest, functions_of
 from apertus_mlx.server.stream import StreamForm, named_event
 from apertus_mlx.text.pieces import Piece
 
@@ -167,18 +167,27 @@ class ResponseReply:
             "store": self._asked.keeps,
             "text": {"format": form or {"type": "text"}},
             "tool_choice": fields.get("tool_choice", "auto"),
-            "tools": fields.get("tools", []),
+            "tools": [_function(each) for each in functions_of(fields.get("tools"))],
             "truncation": "disabled",
             "usage": None,
         }
 
 
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function as OpenAI tells of it."""
+    told = {key: tool.get(key) for key in ("name", "description", "parameters", "strict")}
+    return {"type": "function", **told}
+
+
 def usage_of(ended: Ended) -> dict[str, Any]:
     """How many tokens there were."""
     prompt, made = ended.answer.prompt_tokens, ended.answer.generated_tokens
+    cached = ended.cached_tokens
+    # All else of the prompt has been written to the answer's cache.
+    details = {"cached_tokens": cached, "cache_write_tokens": prompt - cached}
     return {
         "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": ended.cached_tokens},
+        "input_tokens_details": details,
         "output_tokens": made,
         "output_tokens_details": {"reasoning_tokens": ended.reasoning_tokens},
         "total_tokens": prompt + made,

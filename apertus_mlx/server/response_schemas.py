@@ -200,7 +200,7 @@ _OUTPUT: Schema = {
 _USAGE = just(
     {
         "input_tokens": _COUNT,
-        "input_tokens_details": just({"cached_tokens": _COUNT}),
+        "input_tokens_details": just({"cached_tokens": _COUNT, "cache_write_tokens": _COUNT}),
         "output_tokens": _COUNT,
         "output_tokens_details": just({"reasoning_tokens": _COUNT}),
         "total_tokens": _COUNT,

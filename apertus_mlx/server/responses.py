@@ -183,6 +183,11 @@ def _tools(value: Any) -> Any:
     return found
 
 
+def functions_of(tools: Sequence[Any] | None) -> list[Any]:
+    """The tools of a checked body that the model is told of."""
+    return [tool for tool in tools or () if not _left_out(tool)]
+
+
 def _left_out(tool: Any) -> bool:
     return isinstance(tool, dict) and tool.get("type") in LEFT_OUT_TOOLS
 
