@@ -166,8 +166,10 @@ def _as_chat(
 
 def _tools(value: Any) -> Any:
     """The functions as a chat has them."""
+    if value is None:
+        return None
     if not isinstance(value, list):
-        return value
+        raise wrong("tools", f"expected a list, not {kind_of(value)}")
     if len(value) > MOST_TOOLS:
         raise wrong("tools", f"has {len(value)} tools; at most {MOST_TOOLS}")
     found = []

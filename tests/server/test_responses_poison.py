@@ -129,7 +129,7 @@ def test_what_is_told_wrong_is_refused(server: Server) -> None:
     given = jsonschema.Draft202012Validator(content["application/json"]["schema"])
     refused = 0
     for fields, status, _ in ROWS:
-        if len(fields.get("input") or ()) > 1000:  # takes seconds
+        if len(str(fields.get("input"))) > 100_000:  # takes seconds
             continue
         known = given.is_valid({"input": "Hi", "max_output_tokens": 2, **fields})
         assert known or status != 200, fields
