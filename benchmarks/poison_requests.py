@@ -24,7 +24,7 @@ from typing import Any
 
 Request = tuple[str, str, bytes, dict[str, str]]
 Kind = Callable[[random.Random], Request]
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES = "/v1/messages"
 # 200 where chance made a sound request; 503 has a reason of its own.
 STATED = {200, 204, 400, 403, 404, 405, 413, 415, 429, 503}
@@ -41,6 +41,10 @@ NAMES = (
     *("max_completion_tokens", "logprobs", "top_logprobs", "tools", "tool_choice", "user"),
     *("response_format", "reasoning", "reasoning_effort", "chat_template_kwargs", "store"),
     *("parallel_tool_calls", "continue_final_message", "metadata", "functions", "model"),
+)
+RESPONSE_NAMES = (
+    *("input", "instructions", "previous_response_id", "max_output_tokens", "text", "include"),
+    *("truncation", "background", "conversation", "prompt", "max_tool_calls"),
 )
 
 
@@ -279,11 +283,37 @@ def anthropic_tools(rng: random.Random) -> Request:
     return sent(MESSAGES, chat(tools=[tool] * rng.choice([1, 1, 2]), tool_choice=choice))
 
 
+def response_fields(rng: random.Random) -> Request:
+    """Junk in the fields of a response."""
+    names = [*RESPONSE_NAMES, *NAMES]
+    body = {"input": "Hi", "max_output_tokens": 2, "store": rng.random() < 0.5}
+    return sent(RESPONSE, {**body, **{rng.choice(names): rng.choice(JUNK) for _ in range(2)}})
+
+
+def response_items(rng: random.Random) -> Request:
+    """Items that are damaged, unknown or in a wrong order."""
+    kinds = ["message", "function_call", "function_call_output", "reasoning", "item_reference"]
+    keys = ["role", "content", "call_id", "name", "arguments", "output", "summary", "id"]
+    sound = {"role": "user", "content": "Hi", "call_id": "c1", "name": "f", "arguments": "{}",
+             "output": "7", "summary": []}  # fmt: skip
+    items: list[Any] = [
+        {**sound, "type": rng.choice([*kinds, None, 5]), rng.choice(keys): rng.choice(JUNK)}
+        for _ in range(rng.randrange(1, 5))
+    ]
+    return sent(RESPONSE, {"input": rng.choice([items, items, *JUNK]), "max_output_tokens": 2})
+
+
+def kept_responses(rng: random.Random) -> Request:
+    """Responses that there are not."""
+    name = rng.choice(["x", "resp_x", "..%2f..", "%00", "a" * 5000, "%ff", "input_tokens"])
+    return rng.choice(["GET", "DELETE", "POST"]), f"{RESPONSE}/{name}", b"", {}
+
+
 KINDS: tuple[Kind, ...] = (
     field, two_fields, completion_field, unknown_field, messages, message, roles, parts, prompts,
     token_ids, control_texts, tools, schemas, calls, long_prompts, not_json, cut_json, media_types,
     paths, methods, places, token_endpoints, models, biases, stops, anthropic_fields,
-    anthropic_blocks, anthropic_tools,
+    anthropic_blocks, anthropic_tools, response_fields, response_items, kept_responses,
 )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ _ERROR = just(
         "code": or_null(TEXT),
     }
 )
-_IGNORED = just({"chat": _TEXTS, "completions": _TEXTS, "messages": _TEXTS})
+_IGNORED = just({"chat": _TEXTS, "completions": _TEXTS, "messages": _TEXTS, "responses": _TEXTS})
 ANSWERS: dict[str, Schema] = {
     "Error": just({"error": _ERROR, "status": TEXT}, "status"),
     "ChatCompletion": _answer(

@@ -22,13 +22,17 @@ from apertus_mlx.server.chat_completions import ChatReply, read_chat
 from apertus_mlx.server.completions import CompletionReply, read_completion
 from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.errors import ApiError, busy
-from apertus_mlx.server.fields import ignored_fields
+from apertus_mlx.server.fields import ignored_fields, unsupported
 from apertus_mlx.server.jobs import Job, Task
 from apertus_mlx.server.message_fields import MESSAGE_FIELDS
 from apertus_mlx.server.message_reply import MessageReply
 from apertus_mlx.server.messages import count_message_tokens, read_message_request
 from apertus_mlx.server.openapi import describe
 from apertus_mlx.server.outbox import JobOutbox, RequestOutbox
+from apertus_mlx.server.response_fields import RESPONSE_FIELDS
+from apertus_mlx.server.response_reply import ResponseReply
+from apertus_mlx.server.response_store import ResponseStore
+from apertus_mlx.server.responses import count_response_input, read_response
 from apertus_mlx.server.security import Access, Application, Guard, error_response
 from apertus_mlx.server.served_model import ServedModel
 from apertus_mlx.server.stream import PING_AFTER_S, event_stream
@@ -52,12 +56,14 @@ class Endpoints:
         most_body_bytes: int = MAX_BODY_BYTES,
         body_timeout_s: float = BODY_TIMEOUT_S,
         ping_after_s: float = PING_AFTER_S,
+        responses: ResponseStore | None = None,
     ) -> None:
         self._engine, self._model = engine, model
         self._shows_metrics = metrics
         self._description = describe(model.names, metrics=metrics, key=key)
         self._most_body_bytes, self._body_timeout_s = most_body_bytes, body_timeout_s
         self._ping_after_s = ping_after_s
+        self._responses = ResponseStore() if responses is None else responses
         # Templates, tokens and grammars of requests, one after the other.
         self._preparing = ThreadPoolExecutor(1, "prepare")
 
@@ -67,6 +73,8 @@ class Endpoints:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/messages", self.messages, methods=["POST"]),
+            Route("/v1/responses", self.responses, methods=["POST"]),
+            Route("/v1/responses/{id}", self.one_response, methods=["GET", "DELETE"]),
             *(
                 Route(path, partial(self.tokens, answer), methods=["POST"])
                 for path, answer in (
@@ -75,6 +83,7 @@ class Endpoints:
                     ("/apply-template", apply_template),
                     ("/v1/chat/completions/input_tokens", count_input),
                     ("/v1/messages/count_tokens", count_message_tokens),
+                    ("/v1/responses/input_tokens", partial(count_response_input, self._responses)),
                 )
             ),
             Route("/v1/models", self.models, methods=["GET"]),
@@ -126,6 +135,29 @@ class Endpoints:
         [([ended], _)] = await whole_answers(self._engine, jobs, outbox, request)
         return JSONResponse(reply.whole(ended), headers=headers)
 
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses."""
+        body = await self._body(request)
+        asked = await self._prepare(partial(read_response, self._responses), body)
+        reply = ResponseReply(self._model.name, asked, self._responses)
+        jobs, outbox = self._submit([asked.task])
+        if asked.task.streams:
+            return event_stream(
+                self._engine, jobs, outbox, reply.events, reply.last, self._ping_after_s, reply.form
+            )
+        [([ended], _)] = await whole_answers(self._engine, jobs, outbox, request)
+        return JSONResponse(reply.whole(ended))
+
+    async def one_response(self, request: Request) -> Response:
+        """GET or DELETE /v1/responses/ID."""
+        name = request.path_params["id"]
+        if request.method == "DELETE":
+            self._responses.drop(name)
+            return JSONResponse({"id": name, "object": "response", "deleted": True})
+        if request.query_params:
+            raise unsupported(next(iter(request.query_params)))
+        return JSONResponse(self._responses.get(name).response)
+
     async def tokens(
         self, answer: Callable[[Mapping[str, Any], ServedModel], dict[str, Any]], request: Request
     ) -> Response:
@@ -154,6 +186,7 @@ class Endpoints:
                     "chat": ignored_fields("chat"),
                     "completions": ignored_fields("completions"),
                     "messages": ignored_fields("messages", MESSAGE_FIELDS),
+                    "responses": ignored_fields("responses", RESPONSE_FIELDS),
                 },
             }
         )

@@ -15,7 +15,7 @@ from apertus_mlx.generation.options import MOST_BIAS
 from apertus_mlx.server.errors import ApiError, wrong
 
 Treatment = Literal["honoured", "ignored", "refused"]
-Endpoint = Literal["chat", "completions", "messages"]
+Endpoint = Literal["chat", "completions", "messages", "responses"]
 MOST_CHOICES, MOST_STOPS, MOST_STOP_BYTES, MOST_TOP_LOGPROBS = 8, 64, 256, 20
 MOST_PROMPTS, MOST_BIASES, MOST_TOOLS, MOST_MESSAGES = 32, 1024, 256, 10_000
 MOST_TOKENS = 2**31 - 1

@@ -43,7 +43,7 @@ class MessageReply:
     @property
     def form(self) -> StreamForm:
         """Of the stream."""
-        return StreamForm(named_event, self._ping, self.failed)
+        return StreamForm(named_event, ping=self._ping, failed=self.failed)
 
     def whole(self, ended: Ended) -> dict[str, Any]:
         """The body of an answer that is no stream."""

@@ -18,6 +18,7 @@ from apertus_mlx.server.field_schemas import (
     known,
 )
 from apertus_mlx.server.message_schemas import MESSAGE_ANSWERS, message_body_schema
+from apertus_mlx.server.response_schemas import RESPONSE_ANSWERS, response_body_schema
 
 VERSION = "3.1.0"
 _BODY = (400, 404, 408, 413, 415)
@@ -39,6 +40,7 @@ class Operation:
         chunk: the name of what an event of its stream holds; None: it does not stream.
         parameters: in the path and the query.
         error: the name of what an error is.
+        others: what the path does by other methods.
     """
 
     method: str
@@ -49,12 +51,14 @@ class Operation:
     chunk: str | None = None
     parameters: Sequence[Schema] = ()
     error: str = "Error"
+    others: Sequence[Operation] = ()
 
 
 def operations(names: Sequence[str]) -> dict[str, Operation]:
     """All of them by path; `names` are those of the model."""
     model: Schema = {"enum": [*names, "default"]}
     chat, text = body_schema("chat", model), body_schema("completions", model)
+    response = response_body_schema(model)
     flags = {"add_special_tokens": FLAG, "parse_special": FLAG, "return_token_strs": FLAG}
     plain = {"model": model, **flags}
     name: Schema = {
@@ -63,6 +67,7 @@ def operations(names: Sequence[str]) -> dict[str, Operation]:
         "required": True,
         "schema": {"minLength": 1, **TEXT},
     }
+    kept: Schema = {**name, "name": "id"}
     deep: Schema = {"name": "deep", "in": "query", "schema": TEXT}
     tokenized: Schema = {
         "anyOf": [
@@ -92,6 +97,21 @@ def operations(names: Sequence[str]) -> dict[str, Operation]:
         "/v1/messages/count_tokens": Operation(
             "post", "Counts the tokens of a prompt", "MessageTokens", _BODY,
             message_body_schema(model), error="MessageError",
+        ),
+        "/v1/responses": Operation(
+            "post", "An answer to items, as agents ask for it", "Response", _GENERATES,
+            response, "ResponseEvent",
+        ),
+        "/v1/responses/input_tokens": Operation(
+            "post", "Counts the tokens of a response's prompt", "InputTokens", _BODY, response
+        ),
+        "/v1/responses/{id}": Operation(
+            "get", "A response that is kept", "Response", (400, 404), parameters=[kept],
+            others=[
+                Operation(
+                    "delete", "Forgets it", "ResponseDeleted", (404,), parameters=[kept]
+                )
+            ],
         ),
         "/tokenize": Operation("post", "Tokens of a text or chat", "Tokens", _BODY, tokenized),
         "/detokenize": Operation(
@@ -128,8 +148,11 @@ def describe(names: Sequence[str], *, metrics: bool = False, key: bool = False) 
     document: dict[str, Any] = {
         "openapi": VERSION,
         "info": {"title": "apertus-mlx", "version": __version__},
-        "paths": {path: {each.method: _operation(each)} for path, each in found.items()},
-        "components": {"schemas": {**ANSWERS, **MESSAGE_ANSWERS}},
+        "paths": {
+            path: {one.method: _operation(one) for one in (each, *each.others)}
+            for path, each in found.items()
+        },
+        "components": {"schemas": {**ANSWERS, **MESSAGE_ANSWERS, **RESPONSE_ANSWERS}},
     }
     if key:
         scheme = {"type": "http", "scheme": "bearer"}

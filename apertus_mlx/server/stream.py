@@ -25,12 +25,14 @@ class StreamForm:
 
     Attributes:
         data: the bytes of an event.
+        first: the events before all others.
         ping: the bytes that say that the server is at work.
         failed: the event that tells of an error.
         done: the bytes at the end of a sound stream.
     """
 
     data: Callable[[dict[str, Any]], bytes]
+    first: Callable[[], Iterator[dict[str, Any]]] = lambda: iter(())
     ping: Callable[[], bytes] = lambda: PING
     failed: Callable[[ApiError], dict[str, Any]] = ApiError.body
     done: bytes = b""
@@ -61,6 +63,8 @@ def event_stream(
     async def body() -> AsyncIterator[bytes]:
         left = sum(job.task.choices for job in jobs)
         yield PING
+        for chunk in form.first():
+            yield form.data(chunk)
         while left:
             found = await outbox.get(ping_after_s)
             if found is None:

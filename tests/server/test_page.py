@@ -12,9 +12,12 @@ import pytest
 
 from apertus_mlx.server.fields import FIELDS, Field, fields_of
 from apertus_mlx.server.message_fields import MESSAGE_FIELDS
+from apertus_mlx.server.response_fields import RESPONSE_FIELDS
 
 PAGE = Path(__file__).parents[2] / "docs/server.md"
-TABLES = {"fields": FIELDS, "message fields": MESSAGE_FIELDS}
+TABLES = {
+    "fields": FIELDS, "message fields": MESSAGE_FIELDS, "response fields": RESPONSE_FIELDS
+}  # fmt: skip
 
 
 def row(field: Field) -> str:
@@ -52,8 +55,9 @@ def test_no_field_is_treated_in_two_ways() -> None:
     for endpoint in ("chat", "completions"):
         names = [field.name for field in FIELDS if endpoint in field.endpoints]
         assert len(names) == len(set(names)) == len(fields_of(endpoint))
-    names = [field.name for field in MESSAGE_FIELDS]
-    assert len(names) == len(set(names))
+    for table in (MESSAGE_FIELDS, RESPONSE_FIELDS):
+        names = [field.name for field in table]
+        assert len(names) == len(set(names))
 
 
 def test_the_page_has_all_paths() -> None:
