@@ -19,7 +19,7 @@ from starlette.routing import Route
 from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.server.body import BODY_TIMEOUT_S, MAX_BODY_BYTES, read_body
 from apertus_mlx.server.chat_completions import ChatReply, read_chat
-from apertus_mlx.server.chat_page import FILES, page_file
+from apertus_mlx.server.chat_page import page_routes
 from apertus_mlx.server.completions import CompletionReply, read_completion
 from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.errors import ApiError, busy
@@ -78,7 +78,6 @@ class Endpoints:
             Route("/v1/status", self.status, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/openapi.json", self.openapi, methods=["GET"]),
-            *(Route(path, page_file, methods=["GET"]) for path in FILES),
             *([Route("/metrics", self.metrics, methods=["GET"])] if self._shows_metrics else []),
         ]
 
@@ -188,7 +187,8 @@ def build_app(
         HTTPException: _not_found,
         Exception: _our_fault,
     }
-    app = Starlette(routes=endpoints.routes(), exception_handlers=known)
+    routes = [*page_routes(), *endpoints.routes()]
+    app = Starlette(routes=routes, exception_handlers=known)
     app.router.redirect_slashes = False
     return Guard(_logged(app, engine), access)
 

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
+
+from apertus_mlx.system.model_files import read_file
 
 _FOLDER = Path(__file__).parent / "page"
+_MOST_BYTES = 2**20
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # By path. Nothing else in the folder is ever read.
 FILES = {
@@ -30,7 +34,12 @@ HEADERS = {
 }
 
 
-def page_file(request: Request) -> Response:
+def page_routes() -> list[Route]:
+    """All paths of the page."""
+    return [Route(path, _page_file, methods=["GET"]) for path in FILES]
+
+
+def _page_file(request: Request) -> Response:
     """The file of a path in `FILES`."""
     path = _FOLDER / FILES[request.url.path]
-    return Response(path.read_bytes(), headers=HEADERS, media_type=_TYPES[path.suffix])
+    return Response(read_file(path, _MOST_BYTES), headers=HEADERS, media_type=_TYPES[path.suffix])

@@ -50,11 +50,9 @@ function draw() {
     const form = resultForm(calls, (results) => { messages.push(...results); answer(); });
     at("messages").append(form);
   }
-  const last = messages.at(-1);
   at("send").disabled = running !== null || calls.length > 0;
   at("stop").disabled = running === null;
   at("new").disabled = running !== null;
-  return last;
 }
 
 function fail(error) {
@@ -99,9 +97,12 @@ async function answer() {
       begun ||= performance.now();
       ended = performance.now();
       grow(message, chunk.choices[0].delta);
+      const main = document.querySelector("main");
+      const atEnd = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
       const made = show(message, shown);
       if (!shown) at("messages").append(made);
       shown = made;
+      if (atEnd) main.scrollTop = main.scrollHeight;
     }
     if (message.content || message.tool_calls || message.reasoning_content) messages.push(message);
     at("finished").textContent = message.tool_calls
