@@ -19,6 +19,7 @@ from starlette.routing import Route
 from apertus_mlx.generation.options import SamplingOptions
 from apertus_mlx.server.body import BODY_TIMEOUT_S, MAX_BODY_BYTES, read_body
 from apertus_mlx.server.chat_completions import ChatReply, read_chat
+from apertus_mlx.server.chat_page import page_routes
 from apertus_mlx.server.completions import CompletionReply, read_completion
 from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.errors import ApiError, busy
@@ -241,7 +242,8 @@ def build_app(
         HTTPException: _not_found,
         Exception: _our_fault,
     }
-    app = Starlette(routes=endpoints.routes(), exception_handlers=known)
+    routes = [*page_routes(), *endpoints.routes()]
+    app = Starlette(routes=routes, exception_handlers=known)
     app.router.redirect_slashes = False
     return Guard(_logged(app, engine), access)
 

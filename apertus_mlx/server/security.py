@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
+from apertus_mlx.server.chat_page import FILES
 from apertus_mlx.server.errors import ApiError
 from apertus_mlx.server.message_errors import is_message_path, message_error_response
 
@@ -60,9 +61,9 @@ class Access:
         if not self._knows(headers.get("host", "")):
             raise ApiError(403, "this Host is not served here; see --allow-host", code="host")
         origin = headers.get("origin")
-        if origin is not None and not self.allows_origin(origin):
+        if origin is not None and not self.allows_origin(origin, headers.get("host", "")):
             raise ApiError(403, "this Origin may not ask; see --allow-origin", code="origin")
-        if path in _OPEN_PATHS and not query:
+        if path in FILES or (path in _OPEN_PATHS and not query):
             return
         if self.key is not None and method != "OPTIONS" and not self._has_key(headers):
             raise ApiError(
@@ -72,13 +73,14 @@ class Access:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def allows_origin(self, origin: str) -> bool:
-        """Whether a web page may ask."""
+    def allows_origin(self, origin: str, host: str = "") -> bool:
+        """Whether a web page may ask; that of `host` itself, which is known, may always."""
         if origin in self.origins:
             return True
         try:
             found = urlsplit(origin)
-            return found.scheme in ("http", "https") and is_loopback(found.hostname or "")
+            own = found.netloc == host or is_loopback(found.hostname or "")
+            return found.scheme in ("http", "https") and own
         except ValueError:
             return False
 

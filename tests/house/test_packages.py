@@ -67,7 +67,8 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     assert as_modules == set(MODULES)
     assert all(name.startswith("apertus_mlx/") for name in names)
     data = {Path(name).suffix for name in names if name not in modules}
-    assert data == {".json", ".jinja", ".md", ".metal", ".safetensors", ".txt", ".typed"}
+    page = {".css", ".html", ".js"}
+    assert data == page | {".json", ".jinja", ".md", ".metal", ".safetensors", ".txt", ".typed"}
     assert {"apertus_mlx/py.typed", "apertus_mlx/hub/demo/model/model.safetensors"} <= set(names)
 
 
