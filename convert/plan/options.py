@@ -13,6 +13,7 @@ from apertus_mlx.convert.plan.plan import CONFIG_DTYPES
 from apertus_mlx.convert.plan.policy import (
     BEST,
     METHODS,
+    MULTIPLE,
     Method,
     Request,
     Rule,
@@ -28,8 +29,6 @@ from apertus_mlx.system.strict_json import parse_object
 
 RECIPE_KEYS = {"bits", "group_size", "mode", "modules"}
 MAX_RECIPE_BYTES = 2**20
-# Rows of a cut embedding: such counts fill the tiles of a kernel.
-MULTIPLE = 64
 
 
 def read_request(

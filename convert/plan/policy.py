@@ -17,6 +17,9 @@ from apertus_mlx.errors import UsageError
 from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.spec import FLOAT_MODES, QuantSpec
 
+# Rows of a cut embedding: such counts fill the tiles of a kernel.
+MULTIPLE = 64
+
 DEFAULT_GROUP_SIZE = 64
 # rtn rounds to nearest as MLX does, search finds the best scales for the weights, gptq calibrates
 # on text.

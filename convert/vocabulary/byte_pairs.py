@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.convert.plan.options import MULTIPLE
+from apertus_mlx.convert.plan.policy import MULTIPLE
 from apertus_mlx.errors import RejectedError, UsageError
 from apertus_mlx.system.strict_json import parse_object
 from apertus_mlx.text.byte_alphabet import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE

@@ -216,7 +216,7 @@ def test_other_ways_to_be_wrong(server: Server) -> None:
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("GET", "//", 404),
+        ("GET", "/v1//", 404),
         ("GET", "/v1/models/%2e%2e/%2e%2e/etc/passwd", 404),
         ("GET", "/metrics", 404),
     ):
