@@ -22,6 +22,8 @@ from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
 from tests.cache_sequences import FORMS, TOLERANCE, TOLERANCE_OF_CODES
 
 VOCABULARY = 384
+# With fewer the likeliest token may be another than in full precision.
+PRECISE_BITS = 6
 KINDS = ("right", "wrong", "random", "another", "2 bits", "lookup")
 
 
@@ -191,11 +193,18 @@ def _gap(play: Play, model: LanguageModel, before: Sequence[int]) -> tuple[float
     return (best[1] - best[0]).item(), float(scale)  # type: ignore[arg-type, return-value]
 
 
+def loses_nothing(play: Play) -> bool:
+    """Whether the model's cache is near one in full precision, which a draft's is."""
+    form, longest = FORMS[play.form], len(play.prompt) + play.tokens
+    exact = min(form.key_bits, form.value_bits) >= PRECISE_BITS
+    return exact and (form.bound is None or form.bound >= longest)
+
+
 def forms_but(*without: str) -> list[str]:
     return [name for name in FORMS if name not in without]
 
 
 __all__ = [
-    "KINDS", "CacheConfig", "Models", "Play", "coarsened", "random_play", "require_plain",
-    "require_same",
+    "KINDS", "CacheConfig", "Models", "Play", "coarsened", "loses_nothing", "random_play",
+    "require_plain", "require_same",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from apertus_mlx.generation.speculate import Draw
 from tests.batch_play import answer
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.cache_sequences import FORMS
-from tests.draft_play import Models, Play, coarsened, random_play, require_plain
+from tests.draft_play import Models, Play, coarsened, loses_nothing, random_play, require_plain
 
 
 @pytest.fixture(scope="module", params=["mlx", "cpu"])
@@ -88,8 +88,10 @@ def play_all(models: Models, seeds: Sequence[int]) -> None:
         if ends == 99:
             require_plain(play, models.target, answer(first))
         require_plain(beside, models.target, answer(second))
-        for row in (first, second):
-            if row.speculation is not None:
+        # The draft is that of the first play, whichever row it guesses for.
+        for row, played in ((first, play), (second, beside)):
+            exact = play.kind != "right" or loses_nothing(played)
+            if row.speculation is not None and exact:
                 drafted[play.kind] += row.speculation.drafted
                 accepted[play.kind] += row.speculation.accepted
     assert accepted["wrong"] == 0 < drafted["wrong"]

@@ -11,7 +11,7 @@ from apertus_mlx.generation.model_folder import open_folder
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint
-from tests.draft_play import Models, coarsened, random_play, require_same
+from tests.draft_play import Models, coarsened, loses_nothing, random_play, require_same
 
 DAILY, NIGHTLY = 100, 1000
 
@@ -38,10 +38,12 @@ def play_all(models: Models, seeds: range) -> None:
     for seed in seeds:
         play = random_play(seed)
         found = require_same(play, models)
+        if play.kind == "right" and not loses_nothing(play):
+            continue
         drafted[play.kind] += found.drafted
         accepted[play.kind] += found.accepted
     assert accepted["wrong"] == 0
-    # Its cache is in full precision, whatever the model's is, and two ids are never drafted.
+    # Two ids are never drafted.
     assert accepted["right"] > 0.9 * drafted["right"]
     assert 0 < accepted["2 bits"] < drafted["2 bits"]
 
