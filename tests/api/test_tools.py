@@ -404,7 +404,7 @@ def test_wrong_types(call: Callable[..., Any], arguments: dict[str, Any], said: 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[ApertusError], str]] = [
     (convert_model, {"bits": 7}, UsageError, "--bits 7: expected 2, 3, 4, 5, 6 or 8"),
     (convert_model, {"bits": 4, "group_size": 48}, UsageError, "--group-size 48: expected 32"),
-    (convert_model, {"method": "awq"}, UsageError, "--method 'awq': expected rtn, search or gptq"),
+    (convert_model, {"method": "awq"}, UsageError, "expected rtn, search, gptq or best"),
     (convert_model, {"dtype": "int8"}, UsageError, "--dtype 'int8': expected bfloat16"),
     (convert_model, {"bits": 4, "target_bpw": 3}, UsageError, "leave out --bits"),
     (convert_model, {"target_bpw": float("nan")}, UsageError, "expected a number"),

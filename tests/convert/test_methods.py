@@ -138,7 +138,7 @@ def test_mlx_lm_runs_the_result(source: Path, texts: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "awq", "--bits", "4"], "rtn, search or gptq"),
+        (["--method", "awq", "--bits", "4"], "rtn, search, gptq or best"),
         (["--method", "gptq"], "--bits"),
         (["--method", "search", "--mode", "mxfp4"], "for affine"),
         (["--bits", "4", "--calibration", "x.txt"], "only --method gptq"),
