@@ -29,7 +29,9 @@ def loaded() -> LoadedModel:
     return open_folder(model_dir()).load(RunOptions(compute="mlx", dtype="float32"))
 
 
-@pytest.fixture(scope="module", params=["same model", "lookup"])
+@pytest.fixture(
+    scope="module", params=["same model", pytest.param("lookup", marks=pytest.mark.nightly)]
+)
 def server(request: pytest.FixtureRequest, loaded: LoadedModel) -> Iterator[Server]:
     folder = loaded.folder
     model = ModelDraft(loaded.model, folder.context_length, folder.config.output_vocab_size)

@@ -8,6 +8,8 @@ public struct AnswerParser: Sendable {
     public private(set) var endedWithCalls = false
     /// How many calls were no valid JSON; what the model wrote is text then.
     public private(set) var malformed = 0
+    /// The stop text that ended the answer.
+    public var stopText: String? { stops.found }
 
     private let tokenizer: Tokenizer
     private let roles: Roles

@@ -4,6 +4,8 @@ package struct StopTexts: Sendable {
     private var held: [UInt8] = []
     /// Whether a stop text has come, or the text has ended; what follows is ignored.
     package private(set) var isStopped = false
+    /// The stop text that was found.
+    package private(set) var found: String?
 
     /// - Parameter stops: none is empty.
     /// - Throws: `ApertusError`.
@@ -23,6 +25,7 @@ package struct StopTexts: Sendable {
         }
         if let first = found.min(by: { $0 < $1 }) {
             isStopped = true
+            self.found = String(decoding: held[first.start ..< first.end], as: UTF8.self)
             return Array(held[..<first.start])
         }
         let kept = stops.map { overlap($0) }.max() ?? 0

@@ -101,6 +101,7 @@ package actor Engine {
         }
         deliver(parser.finish(isCut: outcome.finishReason != .stop))
         outcome.malformedToolCalls = parser.malformed
+        outcome.stopText = parser.stopText
         let isWhole = outcome.finishReason == .length && parser.endedWithCalls
         if !outcome.answer.calls.isEmpty, outcome.finishReason == .stop || isWhole {
             outcome.finishReason = .toolCalls

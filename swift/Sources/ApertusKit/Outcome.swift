@@ -26,6 +26,8 @@ public struct Outcome: Sendable, Equatable {
     public internal(set) var seed: UInt64 = 0
     /// Calls that were no valid JSON; what the model wrote is text.
     public internal(set) var malformedToolCalls = 0
+    /// The stop text that ended the answer.
+    public internal(set) var stopText: String?
     /// From the start of the run, in seconds; 0 before there is a token.
     public internal(set) var secondsToFirstToken = 0.0
     /// From the first token to the last, in seconds.

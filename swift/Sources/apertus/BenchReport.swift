@@ -79,7 +79,7 @@ struct BenchReport {
                     ("prefill_step", .integer(plan.prefillStep)), ("load_s", .number(loaded)),
                 ])
             ),
-            ("peak_memory_bytes", .integer(apertus.memory.peak)),
+            ("peak_memory_bytes", .integer(apertus.memory.peak)), ("speculation", .null),
             ("measurements", .list(zip(workload.tasks, taken).map(measurement))),
         ])
     }

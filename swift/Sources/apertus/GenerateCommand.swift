@@ -151,6 +151,7 @@ enum GenerateCommand {
             ("seed", .integer(Int(clamping: outcome.seed))),
             ("tool_calls", .list(calls)),
             ("malformed_tool_calls", .integer(outcome.malformedToolCalls)),
+            ("stop_string", outcome.stopText.map { .text($0) } ?? .null),
             ("speculation", .null),
             ("load_s", .number(loaded)),
             ("model", .text(model)),
