@@ -647,6 +647,10 @@ def distill(
         f"divergence from the teacher on held-out text: {first.held_out_divergence:.4f} -> "
         f"{kept.held_out_divergence:.4f} nats"
     )
+    _log.info(
+        f"as a draft: {outcome.quality['overall']['acceptance']:.1%} of its guesses can be "
+        "accepted, at temperature 1 on held-out text"
+    )
     return Distillation(target, outcome)
 
 

@@ -17,11 +17,13 @@ CONFIDENT = 0.9
 class TokenErrors(NamedTuple):
     """Per token: divergence in nats, agreement, and the reference's confidence, each `[tokens]`.
 
+    The acceptance is what both distributions have in common, the sum of the smaller probabilities.
     The losses are those of the token that follows in the text, in nats; NaN where none follows.
     """
 
     divergence: Float64
     agrees: npt.NDArray[np.bool_]
+    acceptance: Float64
     confidence: Float64
     reference_loss: Float64
     loss: Float64
@@ -41,6 +43,8 @@ class Divergence:
     # None where no token is followed by another.
     perplexity: float | None
     perplexity_difference: float | None
+    # How often the reference, at temperature 1, can at best accept what the model drafts.
+    acceptance: float
 
 
 def compare(reference: Float32, model: Float32, following: npt.NDArray[np.int64]) -> TokenErrors:
@@ -61,7 +65,9 @@ def compare(reference: Float32, model: Float32, following: npt.NDArray[np.int64]
         for table in (expected, found)
     )
     agrees = reference.argmax(-1) == model.argmax(-1)
-    return TokenErrors(np.maximum(divergence, 0), agrees, probabilities.max(-1), *losses)
+    acceptance = np.minimum(probabilities, np.exp(found)).sum(-1)
+    confidence = probabilities.max(-1)
+    return TokenErrors(np.maximum(divergence, 0), agrees, acceptance, confidence, *losses)
 
 
 def log_softmax(logits: Float32) -> Float64:
@@ -100,4 +106,5 @@ def summarise(errors: TokenErrors) -> Divergence:
         float(errors.agrees.mean()),
         perplexity,
         difference,
+        float(errors.acceptance.mean()),
     )

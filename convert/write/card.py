@@ -87,6 +87,7 @@ def make_distilled_card(
     """
     texts = record["texts"]
     what = {"weights": "codes, scales, biases and norms", "scales": "scales, biases and norms"}
+    accepted = quality.held_out.overall.acceptance
     lines = [*_front_matter(student), f"# {name}", ""]
     lines += [
         f"Quantized Apertus weights in MLX form that learned from `{record['teacher']}`, in the "
@@ -98,6 +99,7 @@ def make_distilled_card(
         f"| Method | {manifest['method']}, then distillation of {what[record['trained']]} |",
         f"| Distilled on | {texts['windows'] * texts['window_tokens']:,} tokens ({texts['text']}), "
         f"{record['tokens_seen']:,} with repetitions |",
+        f"| As a draft | {accepted:.1%} of its guesses can be accepted |",
         f"| License | {license_of(student) or 'see the source'} |",
     ]  # fmt: skip
     lines += _divergence_table(quality)

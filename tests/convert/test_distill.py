@@ -35,6 +35,7 @@ from apertus_mlx.convert.distill.student import (
 from apertus_mlx.convert.distill.training import Options
 from apertus_mlx.convert.evaluation.evaluate import measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
+from apertus_mlx.convert.evaluation.texts import read_texts
 from apertus_mlx.convert.job import convert
 from apertus_mlx.convert.job import prepare as prepare_conversion
 from apertus_mlx.convert.plan.policy import Request
@@ -285,6 +286,39 @@ def test_a_student_learns(
     assert not [p for p in tmp_path.iterdir() if p != out] and not list(out.glob(".*"))
     words = {f: codes(f) for f in (student, out)}
     assert (words[student] == words[out]) == (trained == "scales")
+
+
+def test_a_student_of_another_size_learns_to_draft(
+    teacher: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its acceptance beside that of MLX's logits, in float64."""
+    small_batches(monkeypatch)
+    config = config_4x(torch_dtype="bfloat16", hidden_size=32, num_hidden_layers=1)
+    small = write_checkpoint(tmp_path / "small", config, dtype=mx.bfloat16)
+    student = convert(
+        prepare_conversion(small, Request(QuantSpec(4, 32)), "small"), tmp_path / "small-4bit"
+    )
+    job = make_job(teacher, student, texts, 512, epochs=2, learning_rate=1e-2)
+    outcome = distill(job, tmp_path / "out", observer=SILENT)
+    before = measure(student, teacher, job.judged).overall.acceptance
+    found = outcome.quality["overall"]["acceptance"]
+    assert found > 1.1 * before
+    assert f"{found:.1%} of its guesses" in (tmp_path / "out" / "README.md").read_text()
+    assert not verify(tmp_path / "out").errors
+
+    judged = tmp_path / "few.txt"
+    judged.write_text("Line 7 has 49 birds, and the sea is calm.")
+    ids = mx.array(
+        [[1, *Tokenizer.load(teacher, vocab_size=384, bos_token_id=1).encode(judged.read_text())]]
+    )
+    p, q = (
+        np.exp(np.array(load_model(folder, "float32")(ids)[0], np.float64))
+        for folder in (teacher, tmp_path / "out")
+    )
+    p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+    evaluation = measure(tmp_path / "out", teacher, read_texts([judged]))
+    assert evaluation.overall.tokens == len(p)
+    assert evaluation.overall.acceptance == pytest.approx(np.minimum(p, q).sum(-1).mean(), 1e-4)
 
 
 def codes(folder: Path) -> dict[str, bytes]:

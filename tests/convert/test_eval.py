@@ -44,6 +44,7 @@ def test_metrics_are_their_definitions() -> None:
     assert found.kl_p90 == pytest.approx(np.quantile(divergence, 0.9))
     assert found.kl_confident == pytest.approx(divergence[p.max(-1) >= 0.9].mean())
     assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    assert found.acceptance == pytest.approx(np.minimum(p, q).sum(-1).mean())
     assert found.perplexity == pytest.approx(np.exp(losses[1]))
     assert found.perplexity_difference == pytest.approx(np.exp(losses[1]) - np.exp(losses[0]))
 

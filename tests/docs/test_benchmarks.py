@@ -35,6 +35,7 @@ SHORT = {
     "serve_peers": "{model} --clients 1 2 --requests 1 --rounds 1 --max-tokens 4",
     "small_vocabulary": "apertus_mlx/hub/demo/model --vocab 1024 --tokens 4 --rounds 1",
     "speculation": "--estimates",
+    "speculation_speed": "--model tiny --draft tiny --tokens 8 --rounds 1 --right 0.8 --ahead 2",
     "structured_cost": "--rounds 1 --tokens 4",
     "vocabulary_healing": "--tokens 1024",
 }
