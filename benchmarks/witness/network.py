@@ -1,7 +1,7 @@
 """The model to train: `model.apertus` where MLX has a GPU, else with NumPy where MLX is slow.
 
-`python -m benchmarks.witness.engines` compares the latter with PyTorch, which is no faster:
-so nothing here needs it.
+`python -m benchmarks.witness.engines` compares the latter with PyTorch, whose steps take 0.67 to
+0.9 of its time; but only the extra `parity` brings that.
 """
 
 from __future__ import annotations
