@@ -5,8 +5,10 @@ The inventory of a folder and that of a repository on the Hub (`hub.fetch_header
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from apertus_mlx.checkpoint import layout
@@ -67,7 +69,7 @@ class Part:
         return f"rank {self.rank} of {self.ranks} with {share}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inventory:
     """A checkpoint whose tensors match its config.
 
@@ -103,6 +105,18 @@ class Inventory:
     def factors(self) -> dict[str, TensorInfo]:
         """Module path -> the factor of its product, for the few that have one."""
         return {path: m.factor for path, m in self.matrices.items() if m.factor is not None}
+
+    @cached_property
+    def code_bytes(self) -> int:
+        """Bytes of all that is no float: codes, and scales of formats that have a byte for each."""
+        return sum(matrix.weight_bytes(0) for matrix in self.matrices.values())
+
+    @cached_property
+    def floats(self) -> int:
+        """How many floats there are: weights, scales and biases, norms, parameters of xIELU."""
+        in_matrices = sum(matrix.weight_bytes(1) for matrix in self.matrices.values())
+        vectors = sum(math.prod(shape) for _, shape in layout.vectors(self.config))
+        return in_matrices - self.code_bytes + vectors
 
     @property
     def float_dtypes(self) -> set[str]:

@@ -28,7 +28,6 @@ tokenizer and loading.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -151,9 +150,7 @@ def footprint(
 
 def weights_bytes(inventory: Inventory, compute_bytes: int) -> int:
     """Bytes of all weights where MLX computes and floats take `compute_bytes` each."""
-    matrices = sum(m.weight_bytes(compute_bytes) for m in inventory.matrices.values())
-    numbers = sum(math.prod(shape) for _, shape in layout.vectors(inventory.config))
-    return matrices + numbers * compute_bytes
+    return inventory.code_bytes + inventory.floats * compute_bytes
 
 
 def disk_saving_bytes(inventory: Inventory, backend: Backend) -> int:
