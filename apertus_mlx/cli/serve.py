@@ -40,6 +40,7 @@ def serve(
     from apertus_mlx.server.listen import bind, read_access
     from apertus_mlx.server.listen import serve as listen
     from apertus_mlx.server.served_model import ServedModel
+    from apertus_mlx.server.slots import slot_folder
     from apertus_mlx.text.output_filter import load_output_filter
     from apertus_mlx.text.template.chat_template import fix_now
 
@@ -48,6 +49,8 @@ def serve(
         raise UsageError("--idle-unload: is for one machine; under mlx.launch leave it out")
     if ranks is not None and draft.draft is not None:
         raise UsageError("--draft: is for one machine; under mlx.launch leave it out")
+    if ranks is not None and serving.slots is not None:
+        raise UsageError("--slots: is for one machine; under mlx.launch leave it out")
     if ranks is not None and ranks.rank:
         _follow(model, serving, settings)
         return
@@ -78,7 +81,8 @@ def serve(
         serving.keep_prefixes if channel is None or plan.form == FULL_PRECISION else 0,
         serving.idle_unload,
     )
-    engine = Engine(folder, load, budget, limits)
+    slots = None if serving.slots is None else slot_folder(serving.slots, folder, settings)
+    engine = Engine(folder, load, budget, limits, slots=slots)
     served = ServedModel(
         folder,
         [_name(model, folder.directory.name), *(serving.alias or ())],

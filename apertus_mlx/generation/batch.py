@@ -211,7 +211,7 @@ class Batch:
         if row.caches is None:
             self.reuse(row)
         if row.caches is None:
-            row.caches = self._new_caches(row.form)
+            row.caches = self.new_caches(row.form)
         if row.read == row.reused:
             expect(row.caches, len(prompt) - row.read)
         ends = [*(place for place in row.boundaries if place > row.read), len(prompt)]
@@ -222,10 +222,11 @@ class Batch:
         logits = read_chunk(self.model, chunk, row.caches, row.read + size == len(prompt), told)
         row.read += size
         if row.read in row.boundaries:
-            self.prefixes.keep(prompt[: row.read], row.form, fork(row.caches))
+            self.prefixes.keep(prompt[: row.read], row.form, fork(row.caches), row.name)
         return None if logits is None else NextTokenLogits(logits)
 
-    def _new_caches(self, form: CacheConfig) -> list[Cache]:
+    def new_caches(self, form: CacheConfig) -> list[Cache]:
+        """Empty caches of all layers, as rows have them here."""
         caches = self.model.make_cache(form)
         if self._guessed is not None:
             self._guessed.prepare(caches)
@@ -303,7 +304,7 @@ class Batch:
     def _recompute(self, row: Row) -> None:
         """Compute all that a running row has so far from its tokens."""
         row.caches = None  # the memory, before it is taken anew
-        row.caches = self._new_caches(row.form)
+        row.caches = self.new_caches(row.form)
         logits = prefill(self.model, row.ids, row.caches, self.prefill_step)
         row.begin(NextTokenLogits(logits))
 
@@ -324,6 +325,6 @@ class Batch:
         if caches is None or not held:
             return
         try:
-            self.prefixes.keep(held, row.form, caches)
+            self.prefixes.keep(held, row.form, caches, row.name)
         except Exception as error:  # noqa: BLE001 - the row has gone; nobody waits for it
             self._note_fault(error)

@@ -94,15 +94,13 @@ class CachedPrefix:
     def export(self) -> list[dict[str, mx.array]]:
         """What `restore` needs beside the tokens: a dictionary of arrays for each layer."""
         self._settle()
-        return [_ours(layer).export() for layer in self._layers]
+        return export(self._layers)
 
     def restore(self, tokens: Sequence[int], layers: Sequence[Mapping[str, mx.array]]) -> None:
         """Take over what a prefix of the same form exported when it held `tokens`."""
         self.forget()
         self._settled = False
-        for layer, arrays in zip(self._layers, layers, strict=True):
-            _ours(layer).restore(dict(arrays), len(tokens))
-        mx.eval([layer.state for layer in self._layers])
+        restore(self._layers, layers, len(tokens))
         self._tokens = list(tokens)
         self._settled = True
 
@@ -261,6 +259,24 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens `a` and `b` begin with alike."""
     shortest = min(len(a), len(b))
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
+
+
+def export(caches: Sequence[Cache]) -> list[dict[str, mx.array]]:
+    """What `restore` needs: a dictionary of arrays for each layer.
+
+    Raises:
+        TypeError: a cache is not one of ours.
+    """
+    return [_ours(layer).export() for layer in caches]
+
+
+def restore(
+    caches: Sequence[Cache], layers: Sequence[Mapping[str, mx.array]], positions: int
+) -> None:
+    """Have new caches take over what others of the same form exported after so many positions."""
+    for layer, arrays in zip(caches, layers, strict=True):
+        _ours(layer).restore(dict(arrays), positions)
+    mx.eval([layer.state for layer in caches])
 
 
 def _ours(layer: Cache) -> FullCache | QuantizedCache:

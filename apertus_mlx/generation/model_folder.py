@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from apertus_mlx.backend.choose import load_for, uses_cpu
 from apertus_mlx.backend.mlx import DTYPES, compute_dtype
 from apertus_mlx.backend.ranks import Ranks, joined
@@ -177,6 +179,11 @@ class ModelFolder:
             )
         return room
 
+    def number(self, options: RunOptions) -> mx.Dtype:
+        """In which keys and values are computed, and kept where they are not quantized."""
+        dtype = "float32" if uses_cpu(options.compute, options.dtype) else options.dtype
+        return DTYPES[dtype] if dtype else compute_dtype(self.inventory)
+
     def prompt_cache(self, path: Path, form: CacheConfig, options: RunOptions) -> PromptCache:
         """The prompt cache at `path`, checked; of several machines all but rank 0 add a number.
 
@@ -184,12 +191,10 @@ class ModelFolder:
             RejectedError: it is damaged, or made under other conditions.
             UsageError: other machines have none, or one of other tokens.
         """
-        dtype = "float32" if uses_cpu(options.compute, options.dtype) else options.dtype
-        number = DTYPES[dtype] if dtype else compute_dtype(self.inventory)
         part = self.inventory.part
         if part is not None and part.rank:
             path = path.with_name(f"{path.name}.{part.rank}")
-        found = PromptCache(path, self.inventory, form, number)
+        found = PromptCache(path, self.inventory, form, self.number(options))
         if (ranks := joined()) is not None:
             ranks.require_alike({"prompt cache": repr(found.tokens).encode()})
         return found

@@ -6,62 +6,32 @@ the snapshots that need it, and goes with the last of them.
 
 A full cache is cut back to any prefix, so that the longest snapshot serves all shorter ones. Other
 forms cannot be cut back far, and are kept at boundaries besides.
+
+What has a name goes only when nothing without one is left. A name keeps the prefix that was given
+it last, in forms that cannot be cut back with the boundary before it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from apertus_mlx.cache import Cache, CacheConfig, FullCache, QuantizedCache, fork, rewind
-from apertus_mlx.generation.cached_prefix import shared_length
+from apertus_mlx.generation.prefix_segments import (
+    Segment,
+    Snapshot,
+    above,
+    depth,
+    path_of,
+    split,
+    upwards,
+)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """The caches of all layers after `length` tokens; not to be written to.
-
-    Attributes:
-        used: when it was last used, counted in uses of all snapshots.
-        reused: how often it, or a shorter one that it replaced, served a prompt.
-    """
-
-    caches: list[Cache]
-    length: int
-    nbytes: int
-    used: int = 0
-    reused: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Segment:
-    """A run of ids behind those of its parent.
-
-    Attributes:
-        count: snapshots here and behind.
-    """
-
-    ids: Sequence[int]
-    parent: Segment | None = None
-    children: dict[int, Segment] = field(default_factory=dict)
-    snapshot: Snapshot | None = None
-    count: int = 0
-
-    def snapshots(self) -> Iterator[Snapshot]:
-        """All that hang here or behind."""
-        waiting = [self]
-        while waiting:
-            segment = waiting.pop()
-            if segment.snapshot is not None:
-                yield segment.snapshot
-            waiting += segment.children.values()
 
 
 class Hit(NamedTuple):
@@ -71,16 +41,27 @@ class Hit(NamedTuple):
     length: int
 
 
+class Named(NamedTuple):
+    """What a name keeps: ids, and caches that hold these and belong to who asked."""
+
+    ids: list[int]
+    form: CacheConfig
+    caches: list[Cache]
+
+
 class PrefixTrie:
     """Snapshots of one model's caches: at most `limit` bytes, and at most so many.
 
-    When there are more, those go first that are large, have long not been used and were seldom
-    reused. Not for several threads at the same time.
+    When there are more, those go first that have no name, are large, have long not been used and
+    were seldom reused. Not for several threads at the same time.
 
     Args:
         limit: bytes; 0 keeps nothing.
         describe: how a token id is shown where prompts part.
         most: snapshots; None: any number.
+
+    Attributes:
+        changed: names that keep something else than when they were last taken from here.
     """
 
     def __init__(
@@ -90,12 +71,15 @@ class PrefixTrie:
         self.most = math.inf if most is None else most
         self.nbytes = 0
         self.hits = 0
+        self.changed: set[str] = set()
         self._describe = describe
         self._uses = 0
         # By the form of the caches: what one holds means nothing to another.
         self._roots: dict[CacheConfig, Segment] = {}
         # Where each snapshot hangs, by its identity.
         self._places: dict[int, Segment] = {}
+        # What each name keeps, the latest last.
+        self._named: dict[str, list[Snapshot]] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -120,7 +104,7 @@ class PrefixTrie:
         root = self._roots.get(form)
         if root is None or len(prompt) < 2:
             return None
-        path = list(_path(root, prompt[:-1]))
+        path = list(path_of(root, prompt[:-1]))
         self._tell(prompt, path[-1])
         tried: set[int] = set()
         # From the longest on: all that hangs behind a segment shares as much as was met of it.
@@ -135,8 +119,33 @@ class PrefixTrie:
                     return snapshot, shared
         return None
 
-    def keep(self, ids: Sequence[int], form: CacheConfig, caches: Sequence[Cache]) -> None:
+    @property
+    def names(self) -> Set[str]:
+        """Those that keep something."""
+        return self._named.keys()
+
+    def named(self, name: str) -> Named | None:
+        """What a name keeps that a longer prompt goes on from; None: nothing."""
+        held = self._named.get(name)
+        if not held:
+            return None
+        # Where there are two, the boundary: what comes behind it may be written otherwise.
+        snapshot = min(held, key=lambda each: each.names[name])
+        segment, length = self._places[id(snapshot)], snapshot.names[name]
+        ids = [id for each in reversed(list(upwards(segment))) for id in each.ids]
+        form = next(form for form, root in self._roots.items() if root in upwards(segment))
+        return Named(ids[:length], form, _cut(snapshot, length))
+
+    def keep(
+        self,
+        ids: Sequence[int],
+        form: CacheConfig,
+        caches: Sequence[Cache],
+        name: str | None = None,
+    ) -> None:
         """Keep caches that hold exactly `ids`; nobody may write to them from now on.
+
+        `name`: who keeps them, instead of what it kept before.
 
         Raises:
             ValueError: a layer does not hold as many positions.
@@ -155,13 +164,20 @@ class PrefixTrie:
             # What is there serves as well.
             for found in segment.snapshots():
                 self._use(found)
+            if name is not None:
+                there = segment.snapshot or min(segment.snapshots(), key=lambda each: each.length)
+                self._name(there, name, len(ids), cuttable)
             return
         self._hang(snapshot, segment)
         self._use(snapshot)
         if cuttable:
-            for shorter in _above(segment):
+            for shorter in above(segment):
                 snapshot.reused = max(snapshot.reused, shorter.reused)
+                for other, length in list(shorter.names.items()):
+                    self._name(snapshot, other, length, cuttable)
                 self._drop(shorter)
+        if name is not None:
+            self._name(snapshot, name, len(ids), cuttable)
         self.shrink(self.limit)
 
     def shrink(self, nbytes: int) -> None:
@@ -173,9 +189,21 @@ class PrefixTrie:
     def clear(self) -> None:
         """Drop all."""
         self._roots, self._places, self.nbytes = {}, {}, 0
+        self._named.clear()
+        self.changed.clear()
 
-    def _expendable(self, snapshot: Snapshot) -> float:
-        return snapshot.nbytes * (self._uses - snapshot.used) / (1 + snapshot.reused)
+    def _expendable(self, snapshot: Snapshot) -> tuple[bool, float]:
+        size = snapshot.nbytes * (self._uses - snapshot.used) / (1 + snapshot.reused)
+        return not snapshot.names, size
+
+    def _name(self, snapshot: Snapshot, name: str, length: int, cuttable: bool) -> None:
+        """Let a name keep the first `length` tokens of a snapshot, and what it kept last."""
+        held = [each for each in self._named.get(name, []) if each is not snapshot]
+        for old in held if cuttable else held[:-1]:
+            del old.names[name]
+        snapshot.names[name] = length
+        self._named[name] = [*([] if cuttable else held[-1:]), snapshot]
+        self.changed.add(name)
 
     def _use(self, snapshot: Snapshot) -> None:
         self._uses += 1
@@ -183,10 +211,10 @@ class PrefixTrie:
 
     def _place(self, ids: tuple[int, ...], form: CacheConfig) -> Segment:
         """The segment that ends where `ids` do; made where it is missing, and not counted yet."""
-        segment, met = list(_path(self._roots.setdefault(form, Segment(())), ids))[-1]
-        surplus = _depth(segment) - met
+        segment, met = list(path_of(self._roots.setdefault(form, Segment(())), ids))[-1]
+        surplus = depth(segment) - met
         if surplus:
-            segment = _split(segment, len(segment.ids) - surplus)
+            segment = split(segment, len(segment.ids) - surplus)
         if met == len(ids):
             return segment
         new = Segment(ids[met:], segment)
@@ -197,14 +225,19 @@ class PrefixTrie:
         segment.snapshot = snapshot
         self._places[id(snapshot)] = segment
         self.nbytes += snapshot.nbytes
-        for each in _upwards(segment):
+        for each in upwards(segment):
             each.count += 1
 
     def _drop(self, snapshot: Snapshot) -> None:
         place = self._places.pop(id(snapshot))
         place.snapshot = None
         self.nbytes -= snapshot.nbytes
-        for segment in list(_upwards(place)):
+        for name in snapshot.names:
+            self._named[name] = [each for each in self._named[name] if each is not snapshot]
+            if not self._named[name]:
+                del self._named[name]
+                self.changed.discard(name)
+        for segment in list(upwards(place)):
             segment.count -= 1
             if segment.count == 0 and segment.parent is not None:
                 del segment.parent.children[segment.ids[0]]
@@ -214,7 +247,7 @@ class PrefixTrie:
         segment, met = end
         if met >= len(prompt) - 1 or not _log.isEnabledFor(logging.DEBUG):
             return
-        surplus = _depth(segment) - met
+        surplus = depth(segment) - met
         if surplus:
             before = segment.ids[len(segment.ids) - surplus]
         elif segment.children:
@@ -226,47 +259,6 @@ class PrefixTrie:
             "earlier %r",
             met, len(prompt), self._describe(prompt[met]), self._describe(before),
         )  # fmt: skip
-
-
-def _path(root: Segment, ids: Sequence[int]) -> Iterator[tuple[Segment, int]]:
-    """The segments that `ids` go through, each with how many ids agree up to there."""
-    segment, met = root, 0
-    yield segment, met
-    while met < len(ids) and ids[met] in segment.children:
-        segment = segment.children[ids[met]]
-        agreed = shared_length(segment.ids, ids[met : met + len(segment.ids)])
-        met += agreed
-        yield segment, met
-        if agreed < len(segment.ids):
-            return
-
-
-def _upwards(segment: Segment) -> Iterator[Segment]:
-    here: Segment | None = segment
-    while here is not None:
-        yield here
-        here = here.parent
-
-
-def _above(segment: Segment) -> list[Snapshot]:
-    """Snapshots of shorter prefixes."""
-    above = [each.snapshot for each in _upwards(segment) if each is not segment]
-    return [snapshot for snapshot in above if snapshot is not None]
-
-
-def _depth(segment: Segment) -> int:
-    """Ids up to the end of a segment."""
-    return sum(len(each.ids) for each in _upwards(segment))
-
-
-def _split(segment: Segment, length: int) -> Segment:
-    """Give the first `length` ids of a segment to a new one before it; returns the new one."""
-    assert segment.parent is not None
-    first = Segment(segment.ids[:length], segment.parent, count=segment.count)
-    segment.parent.children[first.ids[0]] = first
-    segment.ids, segment.parent = segment.ids[length:], first
-    first.children[segment.ids[0]] = segment
-    return first
 
 
 def _cut(snapshot: Snapshot, length: int) -> list[Cache]:

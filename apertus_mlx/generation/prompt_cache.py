@@ -202,27 +202,46 @@ def save_prompt_cache(
     Raises:
         ResourceError: the file cannot be written.
     """
-    tokens = prefix.tokens
-    arrays = {TOKENS: mx.array(tokens, mx.int32)}
-    for index, layer in enumerate(prefix.export()):
+    saved = Saved(prefix.tokens, prefix.export(), prefix.model.arithmetic)
+    try:
+        write_prefix(path, saved, prefix.form, made_with, part)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ResourceError(f"--prompt-cache {path}: cannot be written ({reason})") from None
+
+
+def write_prefix(
+    path: Path,
+    saved: Saved,
+    form: CacheConfig,
+    made_with: Fingerprint,
+    part: str = "",
+    mode: int = 0o666,
+) -> None:
+    """Write a prefix whose caches have `form`; whole or not at all. For `mode` see `whole_file`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    arrays = {TOKENS: mx.array(saved.tokens, mx.int32)}
+    for index, layer in enumerate(saved.layers):
         arrays |= {f"layers.{index}.{name}": array for name, array in layer.items()}
     mx.eval(arrays)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "form": json.dumps(asdict(prefix.form)),
-        "arithmetic": prefix.model.arithmetic,
-        "positions": str(len(tokens)),
-        "tokens": _tokens_digest(tokens),
+        "form": json.dumps(asdict(form)),
+        "arithmetic": saved.arithmetic,
+        "positions": str(len(saved.tokens)),
+        "tokens": _tokens_digest(saved.tokens),
         **asdict(made_with),
         **({"part": part} if part else {}),
     }
-    try:
-        with whole_file(path, durable=False) as unfinished, unfinished.open("wb") as file:
-            mx.save_safetensors(file, arrays, metadata)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ResourceError(f"--prompt-cache {path}: cannot be written ({reason})") from None
+    with (
+        whole_file(path, durable=False, mode=mode) as unfinished,
+        unfinished.open("wb") as file,
+    ):
+        mx.save_safetensors(file, arrays, metadata)
 
 
 def load_prompt_cache(

@@ -39,6 +39,7 @@ class Row:
             default the whole prompt but its last token, for caches that cannot be cut back.
         on_hidden: is told, chunk by chunk, where in the prompt it begins, and its final hidden
             states `[1, L, D]`. All of the prompt is computed then; after a fault, once more.
+        name: for whom its caches are kept; see `PrefixTrie.keep`.
 
     Attributes:
         ids: the prompt and all tokens handed out.
@@ -62,6 +63,7 @@ class Row:
         rules: AnswerRules | None = None,
         boundaries: Sequence[int] | None = None,
         on_hidden: Callable[[int, mx.array], None] | None = None,
+        name: str | None = None,
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a row takes a prompt and at least one new token")
@@ -73,6 +75,7 @@ class Row:
         self.sampler, self.rules, self.form = sampler, rules, form
         self.boundaries = sorted(place for place in boundaries if 0 < place < len(prompt))
         self.on_hidden = on_hidden
+        self.name = name
         self.left = max_tokens
         self.caches: list[Cache] | None = None
         self.read = self.reused = 0

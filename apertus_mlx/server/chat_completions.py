@@ -11,7 +11,14 @@ from typing import Any
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.server.billing_line import without_billing_line
 from apertus_mlx.server.errors import in_request, wrong
-from apertus_mlx.server.fields import kind_of, read_fields, read_object, shown, unsupported
+from apertus_mlx.server.fields import (
+    kind_of,
+    read_cache_key,
+    read_fields,
+    read_object,
+    shown,
+    unsupported,
+)
 from apertus_mlx.server.jobs import Ended, Event, Task, Told
 from apertus_mlx.server.sampling_fields import read_sampling, read_stream_options
 from apertus_mlx.server.served_model import ServedModel
@@ -75,6 +82,7 @@ def read_chat(body: Mapping[str, Any], model: ServedModel) -> ChatRequest:
         think=think,
         top_logprobs=logprobs,
         streams=streams,
+        cache_key=read_cache_key(fields),
     )
     return ChatRequest(task, streams, usage)
 

@@ -10,7 +10,13 @@ from typing import Any
 
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.server.errors import in_request, wrong
-from apertus_mlx.server.fields import MOST_PROMPTS, kind_of, read_fields, unsupported
+from apertus_mlx.server.fields import (
+    MOST_PROMPTS,
+    kind_of,
+    read_cache_key,
+    read_fields,
+    unsupported,
+)
 from apertus_mlx.server.jobs import Ended, Event, PromptRead, Task, Told
 from apertus_mlx.server.sampling_fields import read_sampling, read_stream_options, require_text
 from apertus_mlx.server.served_model import ServedModel
@@ -59,6 +65,7 @@ def read_completion(body: Mapping[str, Any], model: ServedModel) -> CompletionRe
             top_logprobs=told[0],
             prompt_logprobs=told[1],
             streams=streams,
+            cache_key=read_cache_key(fields),
         )
         tasks.append(task)
     return CompletionRequest(tasks, streams, usage)

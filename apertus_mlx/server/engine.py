@@ -19,6 +19,7 @@ from apertus_mlx.server.errors import ApiError, busy, in_engine
 from apertus_mlx.server.jobs import Job
 from apertus_mlx.server.metrics import Metrics
 from apertus_mlx.server.running import Running, fail
+from apertus_mlx.server.slots import SlotFolder
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +63,10 @@ class Engine:
         budget: MemoryBudget,
         limits: EngineLimits | None = None,
         metrics: Metrics | None = None,
+        slots: SlotFolder | None = None,
     ) -> None:
         """Prepare; `start` begins. `load` is called on the engine's thread."""
+        self._slots = slots
         self.folder = folder
         self.budget = budget
         self.limits = limits or EngineLimits()
@@ -163,6 +166,7 @@ class Engine:
             "idle_prefixes": 0 if running is None else len(running.prefixes),
             "prefix_bytes": 0 if running is None else running.prefixes.nbytes,
             "prefix_hits": 0 if running is None else running.prefixes.hits,
+            "slots": 0 if running is None else len(running.prefixes.names),
             "draft": None if running is None else running.drafts,
         }
 
@@ -192,7 +196,11 @@ class Engine:
         with ExitStack() as limits:
             limits.enter_context(mlx_limits(plan.buffer_cache_bytes, plan.wired_bytes))
             running = Running(
-                self._load_weights(), self.budget, self.metrics, self.limits.idle_prefixes
+                self._load_weights(),
+                self.budget,
+                self.metrics,
+                self.limits.idle_prefixes,
+                self._slots,
             )
             self._memory = limits.pop_all()
         self._running = running
@@ -203,6 +211,8 @@ class Engine:
     def _unload(self) -> None:
         if self._running is not None:
             self._running.leave_cancelled()
+            if self.failure is None:
+                self._running.save_slots()
         self._running = None
         gc.collect()
         self._memory.close()
@@ -224,6 +234,8 @@ class Engine:
         self._admit()
         if self._running is not None:
             self._running.turn()
+            if not self._running and not self._waiting:
+                self._running.save_slots()
         self.metrics.sizes(len(self._running or ()), len(self._waiting))
         self._tick = time.monotonic()
 

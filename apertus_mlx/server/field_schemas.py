@@ -17,6 +17,7 @@ from apertus_mlx.server.fields import (
     Field,
     Flag,
     Kind,
+    Name,
     Number,
     Whole,
     fields_of,
@@ -208,4 +209,6 @@ def _of_kind(name: str, kind: Kind, given: Mapping[str, Schema]) -> Schema:
     if isinstance(kind, Number):
         within: Schema = {"type": "number", "minimum": kind.least, "maximum": kind.most}
         return {"anyOf": [within, {"const": 0}]} if kind.or_zero else within
+    if isinstance(kind, Name):
+        return {"type": "string", "minLength": 1, "maxLength": kind.most}
     return FLAG if isinstance(kind, Flag) else given[name]

@@ -18,7 +18,7 @@ Treatment = Literal["honoured", "ignored", "refused"]
 Endpoint = Literal["chat", "completions", "messages", "responses"]
 MOST_CHOICES, MOST_STOPS, MOST_STOP_BYTES, MOST_TOP_LOGPROBS = 8, 64, 256, 20
 MOST_PROMPTS, MOST_BIASES, MOST_TOOLS, MOST_MESSAGES = 32, 1024, 256, 10_000
-MOST_TOKENS = 2**31 - 1
+MOST_TOKENS, MOST_KEY = 2**31 - 1, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,25 @@ class Given:
         return self.words
 
 
-Kind = Whole | Number | Flag | Given
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A text of bounded length."""
+
+    most: int
+
+    def read(self, name: str, value: Any) -> str:
+        """The text."""
+        if not isinstance(value, str):
+            raise wrong(name, f"expected a text, not {kind_of(value)}")
+        if not 1 <= len(value) <= self.most:
+            raise wrong(name, f"has {len(value)} characters; expected 1 to {self.most}")
+        return value
+
+    def __str__(self) -> str:
+        return f"text of 1 to {self.most} characters"
+
+
+Kind = Whole | Number | Flag | Given | Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +195,8 @@ FIELDS = (
           "false only with `continue_final_message`", _CHAT),
     Field("add_special_tokens", "honoured", Flag(), "of texts: one BOS first, by default",
           _COMPLETIONS),
+    Field("cache_key", "honoured", Name(MOST_KEY), "the slot that keeps what was computed"),
+    Field("prompt_cache_key", "honoured", Name(MOST_KEY), "as `cache_key`, which wins"),
     *(
         Field(name, "ignored", note=note)
         for name, note in (
@@ -184,7 +204,6 @@ FIELDS = (
             ("metadata", "nothing is stored"),
             ("service_tier", "there is one"),
             ("safety_identifier", "no account is kept"),
-            ("prompt_cache_key", "prefixes are found by their tokens"),
             ("prompt_cache_retention", "memory decides"),
             ("verbosity", "the model has no such switch"),
             ("prediction", "changes speed alone"),
@@ -255,6 +274,12 @@ def unsupported(name: str, note: str = "") -> ApiError:
     name = shown(name)
     words = "is not supported" + (f"; {note}" if note else "")
     return wrong(name, words, code="unsupported_parameter")
+
+
+def read_cache_key(fields: Mapping[str, Any]) -> str | None:
+    """The slot that a request names."""
+    key: str | None = fields.get("cache_key", fields.get("prompt_cache_key"))
+    return key
 
 
 def ignored_fields(endpoint: Endpoint, table: Sequence[Field] = FIELDS) -> list[str]:

@@ -35,6 +35,7 @@ class Task:
         top_logprobs: how many likeliest tokens to tell of with each; None: no probabilities.
         prompt_logprobs: the same for the prompt's tokens.
         streams: whether pieces are told as they come, or only whole answers.
+        cache_key: the slot in which what was computed stays; None: in none.
     """
 
     prompt: Sequence[int]
@@ -46,6 +47,7 @@ class Task:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     streams: bool = False
+    cache_key: str | None = None
 
     @property
     def positions(self) -> int:
@@ -201,6 +203,7 @@ class Choice:
             # The others of the job begin there.
             boundaries=[len(task.prompt) - 1] if task.choices > 1 else None,
             on_hidden=self._prompt_watch,
+            name=task.cache_key,
         )
 
     def take(self, token: int, logits: mx.array) -> Answer | None:

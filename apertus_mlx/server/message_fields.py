@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from apertus_mlx.checkpoint.generation_config import RANGES
 from apertus_mlx.server.fields import (
+    MOST_KEY,
     MOST_STOP_BYTES,
     MOST_STOPS,
     MOST_TOKENS,
@@ -12,6 +13,7 @@ from apertus_mlx.server.fields import (
     Field,
     Flag,
     Given,
+    Name,
     Number,
     Whole,
 )
@@ -46,6 +48,7 @@ MESSAGE_FIELDS = (
           "`budget_tokens` ends the deliberation; `display` `omitted` hides it", _OF),
     Field("output_config", "honoured", Given("`{format, effort}`"),
           "`format` is a `json_schema`, which is followed always; `effort` changes nothing", _OF),
+    Field("cache_key", "honoured", Name(MOST_KEY), "the slot that keeps what was computed", _OF),
     *(
         Field(name, "ignored", note=note, endpoints=_OF)
         for name, note in (

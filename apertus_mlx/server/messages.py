@@ -9,7 +9,14 @@ from typing import Any
 
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.server.errors import ApiError, in_request, wrong
-from apertus_mlx.server.fields import Whole, kind_of, read_fields, read_object, shown
+from apertus_mlx.server.fields import (
+    Whole,
+    kind_of,
+    read_cache_key,
+    read_fields,
+    read_object,
+    shown,
+)
 from apertus_mlx.server.jobs import Task
 from apertus_mlx.server.message_blocks import read_conversation
 from apertus_mlx.server.message_fields import MESSAGE_FIELDS
@@ -99,6 +106,7 @@ def read_message_request(body: Mapping[str, Any], model: ServedModel) -> Message
         tool_names=None if schema else tools.names,
         think=thinking.wanted,
         streams=bool(fields.get("stream")),
+        cache_key=read_cache_key(fields),
     )
     certain = grammar is not None and grammar.grammar is not None and not model.filtered
     return MessageRequest(task, thinking.told, certain)

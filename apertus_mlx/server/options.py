@@ -63,6 +63,9 @@ class ServeOptions:
     keep_prefixes: Annotated[
         int, Option("Caches kept for later requests that begin alike.", Range(0, 10_000))
     ] = 16
+    slots: Annotated[
+        Path | None, Option("Folder where what each cache_key keeps survives the server.")
+    ] = None
     idle_unload: Annotated[
         int | None, Option("Give back the memory after so many idle seconds.", Range(1, 10**9))
     ] = None
@@ -77,3 +80,5 @@ class ServeOptions:
             raise UsageError("--api-key and --api-key-file: give one of them")
         if self.api_key == "":
             raise UsageError("--api-key: is empty")
+        if self.slots is not None and not self.keep_prefixes:
+            raise UsageError("--slots: nothing is kept with --keep-prefixes 0; leave out one")

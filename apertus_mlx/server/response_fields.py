@@ -20,7 +20,7 @@ MOST_METADATA, MOST_METADATA_KEY, MOST_METADATA_VALUE = 16, 64, 512
 # Read as in a chat.
 PASSED_ON = (
     *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stream"),
-    "parallel_tool_calls",
+    *("parallel_tool_calls", "cache_key", "prompt_cache_key"),
 )
 _CHAT = fields_of("chat")
 
@@ -60,7 +60,6 @@ RESPONSE_FIELDS = (
             ("client_metadata", "no account is kept"),
             ("safety_identifier", "no account is kept"),
             ("service_tier", "there is one"),
-            ("prompt_cache_key", "prefixes are found by their tokens"),
             ("prompt_cache_retention", "memory decides"),
         )
     ),

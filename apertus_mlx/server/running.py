@@ -15,6 +15,7 @@ from apertus_mlx.server.admission import MemoryBudget
 from apertus_mlx.server.errors import in_engine
 from apertus_mlx.server.jobs import Choice, Job
 from apertus_mlx.server.metrics import Metrics
+from apertus_mlx.server.slots import SlotFolder
 from apertus_mlx.system.foreign_errors import out_of_memory
 
 _log = logging.getLogger(__name__)
@@ -27,9 +28,15 @@ class Running:
     """All answers that are being written, or whose prompts are being read, on a loaded model."""
 
     def __init__(
-        self, loaded: LoadedModel, budget: MemoryBudget, metrics: Metrics, idle_prefixes: int
+        self,
+        loaded: LoadedModel,
+        budget: MemoryBudget,
+        metrics: Metrics,
+        idle_prefixes: int,
+        slots: SlotFolder | None = None,
     ) -> None:
         """Begin with none; up to `idle_prefixes` caches are kept, where memory allows it."""
+        self._slots = slots
         self._loaded, self._budget, self._metrics = loaded, budget, metrics
         self._most_prefixes = idle_prefixes
         self._choices: dict[Row, Choice] = {}
@@ -74,7 +81,10 @@ class Running:
         Raises:
             UsageError: a grammar is too complex.
         """
-        choice = Choice(job, self._loaded, self._budget.plan.form)
+        form, key = self._budget.plan.form, job.task.cache_key
+        if self._slots is not None and key is not None:
+            self._slots.bring(key, form, self._batch)
+        choice = Choice(job, self._loaded, form)
         self._choices[choice.row] = choice
         self._batch.join(choice.row)
         self._left_bytes = self._budget.left_bytes(self.positions)
@@ -105,6 +115,11 @@ class Running:
                 f"{self._faults} computations in a row have failed, the last with "
                 f"{type(self._fault).__name__}: {self._fault}; start the server again"
             )
+
+    def save_slots(self) -> None:
+        """Bring to the disk what slots keep, where there is a folder for it."""
+        if self._slots is not None:
+            self._slots.save(self._batch)
 
     def leave_cancelled(self) -> None:
         """Let go of the answers of cancelled jobs."""

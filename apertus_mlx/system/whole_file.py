@@ -22,11 +22,12 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 @contextmanager
-def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def whole_file(path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator[Path]:
     """Yield a name beside `path` to write to; afterwards `path` is that file.
 
     It is so durably (`sync`), or without `durable`, for what can be made again, whenever the system
-    writes it. A link at `path` stays one.
+    writes it. A link at `path` stays one. `mode`: who may read and write it, less what the process
+    allows nobody.
 
     On a failure `path` is as it was and nothing lies beside it. A kill may leave the file beside,
     which the next attempt replaces. Who writes the same file meanwhile, in this process or another,
@@ -38,7 +39,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     unfinished = unfinished_path(path)
     try:
-        claim = _claim(unfinished)
+        claim = _claim(unfinished, mode)
     except OSError as error:
         _name_whole(error, unfinished, path)
         raise
@@ -63,7 +64,7 @@ def _name_whole(error: BaseException, unfinished: Path, path: Path) -> None:
         error.filename = str(path)
 
 
-def _claim(unfinished: Path) -> int:
+def _claim(unfinished: Path, mode: int) -> int:
     """Make the file, empty and locked; returns the descriptor that holds the lock.
 
     Whatever else has that name, a link to another file for instance, is not written through.
@@ -72,7 +73,7 @@ def _claim(unfinished: Path) -> int:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(unfinished.lstat().st_mode):
                 unfinished.unlink()
-        claim = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        claim = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
             _lock(claim)
             with suppress(FileNotFoundError):

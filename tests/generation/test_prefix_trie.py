@@ -11,7 +11,8 @@ import pytest
 
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cache import Cache, CacheConfig, fork
-from apertus_mlx.generation.prefix_trie import PrefixTrie, Segment
+from apertus_mlx.generation.prefix_segments import Segment
+from apertus_mlx.generation.prefix_trie import PrefixTrie
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, write_checkpoint
 from tests.cache_sequences import FORMS, TOLERANCE, TOLERANCE_OF_CODES

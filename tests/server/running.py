@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -21,6 +22,7 @@ from apertus_mlx.server.app import build_app
 from apertus_mlx.server.engine import Engine, EngineLimits
 from apertus_mlx.server.security import Access
 from apertus_mlx.server.served_model import ServedModel
+from apertus_mlx.server.slots import slot_folder
 
 T = TypeVar("T")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -95,11 +97,14 @@ def serving(
     wait: bool = True,
     model: dict[str, Any] | None = None,
     settings: RunOptions | None = None,
+    slots: Path | None = None,
     **endpoints: Any,
 ) -> Iterator[Server]:
     """A server of the embedded model, or of what `load` gives."""
     folder = embedded().folder
-    plan = plan_memory(folder.inventory, settings or RunOptions(), CHAT_CONTEXT)
+    settings = settings or RunOptions()
+    plan = plan_memory(folder.inventory, settings, CHAT_CONTEXT)
+    kept = None if slots is None else slot_folder(slots, folder, settings)
     loaded = threading.Event()
 
     def loading() -> LoadedModel:
@@ -107,7 +112,7 @@ def serving(
         loaded.set()
         return found
 
-    engine = Engine(folder, loading, MemoryBudget(folder.inventory, plan), limits)
+    engine = Engine(folder, loading, MemoryBudget(folder.inventory, plan), limits, slots=kept)
     served = ServedModel(folder, names, **{"most_tokens": 64, **(model or {})})
     engine.start()
     server = Server(build_app(engine, served, access, **endpoints), engine, served)
