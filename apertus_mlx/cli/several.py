@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import stat
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from apertus_mlx.cli import sink
@@ -35,7 +39,10 @@ def meet(command: str | None) -> None:
         return
     if ranks.rank:
         sink.hush()
-    _watches.append(RankWatch(ranks, _end))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        # On other machines Ctrl-C ends ssh, which then hangs up.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
+    _watches.append(RankWatch(ranks, _end, partial(_is_abandoned, os.getppid())))
     if command not in COMMANDS:
         raise UsageError(
             f"{command}: computes on one machine; mlx.launch can start {', '.join(COMMANDS)}"
@@ -76,6 +83,15 @@ def leave(code: int) -> str:
         return ""
     sink.hush(not speaks)
     return f"{ranks.name(ranks.rank)}: "
+
+
+def _is_abandoned(parent: int) -> bool:
+    """Whether `mlx.launch` is gone, which started this process and wrote to its stdin."""
+    if os.getppid() == parent or not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return False
+    pipe = select.poll()
+    pipe.register(0, 0)
+    return any(events & select.POLLHUP for _, events in pipe.poll(0))
 
 
 def _end(line: str | None, code: int) -> None:
