@@ -7,6 +7,7 @@ import select
 import signal
 import stat
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,38 @@ def meet(command: str | None) -> None:
 def is_one_of_many() -> bool:
     """Whether this process computes together with others."""
     return bool(_watches)
+
+
+def speaks() -> bool:
+    """Whether this process has the files and the terminal of whoever sits there."""
+    from apertus_mlx.backend.ranks import joined
+
+    ranks = joined()
+    return ranks is None or ranks.rank == 0
+
+
+def of_rank_0(find: Callable[[], str]) -> str:
+    """What rank 0 finds, which is no empty text; every rank has to ask.
+
+    Raises:
+        Exception: what rank 0 met; on the others a `UsageError`.
+    """
+    from apertus_mlx.backend.ranks import joined
+
+    ranks = joined()
+    if ranks is None:
+        return find()
+    found, met = "", None
+    try:
+        found = find() if ranks.rank == 0 else ""
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others wait
+        met = error
+    told = bytes(ranks.shared(list(found.encode()))).decode()
+    if met is not None:
+        raise met
+    if not told:
+        raise UsageError("rank 0 has found nothing")
+    return told
 
 
 def explain_loss(error: Exception) -> Exception:

@@ -10,14 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from apertus_mlx.backend import ranks
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import read_config
+from apertus_mlx.cli import several
+from apertus_mlx.errors import NotFoundError, UsageError
 from tests.builders import config_4x, write_checkpoint
 from tests.cli import ssh_double
 from tests.ranks import ROOT, ends, start
@@ -255,6 +258,59 @@ def test_ranks_end_with_the_launcher(
     process.send_signal(number)
     process.communicate()
     require_end(tmp_path)
+
+
+class OneOfTwo:
+    """What a rank sees of an exchange in which rank 0 sends `sent`."""
+
+    def __init__(self, rank: int, sent: bytes = b"") -> None:
+        self.rank, self.sent = rank, sent
+
+    def shared(self, numbers: list[int]) -> list[int]:
+        if self.rank == 0:
+            self.sent = bytes(numbers)
+        return list(self.sent)
+
+
+def test_what_rank_0_finds_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found_by(rank: OneOfTwo, find: Callable[[], str]) -> str:
+        monkeypatch.setattr(ranks, "_joined", [rank])
+        return several.of_rank_0(find)
+
+    def fails() -> str:
+        raise NotFoundError("chat.json: there is no such file")
+
+    first = OneOfTwo(0)
+    assert found_by(first, lambda: "Grüezi") == "Grüezi"
+    assert found_by(OneOfTwo(1, first.sent), fails) == "Grüezi"
+    with pytest.raises(NotFoundError, match="no such file"):
+        found_by(first, fails)
+    with pytest.raises(UsageError):
+        found_by(OneOfTwo(1, first.sent), fails)
+
+
+@pytest.mark.nightly
+def test_a_chat_is_saved_and_loaded_by_rank_0(tmp_path: Path) -> None:
+    file, other = tmp_path / "chat.json", tmp_path / "other.json"
+    typed = f"Hello\n/save {file}\n/reset\n/load {tmp_path}\n/load {file}\nWhy?\n/save {other}\n"
+    process = launch(tmp_path, ["chat", "--temp", "0"])
+    assert process.stdin is not None
+    process.stdin.write(f"{typed}/exit\n".encode())
+    process.stdin.flush()
+    process.wait()
+    out, err = process.communicate()
+    told = err.decode().splitlines()
+    assert [line.split()[0] for line in told[-5:]] == [
+        "saved", "forgot", "error:", "loaded", "saved"
+    ], told  # fmt: skip
+    saved = json.loads(other.read_text())["messages"]
+    assert saved[:2] == json.loads(file.read_text())["messages"]
+    command = [sys.executable, "-m", "apertus_mlx", "chat", "--temp", "0", "--compute", "mlx"]
+    alone = subprocess.run(command, input=b"Hello\nWhy?\n", capture_output=True, check=True)
+    assert alone.stdout == out
+    assert [each["content"] for each in saved if each["role"] == "assistant"] == (
+        alone.stdout.decode().splitlines()
+    )
 
 
 @pytest.mark.nightly
