@@ -10,7 +10,12 @@ import pytest
 
 def every(step: int, cases: Iterable[Any]) -> list[Any]:
     """`cases` as parameters of a test, of which those at multiples of `step` run every day."""
+    return every_row(step, ((case,) for case in cases))
+
+
+def every_row(step: int, rows: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The same for a test of several parameters: a row has a value for each."""
     return [
-        case if i % step == 0 else pytest.param(case, marks=pytest.mark.nightly)
-        for i, case in enumerate(cases)
+        pytest.param(*row, marks=[pytest.mark.nightly] if i % step else [])
+        for i, row in enumerate(rows)
     ]

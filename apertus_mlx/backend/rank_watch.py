@@ -32,16 +32,22 @@ class RankWatch:
     """Watches the other ranks from a thread until this one ends.
 
     `on_loss` is called in that thread, once, with a line that names the rank that is gone, or None
-    where another one tells it, and the exit code; it has to end the process.
+    where another one tells it, and the exit code; it has to end the process. `is_abandoned` tells
+    whether whoever started this rank is gone, which then ends as by Ctrl-C.
     """
 
-    def __init__(self, ranks: Ranks, on_loss: Callable[[str | None, int], None]) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        on_loss: Callable[[str | None, int], None],
+        is_abandoned: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Connect; every rank has to.
 
         Raises:
             NotFoundError: a rank cannot be reached.
         """
-        self._ranks, self._on_loss = ranks, on_loss
+        self._ranks, self._on_loss, self._is_abandoned = ranks, on_loss, is_abandoned
         self._others = connect(ranks)
         self._heard = dict.fromkeys(self._others, time.monotonic())
         self._ended: set[int] = set()
@@ -86,6 +92,9 @@ class RankWatch:
                 if now - told > INTERVAL_S:
                     self._tell(_THERE)
                     told = now
+                    if self._is_abandoned():
+                        self._tell(_INTERRUPTED)
+                        self._on_loss(None, INTERRUPTED)
                 for rank in self._others.keys() - self._ended:
                     if now - self._heard[rank] > SILENCE_S:
                         self._lose(rank, f"has been silent for {SILENCE_S:.0f} s")

@@ -170,8 +170,9 @@ class _Talk:
                 )
                 note(f"error: {known}{'; /undo or /reset makes room' if helps else ''}")
                 return
-            # Whoever sits there can still save what has been said.
-            if known is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            # Whoever sits there can still save what has been said; but other ranks may go on.
+            at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+            if known is None or not at_terminal or several.is_one_of_many():
                 raise
             note(f"error: {known}")
         if self._interrupts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from apertus_mlx.system.model_files import exists
 
 if TYPE_CHECKING:
     from apertus_mlx.generation.conversation import Conversation
+    from apertus_mlx.text.template import Message
 
 KEYS = r"""\ at the end of a line, or Alt-Enter, begins another line of the message.
 // at the front sends a message that begins with a slash.
@@ -100,7 +102,9 @@ class ChatCommands:
         context = last.prompt_tokens + last.generated_tokens
         return f"{summary(last)}; context {context} of {self._conversation.context_length} tokens"
 
-    def _save(self, text: str, replace: bool = False) -> str:
+    def _save(self, text: str, replace: bool = False) -> str | None:
+        if not several.speaks():
+            return None
         if not self._conversation.messages:
             raise UsageError("there is nothing to save")
         path = self._path("/save", text)
@@ -113,23 +117,26 @@ class ChatCommands:
         self._file = path
         return f"saved {_count(len(self._conversation.messages), 'message')} to {path}"
 
-    def _save_over(self, text: str) -> str:
+    def _save_over(self, text: str) -> str | None:
         return self._save(text, replace=True)
 
     def _load(self, text: str) -> str:
-        path = self._path("/load", text)
-        messages = read_messages(path)
+        name, messages = json.loads(several.of_rank_0(lambda: json.dumps(self._read(text))))
+        path = Path(name)
         self._conversation.load(messages)
         self._file = path
         open_end = "; /retry answers the last" if messages[-1]["role"] == "user" else ""
         return f"loaded {_count(len(messages), 'message')} from {path}{open_end}"
 
+    def _read(self, text: str) -> tuple[str, list[Message]]:
+        """The file that `/load` names, and the messages in it."""
+        path = self._path("/load", text)
+        return str(path), read_messages(path)
+
     def _exit(self, _: str) -> None:
         self.ended = True
 
     def _path(self, command: str, text: str) -> Path:
-        if several.is_one_of_many():
-            raise UsageError(f"{command}: files are of one machine; not under mlx.launch")
         if text:
             return Path(os.path.expanduser(text))  # noqa: PTH111 (never raises)
         if self._file is None:

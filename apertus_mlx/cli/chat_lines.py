@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from apertus_mlx.cli import sink
+from apertus_mlx.cli import several, sink
 from apertus_mlx.cli.chat_commands import COMPLETIONS
 from apertus_mlx.cli.chat_history import ChatHistory, history_path
 
@@ -25,10 +26,15 @@ class Lines(Protocol):
 def open_chat_lines(on_interrupt: Callable[[], None], history: bool) -> Iterator[Lines]:
     """A line editor where there is a terminal that can be edited on; `history` lasts.
 
+    Under `mlx.launch` whoever types sits at the launcher's terminal; where ranks have one, it is
+    ssh's.
+
     `on_interrupt` is called at Ctrl-C on an empty line. At a terminal no interrupt ends the
     program, unless it is made to meanwhile, and SIGTERM leaves the terminal as it was.
     """
-    if not sys.stdin.isatty():
+    if several.is_one_of_many():
+        _take_long_lines()
+    if several.is_one_of_many() or not sys.stdin.isatty():
         yield PlainLines()
         return
     with _orderly_end(), _open_terminal(on_interrupt, history) as lines:
@@ -91,6 +97,14 @@ class TerminalLines(PlainLines):
     def _line(self, goes_on: bool) -> str:
         sink.note("  " if goes_on else "> ", end="")
         return super()._line(goes_on)
+
+
+def _take_long_lines() -> None:
+    """Take lines of any length from a terminal; the system cuts them off at 1,024 or 4,096."""
+    if sys.stdin.isatty():
+        modes = termios.tcgetattr(0)
+        modes[3] &= ~(termios.ICANON | termios.ECHO)
+        termios.tcsetattr(0, termios.TCSANOW, modes)
 
 
 @contextmanager

@@ -27,7 +27,6 @@ def serve(
     _require_libraries()
     from apertus_mlx.backend.rank_channel import RankChannel
     from apertus_mlx.backend.ranks import joined
-    from apertus_mlx.cache import FULL_PRECISION
     from apertus_mlx.cli.model_source import open_draft, open_model, plan_run
     from apertus_mlx.generation.draft_model import load_drafting
     from apertus_mlx.generation.led_model import end, lead
@@ -77,8 +76,7 @@ def serve(
     limits = EngineLimits(
         serving.parallel or default_rows(formats),
         serving.max_queue,
-        # Other ranks can go back in a full cache alone.
-        serving.keep_prefixes if channel is None or plan.form == FULL_PRECISION else 0,
+        serving.keep_prefixes,
         serving.idle_unload,
     )
     slots = None if serving.slots is None else slot_folder(serving.slots, folder, settings)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import stat
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from apertus_mlx.cli import sink
@@ -35,7 +40,10 @@ def meet(command: str | None) -> None:
         return
     if ranks.rank:
         sink.hush()
-    _watches.append(RankWatch(ranks, _end))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        # On other machines Ctrl-C ends ssh, which then hangs up.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
+    _watches.append(RankWatch(ranks, _end, partial(_is_abandoned, os.getppid())))
     if command not in COMMANDS:
         raise UsageError(
             f"{command}: computes on one machine; mlx.launch can start {', '.join(COMMANDS)}"
@@ -45,6 +53,38 @@ def meet(command: str | None) -> None:
 def is_one_of_many() -> bool:
     """Whether this process computes together with others."""
     return bool(_watches)
+
+
+def speaks() -> bool:
+    """Whether this process has the files and the terminal of whoever sits there."""
+    from apertus_mlx.backend.ranks import joined
+
+    ranks = joined()
+    return ranks is None or ranks.rank == 0
+
+
+def of_rank_0(find: Callable[[], str]) -> str:
+    """What rank 0 finds, which is no empty text; every rank has to ask.
+
+    Raises:
+        Exception: what rank 0 met; on the others a `UsageError`.
+    """
+    from apertus_mlx.backend.ranks import joined
+
+    ranks = joined()
+    if ranks is None:
+        return find()
+    found, met = "", None
+    try:
+        found = find() if ranks.rank == 0 else ""
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others wait
+        met = error
+    told = bytes(ranks.shared(list(found.encode()))).decode()
+    if met is not None:
+        raise met
+    if not told:
+        raise UsageError("rank 0 has found nothing")
+    return told
 
 
 def explain_loss(error: Exception) -> Exception:
@@ -76,6 +116,15 @@ def leave(code: int) -> str:
         return ""
     sink.hush(not speaks)
     return f"{ranks.name(ranks.rank)}: "
+
+
+def _is_abandoned(parent: int) -> bool:
+    """Whether `mlx.launch` is gone, which started this process and wrote to its stdin."""
+    if os.getppid() == parent or not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return False
+    pipe = select.poll()
+    pipe.register(0, 0)
+    return any(events & select.POLLHUP for _, events in pipe.poll(0))
 
 
 def _end(line: str | None, code: int) -> None:

@@ -24,10 +24,18 @@ class Agreement:
 
     Each token is drawn by rank 0. With it goes a word of every rank that wants to stop, so that all
     of them do behind the same token.
+
+    Args:
+        ranks: all of them.
+        vocabulary: how many token ids there are.
+        wants_stop: whether this rank wants to.
     """
 
-    def __init__(self, ranks: Ranks, wants_stop: Callable[[], bool] | None) -> None:
+    def __init__(
+        self, ranks: Ranks, vocabulary: int, wants_stop: Callable[[], bool] | None = None
+    ) -> None:
         self._ranks, self._wants_stop = ranks, wants_stop or (lambda: False)
+        self._most = vocabulary - 1
         self._words: list[mx.array] = []
         self._drawn = self._stopped = False
 
@@ -39,7 +47,9 @@ class Agreement:
         both = self._ranks.sum(mx.stack([own, stop]))
         self._words.append(both[1])
         self._drawn = True
-        return both[0]
+        # Where a connection is lost, MLX computes on with whatever memory held, and would crash
+        # where an id of that kind is looked up.
+        return mx.minimum(both[0], self._most)
 
     def stopped(self) -> bool:
         """Whether some rank wants to stop; to be asked where all ranks ask.

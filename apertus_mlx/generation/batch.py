@@ -222,7 +222,9 @@ class Batch:
         logits = read_chunk(self.model, chunk, row.caches, row.read + size == len(prompt), told)
         row.read += size
         if row.read in row.boundaries:
-            self.prefixes.keep(prompt[: row.read], row.form, fork(row.caches), row.name)
+            # It goes on in the fork: on other ranks, too, the caches kept are then written no more.
+            kept, row.caches = row.caches, fork(row.caches)
+            self.prefixes.keep(prompt[: row.read], row.form, kept, row.name)
         return None if logits is None else NextTokenLogits(logits)
 
     def new_caches(self, form: CacheConfig) -> list[Cache]:

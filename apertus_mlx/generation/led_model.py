@@ -47,14 +47,14 @@ class _Name:
 class LedDecoder(nn.Module):
     """Rank 0's decoder: the others hear of each pass by `tell`; see `Model.model`.
 
-    Each pass is waited for: MLX crashes where it computes with what a lost connection has left
-    without data. `failed` is told of one that fails, before anybody else, and may not return.
+    A pass is begun at once, so that all ranks exchange everything in one order, and waited for
+    before the next one. `failed` is told first of one that fails, and may not return.
     """
 
     def __init__(
         self,
         decoder: nn.Module,
-        summed: Sum,
+        ids: Callable[[mx.array], mx.array],
         tell: Callable[[Order], None],
         failed: Callable[[Exception], object],
     ) -> None:
@@ -62,7 +62,9 @@ class LedDecoder(nn.Module):
         # Embedding, layers and norm, as whoever asks for them knows them.
         dict.update(self, decoder)
         self._pass: Callable[..., mx.array] = decoder.__call__
-        self._summed, self._tell, self._failed = summed, tell, failed
+        self._ids, self._tell, self._failed = ids, tell, failed
+        # What the latest pass computes.
+        self._latest: list[mx.array] = []
         self._numbers = 0
         self._gone: deque[int] = deque()
         self._broken = False
@@ -77,16 +79,18 @@ class LedDecoder(nn.Module):
             raise ApertusError("the ranks are out of step; start them again")
         self._broken = True
         try:
+            mx.eval(self._latest)
             rows = [self._row(first) for first in _firsts(cache)]
             gone = [self._gone.popleft() for _ in range(len(self._gone))]
             self._tell({"rows": rows, "shape": list(inputs.shape), "gone": gone})
-            hidden = self._pass(self._summed(inputs.astype(mx.uint32)), cache)
-            mx.eval(hidden)
+            hidden = self._pass(self._ids(inputs), cache)
+            mx.async_eval(hidden)
         except Exception as error:
             self._failed(error)
             raise
         for first in _firsts(cache):
             vars(first)[_NAME].length = first.offset
+        self._latest = [hidden]
         self._broken = False
         return hidden
 
@@ -109,6 +113,8 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
         ApertusError: an order makes no sense.
     """
     held: dict[int, list[Cache]] = {}
+    ids = _ids(model, summed)
+    latest: list[mx.array] = []
     for order in orders:
         if "end" in order:
             if order["end"] == "interrupted":
@@ -120,9 +126,21 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
         used: Sequence[Cache] = rows[0]
         if len(rows) > 1:
             used = rows_of([_ours(each) for each in rows])
-        mx.eval(model.model(summed(mx.zeros(order["shape"], mx.uint32)), used))
+        mx.eval(latest)
+        latest = [model.model(ids(mx.zeros(order["shape"], mx.uint32)), used)]
+        mx.async_eval(latest)
         if order["shape"][1] > 1:
             mx.clear_cache()
+
+
+def _ids(model: Model, summed: Sum) -> Callable[[mx.array], mx.array]:
+    """What makes rank 0's token ids those of all ranks.
+
+    Where a connection is lost, MLX computes on with whatever memory held, and would crash where an
+    id of that kind is looked up.
+    """
+    most = model.config.vocab_size - 1
+    return lambda ids: mx.minimum(summed(ids.astype(mx.uint32)), most)
 
 
 def _caches(
@@ -160,7 +178,8 @@ def lead(
     failed: Callable[[Exception], object] = lambda _: None,
 ) -> None:
     """Have all passes of `model` go to the other ranks, too; see `LedDecoder`."""
-    model.model = LedDecoder(model.model, summed, tell, failed)  # type: ignore[assignment]
+    ids = _ids(model, summed)
+    model.model = LedDecoder(model.model, ids, tell, failed)  # type: ignore[assignment]
 
 
 def end(tell: Callable[[Order], None], interrupted: bool) -> None:

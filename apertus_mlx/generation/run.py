@@ -67,7 +67,8 @@ class Generation:
         self._agreement: Agreement | None = None
         if self.loaded.ranks is not None:
             self.prompt = self.loaded.ranks.shared(self.prompt)
-            self._agreement = Agreement(self.loaded.ranks, self.cancelled)
+            vocabulary = self.loaded.folder.config.vocab_size
+            self._agreement = Agreement(self.loaded.ranks, vocabulary, self.cancelled)
             self.cancelled = self._agreement.stopped
         self._pending = PendingAnswer(
             self.loaded,

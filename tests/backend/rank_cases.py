@@ -36,9 +36,9 @@ FORMS = {
 }
 # Greedy, and drawn by chance with penalties.
 DRAWS = {
-    "greedy": SamplingOptions(max_tokens=12, temperature=0),
+    "greedy": SamplingOptions(max_tokens=8, temperature=0),
     "seeded": SamplingOptions(
-        max_tokens=12, temperature=1.5, top_p=1, seed=7, repetition_penalty=1.2
+        max_tokens=8, temperature=1.5, top_p=1, seed=7, repetition_penalty=1.2
     ),
 }
 
@@ -69,16 +69,22 @@ def tokens(loaded: LoadedModel, options: SamplingOptions) -> list[int]:
     return run.token_ids
 
 
-def results(folders: list[Path], memory_limit: str | None = None) -> dict[str, np.ndarray]:
-    """Of the first model with all forms of cache, of the others with the usual one."""
+def results(
+    folders: list[Path], briefly: bool = False, memory_limit: str | None = None
+) -> dict[str, np.ndarray]:
+    """Of the first model all, of the others less; or `briefly` of each something else."""
+    some: list[tuple[list[str], list[str]]] = [(list(FORMS), list(DRAWS))]
+    some += [(["full"], list(DRAWS))] * (len(folders) - 1)
+    if briefly:
+        some = [(["full"], ["greedy"]), (["bounded codes"], []), (["full"], ["seeded"])]
     found = {}
-    for folder in folders:
+    for folder, (forms, draws) in zip(folders, some, strict=True):
         loaded = load(folder, memory_limit)
-        for name, (form, _) in FORMS.items() if folder == folders[0] else [("full", FORMS["full"])]:
-            found[f"{folder.name}; {name}"] = logits(loaded, form)
+        for name in forms:
+            found[f"{folder.name}; {name}"] = logits(loaded, FORMS[name][0])
         found[f"{folder.name}; bytes"] = np.array(held_bytes(loaded))
-        for name, options in DRAWS.items():
-            found[f"{folder.name}; {name}"] = np.array(tokens(loaded, options))
+        for name in draws:
+            found[f"{folder.name}; {name}"] = np.array(tokens(loaded, DRAWS[name]))
     return found
 
 
@@ -112,8 +118,8 @@ def held_bytes(loaded: LoadedModel) -> int:
 if __name__ == "__main__":
     ranks = join()
     assert ranks is not None
-    limits, target, *given = sys.argv[1], *map(Path, sys.argv[2:])
+    limits, briefly, target, *given = *sys.argv[1:3], *map(Path, sys.argv[3:])
     limit = limits.split(",")[ranks.rank] if limits else None
-    np.savez(target / f"rank{ranks.rank}.npz", **results(given, limit))
+    np.savez(target / f"rank{ranks.rank}.npz", **results(given, briefly == "briefly", limit))
     told = {"stopped": stopped(ranks, given[0], limit), "refused": refused(ranks, given)}
     (target / f"rank{ranks.rank}.json").write_text(json.dumps(told))

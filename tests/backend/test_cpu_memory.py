@@ -28,6 +28,7 @@ from apertus_mlx.memory.cpu import weights_bytes
 from apertus_mlx.memory.footprint import CPU_PATH, GPU_16_BIT, choose_backend
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, planned_inventory
+from tests.daily import every
 
 MEASURED = json.loads((Path(__file__).parents[1] / "data" / "cpu_memory.json").read_text())
 FORMS = {
@@ -63,7 +64,7 @@ def test_no_measured_run_took_more_than_is_planned() -> None:
     assert min(ratios) >= 1 and max(ratios) < 1.25
 
 
-@pytest.mark.parametrize("tokens", [40, 700])
+@pytest.mark.parametrize("tokens", every(2, [700, 40]))
 def test_a_run_stays_within_its_plan(tokens: int) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of a process is Linux's")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES
 from tests.builders import config_4x, random_weights, write_checkpoint
-from tests.daily import every
+from tests.daily import every, every_row
 from tests.parity_cases import CASES
 
 pytest.importorskip("onnxruntime")
@@ -94,7 +95,7 @@ def in_chunks(model: Any, ids: mx.array, sizes: Sequence[int], cache: list[Cache
     return mx.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", every(2, CASES))
 def test_geometries(name: str, tmp_path: Path) -> None:
     config, shards = CASES[name]
     plain, cpu = both(write_checkpoint(tmp_path, config, shards=shards, tokenizer=False))
@@ -106,9 +107,10 @@ def test_geometries(name: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("tied", every(2, [False, True]))
-@pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
-@pytest.mark.parametrize("bits", every(2, AFFINE_BITS))
+@pytest.mark.parametrize(
+    ("bits", "group_size", "tied"),
+    every_row(7, product(AFFINE_BITS, AFFINE_GROUP_SIZES, [False, True])),
+)
 def test_affine(bits: int, group_size: int, tied: bool, tmp_path: Path) -> None:
     config = {**WIDE, "tie_word_embeddings": tied}
     plain, cpu = both(

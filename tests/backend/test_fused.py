@@ -190,13 +190,14 @@ def test_mixed_formats_and_what_no_kernel_reads() -> None:
     assert counting.launches.total() == 3 * (1 + 2 * 2 + 2)
 
 
-def test_greedy_tokens() -> None:
+@pytest.mark.parametrize("most", every(2, [10, 24]))
+def test_greedy_tokens(most: int) -> None:
     reference, fused, _ = pair(tie_word_embeddings=True)
     found = []
     for model in (reference, fused):
         caches = model.make_cache()
         sampler = Sampler(SamplingParams(temperature=0), PROMPT, model.config.vocab_size)
-        found.append(list(decode(model, prefill(model, PROMPT, caches), caches, sampler, 24)))
+        found.append(list(decode(model, prefill(model, PROMPT, caches), caches, sampler, most)))
     assert found[0] == found[1]
 
 
@@ -212,6 +213,7 @@ def test_sampled_tokens(top_k: int) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.nightly
 def test_one_layer_of_the_05b() -> None:
     """Real widths, so that the kernels are those of the released model; a small vocabulary."""
     reference, fused, counting = pair(

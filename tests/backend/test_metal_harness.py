@@ -183,7 +183,7 @@ FAULTS = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("fault", every(4, FAULTS.values()), ids=FAULTS.keys())
+@pytest.mark.parametrize("fault", every(6, FAULTS.values()), ids=FAULTS.keys())
 def test_faults_are_refused(fault: Fault) -> None:
     with pytest.raises(HarnessError, match=fault.message):
         run(fault.body, cpu_limit_s=0.3)

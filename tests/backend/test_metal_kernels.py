@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,7 @@ from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.backend.metal.qk_norm_rope import QKNormRope
 from apertus_mlx.model.apertus import rotary_wavelengths
 from tests import metal_harness
-from tests.daily import every
+from tests.daily import every, every_row
 from tests.metal_cases import (
     DTYPES,
     HALF_ULP,
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("count", [8, 31, 33, 1024, 4096, 16384])
+@pytest.mark.parametrize("count", every(3, [33, 8, 31, 16384, 1024, 4096]))
 def test_best_token_is_argmax(count: int) -> None:
     kernel = BestToken(count)
     peaks, tokens = kernel.trial(seed=count)
@@ -47,8 +48,9 @@ def test_best_token_is_argmax(count: int) -> None:
     assert run(kernel, [mx.full((count,), -math.inf), tokens])[0].item() == tokens[0].item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", every(3, [*RELEASED, "odd"]))
+@pytest.mark.parametrize(
+    ("name", "dtype"), every_row(5, product([*RELEASED, "odd"], DTYPES)), ids=str
+)
 def test_qk_norm_rope(name: str, dtype: mx.Dtype) -> None:
     if name == "odd":
         kernel = QKNormRope(4, 2, 18, dtype)
@@ -93,15 +95,16 @@ def attention_inputs() -> list[AttentionInput]:
     return [*cases, *others]
 
 
-@pytest.mark.parametrize("kernel", every(4, attention_inputs()), ids=lambda kernel: kernel.key)
+@pytest.mark.parametrize("kernel", every(7, attention_inputs()), ids=lambda kernel: kernel.key)
 def test_attention_input(kernel: AttentionInput) -> None:
     inputs = kernel.trial(seed=11)
     limit = 2e-6 if kernel.dtype == mx.float32 else HALF_ULP[kernel.dtype]
     assert max(errors(kernel, inputs, run(kernel, inputs))) <= limit
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", every(3, [1024, 2048, 3072, 4096, 8192, 40]))
+@pytest.mark.parametrize(
+    ("columns", "dtype"), every_row(7, product([1024, 2048, 3072, 4096, 8192, 40], DTYPES)), ids=str
+)
 def test_add_rms_norm(columns: int, dtype: mx.Dtype) -> None:
     kernel = AddRMSNorm(columns, dtype)
     weight = kernel.trial(seed=7)[2]

@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import mlx.core as mx
@@ -32,7 +32,7 @@ from apertus_mlx.backend.metal.quantized_matvec import (
 )
 from apertus_mlx.quant.spec import QuantSpec
 from tests import metal_harness
-from tests.daily import every
+from tests.daily import every, every_row
 from tests.metal_cases import (
     DTYPES,
     HALF_ULP,
@@ -118,7 +118,7 @@ def test_covering_set_covers() -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", [*every(7, covering()), *every(4, other_formats())], ids=lambda k: k.key
+    "kernel", [*every(13, covering()), *every(5, other_formats())], ids=lambda k: k.key
 )
 def test_matvec(kernel: QuantizedMatvec) -> None:
     inputs = kernel.trial(seed=1)
@@ -152,7 +152,7 @@ def test_whole_head_finds_the_token() -> None:
     assert token.item() == mx.argmax(logits).item()
 
 
-@pytest.mark.parametrize("kernel", every(4, other_formats()), ids=lambda k: k.key)
+@pytest.mark.parametrize("kernel", every(9, other_formats()), ids=lambda k: k.key)
 def test_contraction_and_another_order_of_sums_stay_within_tolerance(
     kernel: QuantizedMatvec,
 ) -> None:
@@ -182,8 +182,9 @@ def test_exact_is_what_plain_mlx_computes(kernel: QuantizedMatvec) -> None:
         assert plain[2].tolist() == kernel.exact(inputs)[2].tolist()
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize(
+    ("bits", "dtype"), every_row(3, product([2, 3, 4, 5, 6], [mx.bfloat16, mx.float16])), ids=str
+)
 def test_matvec_is_twice_as_accurate_as_stock(bits: int, dtype: mx.Dtype) -> None:
     """MLX's `qmv_fast` adds up x for the bias term in 16 bits, 4 or 8 values at a time."""
     columns, group = 1024, 64
@@ -209,8 +210,11 @@ def test_matvec_is_twice_as_accurate_as_stock(bits: int, dtype: mx.Dtype) -> Non
     assert 2 * ours <= stock
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("epilogue", ["none", "xielu", "residual", "peaks"])
+@pytest.mark.parametrize(
+    ("dtype", "epilogue"),
+    every_row(5, zip(DTYPES * 4, ("none", "xielu", "residual", "peaks") * 3, strict=True)),
+    ids=str,
+)
 def test_matvec_of_zero_and_of_one_outlier(epilogue: Epilogue, dtype: mx.Dtype) -> None:
     kernel = QuantizedMatvec(4, 64, 1024, 37, dtype, "rms_norm", epilogue)
     x, *rest = kernel.trial(seed=6)
@@ -267,7 +271,7 @@ def lowest_argmax(logits: Exact) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", every(3, TILES), ids=str)
+@pytest.mark.parametrize("tile", every(6, TILES), ids=str)
 def test_peaks_are_those_of_the_rounded_logits(tile: Tile, dtype: mx.Dtype) -> None:
     rows = 325
     kernel = QuantizedMatvec(2, 32, 32, rows, dtype, epilogue="peaks", tile=tile)

@@ -100,6 +100,6 @@ def test_mutants_are_noticed() -> None:
 def test_a_trial_that_notices_nothing_is_found_out() -> None:
     kernel = Dot()
     blind = Trial(kernel, kernel.trial(0), lambda outputs: True)
-    assert metal_harness.survivors([blind], every=6)
+    assert metal_harness.survivors([blind], every=12)
     with pytest.raises(ValueError, match="dot fails its own trial"):
         metal_harness.survivors([replace(blind, is_right=lambda outputs: False)])

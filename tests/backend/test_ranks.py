@@ -74,13 +74,19 @@ def all_models(folder: Path, **changes: Any) -> list[Path]:
 
 
 def compare(
-    folder: Path, given: list[Path], ranks: int, limits: str = "", split: Sequence[range] = ()
+    folder: Path,
+    given: list[Path],
+    ranks: int,
+    limits: str = "",
+    split: Sequence[range] = (),
+    briefly: bool = False,
 ) -> None:
     """Each rank against this process, which computes alone; by layers if memory has `limits`."""
-    command = ["-m", "tests.backend.rank_cases", limits, str(folder), *map(str, given)]
+    command = ["-m", "tests.backend.rank_cases", limits, "briefly" if briefly else "all"]
+    command += [str(folder), *map(str, given)]
     for code, _, err in ends(start(folder, [command] * ranks)):
         assert code == 0, err
-    alone = rank_cases.results(given)
+    alone = rank_cases.results(given, briefly)
     for rank in range(ranks):
         found = dict(np.load(folder / f"rank{rank}.npz"))
         assert set(found) == set(alone)
@@ -109,6 +115,11 @@ def compare(
 
 
 def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+    compare(tmp_path, models(tmp_path), 2, briefly=True)
+
+
+@pytest.mark.nightly
+def test_two_ranks_compute_it_with_every_cache(tmp_path: Path) -> None:
     compare(tmp_path, models(tmp_path), 2)
 
 

@@ -99,7 +99,7 @@ def test_hostile_files(name: str, folder: Path) -> None:
 
 
 def test_too_many_tensors(folder: Path) -> None:
-    header = {f"t{i}": entry("U8", [0], [0, 0]) for i in range(100_001)}
+    header = dict.fromkeys(f"t{i}" for i in range(100_001))
     (folder / "model.safetensors").write_bytes(safetensors(header))
     refused(folder, "100001 tensors")
 

@@ -19,7 +19,7 @@ EXECUTIONS = {"template": 40}
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_files_are_read_or_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APERTUS_MLX_CACHE", "set anew by the kind that needs it")
-    count = EXECUTIONS.get(kind, 300)
+    count = EXECUTIONS.get(kind, 150)
     with warnings.catch_warnings():
         if kind in FOREIGN:
             outcomes = attend(kind, 1, 0, count)

@@ -24,9 +24,10 @@ from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.strict_json import parse_object
 from tests import convert_builders as build
+from tests.daily import every
 
 RELAXED = settings(
-    max_examples=200,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -101,7 +102,8 @@ def test_random_bytes(content: bytes, tmp_path: Path) -> None:
     check(tmp_path / "x.safetensors", file(b"{" + content, b"1234"))
 
 
-def test_mutated_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", every(2, [1000, 5000]))
+def test_mutated_files(count: int, tmp_path: Path) -> None:
     """A sound file with bytes flipped, cut, doubled or replaced by telling ones."""
     path = tmp_path / "x.safetensors"
     tensors = {
@@ -116,7 +118,7 @@ def test_mutated_files(tmp_path: Path) -> None:
     pieces = [b"-", b"1e9", b"18446744073709551615", b"4294967296", b'"', b"{", b"}", b"[", b"\x00",
               b"\xff", b'"a":', b'"__metadata__":', b"null", b"1.0", b"  ", b"\\u0000"]  # fmt: skip
     accepted = 0
-    for _ in range(3000):
+    for _ in range(count):
         content = bytearray(sound)
         for _ in range(rng.randint(1, 3)):
             place = rng.randrange(len(content))
@@ -236,14 +238,15 @@ def test_random_quantization_blocks_are_read_or_refused(
         assert "\n" not in str(error)
 
 
-def test_mutated_checkpoints_are_planned_or_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", every(2, [60, 300]))
+def test_mutated_checkpoints_are_planned_or_refused(count: int, tmp_path: Path) -> None:
     source = build.write_checkpoint(tmp_path / "in", shards=2)
     names = ["config.json", "model.safetensors.index.json", "tokenizer.json",
              "generation_config.json", "model-00001-of-00002.safetensors"]  # fmt: skip
     sound = {name: (source / name).read_bytes() for name in names}
     rng = random.Random(2)
     refused = 0
-    for _ in range(150):
+    for _ in range(count):
         name = rng.choice(names)
         content = bytearray(sound[name])
         limit = min(len(content), 2000)
@@ -256,4 +259,4 @@ def test_mutated_checkpoints_are_planned_or_refused(tmp_path: Path) -> None:
             refused += 1
             assert "\n" not in str(error)
         (source / name).write_bytes(sound[name])
-    assert refused > 50
+    assert refused > count / 3

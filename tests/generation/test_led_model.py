@@ -89,7 +89,8 @@ def play(
     rows: list[Row] = []
     for _ in range(10):
         stem = draw.choice([*stems, *(row.ids for row in rows)])[: draw.randrange(20, 60)]
-        row, _ = new_row([*stem, *(draw.randrange(74, 330) for _ in range(9))], ranks.form)
+        prompt = [*stem, *(draw.randrange(74, 330) for _ in range(9))]
+        row, _ = new_row(prompt, ranks.form)
         row.boundaries = [len(stem)] if draw.random() < 0.3 else row.boundaries
         rows.append(row)
         batch.join(row)
@@ -109,9 +110,15 @@ def play(
     ("seed", "form", "most"),
     [
         (0, CacheConfig(), 9),
-        pytest.param(1, CacheConfig(8, 8, window=8), 0, marks=pytest.mark.nightly),
-        *(pytest.param(seed, CacheConfig(), 4, marks=pytest.mark.nightly) for seed in range(2, 20)),
-        pytest.param(2, CacheConfig(bound=48), 0, marks=pytest.mark.nightly),
+        *(
+            pytest.param(seed, form, most, marks=pytest.mark.nightly)
+            for form, most in (
+                (CacheConfig(), 4),
+                (CacheConfig(bound=48), 9),
+                (CacheConfig(8, 8, window=8), 9),
+            )
+            for seed in range(2, 12)
+        ),
     ],
 )
 def test_other_ranks_compute_the_same_passes(
@@ -148,6 +155,22 @@ def greedy(model: Model, prompt: list[int], form: CacheConfig, count: int) -> li
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("form", [CacheConfig(8, 8, window=8), CacheConfig(bound=48)])
+def test_a_prompt_goes_on_where_another_one_was_answered(folder: Path, form: CacheConfig) -> None:
+    """In caches that cannot be cut back from the answer to the prompt."""
+    ranks = Ranks(folder, form)
+    batch = Batch(ranks.model, PrefixTrie(10**9), 64)
+    prompt = [1, *range(80, 139)]
+    first, _ = new_row(prompt, form, 50)
+    second, _ = new_row([*prompt[:-1], 200], form, 2)
+    for row in (first, second):
+        batch.join(row)
+        while len(batch):
+            list(batch.turn())
+    assert (len(answer(first)), second.reused) == (50, 59)
+    ranks.follow()
+
+
 def test_an_interrupt_reaches_the_others(folder: Path) -> None:
     ranks = Ranks(folder, CacheConfig())
     end(ranks.orders.append, interrupted=True)
@@ -168,6 +191,16 @@ def test_after_a_pass_that_failed_there_is_no_other(folder: Path) -> None:
     ranks.model.model._pass = ranks.heard
     with pytest.raises(ApertusError, match="the ranks are out of step"):
         ranks.model(mx.array([[80]]), cache)
+
+
+def test_ids_that_a_lost_connection_left_are_looked_up_nowhere(folder: Path) -> None:
+    """There is nothing behind the last row of the embedding."""
+    model = load_inventory(take_inventory(folder), "float32")
+    orders = [{"rows": [[1, None, 0]], "shape": [1, 3], "gone": []}, {"end": "done"}]
+    follow(model, CacheConfig(), lambda ids: mx.full(ids.shape, 2**32 - 1, mx.uint32), orders)
+    expected = model(mx.array([[model.config.vocab_size - 1]]), model.make_cache())
+    lead(model, lambda ids: mx.full(ids.shape, 2**31, mx.uint32), [].append)
+    assert mx.array_equal(model(mx.array([[5]]), model.make_cache()), expected).item()
 
 
 def test_a_rank_that_holds_too_little_says_so(folder: Path) -> None:

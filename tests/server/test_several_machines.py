@@ -92,7 +92,7 @@ def asked(port: int) -> list[str]:
     return [first, *found, more]
 
 
-@pytest.mark.parametrize("split", [[], ["--pipeline"], ["--kv-bits", "8"]])
+@pytest.mark.parametrize("split", [[], ["--pipeline"], ["--kv-bits", "8"], ["--max-kv", "64"]])
 def test_ranks_answer_as_one_process(tmp_path: Path, model: Path, split: list[str]) -> None:
     if "--kv-bits" in split:
         model = write_checkpoint(tmp_path / "wide", config_4x(head_dim=64))
@@ -139,8 +139,6 @@ def test_a_killed_rank_ends_the_server(
         processes[gone].kill()
         found = ends(processes)
     codes = [code for code, _, _ in found]
-    if answering and gone == 1 and codes[0] == -signal.SIGSEGV:
-        return  # MLX crashes where it has begun to compute with what the lost rank did not send
     assert codes == [[-9, 4], [4, -9]][gone]
     lines = [line for _, _, err in found for line in err.splitlines() if "error:" in line]
     expected = f"error: rank {gone} (127.0.0.1) is gone: its process has ended; all ranks end"

@@ -57,7 +57,7 @@ class Ours(Engine):
         greedy = SamplingParams(temperature=0, seed=0)
         sampler = Sampler(greedy, prompt, self._model.config.output_vocab_size)
         if self._ranks is not None:
-            sampler.agree = Agreement(self._ranks, None).token
+            sampler.agree = Agreement(self._ranks, self._model.config.vocab_size).token
         logits = prefill(self._model, prompt, cache, self._prefill_step)
         yield from decode(self._model, logits, cache, sampler, ENDLESS)
 
