@@ -47,6 +47,7 @@ from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.trained_model import use_quick_products
 
 WINDOW = 32
 TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(160))
@@ -61,6 +62,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "teacher"
     weights = {**random_weights(config), "model.embed_tokens.weight": SMALL}
     write_checkpoint(folder, config, weights)
+    use_quick_products(model)
     model.load_weights([(name, mx.array(value)) for name, value in weights.items()])
     tokenizer = Tokenizer.load(folder, vocab_size=384, bos_token_id=1)
     ids = mx.array(tokenizer.encode(TEXT))
