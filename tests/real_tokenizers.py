@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ def write_real_tokenizers(folders: Mapping[str, Path]) -> None:
 def _indented(value: dict[str, Any]) -> str:
     """As `json.dumps` with an indent of 2; its Python code would take seconds for long parts."""
     model = value["model"]
-    quoted = partial(json.dumps, ensure_ascii=False)
     entries = ",\n".join(f"      {quoted(name)}: {i}" for name, i in model["vocab"].items())
     pairs = ",\n".join(
         f"      [\n        {quoted(left)},\n        {quoted(right)}\n      ]"
@@ -94,7 +93,7 @@ def _is_released(version: str, folder: Path) -> bool:
 
 
 def _letters(piece: bytes) -> str:
-    return "".join(CHARACTER_OF_BYTE[byte] for byte in piece)
+    return piece.decode("latin-1").translate(CHARACTER_OF_BYTE)
 
 
 def _merges(pieces: list[bytes]) -> Iterator[list[str]]:

@@ -82,7 +82,9 @@ def test_the_codes_are_those_of_the_calibration(
     """Packed as they were, with other scales."""
     small_steps(monkeypatch)
     monkeypatch.setattr(tuning, "EPOCHS", (1, 1))
-    found = job(source, replace(REQUEST, tune=True))
+    text = tmp_path / "en.txt"
+    text.write_text("\n\n".join((source.parent / "en.txt").read_text().split("\n\n")[:40]))
+    found = prepare(source, replace(REQUEST, tune=True), "source", calibration_texts=[text])
     (tmp_path / "codes").mkdir()
     assert found.calibration is not None
     calibrated.make_codes(
