@@ -187,7 +187,7 @@ def convert_model(
         ),
     ] = "rtn",
     tune: Annotated[
-        bool, Option("After gptq, train scales, biases and norms towards the original.")
+        bool, Option("After gptq, train codes, scales and norms towards the original.")
     ] = False,
     smooth: Annotated[
         bool, Option("Scale columns before rounding, where calibration shows a smaller error.")
