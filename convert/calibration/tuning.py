@@ -209,6 +209,7 @@ def _student(plan: Plan, reader: Reader, folder: Path) -> Model:
     steps = {step.path: step for step in plan.steps}
     modules: dict[str, nn.Module] = {}
     arrays: dict[str, mx.array] = {}
+    types = {name: MLX_TYPES[steps[name].dtype] for name, _ in layout.vectors(config)}
     for matrix in layout.matrices(config):
         step = steps[matrix.path]
         if step.method == "gptq" and step.spec is not None:
@@ -219,11 +220,11 @@ def _student(plan: Plan, reader: Reader, folder: Path) -> Model:
     for name, shape in layout.vectors(config):
         value = mx.array(weights.vector(name)).reshape(shape)
         if name.endswith("norm.weight"):
-            norm = RoundedNorm(value, config.rms_norm_eps, MLX_TYPES[steps[name].dtype])
+            norm = RoundedNorm(value, config.rms_norm_eps, types[name])
             modules[name.removesuffix(".weight")] = norm
         else:
             arrays[name] = value
-    return assemble(config, modules, arrays, trained_by_tuning(config))
+    return assemble(config, modules, arrays, types, trained_by_tuning(config))
 
 
 def _save(plan: Plan, student: Model, folder: Path) -> None:

@@ -128,7 +128,8 @@ def test_codes_that_have_learnt_are_those_that_are_written(
     small_steps(monkeypatch)
     monkeypatch.setattr(tuning, "EPOCHS", (2, 2))
     # Far steps, and the last state is kept, though it is no better.
-    monkeypatch.setattr(training, "CODES_FACTOR", 100)
+    monkeypatch.setattr(training, "CODES_FACTOR", 10)
+    monkeypatch.setattr(tuning, "LEARNING_RATES", {"weights": 1e-2})
     for module in (training, tuning):
         monkeypatch.setattr(module, "best", lambda history: history[-1])
     kept = []
@@ -154,6 +155,8 @@ def test_codes_that_have_learnt_are_those_that_are_written(
     expected = np.array(kept[0](ids))
     logits = np.array(load_model(folder, "float32")(ids))
     assert np.allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    slopes = "model.layers.1.mlp.act_fn.alpha_n"
+    assert not mx.array_equal(arrays(folder)[slopes], arrays(source)[slopes])
 
 
 @pytest.mark.nightly
@@ -163,7 +166,7 @@ def test_what_changes(folders: tuple[Path, Path]) -> None:
     changed = {name for name in plain if not bool(mx.array_equal(plain[name], tuned[name]))}
     scales = {name for name in plain if name.endswith((".scales", ".biases"))}
     codes = {name for name in plain if plain[name].dtype == mx.uint32}
-    norms = {name for name in plain if name.endswith("norm.weight")}
+    norms = {name for name in plain if name.endswith(("norm.weight", "alpha_p", "alpha_n"))}
     record = json.loads((folders[1] / MANIFEST).read_text())["tuning"]
     assert bool(changed & codes) == (record["trained"] == "weights")
     assert scales <= changed <= scales | norms | codes
