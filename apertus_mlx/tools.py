@@ -66,6 +66,10 @@ class Conversion:
         plan: every tensor of the output, and what becomes of it.
         written: whether the folder is there.
         cut: which tokens are kept, where not all are, and what texts take with them.
+        disk_bytes: of a plan, the most that lies on disk until the output is done; None where the
+            source is not here.
+        minutes: of a plan, about how long calibration and tuning take; None where there are none,
+            or where nothing says it: on a GPU before a first layer is fitted.
     """
 
     output: Path
@@ -74,14 +78,19 @@ class Conversion:
     plan: Plan
     written: bool
     cut: Cut | None = None
+    disk_bytes: int | None = None
+    minutes: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What `convert --json` prints, with `--plan` before the conversion."""
         from apertus_mlx.convert.report import plan_as_json, summary
 
-        more = {} if self.cut is None else {"vocabulary": self.cut.as_json()}
+        more: dict[str, Any] = {}
+        if self.cut is not None:
+            more["vocabulary"] = self.cut.as_json()
         if self.written:
             return summary(self.plan, self.source, self.commit, self.output) | more
+        more |= {"disk_bytes": self.disk_bytes, "minutes": self.minutes}
         return plan_as_json(self.plan, self.source, self.commit) | more
 
 
@@ -178,7 +187,7 @@ def convert_model(
         ),
     ] = "rtn",
     tune: Annotated[
-        bool, Option("After gptq, train scales, biases and norms towards the original.")
+        bool, Option("After gptq, train codes, scales and norms towards the original.")
     ] = False,
     smooth: Annotated[
         bool, Option("Scale columns before rounding, where calibration shows a smaller error.")
@@ -260,9 +269,11 @@ def convert_model(
         source, revision, offline, request, texts, output, plan, resume, progress, measured
     )  # fmt: skip
     _require_fit(job.plan, target_device)
-    if not plan:
-        _write(job, target, resume, progress)
-    return Conversion(target, job.source_name, job.commit, job.plan, not plan, job.cut)
+    if plan:
+        needs = sum(job.needed_bytes), job.minutes(target)
+        return Conversion(target, job.source_name, job.commit, job.plan, False, job.cut, *needs)
+    _write(job, target, resume, progress)
+    return Conversion(target, job.source_name, job.commit, job.plan, True, job.cut)
 
 
 @checked

@@ -23,6 +23,7 @@ from apertus_mlx.convert.calibration.before_plan import (
     space_for_target,
 )
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, prepare_calibration
+from apertus_mlx.convert.calibration.duration import minutes
 from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
 from apertus_mlx.convert.calibration.memory import require_memory
 from apertus_mlx.convert.calibration.tuning import Tuning, tune, tuning_note
@@ -53,13 +54,13 @@ from apertus_mlx.convert.write.manifest import MANIFEST, make_manifest, sha256, 
 from apertus_mlx.convert.write.output_config import output_config, quantization_block
 from apertus_mlx.convert.write.target import build
 from apertus_mlx.convert.write.tokenizer_table import write_tokenizer_table
-from apertus_mlx.convert.write.workspace import Workspace
+from apertus_mlx.convert.write.workspace import Workspace, partial_path
 from apertus_mlx.errors import ApertusError, RejectedError
 from apertus_mlx.system.progress import OnLayers
 from apertus_mlx.system.strict_json import read_object
 
 # Of the files from which an interrupted run resumes; a run of another version starts again.
-STATE_VERSION = 4
+STATE_VERSION = 5
 # Folders beside the output while it is built.
 ALLOCATION, CHOICE, CALIBRATION, EVALUATION = "allocation", "choice", "calibration", "receipt"
 
@@ -113,6 +114,18 @@ class Job:
         if self.plan.request.tune:
             measured += Tuning.on(self.plan.source.config, windows).disk_bytes
         return measured + calibrated.kept_bytes(self.plan, windows.size)
+
+    @property
+    def needed_bytes(self) -> tuple[int, int]:
+        """Disk for the output, and for what lies beside it until it is done."""
+        return self.output_bytes, self.kept_bytes
+
+    def minutes(self, target: Path) -> float | None:
+        """About how long calibration and tuning for `target` take; see `duration.minutes`."""
+        if self.calibration is None or not self.plan.calibrates:
+            return None
+        codes = partial_path(target) / CALIBRATION
+        return minutes(self.plan, self.calibration.sample.windows, codes)
 
 
 def prepare(
@@ -268,7 +281,7 @@ def convert(
 
     build(
         target, (job.fingerprint, job.plan.fingerprint()), {job.directory: job.files},
-        (job.output_bytes, job.kept_bytes), resume or job.is_begun, make,
+        job.needed_bytes, resume or job.is_begun, make,
     )  # fmt: skip
     return target
 

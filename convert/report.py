@@ -38,8 +38,16 @@ def default_name(source_name: str, request: Request) -> str:
     return f"{base}-MLX{suffix}"
 
 
-def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
-    """Header, rows and closing lines of the table: equal modules of all layers in one row."""
+def plan_rows(
+    plan: Plan, disk_bytes: int | None = None, minutes: float | None = None
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header, rows and closing lines of the table: equal modules of all layers in one row.
+
+    Args:
+        plan: to show.
+        disk_bytes: the most that lies on disk until the output is done, where that is known.
+        minutes: that calibration and tuning take, where that is known.
+    """
     groups: dict[tuple[str, str, str, str], list[Step]] = {}
     for step in plan.steps:
         shape = step.outputs[0].shape
@@ -63,6 +71,8 @@ def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]], list[str]]:
         f"{counted(len(plan.files), 'file')}",
         f"bits per weight   {plan.bits_per_weight:.3f}",
         f"peak memory       about {plan.peak_memory_bytes:,} bytes",
+        *([] if disk_bytes is None else [f"most on disk      about {disk_bytes:,} bytes"]),
+        *([] if minutes is None else [f"calibration       about {_duration(minutes)} here"]),
         *(f"note              {note}" for note in plan.notes),
     ]
     header = ["module", "count", "shape", "transform", "form", "bytes"]
@@ -111,6 +121,12 @@ def summary(plan: Plan, source: str, commit: str | None, target: Path) -> dict[s
         "commit": commit,
         **{key: figures[key] for key in kept},
     }
+
+
+def _duration(minutes: float) -> str:
+    if minutes < 1:
+        return "a minute"
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
 
 
 def _verbs(step: Step) -> str:

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from apertus_mlx.quant.arrays import Float64
+from apertus_mlx.quant.arrays import Float32, Float64
 
 Rows = npt.NDArray[np.intp]
 # `mlx`: made by MLX's affine quantization, dequantized in 16 bits. `exact`: multiples of a scale,
@@ -48,6 +48,17 @@ class Grid:
     scales: Float64
     biases: Float64
     found: npt.NDArray[np.bool_]
+
+
+def can_lie(values: Float32, bits: int) -> bool:
+    """Whether no group of `values` `[n, group]` takes more values than there are codes.
+
+    Quick to find, and enough to tell ordinary weights of few bits.
+    """
+    if values.shape[1] <= 1 << bits:
+        return True
+    ordered = np.sort(values, axis=1)
+    return bool(((np.diff(ordered, axis=1) != 0).sum(1) < 1 << bits).all())
 
 
 def recover(values: Float64, bits: int, dtype: str, kind: Kind) -> Grid:

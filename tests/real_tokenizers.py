@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,23 @@ def write_real_tokenizers(folders: Mapping[str, Path]) -> None:
         for version, folder in folders.items():
             value = _tokenizer(version, pieces, merges, source["config"]["pattern"])
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(value, ensure_ascii=False, indent=2)
+            text = _indented(value)
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
             assert _is_released(version, folder), f"{folder} is not the released file"
+
+
+def _indented(value: dict[str, Any]) -> str:
+    """As `json.dumps` with an indent of 2; its Python code would take seconds for long parts."""
+    model = value["model"]
+    entries = ",\n".join(f"      {quoted(name)}: {i}" for name, i in model["vocab"].items())
+    pairs = ",\n".join(
+        f"      [\n        {quoted(left)},\n        {quoted(right)}\n      ]"
+        for left, right in model["merges"]
+    )
+    short = {**value, "model": {**model, "vocab": "VOCAB", "merges": "MERGES"}}
+    text = json.dumps(short, ensure_ascii=False, indent=2)
+    text = text.replace('"VOCAB"', f"{{\n{entries}\n    }}")
+    return text.replace('"MERGES"', f"[\n{pairs}\n    ]")
 
 
 def _is_released(version: str, folder: Path) -> bool:
@@ -78,7 +93,7 @@ def _is_released(version: str, folder: Path) -> bool:
 
 
 def _letters(piece: bytes) -> str:
-    return "".join(CHARACTER_OF_BYTE[byte] for byte in piece)
+    return piece.decode("latin-1").translate(CHARACTER_OF_BYTE)
 
 
 def _merges(pieces: list[bytes]) -> Iterator[list[str]]:

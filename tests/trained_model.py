@@ -113,13 +113,18 @@ def new_model() -> Model:
     """Random weights: normal, each matrix scaled to keep the size of what it is given."""
     config = parse_config(CONFIG)
     model = Model(config)
+    use_quick_products(model)
+    model.model.embed_tokens.weight = mx.random.normal((config.vocab_size, config.hidden_size))
+    return model
+
+
+def use_quick_products(model: Model) -> None:
+    """Give `model` matrices that learn quickly where MLX has no GPU; their values are new."""
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for _, module in modules:
         for name, child in list(module.items()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Projection(*child.weight.shape))
-    model.model.embed_tokens.weight = mx.random.normal((config.vocab_size, config.hidden_size))
-    return model
 
 
 def _loss(model: Model, batch: mx.array) -> mx.array:

@@ -33,7 +33,7 @@ def convert(
     if done.written:
         print_report(json, done.as_json, lambda: [str(done.output)])
     else:
-        header, rows, lines = plan_rows(done.plan)
+        header, rows, lines = plan_rows(done.plan, done.disk_bytes, done.minutes)
         tables: list[Table | str] = [Table(header, rows), *lines]
         if done.cut is not None:
             tables += ["", Table(*inflation_rows(done.cut))]

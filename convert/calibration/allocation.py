@@ -116,7 +116,7 @@ def allocate_bits(
             )  # fmt: skip
             candidates = [plan, plans[rival]]
             # The trial calibration of both takes as long as the conversion.
-            found = comparison.divergences(candidates, rounded=True)
+            found = comparison.divergences(candidates, rounded=plan.calibrates)
             is_rounded = plan.calibrates
             if found[0] > CLEARLY * found[1] and plan.calibrates:
                 found = comparison.divergences(candidates)

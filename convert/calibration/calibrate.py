@@ -134,7 +134,7 @@ def _begin(
             inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
             second = row_share * second + (1 - row_share) * damped(inputs.T @ inputs)
             del inputs
-        # Each term is damped already; twice loses some 2 % more at 2 bits.
+        # Each term is damped already.
         objective = Objective(Curvature.of(second.astype(np.float32), damping=0.0))
         codes = fit(embedding, spec, objective, scale_type)
         embedding = dequantize(codes)

@@ -19,6 +19,7 @@ import numpy as np
 
 from apertus_mlx.convert.calibration import calibrate
 from apertus_mlx.convert.calibration.calibrate import quantize_model
+from apertus_mlx.convert.calibration.pace import Pace
 from apertus_mlx.convert.evaluation.layerwise import ChangedWeights, Weights
 from apertus_mlx.convert.evaluation.texts import (
     OpenText,
@@ -132,10 +133,15 @@ def make_codes(
             keep.discard()
         if specs:
             weights = transformed_weights(plan, reader, folder)
+            pace = Pace(plan.source.config, windows.size, folder)
+
+            def report(done: int) -> None:
+                pace.reach(done)
+                progress(before + done, total)
+
             for path, codes in quantize_model(
-                weights, specs, windows, plan.dtype, lambda n: progress(before + n, total),
-                folder=folder,
-            ):  # fmt: skip
+                weights, specs, windows, plan.dtype, report, folder=folder
+            ):
                 arrays = (codes.packed, codes.scales, codes.biases)
                 save_arrays(_code_file(folder, path), dict(zip(PARTS, arrays, strict=True)))
     with whole_file(folder / DONE) as beside:

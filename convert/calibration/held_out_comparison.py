@@ -32,8 +32,9 @@ from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant.arrays import Float32, blocks
 from apertus_mlx.quant.metrics import summarise
 
-# Windows to calibrate a trial on, and windows to judge it by.
-WINDOWS = 16
+# Windows to calibrate a trial on, and windows to judge it by; fewer judge rounded codes, where only
+# what is clearly better counts.
+WINDOWS, ROUNDED_WINDOWS = 16, 6
 # Rows of a matrix that are rounded at once.
 BLOCK_ROWS = 4096
 
@@ -84,15 +85,17 @@ class HeldOutComparison:
         self._calibration = replace(calibration, sample=few)
         text = calibration.text or open_text(directory)
         sample = sample_windows(calibration.judged, *text, WINDOW_TOKENS, WINDOWS, SEED)
-        self._windows = sample.windows
+        self._all = self._windows = sample.windows
 
     def divergences(self, plans: Sequence[Plan], rounded: bool = False) -> list[float]:
         """Mean divergence of each plan's predictions from those of the source, in nats.
 
         `rounded` spares the calibration: codes are rounded to the best scales instead.
         """
+        self._windows = self._all
         if rounded:
             plans = list(map(_rounded, plans))
+            self._windows = spread(self._all, ROUNDED_WINDOWS)
         depth = self._source.config.num_hidden_layers
         self._before, self._total = 0, depth + sum(map(_layer_runs, plans))
         found = []
@@ -109,7 +112,7 @@ class HeldOutComparison:
             return float(kept[0]["divergence"])
         expected = hidden_states(
             self._source, [self._windows], progress=self._report,
-            keep=Keep(self._folder / "expected.npz"),
+            keep=Keep(self._folder / f"expected-{len(self._windows)}.npz"),
         )  # fmt: skip
         folder, depth = self._folder / name, plan.source.config.num_hidden_layers
         folder.mkdir(exist_ok=True)
@@ -152,7 +155,7 @@ def kept_bytes(config: ModelConfig, codes_bytes: int) -> int:
     `codes_bytes` is what its calibrated codes take.
     """
     tokens = WINDOWS * WINDOW_TOKENS
-    states = 3 * 4 * tokens * config.hidden_size
+    states = 4 * (3 * tokens + ROUNDED_WINDOWS * WINDOW_TOKENS) * config.hidden_size
     return states + (codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0)
 
 

@@ -29,8 +29,10 @@ SEED = 1
 # What GPTQ leaves of the divergence is measured on so many rows of each matrix, at this width.
 TRIAL_ROWS = 256
 TRIAL_BITS = 3
-# Divergences in more bits than this follow from those in fewer.
+# Divergences in more bits than this follow from those in fewer, and those of larger groups from
+# those of the smallest, by the sizes of the errors in so many rows.
 MEASURED_BITS = 4
+SIZE_ROWS = 128
 
 Roundings = Mapping[QuantSpec, Rounding]
 Divergences = dict[str, dict[QuantSpec, float]]
@@ -84,12 +86,14 @@ def predict_divergences(
                     rows, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
                     left = _ratio(*(_divergence(e, inputs, gradient[:, rows]) for e in errors))
                 found, sizes = {}, {}
-                measured = _measured(roundings[path])
+                measured, few = _measured(roundings[path]), _some(weight, SIZE_ROWS)
                 for spec, rounding in roundings[path].items():
-                    error = rounding(weight, squares) - weight
-                    sizes[spec] = _size(error, squares)
                     if spec in measured:
+                        error = rounding(weight, squares) - weight
                         found[spec] = left * _divergence(error, inputs, gradient)
+                        sizes[spec] = _size(error[few], squares)
+                    else:
+                        sizes[spec] = _size(rounding(weight[few], squares) - weight[few], squares)
                 divergences[path] = _by_size(found, sizes)
         save()
 
@@ -155,13 +159,18 @@ def _try_gptq(
     weight: Float32, formats: Roundings, curvature: Curvature, scale_type: ScaleType
 ) -> tuple[npt.NDArray[np.intp], Float32, Float32]:
     """Some rows of a matrix, and their errors by GPTQ and by rounding, at about 3 bits."""
-    rows = np.linspace(0, len(weight) - 1, min(TRIAL_ROWS, len(weight))).astype(np.intp)
+    rows = _some(weight, TRIAL_ROWS)
     spec = min(formats, key=lambda spec: abs(spec.bits - TRIAL_BITS))
     some = weight[rows]
     target = np.ascontiguousarray(some.T)
     start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
     fitted = gptq.round_in_order(target, start, curvature).values().T
     return rows, fitted - some, formats[spec](some, curvature.diagonal.astype(np.float64)) - some
+
+
+def _some(weight: Float32, count: int) -> npt.NDArray[np.intp]:
+    """At most so many of its rows, evenly spaced."""
+    return np.linspace(0, len(weight) - 1, min(count, len(weight))).astype(np.intp)
 
 
 def _ratio(fitted: float, plain: float) -> float:

@@ -1,9 +1,10 @@
-"""Trains the scales, biases and norms of calibrated codes end to end; the codes stay.
+"""Trains calibrated codes, their scales and biases, and norms end to end.
 
 Calibration fits each matrix to its own inputs. Here all of them learn together to predict what the
 original predicts, on windows of the calibration text. Others of its windows, which nothing learns
 from, say when the result is best and whether it is better than before; else nothing changes. The
-text that the output is judged by is in neither.
+text that the output is judged by is in neither. In large models codes stay
+(`plan.trained_by_tuning`).
 
 What is learnt lies beside the codes (`calibrated.read_codes`).
 """
@@ -44,7 +45,7 @@ from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
 from apertus_mlx.convert.distill.training import Options, Training, Validation, best
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.evaluation.texts import Tokens
-from apertus_mlx.convert.plan.plan import TUNING_TOKENS, Plan
+from apertus_mlx.convert.plan.plan import TUNING_TOKENS, Plan, trained_by_tuning
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep, save_arrays
@@ -58,11 +59,9 @@ TRAINING, RECORD = "tuning", "record.npz"
 # One window in so many decides, at most so many do.
 DECIDING_EVERY, MOST_DECIDING = 16, 16
 # How often the text is seen: little text more often.
-EPOCHS, TOKENS_SEEN = (4, 8), 1 << 18
-# Of scales and biases, relative to the typical scale. On 12,288 tokens the embedded model does best
-# at 2e-3, the model that the tests train, which has a quarter of its weights, at 1e-2, where 4e-3
-# loses 2 %.
-LEARNING_RATE = 2e-3
+EPOCHS, TOKENS_SEEN = (4, 24), 1 << 18
+# Of scales and biases, relative to the typical scale, where codes learn and where they stay.
+LEARNING_RATES = {"weights": 1e-3, "scales": 2e-3}
 # Tokens that the original names at each position; all others count as one.
 TOP_K = 128
 
@@ -96,18 +95,23 @@ class Tuning:
         """How to train."""
         least, most = EPOCHS
         epochs = min(max(TOKENS_SEEN // max(self.lessons.size, 1), least), most)
-        return Options("scales", epochs, LEARNING_RATE, 0.0, TOP_K)
+        trained = trained_by_tuning(self.config)
+        return Options(trained, epochs, LEARNING_RATES[trained], 0.0, TOP_K)
 
     @property
     def resources(self) -> Resources:
         """Memory and disk."""
-        return Resources(self.config, "scales", self.lessons.shape[1], TUNING_TOKENS)
+        return Resources(
+            self.config, trained_by_tuning(self.config), self.lessons.shape[1], TUNING_TOKENS
+        )
 
     @property
     def disk_bytes(self) -> int:
         """Most that lies beside the output: the original's answers and what has been learnt."""
         tokens = self.lessons.size + self.deciding.size
-        learnt = 4 * 4 * layout.parameter_count(self.config) // 16
+        # Codes in a byte each, and scales, biases and norms with two moments of each.
+        trained = trained_by_tuning(self.config)
+        learnt = (2 if trained == "weights" else 1) * layout.parameter_count(self.config)
         return self.resources.disk_bytes(tokens, TOP_K) + lot_bytes(self.config, tokens) + learnt
 
 
@@ -153,6 +157,7 @@ def _record(tuning: Tuning, history: Sequence[Validation]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "windows": len(tuning.lessons),
         "deciding_windows": len(tuning.deciding),
+        "trained": tuning.options.trained,
         "epochs": tuning.options.epochs,
         "learning_rate": tuning.options.learning_rate,
         "tokens_seen": 0,
@@ -198,12 +203,13 @@ def _train(
 
 
 def _student(plan: Plan, reader: Reader, folder: Path) -> Model:
-    """The model as `plan` would write it, in which scales, biases and norms may learn."""
+    """The model as `plan` would write it, of which `trained_by_tuning` says what may learn."""
     config = plan.source.config
     weights = Planned(transformed_weights(plan, reader, folder), plan, folder)
     steps = {step.path: step for step in plan.steps}
     modules: dict[str, nn.Module] = {}
     arrays: dict[str, mx.array] = {}
+    types = {name: MLX_TYPES[steps[name].dtype] for name, _ in layout.vectors(config)}
     for matrix in layout.matrices(config):
         step = steps[matrix.path]
         if step.method == "gptq" and step.spec is not None:
@@ -214,23 +220,22 @@ def _student(plan: Plan, reader: Reader, folder: Path) -> Model:
     for name, shape in layout.vectors(config):
         value = mx.array(weights.vector(name)).reshape(shape)
         if name.endswith("norm.weight"):
-            norm = RoundedNorm(value, config.rms_norm_eps, MLX_TYPES[steps[name].dtype])
+            norm = RoundedNorm(value, config.rms_norm_eps, types[name])
             modules[name.removesuffix(".weight")] = norm
         else:
             arrays[name] = value
-    return assemble(config, modules, arrays, "scales")
+    return assemble(config, modules, arrays, types, trained_by_tuning(config))
 
 
 def _save(plan: Plan, student: Model, folder: Path) -> None:
     (folder / TUNED).mkdir(exist_ok=True)
     tensors = {
-        name: np.array(array.astype(mx.float32))
+        name: np.array(array if array.dtype == mx.uint32 else array.astype(mx.float32))
         for name, array in stored_tensors(student)
-        if array.dtype != mx.uint32
     }
     for step in plan.steps:
         if step.method == "gptq":
-            found = {part: tensors.pop(f"{step.path}.{part}") for part in PARTS[1:]}
+            found = {part: tensors.pop(f"{step.path}.{part}") for part in PARTS}
             save_arrays(tuned_file(folder, step.path), found)
     save_arrays(tuned_file(folder, NORMS), tensors)
 

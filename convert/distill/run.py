@@ -58,7 +58,7 @@ from apertus_mlx.system.strict_json import read_object
 # Folders beside the output while it is built.
 DISTILLATION, EVALUATION = "distillation", "receipt"
 # Of what an interrupted run goes on from; an interrupted run of another version starts again.
-STATE_VERSION = 2
+STATE_VERSION = 3
 # Least and most windows that decide which weights are best, and their share between.
 HELD_OUT_WINDOWS = (1, 32)
 HELD_OUT_SHARE = 1 / 20

@@ -8,7 +8,7 @@ rounded to their stored type. Gradients pass these roundings as if they were not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -20,19 +20,20 @@ from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
-from apertus_mlx.convert.evaluation.numpy_operations import compute_here
+from apertus_mlx.convert.evaluation.numpy_operations import compute_here, learning_xielu
 from apertus_mlx.convert.evaluation.products import product
 from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.errors import UsageError
-from apertus_mlx.model.apertus import DecoderLayer, Model
+from apertus_mlx.model.apertus import XIELU, DecoderLayer, Model, xielu
 from apertus_mlx.quant.packing import pack, unpack
 from apertus_mlx.quant.spec import QuantSpec
 
-# What learns: codes, scales, biases and norms, or all of these but the codes.
+# What learns: codes, scales, biases, norms and slopes of activations, or all but the codes.
 Trained = Literal["weights", "scales"]
 TRAINED: tuple[Trained, ...] = ("weights", "scales")
 CODES = "codes"
+ACTIVATION = "mlp.act_fn"
 
 
 class Quantized(nn.Module):
@@ -120,6 +121,27 @@ class RoundedNorm(nn.RMSNorm):
         return mx.fast.rms_norm(x, rounded(self.weight, self.dtype), self.eps)
 
 
+class RoundedActivation(nn.Module):
+    """xIELU that computes with its slopes as stored in `dtype`; its other constants stay."""
+
+    def __init__(self, activation: XIELU, dtype: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        self.alpha_p, self.alpha_n = activation.alpha_p, activation.alpha_n
+        self.beta, self.eps, self.dtype = activation.beta, activation.eps, dtype
+        self._apply: Callable[..., mx.array] = self._by_mlx
+        if not has_gpu():
+            self._apply = learning_xielu(*(float(np.array(a)) for a in (self.beta, self.eps)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Apply elementwise."""
+        stored = (rounded(array, self.dtype) for array in (self.alpha_p, self.alpha_n))
+        alpha_p, alpha_n = (mx.logaddexp(array, 0.0) for array in stored)
+        return self._apply(x, alpha_p, self.beta.astype(mx.float32) + alpha_n)
+
+    def _by_mlx(self, x: mx.array, alpha_p: mx.array, alpha_n: mx.array) -> mx.array:
+        return xielu(x, alpha_p, alpha_n, self.beta, self.eps)
+
+
 class Recomputed(nn.Module):
     """A decoder layer that keeps its input alone and is run again for its gradient."""
 
@@ -167,7 +189,7 @@ def check_student(source: Source) -> None:
 def make_student(weights: SourceWeights, trained: Trained) -> Model:
     """The model of a quantized checkpoint; only the parameters to train are unfrozen.
 
-    Matrices that are not quantized, and the slopes of activations, stay as they are.
+    Matrices that are not quantized stay as they are.
 
     Raises:
         UsageError: see `check_student`.
@@ -177,6 +199,7 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     config = weights.config
     modules: dict[str, Any] = {}
     arrays: dict[str, mx.array] = {}
+    types: dict[str, mx.Dtype] = {}
     for matrix in weights.source.layout:
         found = weights.source.matrices[matrix.path]
         if found.is_quantized:
@@ -186,31 +209,42 @@ def make_student(weights: SourceWeights, trained: Trained) -> Model:
     for name, shape in layout.vectors(config):
         value = mx.array(weights.vector(name)).reshape(shape)
         tensor = weights.source.vectors[name]
+        if tensor is not None:
+            types[name] = MLX_TYPES[tensor.dtype]
         if name.endswith("norm.weight") and tensor is not None:
-            dtype = MLX_TYPES[tensor.dtype]
             path = name.removesuffix(".weight")
-            modules[path] = RoundedNorm(value, config.rms_norm_eps, dtype)
+            modules[path] = RoundedNorm(value, config.rms_norm_eps, types[name])
         else:
             arrays[name] = value
-    return assemble(config, modules, arrays, trained)
+    return assemble(config, modules, arrays, types, trained)
 
 
 def assemble(
     config: ModelConfig,
     modules: Mapping[str, nn.Module],
     arrays: Mapping[str, mx.array],
+    types: Mapping[str, mx.Dtype],
     trained: Trained,
 ) -> Model:
-    """A model of `modules` by path and, for all else, `arrays` by name; see `make_student`."""
+    """A model of `modules` by path and, for all else, `arrays` by name; see `make_student`.
+
+    `types` are those in which slopes of activations are stored; others do not learn.
+    """
     model = Model(config)
     model.update_modules(tree_unflatten(list(modules.items())))
     model.update(tree_unflatten(list(arrays.items())))
-    if not has_gpu():
-        for layer in model.layers:
+    for index, layer in enumerate(model.layers):
+        activation = layer.mlp.act_fn
+        if not has_gpu():
             compute_here(layer)
+        dtype = types.get(f"{layout.layer(index)}.{ACTIVATION}.alpha_p")
+        if dtype is not None:
+            setattr(layer.mlp, "act_fn", RoundedActivation(activation, dtype))  # noqa: B010
     model.freeze()
     for _, module in learning_modules(model):
         keys = ["weight"] if isinstance(module, RoundedNorm) else ["scales", "biases"]
+        if isinstance(module, RoundedActivation):
+            keys = list(layout.ALPHAS)
         if isinstance(module, Quantized) and trained == "weights":
             keys.append(CODES)
             module.learn_codes()
@@ -224,10 +258,12 @@ def recompute_layers(model: Model) -> None:
     decoder.layers = [Recomputed(layer) for layer in model.layers]
 
 
-def learning_modules(model: Model) -> Iterator[tuple[str, Quantized | RoundedNorm]]:
+def learning_modules(
+    model: Model,
+) -> Iterator[tuple[str, Quantized | RoundedNorm | RoundedActivation]]:
     """The parts of a student that may learn, by their paths in a checkpoint."""
     for path, module in nn.Module.named_modules(model):
-        if isinstance(module, Quantized | RoundedNorm):
+        if isinstance(module, Quantized | RoundedNorm | RoundedActivation):
             yield path.replace(".layer.", "."), module
 
 
@@ -236,6 +272,10 @@ def stored_tensors(model: Model) -> Iterator[tuple[str, mx.array]]:
     for path, module in learning_modules(model):
         if isinstance(module, RoundedNorm):
             yield f"{path}.weight", module.weight.astype(module.dtype)
+            continue
+        if isinstance(module, RoundedActivation):
+            for name in layout.ALPHAS:
+                yield f"{path}.{name}", module[name].astype(module.dtype)
             continue
         for part, array in zip(("weight", "scales", "biases"), module.stored(), strict=True):
             yield f"{path}.{part}", array

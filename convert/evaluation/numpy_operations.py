@@ -100,12 +100,41 @@ def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> _Operation
     return _with_gradient(forward, backward)
 
 
+def learning_xielu(beta: float, eps: float) -> _Operation:
+    """The activation of `x`, `alpha_p` and `alpha_n`, the latter `[1]`; gradients go to all."""
+
+    def forward(x: mx.array, alpha_p: mx.array, alpha_n: mx.array) -> mx.array:
+        found: mx.array = xielu(_number(alpha_p), _number(alpha_n), beta, eps)(x)
+        return found
+
+    def backward(
+        inputs: Sequence[mx.array], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, ...]:
+        x, alpha_p, alpha_n = inputs
+        p, n, y, slope = _number(alpha_p), _number(alpha_n), _view(x), _view(cotangent)
+        below = np.minimum(y, np.float32(0))
+        above = y - below
+        bent = np.expm1(np.minimum(y, np.float32(eps)))
+        bent -= below
+        bent *= y <= 0
+        at_p, at_n = (np.vdot(slope, array) for array in (above * above, bent))
+        at_x = slope * (2 * p * above + n * np.expm1(below) + beta)
+        slopes = (mx.array(np.array([each], np.float32)) for each in (at_p, at_n))
+        return mx.array(at_x), *slopes
+
+    return _with_gradient(forward, backward)
+
+
 def _with_gradient(forward: _Operation, backward: Callable[..., Any]) -> _Operation:
     # What `custom_function` returns is typed as a mere object.
     function: Any = mx.custom_function(forward)
     function.vjp(backward)
     operation: _Operation = function
     return operation
+
+
+def _number(array: mx.array) -> float:
+    return float(np.array(array).item())
 
 
 def _view(array: mx.array) -> Float32:

@@ -16,7 +16,7 @@ from apertus_mlx.convert.plan.plan import Plan, Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.sources.source import Codes, MatrixSource
 from apertus_mlx.quant.arrays import blocks
-from apertus_mlx.quant.grid import KINDS, Kind, recover
+from apertus_mlx.quant.grid import KINDS, Kind, can_lie, recover
 from apertus_mlx.quant.packing import pack, unpack
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -56,6 +56,8 @@ def grid_codes(values: mx.array, spec: QuantSpec, dtype: str, kind: Kind) -> Cod
     rows, columns = values.shape
     size = spec.group_size
     plain = np.array(values.astype(mx.float32)).reshape(-1, size)
+    if not can_lie(plain, spec.bits):
+        return None
     scales = np.zeros(len(plain))
     biases = np.zeros(len(plain))
     codes = np.zeros(plain.shape, np.uint8)

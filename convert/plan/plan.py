@@ -15,6 +15,7 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.convert.distill.resources import Resources
+from apertus_mlx.convert.distill.student import Trained
 from apertus_mlx.convert.plan.policy import Method, Request
 from apertus_mlx.convert.sources.reading import BLOCK_BYTES, block_rows
 from apertus_mlx.convert.sources.source import Factor, MatrixSource, Source
@@ -39,6 +40,9 @@ WINDOW_TOKENS = 512
 CALIBRATION_TOKENS = 128 * WINDOW_TOKENS
 # Tokens that are tuned on at once, or one window.
 TUNING_TOKENS = 1024
+# Models of more weights tune scales, biases and norms alone: codes that learn take sixteen times
+# the memory of codes that stay.
+CODES_LEARN_UP_TO = 1 << 28
 
 Transform = Literal[
     "copy",  # values in their own type
@@ -156,8 +160,13 @@ def calibration_memory_bytes(config: ModelConfig) -> int:
 
 
 def tuning_memory_bytes(config: ModelConfig) -> int:
-    """Estimate of what the training of scales after it takes."""
-    return Resources(config, "scales", WINDOW_TOKENS, TUNING_TOKENS).memory_bytes
+    """Estimate of what the training after it takes."""
+    return Resources(config, trained_by_tuning(config), WINDOW_TOKENS, TUNING_TOKENS).memory_bytes
+
+
+def trained_by_tuning(config: ModelConfig) -> Trained:
+    """What `--tune` trains in a model of this size."""
+    return "weights" if layout.parameter_count(config) <= CODES_LEARN_UP_TO else "scales"
 
 
 @dataclass(frozen=True, slots=True)

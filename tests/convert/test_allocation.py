@@ -382,6 +382,11 @@ def test_size_from_the_command_line(
     assert sizes == {64}
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small(tmp_path_factory.mktemp("one-layer") / "source", num_hidden_layers=1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -402,10 +407,13 @@ def test_size_from_the_command_line(
         (["--target-bpw", "3", "--calibration", "missing.txt"], "no such file"),
     ],
 )
-def test_targets_that_make_no_sense(tmp_path: Path, options: list[str], message: str) -> None:
-    source = small(tmp_path / "source", num_hidden_layers=1)
+def test_targets_that_make_no_sense(
+    one_layer: Path, texts: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    if "--calibration" not in options:
+        options = [*options, "--calibration", str(texts)]
     with pytest.raises(ApertusError, match=message):
-        app(["convert", str(source), str(tmp_path / "out"), *options], standalone_mode=False)
+        app(["convert", str(one_layer), str(tmp_path / "out"), *options], standalone_mode=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -35,6 +35,7 @@ from apertus_mlx.convert.distill.student import (
 from apertus_mlx.convert.distill.training import Options
 from apertus_mlx.convert.evaluation.evaluate import measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
+from apertus_mlx.convert.evaluation.numpy_operations import compute_here
 from apertus_mlx.convert.evaluation.texts import read_texts
 from apertus_mlx.convert.job import convert
 from apertus_mlx.convert.job import prepare as prepare_conversion
@@ -47,9 +48,10 @@ from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.trained_model import use_quick_products
 
 WINDOW = 32
-TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(160))
+TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(120))
 SMALL = 0.05 * np.random.default_rng(0).standard_normal((384, 64)).astype(np.float32)
 
 
@@ -61,7 +63,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "teacher"
     weights = {**random_weights(config), "model.embed_tokens.weight": SMALL}
     write_checkpoint(folder, config, weights)
+    use_quick_products(model)
     model.load_weights([(name, mx.array(value)) for name, value in weights.items()])
+    for layer in model.layers:
+        compute_here(layer)
     tokenizer = Tokenizer.load(folder, vocab_size=384, bos_token_id=1)
     ids = mx.array(tokenizer.encode(TEXT))
     rows = ids[: ids.size // WINDOW * WINDOW].reshape(-1, WINDOW)
@@ -73,7 +78,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         adam.update(model, gradient(rows[step % 20 :: 20])[1])
         mx.eval(model.parameters())
     learned = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
-    return write_checkpoint(folder, config, learned, dtype=mx.bfloat16)
+    return write_checkpoint(folder, config, {**weights, **learned}, dtype=mx.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +268,7 @@ def test_a_student_learns(
 ) -> None:  # fmt: skip
     """Closer to its teacher on text that it has not seen, in the same format and bytes."""
     small_batches(monkeypatch, 64)
+    monkeypatch.setattr(training, "VALIDATIONS", 5)
     # Codes need evidence from many steps before they move, scales do not.
     options = {"epochs": 10, "learning_rate": 5e-4} if trained == "weights" else {"epochs": 2}
     job = make_job(teacher, student, texts, trained=trained, **options)
@@ -366,11 +372,11 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 ) -> None:
     small_batches(monkeypatch)
     monkeypatch.setattr(training, "VALIDATIONS", 5)
-    job = make_job(teacher, student, texts, epochs=2)
+    job = make_job(teacher, student, texts, 512, epochs=2)
     whole = distill(job, tmp_path / "whole")
-    for tokens in (400, 1300):
+    for tokens in (200, 650):
         with pytest.raises(KeyboardInterrupt):
-            distill(job, tmp_path / "torn", tokens > 400, interrupting(tokens))
+            distill(job, tmp_path / "torn", tokens > 200, interrupting(tokens))
         assert not (tmp_path / "torn").exists()
     # The teacher has said everything.
     monkeypatch.setattr("apertus_mlx.convert.distill.teacher_cache.hidden_states", None)

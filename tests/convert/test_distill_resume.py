@@ -25,14 +25,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return make_work("distill", tmp_path_factory.mktemp("work"))
 
 
+def few_steps(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("apertus_mlx.convert.distill.resources.BATCH_TOKENS", 128)
+    patch.setattr("apertus_mlx.convert.distill.training.VALIDATIONS", 3)
+
+
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apertus_mlx.convert.distill.resources.BATCH_TOKENS", 128)
+    few_steps(monkeypatch)
 
 
 def job(work: Work, learning_rate: float = RATE) -> Job:
     options = Options(learning_rate=learning_rate)
-    return prepare(work.source, work.student, "source", options, [work.text], 1024, 32)
+    return prepare(work.source, work.student, "source", options, [work.text], 768, 32)
 
 
 def without_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +50,7 @@ def whole(work: Work, tmp_path_factory: pytest.TempPathFactory) -> dict[float, d
     """Outputs of runs that nothing happened to, by their rate."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apertus_mlx.convert.distill.resources.BATCH_TOKENS", 128)
+        few_steps(patch)
         for rate in RATES:
             target = tmp_path_factory.mktemp("whole") / "out"
             distill(job(work, learning_rate=rate), target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,26 @@ from apertus_mlx.convert.write.manifest import MANIFEST, add_file
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.quant.spec import QuantSpec
+from tests.builders import config_4x, write_checkpoint
+from tests.daily import every
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("golden") / "out"
-    convert(prepare(model_dir(), Request(QuantSpec(4, 64)), "embedded"), target)
+def small_model(folder: Path) -> Path:
+    """Random weights with the embedded model's tokens and templates."""
+    config = config_4x(vocab_size=1792, tie_word_embeddings=True)
+    write_checkpoint(folder, config, dtype=mx.bfloat16, tokenizer=False)
+    for path in model_dir().iterdir():
+        if path.suffix in (".json", ".jinja") and path.name != "config.json":
+            shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=every(2, ["small", "embedded"]))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("golden")
+    source = model_dir() if request.param == "embedded" else small_model(place / "small")
+    target = place / "out"
+    convert(prepare(source, Request(QuantSpec(4, 64)), request.param), target)
     assert not verify(target, golden=True).findings
     return target
 
@@ -111,7 +126,7 @@ def test_a_damaged_file_is_a_finding(restored: Path) -> None:
 
 def test_a_damaged_folder_gets_no_answers(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(prepare(model_dir(), Request(QuantSpec(4, 64)), "embedded"), out)
+    convert(prepare(small_model(tmp_path / "in"), Request(QuantSpec(4, 64)), "small"), out)
     (out / "config.json").write_text("{}")
     assert verify(out, golden=True).errors
     assert not (out / GOLDEN_ANSWERS).exists()

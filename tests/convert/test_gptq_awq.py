@@ -20,14 +20,11 @@ from tests.daily import every
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def words(codes: list[int], bits: int) -> list[int]:
-    """Codes one after the other from the lowest bit on, as 32-bit words."""
-    number = sum(code << (bits * index) for index, code in enumerate(codes))
-    return [number >> (32 * i) & 0xFFFFFFFF for i in range(len(codes) * bits // 32)]
-
-
 def pack_rows(codes: NDArray[np.int64], bits: int) -> NDArray[np.int32]:
-    return np.array([words(row.tolist(), bits) for row in codes], np.uint32).view(np.int32)
+    """The codes of each row one after the other from the lowest bit on, as 32-bit words."""
+    places = codes[:, :, None] >> np.arange(bits) & 1
+    stream = places.reshape(len(codes), -1).astype(np.uint8)
+    return np.packbits(stream, axis=1, bitorder="little").view("<i4")
 
 
 def gptq(
@@ -185,25 +182,21 @@ def reordered(directory: Path, case: str) -> dict[str, NDArray[np.float64]]:
         groups = np.frombuffer(tensors[f"{path}.g_idx"].data, np.int32)
         order = rng.permutation(groups).astype(np.int32)
         tensors[f"{path}.g_idx"] = build.raw(order)
-        codes = np.array(unpacked(tensors[f"{path}.qweight"], len(groups), 4), np.float64)
-        zeros = np.array(unpacked(tensors[f"{path}.qzeros"], codes.shape[1], 4, across=True)) + 1
+        codes = unpacked(tensors[f"{path}.qweight"], len(groups), 4)
+        zeros = unpacked(tensors[f"{path}.qzeros"], codes.shape[1], 4, across=True) + 1
         scales = build.floats(tensors[f"{path}.scales"])
         meaning[path] = ((codes - zeros[order]) * scales[order]).T
     build.write_safetensors(directory / "model.safetensors", tensors)
     return meaning
 
 
-def unpacked(tensor: build.Raw, count: int, bits: int, across: bool = False) -> list[list[int]]:
+def unpacked(tensor: build.Raw, count: int, bits: int, across: bool = False) -> NDArray[np.float64]:
     """Codes `[count, ...]` packed along the rows, or `[..., count]` along the columns."""
-    numbers = np.frombuffer(tensor.data, np.uint32).reshape(tensor.shape)
-    lines = numbers if across else numbers.T
-    mask = (1 << bits) - 1
-    found = [
-        [sum(int(w) << (32 * i) for i, w in enumerate(line)) >> (bits * i) & mask
-         for i in range(count)]
-        for line in lines
-    ]  # fmt: skip
-    return found if across else [list(row) for row in zip(*found, strict=True)]
+    numbers = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape, 4)
+    lines = (numbers if across else numbers.swapaxes(0, 1)).reshape(-1, numbers.shape[across] * 4)
+    places = np.unpackbits(lines, axis=1, bitorder="little")[:, : count * bits]
+    found = places.reshape(len(lines), count, bits) @ (1.0 * 2 ** np.arange(bits))
+    return found if across else found.T
 
 
 def test_activation_order_is_named_and_its_values_are_kept(tmp_path: Path) -> None:

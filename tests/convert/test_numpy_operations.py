@@ -8,7 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from apertus_mlx.convert.evaluation.numpy_operations import causal_attention, xielu
+from apertus_mlx.convert.evaluation.numpy_operations import (
+    causal_attention,
+    learning_xielu,
+    xielu,
+)
 from apertus_mlx.model import apertus
 
 
@@ -54,3 +58,19 @@ def test_xielu() -> None:
         at_zero = x == 0
         found[1], wanted[1] = (mx.where(at_zero, 0, array) for array in (found[1], wanted[1]))
         close(found, wanted)
+
+
+def test_slopes_of_xielu_learn() -> None:
+    draw = np.random.default_rng(1)
+    x, cotangent = (mx.array(draw.standard_normal((3, 500), np.float32) * 2) for _ in range(2))
+    for slopes in ((0.8, 0.8), (170.0, 90.5)):
+        inputs = [x, *(mx.array([slope]) for slope in slopes)]
+
+        def expected(*arrays: mx.array) -> mx.array:
+            return apertus.xielu(*arrays, mx.array(0.5), mx.array(-1e-6))
+
+        results = [
+            mx.vjp(function, inputs, [cotangent])
+            for function in (learning_xielu(0.5, -1e-6), expected)
+        ]
+        close(*(output + gradients for output, gradients in results))

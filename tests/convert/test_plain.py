@@ -72,22 +72,26 @@ def test_codes_equal_those_of_mlx_for_each_whole_tensor(
 
 @pytest.mark.parametrize("tied", every(2, [True, False]))
 @pytest.mark.parametrize(
-    ("bits", "mode"),
-    [(bits, "affine") for bits in (2, 3, 4, 5, 6, 8)] + [(4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")],
+    "spec",
+    every(
+        2,
+        [QuantSpec(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
+        + [QuantSpec(bits, group, mode) for mode, (bits, group) in FLOAT_MODES.items()],
+    ),
+    ids=str,
 )
 def test_mlx_lm_converts_to_the_same_weights_and_computes_the_same_from_ours(
-    tmp_path: Path, tied: bool, bits: int, mode: str
+    tmp_path: Path, tied: bool, spec: QuantSpec
 ) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
     from mlx_lm.utils import load_model
 
     values = build.config(tie_word_embeddings=tied)
     source = build.write_checkpoint(tmp_path / "in", values)
-    group = 64 if mode == "affine" else FLOAT_MODES[mode][1]
-    ours = run(source, tmp_path / "ours", Request(QuantSpec(bits, group, mode)))  # type: ignore[arg-type]
+    ours = run(source, tmp_path / "ours", Request(spec))
     mlx_lm.convert(
-        str(source), str(tmp_path / "theirs"), quantize=True, q_group_size=group, q_bits=bits,
-        q_mode=mode,
+        str(source), str(tmp_path / "theirs"), quantize=True, q_group_size=spec.group_size,
+        q_bits=spec.bits, q_mode=spec.mode,
     )  # fmt: skip
     theirs = build.read_folder(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()

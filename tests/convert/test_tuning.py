@@ -1,8 +1,9 @@
-"""`convert --tune`: only scales, biases and norms change, and the result is nearer the original."""
+"""`convert --tune`: the result is nearer the original, and of a large model the codes stay."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,17 @@ from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.convert.calibration import calibrated, memory, tuning
 from apertus_mlx.convert.calibration.calibrated import prepare_calibration
 from apertus_mlx.convert.calibration.tuning import Tuning
+from apertus_mlx.convert.distill import training
 from apertus_mlx.convert.evaluation import little_text
 from apertus_mlx.convert.evaluation.texts import language_windows, open_text
 from apertus_mlx.convert.job import Job, convert, prepare
+from apertus_mlx.convert.plan import plan as plan_module
 from apertus_mlx.convert.plan.options import read_request
+from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, write_checkpoint
 
@@ -43,17 +48,34 @@ def small_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tuning, "EPOCHS", (4, 4))
 
 
+def shorter(source: Path, folder: Path) -> Path:
+    """The same model in `folder`, with less text beside it."""
+    lines = (source.parent / "en.txt").read_text().split("\n\n")
+    (folder / "en.txt").write_text("\n\n".join(lines[:40]))
+    return Path(shutil.copytree(source, folder / "source"))
+
+
 def job(source: Path, request: Request, target: Path | None = None) -> Job:
     text = source.parent / "en.txt"
     return prepare(source, request, "source", calibration_texts=[text], target=target)
 
 
-@pytest.fixture(scope="module")
-def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def as_if_large(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plan_module, "CODES_LEARN_UP_TO", 0)
+
+
+@pytest.fixture(scope="module", params=["codes learn", "codes stay"])
+def folders(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """The same conversion without and with `--tune`."""
     place = tmp_path_factory.mktemp("folders")
     with pytest.MonkeyPatch.context() as patch:
         small_steps(patch)
+        if request.param == "codes stay":
+            as_if_large(patch)
+        else:
+            patch.setattr(tuning, "LEARNING_RATES", {"weights": 3e-3})
         plain, tuned = (
             convert(job(source, replace(REQUEST, tune=on)), place / str(on)) for on in (False, True)
         )
@@ -79,9 +101,11 @@ def divergence(folder: Path, source: Path, windows: np.ndarray) -> float:
 def test_the_codes_are_those_of_the_calibration(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed as they were, with other scales."""
+    """In a large model: packed as they were, with other scales."""
     small_steps(monkeypatch)
+    as_if_large(monkeypatch)
     monkeypatch.setattr(tuning, "EPOCHS", (1, 1))
+    source = shorter(source, tmp_path)
     found = job(source, replace(REQUEST, tune=True))
     (tmp_path / "codes").mkdir()
     assert found.calibration is not None
@@ -97,14 +121,55 @@ def test_the_codes_are_those_of_the_calibration(
             assert not mx.array_equal(written[f"{step.path}.scales"], scales)
 
 
+def test_codes_that_have_learnt_are_those_that_are_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime computes from the folder what the model in training computed last."""
+    small_steps(monkeypatch)
+    monkeypatch.setattr(tuning, "EPOCHS", (2, 2))
+    # Far steps, and the last state is kept, though it is no better.
+    monkeypatch.setattr(training, "CODES_FACTOR", 10)
+    monkeypatch.setattr(tuning, "LEARNING_RATES", {"weights": 1e-2})
+    for module in (training, tuning):
+        monkeypatch.setattr(module, "best", lambda history: history[-1])
+    kept = []
+    changed = 0
+
+    def watched(plan: Plan, student: Model, folder: Path) -> None:
+        nonlocal changed
+        before = {s.path: calibrated.read_codes(folder, s)[0] for s in plan.steps if s.spec}
+        save(plan, student, folder)
+        for step in plan.steps:
+            if step.spec:
+                after = calibrated.read_codes(folder, step)[0]
+                changed += not mx.array_equal(before[step.path], after)
+        kept.append(student)
+
+    save = tuning._save
+    monkeypatch.setattr(tuning, "_save", watched)
+    found = job(shorter(source, tmp_path), replace(REQUEST, tune=True))
+    folder = convert(found, tmp_path / "out")
+    assert json.loads((folder / MANIFEST).read_text())["tuning"]["trained"] == "weights"
+    ids = mx.array([[1, 100, 200, 300, 5, 60, 77]])
+    assert changed > 3
+    expected = np.array(kept[0](ids))
+    logits = np.array(load_model(folder, "float32")(ids))
+    assert np.allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    slopes = "model.layers.1.mlp.act_fn.alpha_n"
+    assert not mx.array_equal(arrays(folder)[slopes], arrays(source)[slopes])
+
+
 @pytest.mark.nightly
-def test_codes_stay_and_the_rest_learns(folders: tuple[Path, Path]) -> None:
+def test_what_changes(folders: tuple[Path, Path]) -> None:
     plain, tuned = map(arrays, folders)
     assert plain.keys() == tuned.keys()
     changed = {name for name in plain if not bool(mx.array_equal(plain[name], tuned[name]))}
     scales = {name for name in plain if name.endswith((".scales", ".biases"))}
-    norms = {name for name in plain if name.endswith("norm.weight")}
-    assert scales <= changed <= scales | norms
+    codes = {name for name in plain if plain[name].dtype == mx.uint32}
+    norms = {name for name in plain if name.endswith(("norm.weight", "alpha_p", "alpha_n"))}
+    record = json.loads((folders[1] / MANIFEST).read_text())["tuning"]
+    assert bool(changed & codes) == (record["trained"] == "weights")
+    assert scales <= changed <= scales | norms | codes
     assert changed & norms
 
 
@@ -153,7 +218,7 @@ def test_what_does_not_get_better_stays(
 ) -> None:
     small_steps(monkeypatch)
     monkeypatch.setattr(tuning, "EPOCHS", (1, 1))
-    monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
+    monkeypatch.setattr(tuning, "LEARNING_RATES", {"weights": 3.0})
     found = convert(job(source, replace(REQUEST, tune=True)), tmp_path / "out")
     assert (found / "model.safetensors").read_bytes() == (
         folders[0] / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,17 @@ from tests import convert_builders as build
 REQUEST = Request(QuantSpec(4, 64), (Rule("model.embed_tokens", QuantSpec(6, 64), "test"),))
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("converted")
+    source = build.write_checkpoint(place / "in")
+    return convert(prepare(source, REQUEST, "x"), place / "out")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    source = build.write_checkpoint(tmp_path / "in")
-    return convert(prepare(source, REQUEST, "x"), tmp_path / "out")
+def folder(converted: Path, tmp_path: Path) -> Path:
+    """A copy to do harm to."""
+    return Path(shutil.copytree(converted, tmp_path / "out"))
 
 
 def texts(directory: Path, *levels: str) -> list[str]:

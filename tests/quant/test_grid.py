@@ -66,7 +66,7 @@ def test_scaled_integers_come_back(
     if dtype == "F32" and scale_bits == 24:
         scale_bits = 24 - bits  # beyond that the zero point times the scale has no float32
     rng = np.random.default_rng(bits * group)
-    count, significant = 300, SIGNIFICANT_BITS[dtype]
+    count, significant = 150, SIGNIFICANT_BITS[dtype]
     scale = round_to(rng.uniform(0.001, 0.01, count), scale_bits)
     zero = np.full(count, 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, count)
     spread = rng.standard_normal((count, group)) * (1 << bits) / 5
@@ -90,7 +90,7 @@ def test_scaled_integers_come_back(
 @pytest.mark.parametrize("group", every(2, [32, 64, 128]))
 def test_random_weights_are_on_no_grid(bits: int, group: int, dtype: str) -> None:
     for seed in range(1):
-        values = groups(gaussian(dtype, seed), group)
+        values = groups(gaussian(dtype, seed)[:24], group)
         for kind in KINDS:
             assert not recover(values, bits, dtype, kind).found.any()
 

@@ -29,6 +29,7 @@ from apertus_mlx.quant.arrays import Float32, Float64
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.quant.transforms import balance, choose_scales, make_rotation
 from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.daily import every
 
 IDS = np.random.default_rng(3).integers(74, 300, (2, 24))
 # Tied and untied; grouped-query attention with heads of 64 and 128; a width with an odd factor.
@@ -41,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=every(2, SHAPES))
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "source", config_4x(**SHAPES[request.param]))
 
