@@ -108,8 +108,7 @@ def read_message_request(body: Mapping[str, Any], model: ServedModel) -> Message
         streams=bool(fields.get("stream")),
         cache_key=read_cache_key(fields),
     )
-    certain = grammar is not None and grammar.grammar is not None and not model.filtered
-    return MessageRequest(task, thinking.told, certain)
+    return MessageRequest(task, thinking.told, model.calls_are_certain(grammar))
 
 
 def _read(

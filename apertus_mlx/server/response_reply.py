@@ -22,7 +22,8 @@ _ECHOED = ("instructions", "max_output_tokens", "previous_response_id", "tempera
 class ResponseReply:
     """Tells one request's answer, and keeps it where the request wants that.
 
-    A call is told when it is certain: what turned out to be none is text.
+    A call comes in parts where it is sure to become one; else when it is certain, for what turned
+    out to be none is text.
     """
 
     def __init__(self, model: str, asked: ResponseRequest, store: ResponseStore) -> None:
@@ -79,7 +80,14 @@ class ResponseReply:
             self._calls = self._calls[:-1]
         elif part.id is not None:
             yield from self._end_calls(False)
-            self._calls = [(call(part.id, part.name or ""), [])]
+            begun = call(part.id, part.name or "")
+            if self._asked.certain_calls:
+                yield from self._end_item(False)
+                yield from self._write(begun, "")
+            else:
+                self._calls = [(begun, [])]
+        elif self._asked.certain_calls and self._item is not None:
+            yield from self._write(self._item, part.arguments)
         elif self._calls:
             self._calls[-1][1].append(part.arguments)
 

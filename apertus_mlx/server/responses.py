@@ -82,12 +82,14 @@ class ResponseRequest:
         fields: of the body, those given.
         items: of the whole conversation.
         keeps: whether the response is kept.
+        certain_calls: whether a call that has begun is sure to become one.
     """
 
     task: Task
     fields: Mapping[str, Any]
     items: Sequence[Any]
     keeps: bool
+    certain_calls: bool
 
 
 def read_response(
@@ -103,7 +105,8 @@ def read_response(
         asked = read_chat(chat, model)
     except ApiError as error:
         raise places.named_here(error) from None
-    return ResponseRequest(asked.task, fields, items, fields.get("store", True))
+    certain = model.calls_are_certain(asked.task.tools)
+    return ResponseRequest(asked.task, fields, items, fields.get("store", True), certain)
 
 
 def count_response_input(

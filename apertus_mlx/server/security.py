@@ -151,7 +151,7 @@ class Guard:
 def _cors(origin: str) -> dict[str, str]:
     return {
         "Access-Control-Allow-Origin": origin,
-        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Methods": "GET, POST, DELETE",
         "Access-Control-Allow-Headers": "authorization, content-type, x-api-key, "
         "anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access",
         "Vary": "Origin",

@@ -10,6 +10,7 @@ from typing import Any
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.generation.grammar import find_engine, has_engine
 from apertus_mlx.generation.model_folder import ModelFolder
+from apertus_mlx.generation.tool_grammar import ToolGrammar
 from apertus_mlx.server.errors import ApiError, in_request, wrong
 from apertus_mlx.server.fields import MOST_MESSAGES, kind_of, shown
 from apertus_mlx.text.messages import read_messages
@@ -108,6 +109,10 @@ class ServedModel:
             raise in_request(error, name) from None
         bos = self.folder.tokenizer.bos_id
         return [bos, *ids] if add_special_tokens and bos is not None else ids
+
+    def calls_are_certain(self, tools: ToolGrammar | None) -> bool:
+        """Whether a call that has begun is sure to become one: a client may read its parts."""
+        return tools is not None and tools.grammar is not None and not self.filtered
 
     def warm_grammars(self) -> None:
         """Bring the vocabulary into the form that grammars need, which takes seconds once."""

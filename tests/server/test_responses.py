@@ -13,8 +13,11 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 from apertus_mlx.generation import tool_grammar
 from apertus_mlx.server.errors import busy
-from apertus_mlx.server.jobs import Failed
+from apertus_mlx.server.jobs import Failed, Told
+from apertus_mlx.server.response_reply import ResponseReply
 from apertus_mlx.server.response_store import ResponseStore
+from apertus_mlx.server.responses import read_response
+from apertus_mlx.text.pieces import CallPiece, Piece
 from tests.server.running import ANSWER, QUESTION, Server, serving
 from tests.server.scripted import ScriptedServer, scripted
 from tests.server.test_conformance import (
@@ -160,6 +163,27 @@ def test_items_and_instructions_are_a_chat(server: Server) -> None:
     again = server.post(PATH, {**body, "max_output_tokens": 1, "temperature": 0}).json()["usage"]
     # Had one token differed, the cache of the chat would end there.
     assert again["input_tokens_details"]["cached_tokens"] == asked["prompt_tokens"] - 1
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_a_call_is_told_as_it_comes_where_it_is_sure_to_be_one(
+    double: ScriptedServer, monkeypatch: pytest.MonkeyPatch, certain: bool
+) -> None:
+    if not certain:
+        monkeypatch.setattr(tool_grammar, "has_engine", lambda: False)
+    store = ResponseStore()
+    asked = read_response(store, {"input": "a", "tools": TOOLS}, double.server.model)
+    reply = ResponseReply("model", asked, store)
+    told = [
+        [event["type"] for event in reply.events(0, Told(0, Piece("", call=part)))]
+        for part in (
+            CallPiece(0, id="c1", name="weather"),
+            CallPiece(0, arguments=ARGUMENTS[:5]),
+            CallPiece(0, arguments=ARGUMENTS[5:]),
+        )
+    ]
+    names = [f"response.{CALL[0]}", f"response.{CALL[1]}", f"response.{CALL[1]}"]
+    assert told == ([[each] for each in names] if certain else [[], [], []])
 
 
 @pytest.mark.parametrize("think", [False, True])
