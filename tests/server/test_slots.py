@@ -23,10 +23,10 @@ LONG = "The capital of France is Paris. " * 6
 FEW = EngineLimits(running=2, idle_prefixes=2)
 FORMS = {
     "full": RunOptions(),
+    "computed by MLX": RunOptions(compute="mlx"),
     "codes": RunOptions(kv_bits=8),
     "bounded, in codes": RunOptions(kv_bits=4, max_kv=200),
     "bounded": RunOptions(max_kv=64),
-    "computed by MLX": RunOptions(compute="mlx"),
 }
 
 
@@ -62,7 +62,7 @@ def test_other_traffic_pushes_out_what_has_no_key() -> None:
         assert server.get("/v1/status").json()["engine"]["slots"] == 1
 
 
-@pytest.mark.parametrize("form", every(2, FORMS))
+@pytest.mark.parametrize("form", every(3, FORMS))
 def test_a_slot_survives_the_server(form: str, tmp_path: Path) -> None:
     settings, folder = FORMS[form], tmp_path / "slots"
     with serving(limits=FEW, settings=settings) as server:
