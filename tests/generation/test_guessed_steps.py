@@ -100,7 +100,8 @@ def test_right_guesses_come_together(models: Models) -> None:
             steps.append(tokens)
     assert [len(tokens) for tokens in steps] == [5, 2]
     assert row.speculation is not None and row.speculation.report() == {
-        "drafted": 5, "accepted": 5, "passes": 2, "tokens_per_pass": 3.5, "off": None
+        "drafted": 5, "accepted": 5, "passes": 2, "tokens_per_pass": 3.5, "off": None,
+        "row_costs": None,
     }  # fmt: skip
     caches = models.target.make_cache(FORMS[play.form])
     expected = models.target(mx.array([row.ids[:-1]]), caches)[0, len(play.prompt) - 1 :]

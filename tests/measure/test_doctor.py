@@ -331,7 +331,7 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert set(report) == {
         "machine", "products", "products_right", "model", "dtype", "kernels", "examined", "tuned",
         "agreement", "disagreement", "model_ratios", "compilation_ratios",
-        "row_costs", "switched_off", "conclusion", "stored",
+        "row_costs", "row_costs_stored", "switched_off", "conclusion", "stored",
     }  # fmt: skip
     assert len(report["row_costs"]) == 5 and report["row_costs"][0] == 1
     assert report["model"] == tiny.name and report["dtype"] == "float32"
