@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 COMMAND = [sys.executable, "-P", "-m", "apertus_mlx"]
 
@@ -27,6 +30,26 @@ def command(
         timeout=120,
         check=False,
     )
+
+
+def in_process(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    """The same in this process, for commands that neither signals nor redirections concern."""
+    from apertus_mlx.cli import main
+
+    given = ["apertus-mlx", *map(str, arguments)]
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for name, value in (("argv", given), ("stdout", out), ("stderr", err)):
+            patch.setattr(sys, name, value)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    said = []
+    for stream in (out, err):
+        stream.flush()
+        said.append(stream.buffer.getvalue())  # type: ignore[attr-defined]
+    assert isinstance(ended.value.code, int)
+    return subprocess.CompletedProcess(given, ended.value.code, *said)
 
 
 def refusal(done: subprocess.CompletedProcess[bytes], code: int) -> str:

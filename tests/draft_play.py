@@ -5,20 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx.backend.choose import Compute
 from apertus_mlx.cache import CacheConfig
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.decode import draw_tokens
 from apertus_mlx.generation.draft_pace import FixedPace
 from apertus_mlx.generation.drafts import LookupDraft, ModelDraft
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.sampling import Sampler, SamplingParams, filter_logits
 from apertus_mlx.generation.speculate import Draft, Draw, Speculation, Speculator
 from apertus_mlx.generation.thought_budget import ThoughtBudget
 from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
+from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.cache_sequences import FORMS, TOLERANCE, TOLERANCE_OF_CODES
 
 VOCABULARY = 384
@@ -81,10 +86,19 @@ class Models:
         }[kind]()
 
 
-def coarsened(model: Any) -> Any:
-    """An MLX model with its matrices in 2 bits."""
-    nn.quantize(model, group_size=32, bits=2)
-    return model
+def load_models(base: Path, compute: Compute) -> Models:
+    """A random model, another of another size, and the first with its matrices in 2 bits."""
+    config = config_4x(head_dim=32)
+    small = config_4x(head_dim=32, hidden_size=32, num_hidden_layers=1)
+    one = write_checkpoint(base / "one", config)
+    two = write_checkpoint(base / "two", small, random_weights(small, 1))
+
+    def load(folder: Path, compute: Compute = compute) -> Any:
+        return open_folder(folder).load(RunOptions(compute=compute, dtype="float32")).model
+
+    coarse = load(one, "mlx")
+    nn.quantize(coarse, group_size=32, bits=2)
+    return Models(load(one), load(one), load(two), coarse)
 
 
 @dataclass(frozen=True)
@@ -205,6 +219,6 @@ def forms_but(*without: str) -> list[str]:
 
 
 __all__ = [
-    "KINDS", "CacheConfig", "Models", "Play", "coarsened", "loses_nothing", "random_play",
+    "KINDS", "CacheConfig", "Models", "Play", "load_models", "loses_nothing", "random_play",
     "require_plain", "require_same",
 ]  # fmt: skip

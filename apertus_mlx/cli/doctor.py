@@ -76,9 +76,11 @@ def doctor(
 
 def _reset(json: bool) -> None:
     from apertus_mlx.backend.metal.verdict import forget_verdicts, only_doctor
+    from apertus_mlx.backend.row_costs import forget_row_costs
 
     with only_doctor():
         path = forget_verdicts()
+        forget_row_costs()
     print_report(
         json, lambda: {"forgotten": str(path)}, lambda: [f"{path}: forgotten; kernels are off"]
     )
@@ -134,6 +136,7 @@ def _words(report: Report) -> Iterator[str | Table]:
             f"2 to {len(report.row_costs)} rows at once take {shares} times what one takes: the "
             "closer to 1, the more a draft can gain"
         )
+        yield f"drafts begin with that; stored in {report.row_costs_stored}"
     if report.stored is not None:
         yield f"stored in {report.stored}"
     if report.switched_off:

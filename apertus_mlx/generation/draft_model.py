@@ -8,8 +8,14 @@ from copy import copy
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx.backend.choose import uses_cpu
+from apertus_mlx.backend.metal.text import type_key
+from apertus_mlx.backend.metal.verdict import this_machine
+from apertus_mlx.backend.mlx import compute_dtype
 from apertus_mlx.backend.ranks import joined
+from apertus_mlx.backend.row_costs import find_row_costs, products_of
 from apertus_mlx.errors import UsageError
+from apertus_mlx.generation.draft_pace import MeasuredPace
 from apertus_mlx.generation.drafts import Drafting, LookupDraft, ModelDraft
 from apertus_mlx.generation.model_folder import LoadedModel, ModelFolder
 from apertus_mlx.generation.options import DraftOptions, RunOptions
@@ -76,13 +82,23 @@ def load_drafting(
     if options.draft is not None and joined() is not None:
         raise UsageError("--draft is for one machine; under mlx.launch leave it out")
     if draft is None:
-        return None if options.draft is None else Drafting(LookupDraft())
+        if options.draft is None:
+            return None
+        return Drafting(LookupDraft(), pace_for(target, settings))
     require_draft(target, draft)
     loaded = draft.load(settings, on_bytes)
     size, width = options.draft_vocab, target.config.output_vocab_size
     head = None if size is None else cut_head(loaded, size)
     most = min(draft.context_length, context or draft.context_length)
-    return Drafting(ModelDraft(loaded.model, most, width, head))
+    return Drafting(ModelDraft(loaded.model, most, width, head), pace_for(target, settings))
+
+
+def pace_for(target: ModelFolder, settings: RunOptions) -> MeasuredPace:
+    """A pace that begins with what the doctor measured of `target` here, if it did."""
+    if uses_cpu(settings.compute, settings.dtype):
+        return MeasuredPace()
+    dtype = settings.dtype or type_key(compute_dtype(target.inventory))
+    return MeasuredPace(costs=find_row_costs(this_machine(), products_of(target.inventory, dtype)))
 
 
 def cut_head(loaded: LoadedModel, size: int) -> Callable[[mx.array], mx.array]:

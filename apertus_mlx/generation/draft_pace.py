@@ -4,11 +4,16 @@ A pass over k guesses gives 1 + a + ... + a^k tokens where each guess is right w
 and takes what it takes: both are measured, and so is plain decoding. k grows by one where even a
 small further cost would leave a gain. Where passes with a draft give fewer tokens a second than
 plain decoding, the draft rests, each time twice as long.
+
+What `doctor --tune` measured of this machine says what passes may take that were never tried: the
+first pass guesses as far as that promises most, and none is made where even right guesses would
+gain nothing. Measured times of whole passes take its place one by one.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 from typing import Protocol
 
@@ -41,6 +46,10 @@ class Pace(Protocol):
     def off(self) -> str | None:
         """Why it has none guessed for now."""
 
+    @property
+    def row_costs(self) -> str | None:
+        """Who knew first what a pass costs: `doctor`, or it was `measured`; None: nobody asks."""
+
     def rested(self, tokens: int, seconds: float) -> None:
         """So many tokens were decoded plainly."""
 
@@ -55,6 +64,7 @@ class FixedPace:
         self.ahead = self.most = ahead
         self.rest = 1
         self.off: str | None = None
+        self.row_costs: str | None = None
 
     def rested(self, tokens: int, seconds: float) -> None:
         """Nothing comes of it."""
@@ -64,10 +74,18 @@ class FixedPace:
 
 
 class MeasuredPace:
-    """As many tokens as pay; see above. It may serve one answer after the other."""
+    """As many tokens as pay; see above. It may serve one answer after the other.
 
-    def __init__(self, most: int = MOST_AHEAD) -> None:
+    Args:
+        most: tokens at a time.
+        costs: of passes over 1, 2, ... tokens, in passes over one, as the doctor measured them.
+    """
+
+    def __init__(self, most: int = MOST_AHEAD, costs: Sequence[float] = ()) -> None:
         self.most = most
+        self.row_costs: str | None = "doctor" if costs else "measured"
+        self._costs = tuple(costs)
+        self._doubted = False
         self.off: str | None = None
         self.rest = FIRST_REST
         self.ahead = 0
@@ -96,7 +114,12 @@ class MeasuredPace:
         self.rest -= tokens
         if self.rest > 0:  # an answer was at its end
             return
-        self.ahead = 1
+        if self._hopeless():
+            self._doubted = True
+            self._turn_off()
+            return
+        expected = self._expected()
+        self.ahead = max(expected, key=lambda k: self._tokens(k) / expected[k]) if expected else 1
         self.off = None
         self._window.clear()
 
@@ -112,13 +135,47 @@ class MeasuredPace:
         self._times[drafted].append(seconds)
         self._window.append((accepted + 1, seconds))
         if self._loses():
-            self.ahead, self.rest = 0, self._next_rest
-            self._next_rest = min(2 * self._next_rest, LONGEST_REST)
-            self.off = "slower than without"
+            self._turn_off()
             return
         if len(self._window) == WINDOW:
             self._next_rest = SHORTEST_REST
         self.ahead = self._best()
+
+    def _turn_off(self) -> None:
+        self.ahead, self.rest = 0, self._next_rest
+        self._next_rest = min(2 * self._next_rest, LONGEST_REST)
+        self.off = "slower than without"
+
+    def _hopeless(self) -> bool:
+        """Whether nothing was tried yet and even right guesses would gain nothing; asked once."""
+        if self._doubted or self._times or self._plain is None:
+            return False
+        expected = self._expected()
+        return all((k + 1) * self._plain <= expected[k] for k in expected) and bool(expected)
+
+    def _expected(self) -> dict[int, float]:
+        """What passes take, by their number of guesses: as the costs say, but for those measured.
+
+        Of the longest that was measured, what the costs do not explain is laid to its guesses.
+        """
+        if not self._costs or self._plain is None:
+            return {}
+        plain, known = self._plain, self.seconds
+        known.pop(0, None)
+        longest = max(known, default=0)
+        guess = (known[longest] - plain * self._cost(longest)) / longest if longest else 0.0
+        least = known.get(longest, 0.0)
+        return {
+            k: max(plain * self._cost(k) + k * guess, least if k > longest else plain)
+            for k in range(1, self.most + 1)
+        } | known
+
+    def _cost(self, guesses: int) -> float:
+        """Of a pass; beyond what the doctor measured the last step goes on."""
+        if guesses < len(self._costs):
+            return self._costs[guesses]
+        last, before = self._costs[-1], self._costs[max(len(self._costs) - 2, 0)]
+        return last + (guesses - len(self._costs) + 1) * max(last - before, 0.0)
 
     def _loses(self) -> bool:
         """Whether the latest passes were slower than plain decoding."""
@@ -129,6 +186,8 @@ class MeasuredPace:
 
     def _best(self) -> int:
         """The number of guesses that gives the most tokens a second, or the next one to try."""
+        if expected := self._expected():
+            return max(expected, key=lambda k: self._tokens(k) / expected[k])
         known = self.seconds
         tried = sorted(k for k in known if k)
         if not tried:

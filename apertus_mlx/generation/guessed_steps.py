@@ -77,7 +77,7 @@ class GuessedSteps:
             self._row, self._given_up, self._caught_up = row, False, False
             self._plain, self._plain_s = 0, 0.0
             self._draft.begin(row.ids)
-            row.speculation = row.speculation or Speculation()
+            row.speculation = row.speculation or Speculation(row_costs=self._pace.row_costs)
         if self._given_up or self._draft.ended:
             return 0
         return min(self._pace.ahead, row.left - 1)

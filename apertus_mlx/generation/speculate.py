@@ -74,6 +74,7 @@ class Speculation:
         passes: of the model over its weights, for all tokens after the first.
         tokens: how many these gave.
         off: why the draft was not used to the end; None: it was.
+        row_costs: from whom the pace knew first what a pass costs; see `Pace.row_costs`.
     """
 
     drafted: int = 0
@@ -81,6 +82,7 @@ class Speculation:
     passes: int = 0
     tokens: int = 0
     off: str | None = None
+    row_costs: str | None = None
 
     @property
     def tokens_per_pass(self) -> float:
@@ -95,6 +97,7 @@ class Speculation:
             "passes": self.passes,
             "tokens_per_pass": self.tokens_per_pass,
             "off": self.off,
+            "row_costs": self.row_costs,
         }
 
 
@@ -127,7 +130,7 @@ class Speculator:
         stop_ids: AbstractSet[int] = frozenset(),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.found = Speculation()
+        self.found = Speculation(row_costs=pace.row_costs)
         self._target, self._draft, self._pace = target, draft, pace
         self._ids = list(prompt)
         self._sampler, self._rules, self._stop_ids = sampler, rules, stop_ids

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.gpu
 
 HEADS, KEY_HEADS = 4, 2
 BITS = (2, 3, 4, 6, 8)
-laws = settings(max_examples=25, deadline=None)
+laws = settings(max_examples=15, deadline=None)
 
 
 def new_cache(config: CacheConfig) -> FullCache | QuantizedCache:
@@ -193,10 +193,12 @@ def test_rewinding_is_exact_or_refused(
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("config", [CacheConfig(4, 4), CacheConfig(3, 16), CacheConfig()])
+@pytest.mark.parametrize(
+    "config", every(2, [CacheConfig(4, 4), CacheConfig(3, 16), CacheConfig()]), ids=str
+)
 def test_a_block_can_always_be_rewound(config: CacheConfig) -> None:
     rows = Rows(400, 32, 0)
-    for length in range(330, 400, 7):
+    for length in range(330, 400, 11):
         cache = new_cache(config)
         rows.run(cache, [length])
         assert cache.is_trimmable()
@@ -308,7 +310,7 @@ def _model(head_dim: int, seed: int) -> Model:
     return model
 
 
-@pytest.mark.parametrize("head_dim", every(2, [32, 64, 128]))
+@pytest.mark.parametrize("head_dim", every(3, [64, 32, 128]))
 @pytest.mark.parametrize(
     "form", every(2, [CacheConfig(bound=400, rotate=True), CacheConfig(rotate=True)])
 )
@@ -322,7 +324,7 @@ def test_a_model_with_room_or_rotation_changes_nothing(head_dim: int, form: Cach
         assert mx.abs(mx.concatenate(parts, axis=1) - expected).max().item() < 2e-4
 
 
-@pytest.mark.parametrize("form", [CacheConfig(8, 8), CacheConfig(4, 4, bound=200)])
+@pytest.mark.parametrize("form", every(2, [CacheConfig(4, 4, bound=200), CacheConfig(8, 8)]))
 def test_a_model_computes_the_same_in_chunks(form: CacheConfig) -> None:
     model = _model(64, seed=1)
     ids = mx.random.randint(0, 300, (1, 300), key=mx.random.key(0))

@@ -31,6 +31,7 @@ from tests.cache_sequences import FORMS, TOLERANCE
 
 FULL = CacheConfig()
 STOPS = frozenset({2, 68, 72})
+LONGEST = 20
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def drawn_alone(model: Model, prompt: Sequence[int], count: int, **params: Any) 
 
 
 def test_random_mixes(model: Model) -> None:
-    counts = play_many(model, range(2), 8)
-    assert counts.rows == 16 and counts.compared > 100 and counts.reused
+    counts = play_many(model, range(1), 8)
+    assert counts.rows == 8 and counts.compared > 50 and counts.reused
     assert counts.beyond < counts.compared / 20
 
 
@@ -97,13 +98,13 @@ def test_what_neighbours_say_changes_no_bit(model: Model) -> None:
     """All forms in one batch, beside a neighbour with one text or another."""
     found, said = [], []
     for seed in (1, 2):
-        neighbours = [new_row(prompt, max_tokens=20) for prompt in prompts(2, 70, seed)]
+        neighbours = [new_row(prompt, max_tokens=12) for prompt in prompts(2, 70, seed)]
         rows = [
-            new_row(prompt, form, max_tokens=14)
+            new_row(prompt, form, max_tokens=8)
             for prompt, form in zip(prompts(len(FORMS), 70, 3), FORMS.values(), strict=True)
         ]
         run(Batch(model), [neighbours[0][0], *(row for row, _ in rows), neighbours[1][0]])
-        found.append([np.stack(sampler.logits(14)) for _, sampler in rows])
+        found.append([np.stack(sampler.logits(8)) for _, sampler in rows])
         said.append(answer(neighbours[0][0]))
     assert said[0] != said[1]
     for one, other in zip(*found, strict=True):
@@ -135,7 +136,7 @@ def test_answers_of_a_form_in_a_batch(embedded: LoadedModel) -> None:
                              "required": ["x"], "additionalProperties": False})  # fmt: skip
     tokenizer, size = embedded.folder.tokenizer, embedded.folder.config.output_vocab_size
     prompt = embedded.folder.prompt_ids("What is the capital of France?", think=True)
-    kinds = [(None, None), (schema, None), (None, 2), (schema, 3), (None, None), (schema, None)]
+    kinds = [(None, None), (schema, None), (None, 2), (schema, 3)]
 
     def parts(index: int) -> tuple[Sampler, AnswerRules | None]:
         form, most = kinds[index]
@@ -154,7 +155,7 @@ def test_answers_of_a_form_in_a_batch(embedded: LoadedModel) -> None:
     batch, rows = Batch(embedded.model), []
     for index in range(len(kinds)):
         sampler, rules = parts(index)
-        rows.append(Row(prompt, sampler, 24, rules=rules))
+        rows.append(Row(prompt, sampler, LONGEST, rules=rules))
         batch.join(rows[-1])
     while len(batch):
         for event in batch.turn():
@@ -169,7 +170,7 @@ def test_answers_of_a_form_in_a_batch(embedded: LoadedModel) -> None:
             return embedded.model.next_token_logits(token.reshape(1, 1), caches)
 
         logits = prefill(embedded.model, prompt, caches)
-        expected = trimmed(list(draw_tokens(step, logits, sampler, 24, rules)))
+        expected = trimmed(list(draw_tokens(step, logits, sampler, LONGEST, rules)))
         assert answer(row) == expected, kinds[index]
         if rules is not None and expected[-1] in STOPS:
             assert tokenizer.decode(expected).lstrip().startswith("{") or kinds[index][1]

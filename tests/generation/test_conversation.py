@@ -153,7 +153,7 @@ def test_after_any_change_the_next_answer_is_as_fresh(
     assert answer == "".join(piece.text for piece in fresh)
 
 
-@pytest.mark.parametrize("form", range(3), ids=["full", "quantized", "bounded"])
+@pytest.mark.parametrize("form", every(2, range(3)))
 def test_results_of_calls_are_answered_as_fresh(loaded: LoadedModel, form: int) -> None:
     """And so is what follows, though the prompt of the answer is no part of the next one's."""
     thinks = form != 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from apertus_mlx.memory.footprint import GPU_32_BIT, footprint
 from apertus_mlx.memory.report import plan_for_device
 from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.cache_sequences import FORMS
+from tests.daily import every
 
 SCHEMA = {
     "type": "object",
@@ -155,9 +157,11 @@ class Interrupting:
         return logits
 
 
-@pytest.mark.parametrize("form", ["full", "bounded", "4 bits, bounded"])
-@pytest.mark.parametrize("behind", [False, True])
-def test_after_an_interrupt(loaded: LoadedModel, folder: Path, form: str, behind: bool) -> None:
+@pytest.mark.parametrize(
+    "case", every(2, product([False, True], ["full", "bounded", "4 bits, bounded"])), ids=str
+)
+def test_after_an_interrupt(loaded: LoadedModel, folder: Path, case: tuple[bool, str]) -> None:
+    behind, form = case
     options = SamplingOptions(temperature=0, max_tokens=30, logit_bias=ENDLESS)
     expected, _ = answer_of(loaded, options, prefix=CachedPrefix(loaded.model, FORMS[form]))
     interrupted: Any = Interrupting(loaded.model, 3, behind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from statistics import mean
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from apertus_mlx.generation.draft_pace import FIRST_REST, MeasuredPace
 
 
-def played(share: float, costs: list[float], tokens: int, pace: MeasuredPace) -> float:
+def played(
+    share: float, costs: list[float], tokens: int, pace: MeasuredPace, seed: int = 1
+) -> float:
     """Tokens a second on a machine whose passes with k guesses take `costs[k]` seconds."""
-    chance = random.Random(1)
+    chance = random.Random(seed)
     done, seconds = 0, 0.0
     while done < tokens:
         if not pace.ahead:
@@ -50,6 +53,55 @@ def test_it_is_nearly_as_fast_as_the_best_choice(costs: list[float], share: floa
     best = max(fixed(share, costs, k) for k in range(len(costs)))
     assert found > 0.92 * best
     assert found > 0.97 * fixed(share, costs, 0)
+
+
+# Without a draft's own cost: of 1 to 5 rows alone.
+ROWS = [1.0, 0.99, 1.13, 1.43, 1.75]
+
+
+def begun(costs: list[float]) -> MeasuredPace:
+    """A pace that knows `costs`, once it has seen that a token takes a second."""
+    pace = MeasuredPace(costs=costs)
+    assert (pace.ahead, pace.rest, pace.row_costs) == (0, FIRST_REST, "doctor")
+    pace.rested(FIRST_REST, float(FIRST_REST))
+    return pace
+
+
+@pytest.mark.parametrize("costs", [ROWS, M4_PRO, LIGHT, CPU, [1, 1.2]])
+def test_the_first_guess_goes_as_far_as_the_doctors_costs_promise(costs: list[float]) -> None:
+    """At the share that is taken for granted at first; two costs go on as a straight line."""
+    whole = costs if len(costs) == 5 else [1 + 0.2 * k for k in range(5)]
+    expected = max(range(1, 5), key=lambda k: fixed(0.7, whole, k))
+    assert begun(costs).ahead == expected
+    assert MeasuredPace().row_costs == "measured"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("told", [ROWS, CPU, [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("true", [M4_PRO, LIGHT, CPU])
+def test_wrong_costs_are_corrected(told: list[float], true: list[float], share: float) -> None:
+    pace = MeasuredPace(costs=told)
+    found = played(share, true, 4000, pace)
+    assert found > 0.92 * max(fixed(share, true, k) for k in range(5))
+    assert found > 0.97 * fixed(share, true, 0)
+
+
+def test_right_costs_save_what_finding_them_out_takes() -> None:
+    """In a short answer."""
+    for share in (0.7, 0.9):
+        told, alone = (
+            mean(played(share, LIGHT, 60, MeasuredPace(costs=costs), seed) for seed in range(100))
+            for costs in (LIGHT, ())
+        )
+        assert told > 1.02 * alone
+
+
+def test_nothing_is_tried_at_first_where_rows_cost_what_they_cost_alone() -> None:
+    pace = begun([1, 2, 3.1, 4, 5.2])
+    assert (pace.ahead, pace.rest, pace.off) == (0, 64, "slower than without")
+    # Costs on paper are no reason never to try.
+    pace.rested(64, 64.0)
+    assert pace.ahead > 0 and pace.off is None
 
 
 def test_it_turns_itself_off_and_says_so() -> None:

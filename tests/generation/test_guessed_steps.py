@@ -14,30 +14,11 @@ from apertus_mlx.generation.batch import Batch
 from apertus_mlx.generation.draft_pace import FixedPace, MeasuredPace
 from apertus_mlx.generation.drafts import Drafting
 from apertus_mlx.generation.guessed_steps import GuessedSteps
-from apertus_mlx.generation.model_folder import open_folder
-from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.row import Row
 from apertus_mlx.generation.speculate import Draw
 from tests.batch_play import answer
-from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.cache_sequences import FORMS
-from tests.draft_play import Models, Play, coarsened, loses_nothing, random_play, require_plain
-
-
-@pytest.fixture(scope="module", params=["mlx", "cpu"])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    if request.param == "cpu":
-        pytest.importorskip("onnxruntime")
-    config = config_4x(head_dim=32)
-    small = config_4x(head_dim=32, hidden_size=32, num_hidden_layers=1)
-    base = tmp_path_factory.mktemp("models")
-    one = write_checkpoint(base / "one", config)
-    two = write_checkpoint(base / "two", small, random_weights(small, 1))
-
-    def load(folder: Any, compute: Any = request.param) -> Any:
-        return open_folder(folder).load(RunOptions(compute=compute, dtype="float32")).model
-
-    return Models(load(one), load(one), load(two), coarsened(load(one, "mlx")))
+from tests.draft_play import Models, Play, loses_nothing, random_play, require_plain
 
 
 def row_of(play: Play) -> Row:
@@ -119,7 +100,8 @@ def test_right_guesses_come_together(models: Models) -> None:
             steps.append(tokens)
     assert [len(tokens) for tokens in steps] == [5, 2]
     assert row.speculation is not None and row.speculation.report() == {
-        "drafted": 5, "accepted": 5, "passes": 2, "tokens_per_pass": 3.5, "off": None
+        "drafted": 5, "accepted": 5, "passes": 2, "tokens_per_pass": 3.5, "off": None,
+        "row_costs": None,
     }  # fmt: skip
     caches = models.target.make_cache(FORMS[play.form])
     expected = models.target(mx.array([row.ids[:-1]]), caches)[0, len(play.prompt) - 1 :]

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from apertus_mlx.hub.demo import model_dir
-from tests.commands import command, refusal
+from tests.commands import in_process, refusal
 
 QUESTION = "What is the capital of France?"
 
 
 def test_the_coldest_temperatures_take_the_likeliest_tokens() -> None:
-    done = command("generate", QUESTION, "-t", "1e-37", "--seed", "3")
+    done = in_process("generate", QUESTION, "-t", "1e-37", "--seed", "3")
     assert (done.returncode, done.stdout.strip()) == (0, b"The capital of France is Paris.")
 
 
@@ -25,11 +25,11 @@ def test_the_coldest_temperatures_take_the_likeliest_tokens() -> None:
      ("--repetition-penalty", "1e-38"), ("--repetition-penalty", "1e-39")],
 )  # fmt: skip
 def test_what_vanishes_is_refused(option: str, value: str) -> None:
-    assert option in refusal(command("generate", QUESTION, "-t", "1", option, value), 2)
+    assert option in refusal(in_process("generate", QUESTION, "-t", "1", option, value), 2)
 
 
 def test_what_vanishes_in_a_file_is_refused(tmp_path: Path) -> None:
     folder = shutil.copytree(model_dir(), tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"top_p": 1e-45}))
-    line = refusal(command("generate", QUESTION, "-m", folder), 3)
+    line = refusal(in_process("generate", QUESTION, "-m", folder), 3)
     assert "top_p" in line and "1.2e-38 to 1" in line

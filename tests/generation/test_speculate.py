@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 
-from apertus_mlx.generation.model_folder import open_folder
-from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.model.apertus import Model
-from tests.builders import config_4x, random_weights, write_checkpoint
-from tests.draft_play import Models, coarsened, loses_nothing, random_play, require_same
+from tests.draft_play import Models, loses_nothing, random_play, require_same
 
-DAILY, NIGHTLY = 100, 1000
-
-
-@pytest.fixture(scope="module", params=["mlx", "cpu"])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    if request.param == "cpu":
-        pytest.importorskip("onnxruntime")
-    config = config_4x(head_dim=32)
-    small = config_4x(head_dim=32, hidden_size=32, num_hidden_layers=1)
-    base = tmp_path_factory.mktemp("models")
-    one = write_checkpoint(base / "one", config)
-    two = write_checkpoint(base / "two", small, random_weights(small, 1))
-
-    def load(folder: Any, compute: Any = request.param) -> Any:
-        return open_folder(folder).load(RunOptions(compute=compute, dtype="float32")).model
-
-    return Models(load(one), load(one), load(two), coarsened(load(one, "mlx")))
+DAILY, NIGHTLY = 40, 1000
 
 
 def play_all(models: Models, seeds: range) -> None:

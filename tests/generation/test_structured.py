@@ -28,7 +28,7 @@ from apertus_mlx.generation.thought_budget import ThoughtBudget
 from apertus_mlx.generation.tool_grammar import ToolGrammar
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.language_model import NextTokenLogits
-from tests.commands import command, refusal
+from tests.commands import in_process, refusal
 
 STOPS = frozenset({2, 68, 72})
 OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": False}
@@ -237,12 +237,14 @@ def test_python(tmp_path: Path) -> None:
 def test_commands(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text(json.dumps(BOUNDED))
-    done = command("generate", "Who are you?", "--schema", path, "-t", "0", "--logit-bias", "2=1")
+    done = in_process(
+        "generate", "Who are you?", "--schema", path, "-t", "0", "--logit-bias", "2=1"
+    )
     jsonschema.validate(json.loads(done.stdout), BOUNDED)
     path.write_text('{"items": {"not": {}}}')
-    line = refusal(command("generate", "Hello", "--schema", path, "-m", tmp_path), 2)
+    line = refusal(in_process("generate", "Hello", "--schema", path, "-m", tmp_path), 2)
     assert line == "error: --schema: at #/items: not is not supported"
-    refusal(command("generate", "Hello", "--schema", tmp_path / "none"), 4)
+    refusal(in_process("generate", "Hello", "--schema", tmp_path / "none"), 4)
 
 
 def test_a_second_use_is_free(monkeypatch: pytest.MonkeyPatch, embedded: LoadedModel) -> None:

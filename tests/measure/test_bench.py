@@ -40,6 +40,7 @@ from apertus_mlx.measure.bench.turns import Figure, ratios, time_task, total_tok
 from apertus_mlx.measure.bench.workload import Task, Workload, make_workload, random_prompt
 from apertus_mlx.memory.devices import published_bandwidth
 from tests.builders import config_4x, write_checkpoint, write_json
+from tests.daily import every
 
 SIZES = {
     "0.5B": config_4x(
@@ -452,7 +453,7 @@ def test_what_cannot_be_had(
     assert "the apertus-mlx side ended" in refused(capsys, 1, *TINY)
 
 
-@pytest.mark.parametrize("kv", [{}, {"key_bits": 4, "value_bits": 4}], ids=["full", "4 bits"])
+@pytest.mark.parametrize("kv", every(2, [{"key_bits": 4, "value_bits": 4}, {}]), ids=str)
 def test_a_side_with_a_draft_decodes_the_same(kv: dict[str, int]) -> None:
     """Behind tokens that were read before, twice on one cache."""
     loaded = open_folder(model_dir()).load(RunOptions(compute="mlx", dtype="float32"))

@@ -32,6 +32,7 @@ from apertus_mlx.measure.doctor.visit import conclude, trace
 from apertus_mlx.system.user_folders import CACHE_VARIABLE
 from tests import metal_harness
 from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.commands import in_process, refusal
 from tests.simulated_device import (
     AGREED,
     HANG_S,
@@ -330,7 +331,7 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert set(report) == {
         "machine", "products", "products_right", "model", "dtype", "kernels", "examined", "tuned",
         "agreement", "disagreement", "model_ratios", "compilation_ratios",
-        "row_costs", "switched_off", "conclusion", "stored",
+        "row_costs", "row_costs_stored", "switched_off", "conclusion", "stored",
     }  # fmt: skip
     assert len(report["row_costs"]) == 5 and report["row_costs"][0] == 1
     assert report["model"] == tiny.name and report["dtype"] == "float32"
@@ -343,10 +344,10 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
         if not mx.metal.is_available():
             assert (kernel["state"], kernel["reason"]) == ("unchecked", None)
 
-    assert run_doctor("--reset").returncode == 0
-    assert run_doctor("--reset", "--tune").returncode == 2
-    assert run_doctor(str(tmp_path)).returncode == 3
-    assert run_doctor(str(tmp_path / "absent")).returncode == 4
+    assert in_process("doctor", "--reset").returncode == 0
+    refusal(in_process("doctor", "--reset", "--tune"), 2)
+    refusal(in_process("doctor", tmp_path), 3)
+    refusal(in_process("doctor", tmp_path / "absent"), 4)
 
 
 def test_a_visit_with_metal(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

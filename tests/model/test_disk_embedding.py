@@ -33,7 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "mxfp8": {"mode": "mxfp8"},
     "nvfp4": {"mode": "nvfp4"},
 }
-DAILY = ("affine 2", "affine 3", "affine 8", "mxfp4", "nvfp4")
+DAILY = ("affine 3", "nvfp4")
 PLAIN = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 

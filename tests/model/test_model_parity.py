@@ -48,6 +48,7 @@ def test_equals_recorded_transformers(name: str, tmp_path: Path) -> None:
     assert greedy(model, PROMPT, GREEDY_TOKENS) == GOLDEN[f"{name}.greedy"].tolist()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", CASES)
 def test_equals_installed_transformers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")

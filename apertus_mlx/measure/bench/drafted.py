@@ -29,7 +29,7 @@ class Drafted(Engine):
     def __init__(
         self, model: LanguageModel, form: CacheConfig, prefill_step: int, drafting: Drafting
     ) -> None:
-        self.speculation = Speculation()
+        self.speculation = Speculation(row_costs=drafting.pace.row_costs)
         self._model, self._form, self._prefill_step = model, form, prefill_step
         self._drafting = drafting
         # What each cache holds before the prompt of `tokens`.

@@ -18,6 +18,7 @@ from apertus_mlx.backend.metal.kernel import Kernel, build
 from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.backend.metal.verdict import Verdict
 from apertus_mlx.backend.mlx import DTYPES
+from apertus_mlx.backend.row_costs import RowCosts, products_of, store_row_costs
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.measure.doctor.attended import AttendedDevice, child_command
 from apertus_mlx.measure.doctor.consult import Consultation, KernelResult, consult, keys_of
@@ -46,6 +47,8 @@ class Report:
     compilation_ratios: tuple[float, ...]
     # What products with 1 to 5 rows cost, beside those with one; only with times.
     row_costs: tuple[float, ...]
+    # Where drafts find them; None if there are none.
+    row_costs_stored: str | None
     switched_off: bool
     conclusion: str
     # Where the verdict is stored; None if there is none.
@@ -76,6 +79,8 @@ def visit(
 ) -> Report:
     """Examine this machine and the kernels of a model; keeps the verdict if there is Metal.
 
+    With times, what several rows cost is kept on any machine.
+
     Args:
         inventory: the model.
         name: what the report calls it.
@@ -85,7 +90,7 @@ def visit(
         on_stage: is told what comes next.
 
     Raises:
-        ResourceError: another doctor is at work, the verdict cannot be written, or memory lacks.
+        ResourceError: another doctor is at work, what is kept cannot be written, or memory lacks.
         RejectedError: no process can be started that tries the kernels.
     """
     facts, products = gather_facts(), product_errors()
@@ -100,6 +105,7 @@ def visit(
     else:
         done, stored = _examine(inventory, name, dtype, kernels, with_times, facts, on_stage)
         conclusion = conclude(done, again)
+    costs = row_costs(inventory, DTYPES[dtype]) if with_times else ()
     return Report(
         machine=facts,
         products=products,
@@ -113,11 +119,24 @@ def visit(
         disagreement=done.disagreement,
         model_ratios=done.model_race.ratios if done.model_race else (),
         compilation_ratios=done.compilation_race.ratios if done.compilation_race else (),
-        row_costs=row_costs(inventory, DTYPES[dtype]) if with_times else (),
+        row_costs=costs,
+        row_costs_stored=_kept(costs, inventory, name, dtype, facts) if costs else None,
         switched_off=switched_off(),
         conclusion=conclusion,
         stored=stored,
     )
+
+
+def _kept(
+    costs: tuple[float, ...], inventory: Inventory, name: str, dtype: str, facts: Facts
+) -> str:
+    products = products_of(inventory, dtype)
+    with verdict.only_doctor():
+        return str(store_row_costs(RowCosts(facts.identity, products, name, _now(), costs)))
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def trace(kernel: Kernel) -> str | None:
@@ -153,7 +172,7 @@ def _examine(
                 machine=facts.identity,
                 texts=verdict.text_hash(kernels),
                 model=name,
-                date=datetime.now().astimezone().isoformat(timespec="seconds"),
+                date=_now(),
                 tuned=done.tuned,
                 accepted=keys_of(done.accepted),
                 rejected=done.reasons,
