@@ -129,8 +129,10 @@ def _is_abandoned(parent: int) -> bool:
 
 def _end(line: str | None, code: int) -> None:
     """End the process, though its main thread may wait for MLX for ever."""
-    sink.finish()
-    if line is not None:
-        sink.hush(False)
-        sink.note(f"error: {line}; all ranks end")
-    os._exit(code)
+    try:
+        sink.finish()
+        if line is not None:
+            sink.hush(False)
+            sink.note(f"error: {line}; all ranks end")
+    finally:
+        os._exit(code)

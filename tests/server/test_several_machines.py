@@ -36,11 +36,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(
-    folder: Path, model: Path, *options: str
+    folder: Path, model: Path, *options: str, count: int = 2
 ) -> Iterator[tuple[int, list[subprocess.Popen[str]]]]:
-    """The port of two ranks that serve; they may be ended before."""
+    """The port of ranks that serve; they may be ended before."""
     command = ["-m", "apertus_mlx", "serve", str(model), "--port", "0", *options]
-    processes = start(folder, [command] * 2)
+    processes = start(folder, [command] * count)
     try:
         assert processes[0].stderr is not None
         for line in processes[0].stderr:
@@ -92,10 +92,22 @@ def asked(port: int) -> list[str]:
     return [first, *found, more]
 
 
-@pytest.mark.parametrize("split", [[], ["--pipeline"], ["--kv-bits", "8"], ["--max-kv", "64"]])
-def test_ranks_answer_as_one_process(tmp_path: Path, model: Path, split: list[str]) -> None:
-    if "--kv-bits" in split:
-        model = write_checkpoint(tmp_path / "wide", config_4x(head_dim=64))
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [
+        ([], 2),
+        ([], 4),
+        (["--pipeline"], 2),
+        (["--kv-bits", "8"], 2),
+        (["--max-kv", "64"], 2),
+    ],
+)
+def test_ranks_answer_as_one_process(
+    tmp_path: Path, model: Path, split: list[str], count: int
+) -> None:
+    if "--kv-bits" in split or count == 4:
+        wide = {"head_dim": 64, "num_key_value_heads": 4, "num_hidden_layers": 4}
+        model = write_checkpoint(tmp_path / "wide", config_4x(**wide))
     form = [each for each in split if each != "--pipeline"]
     alone = Process(str(model), "--compute", "mlx", *form)
     try:
@@ -103,10 +115,10 @@ def test_ranks_answer_as_one_process(tmp_path: Path, model: Path, split: list[st
         expected = asked(alone.port)
     finally:
         alone.end()
-    with serving(tmp_path, model, *split) as (port, processes):
+    with serving(tmp_path, model, *split, count=count) as (port, processes):
         assert asked(port) == expected
         processes[0].send_signal(signal.SIGTERM)
-        assert [code for code, _, _ in ends(processes)] == [0, 0]
+        assert [code for code, _, _ in ends(processes)] == [0] * count
 
 
 def test_a_client_that_goes_frees_all(tmp_path: Path, model: Path) -> None:
