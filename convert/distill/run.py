@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from apertus_mlx.convert.distill.student import (
     stored_tensors,
 )
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
-from apertus_mlx.convert.distill.training import Options, Training, Validation, best
+from apertus_mlx.convert.distill.training import Options, Training, Validation, best, text_note
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.evaluation.receipt import Receipt, kept_bytes, measure_receipt
 from apertus_mlx.convert.evaluation.texts import (
@@ -54,6 +55,8 @@ from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.arrays import blocks
 from apertus_mlx.system.model_files import MAX_WEIGHTS_BYTES, copy_file, exists
 from apertus_mlx.system.strict_json import read_object
+
+_log = logging.getLogger("apertus_mlx")
 
 # Folders beside the output while it is built.
 DISTILLATION, EVALUATION = "distillation", "receipt"
@@ -219,6 +222,8 @@ def distill(job: Job, target: Path, resume: bool = False, observer: Observer = S
     def make(workspace: Workspace) -> None:
         path = workspace.path
         student, history = _train(job, workspace.kept_folder(DISTILLATION), observer)
+        if (note := text_note(job.options, history)) is not None:
+            _log.info(note)
         _write_model(job.student, path, dict(stored_tensors(student)))
         # Streams of a student that learned with other options are not this one's.
         quality = measure_receipt(

@@ -229,6 +229,20 @@ def best(history: Sequence[Validation]) -> Validation:
     return min(history, key=lambda validation: validation.held_out_divergence)
 
 
+def text_note(options: Options, history: Sequence[Validation]) -> str | None:
+    """What to say where the text's share of the loss kept a student from its teacher.
+
+    That is where the loss on held-out windows fell, but not the divergence in it.
+    """
+    first, lowest = history[0], min(each.held_out_loss for each in history)
+    if not options.text_share or best(history) != first or lowest >= first.held_out_loss:
+        return None
+    return (
+        f"--text-share {options.text_share:g}: the student followed the text and came no nearer "
+        "its teacher; nothing was changed; --text-share 0 follows the teacher alone"
+    )
+
+
 def _is_stale(history: Sequence[Validation]) -> bool:
     return len(history) - 1 - history.index(best(history)) >= PATIENCE
 

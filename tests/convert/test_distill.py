@@ -448,6 +448,26 @@ def test_a_stale_run_stops_early_with_the_best_weights(
     assert best.held_out_divergence <= history[0].held_out_divergence
 
 
+@pytest.mark.parametrize(
+    ("share", "losses", "divergences", "told"),
+    [
+        (0.1, [3.0, 2.8, 2.9], [0.2, 0.21, 0.3], True),
+        (0.1, [3.0, 2.8, 2.9], [0.2, 0.19, 0.3], False),
+        (0.1, [3.0, 3.1, 3.2], [0.2, 0.21, 0.3], False),
+        (0.0, [0.2, 0.1, 0.3], [0.2, 0.21, 0.3], False),
+    ],
+)
+def test_a_text_that_leads_away_is_named(
+    share: float, losses: list[float], divergences: list[float], told: bool
+) -> None:
+    history = [
+        training.Validation(step, step, None, loss, divergence)
+        for step, (loss, divergence) in enumerate(zip(losses, divergences, strict=True))
+    ]
+    note = training.text_note(Options(text_share=share), history)
+    assert (note is not None and note.startswith("--text-share 0.1: ")) == told
+
+
 # --- what cannot be done ----------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,12 +23,14 @@ from apertus_mlx.convert.job import Job, convert, prepare
 from apertus_mlx.convert.plan import plan as plan_module
 from apertus_mlx.convert.plan.options import read_request
 from apertus_mlx.convert.plan.plan import Plan
-from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.plan.policy import Request, Target
 from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.errors import ResourceError, UsageError
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, write_checkpoint
+from tests.daily import every
 
 REQUEST = Request(QuantSpec(2, 32), method="gptq")
 
@@ -121,12 +124,39 @@ def test_the_codes_are_those_of_the_calibration(
             assert not mx.array_equal(written[f"{step.path}.scales"], scales)
 
 
-def test_codes_that_have_learnt_are_those_that_are_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def with_own_vocabulary(source: Path) -> Path:
+    """Another model in the place of `source`, whose tokens can be cut."""
+    shutil.rmtree(source)
+    config = config_4x(vocab_size=1792, tie_word_embeddings=True)
+    write_checkpoint(source, config, dtype=mx.bfloat16, tokenizer=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_dir() / name, source)
+    return source
+
+
+@pytest.mark.parametrize(
+    "changes",
+    every(
+        4,
+        [
+            {"smooth": True, "rotate": True},
+            {"default": None, "target": Target(4.5, group_size=32), "compare": True},
+            {"vocab": 1024},
+            {},
+        ],
+    ),
+    ids=str,
+)
+def test_what_has_learnt_is_what_is_written(
+    changes: dict[str, Any], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runtime computes from the folder what the model in training computed last."""
     small_steps(monkeypatch)
-    monkeypatch.setattr(tuning, "EPOCHS", (2, 2))
+    monkeypatch.setattr(
+        "apertus_mlx.convert.job.HeldOutComparison.divergences", lambda *_, **__: [0.1, 0.2]
+    )
+    # The embedded model's tokens are longer, and so fewer.
+    monkeypatch.setattr(tuning, "EPOCHS", (8, 8) if "vocab" in changes else (2, 2))
     # Far steps, and the last state is kept, though it is no better.
     monkeypatch.setattr(training, "CODES_FACTOR", 10)
     monkeypatch.setattr(tuning, "LEARNING_RATES", {"weights": 1e-2})
@@ -147,8 +177,11 @@ def test_codes_that_have_learnt_are_those_that_are_written(
 
     save = tuning._save
     monkeypatch.setattr(tuning, "_save", watched)
-    found = job(shorter(source, tmp_path), replace(REQUEST, tune=True))
-    folder = convert(found, tmp_path / "out")
+    source = shorter(source, tmp_path)
+    if "vocab" in changes:
+        source = with_own_vocabulary(source)
+    target = tmp_path / "out"
+    folder = convert(job(source, replace(REQUEST, tune=True, **changes), target), target)
     assert json.loads((folder / MANIFEST).read_text())["tuning"]["trained"] == "weights"
     ids = mx.array([[1, 100, 200, 300, 5, 60, 77]])
     assert changed > 3
