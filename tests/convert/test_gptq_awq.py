@@ -168,7 +168,7 @@ def test_small_blocks_give_the_same(
     case = next(name for name in CASES if name.startswith(method))
     checkpoint(tmp_path / "in", *CASES[case])
     convert(prepare(tmp_path / "in", Request(), "x"), tmp_path / "whole")
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 12_000)
     convert(prepare(tmp_path / "in", Request(), "x"), tmp_path / "blocks")
     assert build.read_folder(tmp_path / "whole") == build.read_folder(tmp_path / "blocks")
 
