@@ -112,7 +112,9 @@ def test_an_interrupt_of_ssh_ends_all(tmp_path: Path, model: Path, command: str)
     os.killpg(process.pid, signal.SIGINT)
     require_end(tmp_path)
     process.communicate()
-    assert [path.read_text() for path in tmp_path.glob("code*")] == ["130", "130"]
+    codes = [path.read_text() for path in tmp_path.glob("code*")]
+    # Rank 0 may find that it cannot write any more before it hears of the interrupt.
+    assert len(codes) == 2 and set(codes) <= {"130", "5"}, codes
 
 
 @needs_pidfd
