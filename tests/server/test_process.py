@@ -140,7 +140,7 @@ def test_sigterm_lets_an_answer_end(process: Process) -> None:
     """The last test: it ends the process of all others."""
     client = process.client()
     stream = client.completions.create(
-        model="default", prompt="The", max_tokens=300, temperature=0, stream=True,
+        model="default", prompt="The", max_tokens=100, temperature=0, stream=True,
         logit_bias={"2": -100, "68": -100, "72": -100},
     )  # fmt: skip
     first = next(iter(stream))
