@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from urllib.request import urlopen
 
 import pytest
 
+from apertus_mlx.cli import serve as serve_module
 from apertus_mlx.cli.serve import serve
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.options import ServeOptions
 from tests.server.process import Process
 from tests.server.running import ANSWER, QUESTION
@@ -99,6 +102,30 @@ def test_a_port_in_use_and_hosts_without_a_key(process: Process) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             serve(serving=ServeOptions(**options), settings=RunOptions())
+
+
+def test_sigterm_as_soon_as_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the server, though nothing is loaded and uvicorn does not run yet."""
+    died: list[int] = []
+    # What the process would die of.
+    before = signal.signal(signal.SIGTERM, lambda sig, _: died.append(sig))
+    start = Engine.start
+
+    def announced(line: str) -> None:
+        if line.startswith("serving "):
+            signal.raise_signal(signal.SIGTERM)
+
+    def starting(engine: Engine) -> None:
+        assert engine.draining, "the signal was lost"
+        start(engine)
+
+    monkeypatch.setattr(serve_module, "note", announced)
+    monkeypatch.setattr(Engine, "start", starting)
+    try:
+        serve(serving=ServeOptions(port=0), settings=RunOptions())
+        assert not died
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.nightly
