@@ -19,6 +19,8 @@ PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/input_tokens", "/tokenize",
     "/detokenize", "/apply-template", "/v1/models", "/v1/models/{name}", "/v1/status", "/health",
     "/metrics", "/openapi.json", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/responses", "/v1/responses/input_tokens", "/v1/responses/{id}",
+    "/v1/responses/{id}/input_items",
 )  # fmt: skip
 
 NAMES = [
