@@ -9,6 +9,7 @@ from hypothesis import settings
 
 # Test processes run side by side, one per core; threads inside them would only get in the way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("APERTUS_MLX_THREADS", "1")
 # Bounds are those of float32; MLX reads this at its first product.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 

@@ -91,10 +91,10 @@ def serve(
     )
     app = build_app(engine, served, access, metrics=serving.metrics)
     host = f"[{serving.host}]" if ":" in serving.host else serving.host
-    note(f"serving {served.name} at http://{host}:{socket.getsockname()[1]}/v1")
+    line = f"serving {served.name} at http://{host}:{socket.getsockname()[1]}/v1"
     interrupted = False
     try:
-        listen(app, engine, socket, serving.grace)
+        listen(app, engine, socket, serving.grace, lambda: note(line))
     except KeyboardInterrupt:
         interrupted = True
         raise

@@ -24,6 +24,7 @@ from apertus_mlx.server.completions import CompletionReply, read_completion
 from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.errors import ApiError, busy
 from apertus_mlx.server.fields import ignored_fields, unsupported
+from apertus_mlx.server.input_items import list_input
 from apertus_mlx.server.jobs import Job, Task
 from apertus_mlx.server.message_fields import MESSAGE_FIELDS
 from apertus_mlx.server.message_reply import MessageReply
@@ -76,6 +77,7 @@ class Endpoints:
             Route("/v1/messages", self.messages, methods=["POST"]),
             Route("/v1/responses", self.responses, methods=["POST"]),
             Route("/v1/responses/{id}", self.one_response, methods=["GET", "DELETE"]),
+            Route("/v1/responses/{id}/input_items", self.input_items, methods=["GET"]),
             *(
                 Route(path, partial(self.tokens, answer), methods=["POST"])
                 for path, answer in (
@@ -158,6 +160,11 @@ class Endpoints:
         if request.query_params:
             raise unsupported(next(iter(request.query_params)))
         return JSONResponse(self._responses.get(name).response)
+
+    async def input_items(self, request: Request) -> Response:
+        """GET /v1/responses/ID/input_items."""
+        stored = self._responses.get(request.path_params["id"])
+        return JSONResponse(list_input(stored, request.query_params))
 
     async def tokens(
         self, answer: Callable[[Mapping[str, Any], ServedModel], dict[str, Any]], request: Request

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -122,8 +123,16 @@ class _Server(uvicorn.Server):
         self._engine.end_all(busy(503, "the server is shutting down", "draining", final=True))
 
 
-def serve(app: Application, engine: Engine, listening: socket.socket, grace_s: float) -> None:
+def serve(
+    app: Application,
+    engine: Engine,
+    listening: socket.socket,
+    grace_s: float,
+    announce: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C, or until the engine could not load the model.
+
+    `announce` says that there is a server: from then on a signal ends it in order.
 
     Raises:
         Exception: what kept the model from being loaded.
@@ -145,10 +154,11 @@ def serve(app: Application, engine: Engine, listening: socket.socket, grace_s: f
     server = _Server(config, engine, grace_s)
     engine.on_failure = lambda: setattr(server, "should_exit", True)
     _raise_file_limit()
-    # uvicorn raises the signal once more when it has ended; that is then no reason to die of it.
-    before: Any = signal.signal(signal.SIGTERM, lambda *_: None)
-    engine.start()
+    # uvicorn takes signals only once it runs, and raises them once more when it has ended.
+    before: Any = signal.signal(signal.SIGTERM, server.handle_exit)
     try:
+        announce()
+        engine.start()
         server.run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from apertus_mlx.server.errors import ApiError, wrong
-from apertus_mlx.server.fields import MOST_TOOLS, Flag, kind_of, read_object, shown, unsupported
-from apertus_mlx.server.tool_fields import ChosenTools, read_tool_fields
+from apertus_mlx.server.fields import Flag, kind_of, read_object, shown, unsupported
+from apertus_mlx.server.tool_fields import ChosenTools, read_tool_fields, tool_list
 
 # What neither changes the prompt nor the answer.
 IGNORED_OF_TOOLS = ("cache_control", "eager_input_streaming")
@@ -23,12 +23,7 @@ def read_message_tools(fields: Mapping[str, Any]) -> ChosenTools:
     Raises:
         ApiError: 400, a tool or the choice is wrong.
     """
-    given = fields.get("tools")
-    if given is not None and not isinstance(given, list):
-        raise wrong("tools", f"expected a list, not {kind_of(given)}")
-    if given and len(given) > MOST_TOOLS:
-        raise wrong("tools", f"has {len(given)} tools; at most {MOST_TOOLS}")
-    tools = [_tool(f"tools[{index}]", each) for index, each in enumerate(given or ())]
+    tools = [_tool(f"tools[{index}]", each) for index, each in enumerate(tool_list(fields))]
     choice = _choice(fields.get("tool_choice"))
     try:
         return read_tool_fields({"tools": tools, **choice})

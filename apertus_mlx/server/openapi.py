@@ -18,7 +18,7 @@ from apertus_mlx.server.field_schemas import (
     known,
 )
 from apertus_mlx.server.message_schemas import MESSAGE_ANSWERS, message_body_schema
-from apertus_mlx.server.response_schemas import RESPONSE_ANSWERS, response_body_schema
+from apertus_mlx.server.response_schemas import PAGE, RESPONSE_ANSWERS, response_body_schema
 
 VERSION = "3.1.0"
 _BODY = (400, 404, 408, 413, 415)
@@ -112,6 +112,10 @@ def operations(names: Sequence[str]) -> dict[str, Operation]:
                     "delete", "Forgets it", "ResponseDeleted", (404,), parameters=[kept]
                 )
             ],
+        ),
+        "/v1/responses/{id}/input_items": Operation(
+            "get", "What a kept response was made from", "ResponseItems", (400, 404),
+            parameters=[kept, *PAGE],
         ),
         "/tokenize": Operation("post", "Tokens of a text or chat", "Tokens", _BODY, tokenized),
         "/detokenize": Operation(

@@ -17,13 +17,14 @@ from apertus_mlx.server.field_schemas import (
     or_null,
 )
 from apertus_mlx.server.fields import MOST_MESSAGES, MOST_TOOLS, fields_of
+from apertus_mlx.server.input_items import MOST_LIMIT, ORDERS
 from apertus_mlx.server.response_fields import (
     MOST_METADATA,
     MOST_METADATA_KEY,
     MOST_METADATA_VALUE,
     RESPONSE_FIELDS,
 )
-from apertus_mlx.server.response_items import MESSAGE_PARTS, ROLES
+from apertus_mlx.server.response_items import ITEM_TYPES, MESSAGE_PARTS, ROLES
 from apertus_mlx.server.responses import INCLUDED, LEFT_OUT_TOOLS
 from apertus_mlx.text.given import FUNCTION_NAME
 
@@ -265,9 +266,33 @@ def _events() -> Schema:
     }  # fmt: skip
 
 
+# What the query of a list of items may hold.
+PAGE: tuple[Schema, ...] = (
+    {"name": "after", "in": "query", "schema": TEXT},
+    {"name": "limit", "in": "query",
+     "schema": {"type": "integer", "minimum": 1, "maximum": MOST_LIMIT}},
+    {"name": "order", "in": "query", "schema": {"enum": list(ORDERS)}},
+)  # fmt: skip
 RESPONSE_ANSWERS: dict[str, Schema] = {
     "Response": _RESPONSE,
     "ResponseEvent": _events(),
+    "ResponseItems": just(
+        {
+            "object": {"const": "list"},
+            "data": _list(
+                {
+                    "type": "object",
+                    "properties": {"id": TEXT, "type": {"enum": list(ITEM_TYPES)}},
+                    "required": ["id", "type"],
+                },
+                0,
+                MOST_LIMIT,
+            ),
+            "first_id": or_null(TEXT),
+            "last_id": or_null(TEXT),
+            "has_more": FLAG,
+        }
+    ),
     "ResponseDeleted": just(
         {"id": TEXT, "object": {"const": "response"}, "deleted": {"const": True}}
     ),

@@ -10,7 +10,7 @@ from typing import Any
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.server.chat_completions import read_chat, read_chat_prompt
 from apertus_mlx.server.errors import ApiError, in_request, wrong
-from apertus_mlx.server.fields import MOST_TOOLS, kind_of, read_fields, read_object, shown
+from apertus_mlx.server.fields import kind_of, read_fields, read_object, shown
 from apertus_mlx.server.jobs import Task
 from apertus_mlx.server.response_fields import (
     MOST_METADATA,
@@ -23,6 +23,7 @@ from apertus_mlx.server.response_items import Conversation
 from apertus_mlx.server.response_store import ResponseStore
 from apertus_mlx.server.sampling_fields import require_text
 from apertus_mlx.server.served_model import ServedModel
+from apertus_mlx.server.tool_fields import tool_list
 
 # Codex offers these with each request. They are run by a server, and this one offers none.
 LEFT_OUT_TOOLS = ("web_search", "image_generation", "namespace")
@@ -158,7 +159,7 @@ def _as_chat(
     chat |= {
         "messages": conversation.messages,
         "max_completion_tokens": fields.get("max_output_tokens"),
-        "tools": _tools(fields.get("tools")),
+        "tools": _tools(tool_list(fields)),
         "tool_choice": _tool_choice(fields.get("tool_choice")),
         "response_format": _format(fields.get("text")),
         "reasoning_effort": _effort(fields.get("reasoning")),
@@ -167,16 +168,10 @@ def _as_chat(
     return fields, [*before, *items], chat, Places(conversation.places, kept)
 
 
-def _tools(value: Any) -> Any:
+def _tools(given: Sequence[Any]) -> list[Any]:
     """The functions as a chat has them."""
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise wrong("tools", f"expected a list, not {kind_of(value)}")
-    if len(value) > MOST_TOOLS:
-        raise wrong("tools", f"has {len(value)} tools; at most {MOST_TOOLS}")
     found = []
-    for index, tool in enumerate(value):
+    for index, tool in enumerate(given):
         place = f"tools[{index}]"
         if _left_out(tool):
             continue

@@ -37,11 +37,7 @@ def read_tool_fields(fields: Mapping[str, Any]) -> ChosenTools:
     Raises:
         ApiError: 400, a definition or the choice is wrong.
     """
-    given = fields.get("tools")
-    if given is not None and not isinstance(given, list):
-        raise wrong("tools", f"expected a list, not {kind_of(given)}")
-    if given and len(given) > MOST_TOOLS:
-        raise wrong("tools", f"has {len(given)} tools; at most {MOST_TOOLS}")
+    given = tool_list(fields)
     try:
         definitions = read_tools(given)
     except UsageError as error:
@@ -53,7 +49,7 @@ def read_tool_fields(fields: Mapping[str, Any]) -> ChosenTools:
         return ChosenTools()
     parallel = fields.get("parallel_tool_calls", True)
     try:
-        for index, (tool, read) in enumerate(zip(given or (), definitions, strict=True)):
+        for index, (tool, read) in enumerate(zip(given, definitions, strict=True)):
             if _is_strict(tool, index):
                 ToolGrammar([read], strict=True)
     except UsageError as error:
@@ -64,6 +60,20 @@ def read_tool_fields(fields: Mapping[str, Any]) -> ChosenTools:
         raise in_request(error, "tool_choice") from None
     names = [each["name"] for each in allowed] if choice != "none" else None
     return ChosenTools(definitions, grammar, names)
+
+
+def tool_list(fields: Mapping[str, Any]) -> list[Any]:
+    """What a body lists as its tools, not yet read; empty where there is none.
+
+    Raises:
+        ApiError: 400, it is no list, or too long.
+    """
+    given = fields.get("tools")
+    if given is not None and not isinstance(given, list):
+        raise wrong("tools", f"expected a list, not {kind_of(given)}")
+    if given and len(given) > MOST_TOOLS:
+        raise wrong("tools", f"has {len(given)} tools; at most {MOST_TOOLS}")
+    return given or []
 
 
 def _is_strict(tool: Mapping[str, Any], index: int) -> bool:

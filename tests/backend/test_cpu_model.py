@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from apertus_mlx.backend.hardware import processors
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cache import Cache, CacheConfig, FullCache, rewind
 from apertus_mlx.checkpoint.inventory import take_inventory
@@ -29,6 +31,7 @@ from tests.parity_cases import CASES
 pytest.importorskip("onnxruntime")
 from apertus_mlx.backend.cpu.cache import CPUCache
 from apertus_mlx.backend.cpu.model import CPUModel
+from apertus_mlx.backend.cpu.threads import THREADS_VARIABLE
 
 # Of the logits' largest absolute value.
 TOLERANCE = 1e-5
@@ -251,13 +254,15 @@ FORK = """
 import os, sys
 from pathlib import Path
 import mlx.core as mx
+import numpy as np
 from apertus_mlx.backend.cpu.model import CPUModel
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.checkpoint.inventory import take_inventory
 model = CPUModel(take_inventory(Path(sys.argv[1])))
 ids = mx.array([[1, 2, 3]])
 mx.eval(ids)
-model(ids)
+long = mx.arange(300)[None]
+np.save(sys.argv[2], np.array(model(long)))
 child = os.fork()
 if child == 0:
     try:
@@ -271,16 +276,21 @@ print("both answered")
 """
 
 
-def test_fork(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, config_4x(), tokenizer=False)
+def test_a_process_of_several_threads(tmp_path: Path) -> None:
+    """Those of onnxruntime share the work; one that was forked from it is refused."""
+    folder = write_checkpoint(tmp_path / "model", config_4x(), tokenizer=False)
+    logits = tmp_path / "logits.npy"
     run = subprocess.run(
-        [sys.executable, "-c", FORK, str(folder)],
+        [sys.executable, "-c", FORK, str(folder), str(logits)],
+        env={**os.environ, THREADS_VARIABLE: str(min(2, processors()))},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert run.stdout == "both answered\n", run.stderr
+    plain = np.array(load_model(folder)(mx.arange(300)[None]))
+    np.testing.assert_allclose(np.load(logits), plain, atol=TOLERANCE * np.abs(plain).max(), rtol=0)
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ def embedded() -> LoadedModel:
     return open_folder(model_dir()).load()
 
 
+@cache
+def embedded_on_mlx() -> LoadedModel:
+    """The same computed by MLX in float32, which shares steps among requests."""
+    return open_folder(model_dir()).load(RunOptions(compute="mlx", dtype="float32"))
+
+
 @contextmanager
 def serving(
     *,

@@ -17,14 +17,13 @@ from apertus_mlx.cache import CacheConfig, FullCache
 from apertus_mlx.generation import batch as batch_module
 from apertus_mlx.generation.batch import Batch, Event
 from apertus_mlx.generation.cached_prefix import CachedPrefix
-from apertus_mlx.generation.model_folder import LoadedModel, open_folder
+from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.generation.options import RunOptions, SamplingOptions
 from apertus_mlx.generation.run import Generation
-from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.server.engine import EngineLimits
 from apertus_mlx.server.jobs import Job
-from tests.server.running import QUESTION, Server, serving
+from tests.server.running import QUESTION, Server, embedded_on_mlx, serving
 from tests.server.test_stream import Client, wait_until_idle
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
@@ -82,7 +81,7 @@ class Broken(FullCache):
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    found = open_folder(model_dir()).load(RunOptions(compute="mlx", dtype="float32"))
+    found = embedded_on_mlx()
     assert isinstance(found.model, Model)
     twin = Watched(found.model.config)
     vars(twin).update(vars(found.model))

@@ -10,11 +10,9 @@ import pytest
 
 from apertus_mlx.generation.draft_pace import FixedPace
 from apertus_mlx.generation.drafts import Drafting, LookupDraft, ModelDraft
-from apertus_mlx.generation.model_folder import LoadedModel, open_folder
-from apertus_mlx.generation.options import RunOptions
-from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.generation.model_folder import LoadedModel
 from apertus_mlx.server.engine import EngineLimits
-from tests.server.running import Server, serving
+from tests.server.running import Server, embedded_on_mlx, serving
 from tests.server.test_batched import ENDLESS, REQUESTS, TEXT, ask_all, asked, gather, said
 
 ASKED = [
@@ -26,7 +24,7 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    return open_folder(model_dir()).load(RunOptions(compute="mlx", dtype="float32"))
+    return embedded_on_mlx()
 
 
 @pytest.fixture(

@@ -250,9 +250,10 @@ def poisoned() -> Iterator[Server]:
         yield found
 
 
-def test_random_requests(poisoned: Server) -> None:
+@pytest.mark.parametrize("count", [2 * len(KINDS), pytest.param(1000, marks=pytest.mark.nightly)])
+def test_random_requests(poisoned: Server, count: int) -> None:
     files = 0
-    for number in range(200):
+    for number in range(count):
         rng = random.Random(number)
         kind = KINDS[number % len(KINDS)]
         request, response = send_random(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from urllib.request import urlopen
 
 import pytest
 
+from apertus_mlx.cli import serve as serve_module
 from apertus_mlx.cli.serve import serve
 from apertus_mlx.errors import UsageError
 from apertus_mlx.generation.options import RunOptions
+from apertus_mlx.server.engine import Engine
 from apertus_mlx.server.options import ServeOptions
 from tests.server.process import Process
 from tests.server.running import ANSWER, QUESTION
@@ -101,6 +104,30 @@ def test_a_port_in_use_and_hosts_without_a_key(process: Process) -> None:
             serve(serving=ServeOptions(**options), settings=RunOptions())
 
 
+def test_sigterm_as_soon_as_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the server, though nothing is loaded and uvicorn does not run yet."""
+    died: list[int] = []
+    # What the process would die of.
+    before = signal.signal(signal.SIGTERM, lambda sig, _: died.append(sig))
+    start = Engine.start
+
+    def announced(line: str) -> None:
+        if line.startswith("serving "):
+            signal.raise_signal(signal.SIGTERM)
+
+    def starting(engine: Engine) -> None:
+        assert engine.draining, "the signal was lost"
+        start(engine)
+
+    monkeypatch.setattr(serve_module, "note", announced)
+    monkeypatch.setattr(Engine, "start", starting)
+    try:
+        serve(serving=ServeOptions(port=0), settings=RunOptions())
+        assert not died
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.nightly
 def test_sigterm_ends_what_does_not_end() -> None:
     import openai
@@ -140,7 +167,7 @@ def test_sigterm_lets_an_answer_end(process: Process) -> None:
     """The last test: it ends the process of all others."""
     client = process.client()
     stream = client.completions.create(
-        model="default", prompt="The", max_tokens=300, temperature=0, stream=True,
+        model="default", prompt="The", max_tokens=100, temperature=0, stream=True,
         logit_bias={"2": -100, "68": -100, "72": -100},
     )  # fmt: skip
     first = next(iter(stream))

@@ -19,7 +19,10 @@ PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/input_tokens", "/tokenize",
     "/detokenize", "/apply-template", "/v1/models", "/v1/models/{name}", "/v1/status", "/health",
     "/metrics", "/openapi.json", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/responses", "/v1/responses/input_tokens", "/v1/responses/{id}",
+    "/v1/responses/{id}/input_items",
 )  # fmt: skip
+SOUND = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 NAMES = [
     "not_a_server_error", "status_code_conformance", "content_type_conformance",
@@ -52,7 +55,7 @@ def test_right_and_wrong_requests(described: str, path: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-@pytest.mark.parametrize("path", PATHS[:2])
+@pytest.mark.parametrize("path", SOUND)
 def test_sound_requests_are_answered_as_described(described: str, path: str) -> None:
     """With fields that do not contradict each other, so that there are answers to check."""
     from hypothesis import HealthCheck, given, settings
@@ -66,7 +69,7 @@ def test_sound_requests_are_answered_as_described(described: str, path: str) -> 
     )
     @given(case=operation.as_strategy(schemathesis.GenerationMode.POSITIVE))
     def ask(case: Any) -> None:
-        case.body = sound(case.body)
+        case.body = sound(case.body, path)
         response = case.call()
         case.validate_response(response, checks=checks.CHECKS.get_by_names(NAMES))
         statuses[response.status_code] += 1
@@ -75,16 +78,24 @@ def test_sound_requests_are_answered_as_described(described: str, path: str) -> 
     assert statuses[200] > 10, statuses
 
 
-def sound(body: dict[str, Any]) -> dict[str, Any]:
+def sound(body: dict[str, Any], path: str) -> dict[str, Any]:
     """The same without contradictions; some fields are left out."""
     chance = random.Random(repr(body))
     kept = {
         key: value for key, value in body.items() if chance.random() < 0.5 and value is not None
     }
     for key in ("continue_final_message", "add_generation_prompt", "tools", "tool_choice",
-                "reasoning", "chat_template_kwargs", "logit_bias", "stream_options"):  # fmt: skip
+                "reasoning", "chat_template_kwargs", "logit_bias", "stream_options",
+                "previous_response_id", "thinking", "output_config"):  # fmt: skip
         kept.pop(key, None)
-    if "prompt" in body:
+    if path == "/v1/responses":
+        text = str(body["input"])[:200]
+        kept["input"] = chance.choice([text, [{"role": "user", "content": text}]])
+        kept["text"] = chance.choice([None, {"format": {"type": "json_object"}}])
+        return {**kept, "max_output_tokens": 8}
+    if path == "/v1/messages":
+        kept["messages"] = [{"role": "user", "content": str(body["messages"])[:200]}]
+    elif "prompt" in body:
         kept.update(prompt=chance.choice(["a", ["a", "b"], [1, 500], body["prompt"]]))
         if kept.get("stream"):
             kept.pop("prompt_logprobs", None)
