@@ -8,7 +8,8 @@ A full cache is cut back to any prefix, so that the longest snapshot serves all 
 forms cannot be cut back far, and are kept at boundaries besides.
 
 What has a name goes only when nothing without one is left. A name keeps the prefix that was given
-it last, in forms that cannot be cut back with the boundary before it.
+it last, in forms that cannot be cut back with the boundary before it. Names keep at most half of
+what there is room for: the one that was used last always, others as long as they fit.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ class PrefixTrie:
             if name is not None:
                 there = segment.snapshot or min(segment.snapshots(), key=lambda each: each.length)
                 self._name(there, name, len(ids), cuttable)
+                self._release_names()
             return
         self._hang(snapshot, segment)
         self._use(snapshot)
@@ -178,6 +180,7 @@ class PrefixTrie:
                 self._drop(shorter)
         if name is not None:
             self._name(snapshot, name, len(ids), cuttable)
+            self._release_names()
         self.shrink(self.limit)
 
     def shrink(self, nbytes: int) -> None:
@@ -204,6 +207,19 @@ class PrefixTrie:
         snapshot.names[name] = length
         self._named[name] = [*([] if cuttable else held[-1:]), snapshot]
         self.changed.add(name)
+
+    def _release_names(self) -> None:
+        """Let go of the names that were not used for the longest time, as far as they are many."""
+        while len(self._named) > 1:
+            snapshots = {id(each): each for held in self._named.values() for each in held}.values()
+            nbytes = sum(each.nbytes for each in snapshots)
+            if 2 * nbytes <= self.limit and 2 * len(snapshots) <= max(self.most, 2):
+                return
+            used = {name: max(each.used for each in held) for name, held in self._named.items()}
+            oldest = min(used, key=lambda name: used[name])
+            for each in self._named.pop(oldest):
+                del each.names[oldest]
+            self.changed.discard(oldest)
 
     def _use(self, snapshot: Snapshot) -> None:
         self._uses += 1

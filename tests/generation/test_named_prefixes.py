@@ -29,12 +29,25 @@ def test_others_push_out_only_each_other(model: Model) -> None:
     others(model, trie, 6)
     hit = trie.find([*OWN, 150], FULL)
     assert hit is not None and hit.length == len(OWN) and len(trie) == 3
-    # With names alone the one that was not used goes.
-    for name in ("a", "b", "c"):
-        trie.keep([ord(name), 90], FULL, computed(model, [ord(name), 90]), name)
-    assert set(trie.names) == {"mine", "b", "c"}
     trie.shrink(0)
     assert not trie.names and not trie.changed and not len(trie)
+
+
+def test_names_leave_half_of_the_room_to_others(model: Model) -> None:
+    size = sum(layer.nbytes for layer in computed(model, [80]))
+    for trie in (PrefixTrie(2**40, most=8), PrefixTrie(8 * size)):
+        for first in range(80, 90):
+            trie.keep([first, 90], FULL, computed(model, [first, 90]), str(first))
+            if first == 87:
+                # Used again, it is none of the oldest.
+                assert trie.find([84, 90, 91], FULL) is not None
+        assert trie.names == trie.changed == {"84", "87", "88", "89"}
+        others(model, trie, 3)
+        assert trie.find([202, 90, 91], FULL) is not None and len(trie.names) == 4
+    # One that is larger than that is kept, and its name, too.
+    trie = PrefixTrie(size)
+    trie.keep([80, 90], FULL, computed(model, [80, 90]), "large")
+    assert trie.names == {"large"}
 
 
 def test_a_name_keeps_what_it_was_given_last(model: Model) -> None:
