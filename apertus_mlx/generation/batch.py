@@ -14,14 +14,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import mlx.core as mx
 
-from apertus_mlx.cache import Cache, CacheConfig, FullCache, QuantizedCache, expect, fork
-from apertus_mlx.cache.rows import rows_of
+from apertus_mlx.cache import Cache, CacheConfig, expect, fork
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.generation.decode import (
     CLEAR_INTERVAL,
@@ -33,7 +31,7 @@ from apertus_mlx.generation.decode import (
 from apertus_mlx.generation.guessed_steps import GuessedSteps
 from apertus_mlx.generation.prefix_trie import PrefixTrie
 from apertus_mlx.generation.row import Row
-from apertus_mlx.model.apertus import Model
+from apertus_mlx.generation.row_steps import Event, advance
 from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
 
 __all__ = ["Batch", "Event", "Row"]
@@ -41,19 +39,6 @@ __all__ = ["Batch", "Event", "Row"]
 _log = logging.getLogger(__name__)
 
 SHARED_PREFILL_STEP = 128
-
-
-class Event(NamedTuple):
-    """What happened to a row: a token came, some of its prompt was read, or it failed and is out.
-
-    After its last token (`row.left` is 0) it has left by itself. `logits` `[vocabulary]` are what
-    the model computed before the token, without penalties and what else changed them.
-    """
-
-    row: Row
-    token: int | None = None
-    logits: mx.array | None = None
-    error: Exception | None = None
 
 
 class Batch:
@@ -145,7 +130,7 @@ class Batch:
     def _plain_step(self, rows: list[Row]) -> list[Event]:
         """Hand out one token of each row."""
         try:
-            found = self._advance(rows)
+            found = advance(self.model, rows)
         except Exception as error:  # noqa: BLE001 - whatever it is, others go on
             found = self._one_by_one(rows, error)
         return [self._hand_out(event) for event in found]
@@ -234,36 +219,6 @@ class Batch:
             self._guessed.prepare(caches)
         return caches
 
-    def _advance(self, rows: Sequence[Row]) -> list[Event]:
-        """Compute the token of each row, and meanwhile what follows."""
-        going = [row for row in rows if row.left > 1]
-        for row, after in zip(going, self._logits(going), strict=True):
-            row.follow(after)
-        mx.async_eval([row.pending() for row in rows])
-        return [self._value(row) for row in rows]
-
-    def _logits(self, rows: Sequence[Row]) -> list[NextTokenLogits]:
-        """Logits after the token of each row."""
-        caches = [row.caches for row in rows if row.caches is not None]
-        if len(rows) < 2 or not isinstance(self.model, Model):
-            return [
-                self.model.next_token_logits(row.token.reshape(1, 1), own)
-                for row, own in zip(rows, caches, strict=True)
-            ]
-        ours = [
-            [layer for layer in own if isinstance(layer, FullCache | QuantizedCache)]
-            for own in caches
-        ]
-        tokens = mx.stack([row.token for row in rows])[:, None]
-        logits = self.model.logits(self.model.model(tokens, rows_of(ours)))
-        return [NextTokenLogits(logits[index, 0]) for index in range(len(rows))]
-
-    def _value(self, row: Row) -> Event:
-        try:
-            return Event(row, row.value(), row.logits)
-        except ApertusError as error:
-            return Event(row, error=error)
-
     def _hand_out(self, event: Event) -> Event:
         row = event.row
         if event.token is not None:
@@ -296,7 +251,7 @@ class Batch:
         for row in rows:
             try:
                 self._recompute(row)
-                events += self._advance([row])
+                events += advance(self.model, [row])
                 row.retried = True
             except Exception as own:  # noqa: BLE001 - it is this row's
                 events.append(Event(row, error=own))
