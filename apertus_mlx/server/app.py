@@ -76,8 +76,6 @@ class Endpoints:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/messages", self.messages, methods=["POST"]),
             Route("/v1/responses", self.responses, methods=["POST"]),
-            Route("/v1/responses/{id}", self.one_response, methods=["GET", "DELETE"]),
-            Route("/v1/responses/{id}/input_items", self.input_items, methods=["GET"]),
             *(
                 Route(path, partial(self.tokens, answer), methods=["POST"])
                 for path, answer in (
@@ -89,6 +87,9 @@ class Endpoints:
                     ("/v1/responses/input_tokens", partial(count_response_input, self._responses)),
                 )
             ),
+            # After the path above that has no id in this place.
+            Route("/v1/responses/{id}", self.one_response, methods=["GET", "DELETE"]),
+            Route("/v1/responses/{id}/input_items", self.input_items, methods=["GET"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
             Route("/v1/status", self.status, methods=["GET"]),

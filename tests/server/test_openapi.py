@@ -52,6 +52,15 @@ def test_all_paths_and_their_methods_are_told(server: Server) -> None:
     assert "/metrics" not in server.get("/openapi.json").json()["paths"]
 
 
+def test_a_wrong_method_is_told_the_right_ones(server: Server, told: dict[str, Any]) -> None:
+    for path, methods in told["paths"].items():
+        wanted = {method.upper() for method in methods}
+        wanted |= {"HEAD"} if "get" in methods else set()
+        response = server.run(server.ask("PUT", path.replace("{", "").replace("}", "")))
+        assert response.status_code == 405, path
+        assert set(response.headers["allow"].split(", ")) == wanted, path
+
+
 def test_the_page_has_the_same_statuses(told: dict[str, Any]) -> None:
     rows = dict(re.findall(r"^\| (\d{3}) \| (.*) \|$", PAGE.read_text("utf-8"), re.MULTILINE))
     assert len(rows) > 10
