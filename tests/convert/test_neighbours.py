@@ -24,7 +24,6 @@ from benchmarks.neighbours.corpus import (
     write_base,
 )
 from benchmarks.neighbours.environments import ENVIRONMENTS, run
-from tests.daily import every
 
 MODULES = {
     "mlx_lm": with_mlx_lm, "transformers": with_transformers,
@@ -107,7 +106,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.mark.parametrize("case", every(2, all_cases()))
+@pytest.mark.parametrize("case", list(all_cases()))
 def test_is_read_as_its_maker_reads_it(case: Case, base: Path, tmp_path: Path) -> None:
     expected = case.make(base, tmp_path / "model")
     result, fault = check_folder(tmp_path / "model", expected, ROUNDING[case.dtype])
