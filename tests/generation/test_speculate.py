@@ -9,7 +9,7 @@ import pytest
 from apertus_mlx.model.apertus import Model
 from tests.draft_play import Models, loses_nothing, random_play, require_same
 
-DAILY, NIGHTLY = 40, 1000
+DAILY, NIGHTLY = 100, 1000
 
 
 def play_all(models: Models, seeds: range) -> None:
