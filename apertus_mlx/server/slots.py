@@ -52,8 +52,10 @@ class SlotFolder:
     def __init__(self, path: Path, dtype: mx.Dtype, made_with: Callable[[], Fingerprint]) -> None:
         try:
             path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UsageError(f"--slots {path}: is no folder") from None
         except OSError as error:
-            raise UsageError(f"--slots {path}: {error.strerror}") from None
+            raise UsageError(f"--slots {path}: cannot be made ({error.strerror})") from None
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             raise UsageError(f"--slots {path}: files in it cannot be read and written")
         self._path, self._dtype = path, dtype
