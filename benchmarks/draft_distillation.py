@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from apertus_mlx.convert.distill.run import Observer, distill, make_job
-from apertus_mlx.convert.distill.training import Options, Validation
+from apertus_mlx.convert.distill.training import Options
 from apertus_mlx.convert.evaluation.texts import Sample, read_texts
 from apertus_mlx.generation.cached_prefix import CachedPrefix
 from apertus_mlx.generation.decode import draw_tokens
@@ -34,6 +34,7 @@ from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.tools import convert_model
+from benchmarks.distillation import tell
 from recipes.demo.corpus import documents
 
 TRAINING_SEED, VALIDATION_SEED, JUDGED_SEED = 31_337, 77, 805_902_117
@@ -114,15 +115,6 @@ def acceptance(
                 for rows in (ours, theirs))  # fmt: skip
         shared.append(np.minimum(p, q).sum(-1))
     return float(np.concatenate(same).mean()), float(np.concatenate(shared).mean())
-
-
-def tell(done: int, total: int, loss: float, history: list[Validation]) -> None:
-    if history[-1].tokens == done:
-        print(
-            f"{done:,} of {total:,} tokens, loss {loss:.4f}, held-out divergence "
-            f"{history[-1].held_out_divergence:.4f}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
 
 
 def main() -> None:
