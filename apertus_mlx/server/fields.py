@@ -302,6 +302,20 @@ def read_object(name: str, value: Any, keys: tuple[str, ...]) -> Mapping[str, An
     return value
 
 
+def require_messages(messages: Any) -> None:
+    """Check that a conversation is a list of at least one message, and not of too many.
+
+    Raises:
+        ApiError: 400, it is not.
+    """
+    if not isinstance(messages, list):
+        raise wrong("messages", f"expected a list of messages, not {kind_of(messages)}")
+    if not messages:
+        raise wrong("messages", "there is no message")
+    if len(messages) > MOST_MESSAGES:
+        raise wrong("messages", f"there are {len(messages)}; at most {MOST_MESSAGES}")
+
+
 def kind_of(value: Any) -> str:
     """What JSON calls a value."""
     if value is None:

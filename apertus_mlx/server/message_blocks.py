@@ -10,8 +10,8 @@ from typing import Any
 
 from apertus_mlx.errors import UsageError
 from apertus_mlx.server.billing_line import without_billing_line
-from apertus_mlx.server.errors import in_request, wrong
-from apertus_mlx.server.fields import MOST_MESSAGES, kind_of
+from apertus_mlx.server.errors import in_request
+from apertus_mlx.server.fields import require_messages
 from apertus_mlx.text.given import Given
 
 Message = dict[str, Any]
@@ -26,12 +26,7 @@ def read_conversation(system: Any, messages: Any) -> list[Message]:
     Raises:
         ApiError: 400, something is wrong or not supported.
     """
-    if not isinstance(messages, list):
-        raise wrong("messages", f"expected a list of messages, not {kind_of(messages)}")
-    if not messages:
-        raise wrong("messages", "there is no message")
-    if len(messages) > MOST_MESSAGES:
-        raise wrong("messages", f"there are {len(messages)}; at most {MOST_MESSAGES}")
+    require_messages(messages)
     name = "system"
     try:
         found = [] if system is None else [_system(system)]

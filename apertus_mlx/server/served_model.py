@@ -12,7 +12,7 @@ from apertus_mlx.generation.grammar import find_engine, has_engine
 from apertus_mlx.generation.model_folder import ModelFolder
 from apertus_mlx.generation.tool_grammar import ToolGrammar
 from apertus_mlx.server.errors import ApiError, in_request, wrong
-from apertus_mlx.server.fields import MOST_MESSAGES, kind_of, shown
+from apertus_mlx.server.fields import kind_of, require_messages, shown
 from apertus_mlx.text.messages import read_messages
 from apertus_mlx.text.roles import Role
 
@@ -76,12 +76,7 @@ class ServedModel:
         Raises:
             ApiError: 400, a message is wrong, or the template refuses it.
         """
-        if not isinstance(messages, list):
-            raise wrong("messages", f"expected a list of messages, not {kind_of(messages)}")
-        if not messages:
-            raise wrong("messages", "there is no message")
-        if len(messages) > MOST_MESSAGES:
-            raise wrong("messages", f"there are {len(messages)}; at most {MOST_MESSAGES}")
+        require_messages(messages)
         try:
             for turn in read_messages(messages):
                 for text in turn.texts:
