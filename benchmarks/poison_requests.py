@@ -3,9 +3,9 @@
     python -m benchmarks.poison_requests [--count 10000] [--seed 0] [--every 50]
 
 Each answer must be a stated error or a sound answer, never a fault of ours; after every so many
-requests the server must generate a token. After the last tenth it must have no more files open than
-before, and on Linux its memory may have grown by 5 % since the first tenth. The server runs in this
-process, on the embedded model.
+requests the server must generate a token. In the second half it must not open any more files, and on
+Linux its memory may grow by 5 %; in the first, all that it keeps within bounds fills up. The server
+runs in this process, on the embedded model.
 """
 
 from __future__ import annotations
@@ -381,7 +381,7 @@ def main() -> None:
     before = 0, 0
     with serving() as server:
         for number in range(given.count):
-            if number == given.count // 10:
+            if number == given.count // 2:
                 before = open_files(), memory_bytes()
             rng = random.Random(given.seed * 1_000_003 + number)
             kind = KINDS[number % len(KINDS)]

@@ -98,12 +98,15 @@ def row(clients: int, name: str, found: dict[str, list[Figures]]) -> dict[str, A
 
 
 def write_float32(source: Path, target: Path) -> None:
-    """A copy of a checkpoint with all weights in float32."""
+    """A copy of a checkpoint with all floats in float32; codes stay what they are."""
     for path in source.iterdir():
         if path.suffix == ".safetensors":
             weights = mx.load(str(path))
             assert isinstance(weights, dict)
-            cast = {name: each.astype(mx.float32) for name, each in weights.items()}
+            cast = {
+                name: each.astype(mx.float32) if mx.issubdtype(each.dtype, mx.floating) else each
+                for name, each in weights.items()
+            }
             mx.save_safetensors(str(target / path.name), cast, {"format": "pt"})
         elif path.name != "config.json":
             shutil.copyfile(path, target / path.name)

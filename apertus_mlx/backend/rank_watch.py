@@ -51,6 +51,7 @@ class RankWatch:
         self._others = connect(ranks)
         self._heard = dict.fromkeys(self._others, time.monotonic())
         self._ended: set[int] = set()
+        self._failed: set[int] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._thread.start()
@@ -64,15 +65,14 @@ class RankWatch:
         self._closing.set()
         self._thread.join(3 * INTERVAL_S)
         self._tell({0: _DONE, INTERRUPTED: _INTERRUPTED}.get(code, _FAILED))
-        speaks = True
-        if code not in (0, INTERRUPTED) and self._ranks.rank:
+        # The thread may have heard of it before it was stopped.
+        speaks = 0 not in self._failed
+        if speaks and code not in (0, INTERRUPTED) and self._ranks.rank:
             # Rank 0 lets its time of grace pass before it says anything, or ends.
             self._others[0].settimeout(SILENCE_S)
             with suppress(OSError):
-                while heard := self._others[0].recv(64):
+                while speaks and (heard := self._others[0].recv(64)):
                     speaks = _FAILED not in heard
-                    if not speaks:
-                        break
         for connection in self._others.values():
             connection.close()
         return speaks
@@ -115,6 +115,7 @@ class RankWatch:
             time.sleep(GRACE_S)
             self._lose(rank, "was interrupted", code=INTERRUPTED)
         elif _FAILED in heard:
+            self._failed.add(rank)
             # What it is befalls all of them as a rule; whoever is on the way to say it may.
             time.sleep(GRACE_S)
             self._lose(rank, "has failed", tells_itself=True)

@@ -147,9 +147,10 @@ def assert_each_part_runs_once_to_its_end(told: list[Progress]) -> None:
 @pytest.mark.nightly
 @pytest.mark.usefixtures("silent")
 def test_progress_of_a_conversion_to_a_size(source: Path, tmp_path: Path, text: Path) -> None:
-    """Of 2 layers: both ways; the original, two plans with scales, codes and predictions.
+    """Of 2 layers: both ways; the original, two plans that round and then predict.
 
-    Of so little text methods are compared, too: the original, all that, predictions alone.
+    Of so little text methods are compared, too: the original, scales, codes and predictions,
+    predictions alone.
     """
     options = {"target_bpw": 6.5, "method": "gptq", "smooth": True, "calibration": text}
     _, told = seen_by(
@@ -158,7 +159,7 @@ def test_progress_of_a_conversion_to_a_size(source: Path, tmp_path: Path, text: 
     assert_each_part_runs_once_to_its_end(told)
     runs = {each.stage: each.total for each in told if each.unit == "layers"}
     assert runs == {
-        "measuring": 2 * 2, "comparing sizes": 2 + 2 * 2 * (1 + 2 + 1),
+        "measuring": 2 * 2, "comparing sizes": 2 + 2 * 2 * (1 + 1),
         "comparing methods": 2 + 2 * (1 + 2 + 1) + 2, "calibrating": 2 * (1 + 2),
         "evaluating": 2 * 3,
     }  # fmt: skip

@@ -62,7 +62,7 @@ def whole(work: Work, tmp_path_factory: pytest.TempPathFactory) -> dict[float, d
     ("place", "error"),
     [("make_distilled_card", RuntimeError("ours")),
      pytest.param("_write_model", OSError(28, "full"), marks=pytest.mark.nightly),
-     pytest.param("measure", MemoryError(), marks=pytest.mark.nightly)],
+     pytest.param("measure_receipt", MemoryError(), marks=pytest.mark.nightly)],
 )  # fmt: skip
 def test_a_failure_after_the_training_keeps_it(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception,

@@ -29,7 +29,7 @@ SHORT = {
     "generation": "{model} --rounds 1 --prompt-tokens 8",
     "kv_quality": "--tokens 2048 --few",
     "make_checkpoint": "0.5B {new}",
-    "poison_requests": "--count 300",
+    "poison_requests": "--count 1000",
     "rank_deaths": "--rounds 1 --tokens 8",
     "rank_memory": "tiny --pipeline",
     "serve_load": "--seconds 20 --clients 4",

@@ -34,7 +34,7 @@ class ScriptedPort:
             if self.refusal is not None:
                 status, words = self.refusal
                 error = ApiError(status, words, headers={"Retry-After": "7"})
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
                 return
             self._double.say(*self.answers.pop(0))
             if self.hold_after is not None:
