@@ -3,9 +3,9 @@
     python -m benchmarks.poison_requests [--count 10000] [--seed 0] [--every 50]
 
 Each answer must be a stated error or a sound answer, never a fault of ours; after every so many
-requests the server must generate a token. In the second half it must not open any more files, and on
-Linux its memory may grow by 5 %; in the first, all that it keeps within bounds fills up. The server
-runs in this process, on the embedded model.
+requests the server must generate a token. In the second half it must not open any more files, and
+on Linux its memory may grow by 5 %; in the first, all that it keeps within bounds fills up. The
+server runs in this process, on the embedded model.
 """
 
 from __future__ import annotations

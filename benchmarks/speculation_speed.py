@@ -1,12 +1,15 @@
 """Speed with a draft of which a set share of guesses is right, beside plain decoding and mlx-lm's.
 
     python -m benchmarks.speculation_speed [--model 8B] [--draft 0.5B] [--right 0.6 0.8]
+    python -m benchmarks.speculation_speed --cpu MODEL DRAFT [--right 0.6 0.8]
 
-Released shapes, random weights quantized to 4 bits. What is written is a script of random tokens:
-the model's logits of the script's next token are raised, and the draft, after all of its work,
-guesses that token or, at places drawn once for everybody, another. So the times are those of real
-decoding, while the share that is right is arithmetic: it says nothing of any text. Both packages
-compute with the same weights and MLX, in turns; the first round is left out, medians are shown.
+Released shapes with random weights quantized to 4 bits, which MLX computes, ours and mlx-lm's with
+the same weights; or, with `--cpu`, two folders that `convert` has made, which the CPU path
+computes. What is written is a script of random tokens: the model's logits of the script's next
+token are raised, and the draft, after all of its work, guesses that token or, at places drawn once
+for everybody, another. So the times are those of real decoding, while the share that is right is
+arithmetic: it says nothing of any text. All ways take turns; the first round is left out, medians
+are shown.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -30,10 +34,12 @@ from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.generation.decode import draw_tokens, prefill
 from apertus_mlx.generation.draft_pace import FixedPace, MeasuredPace, Pace
 from apertus_mlx.generation.drafts import ModelDraft
+from apertus_mlx.generation.model_folder import open_folder
+from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.generation.sampling import Sampler, SamplingParams
 from apertus_mlx.generation.speculate import Draw, Speculation, Speculator
 from apertus_mlx.model.apertus import Model
-from apertus_mlx.model.language_model import NextTokenLogits
+from apertus_mlx.model.language_model import LanguageModel, NextTokenLogits
 from benchmarks.make_checkpoint import GEOMETRIES, config
 
 GROUP_SIZE, BITS = 64, 4
@@ -91,7 +97,7 @@ def make_model(values: dict[str, Any], dtype: mx.Dtype) -> Model:
 class Target:
     """The model that checks, see `speculate.Target`."""
 
-    def __init__(self, model: Model, script: Script, cuts: int) -> None:
+    def __init__(self, model: LanguageModel, script: Script, cuts: int) -> None:
         self._model, self._script = model, script
         self._layers = model.make_cache()
         if cuts and not allow_cut(self._layers, cuts):
@@ -118,7 +124,7 @@ class Target:
 class ScriptedDraft(ModelDraft):
     """Computes what a draft computes, draws too, and then guesses what the script says."""
 
-    def __init__(self, model: Model, script: Script) -> None:
+    def __init__(self, model: LanguageModel, script: Script) -> None:
         width = model.config.output_vocab_size
         super().__init__(model, model.config.max_position_embeddings, width)
         self._script = script
@@ -145,14 +151,14 @@ class Written:
     accepted: int = 0
 
 
-def plain(model: Model, script: Script) -> Written:
+def plain(model: LanguageModel, script: Script) -> Written:
     target = Target(model, script, 0)
     sampler = Sampler(GREEDY, script.prompt, model.config.output_vocab_size)
     seconds = timed(draw_tokens(target.step, target.logits, sampler, script.tokens), script)
     return Written(seconds, script.tokens, script.tokens)
 
 
-def drafted(model: Model, small: Model, script: Script, pace: Pace) -> Written:
+def drafted(model: LanguageModel, small: LanguageModel, script: Script, pace: Pace) -> Written:
     target = Target(model, script, pace.most)
     sampler = Sampler(GREEDY, script.prompt, model.config.output_vocab_size)
     draft = ScriptedDraft(small, script)
@@ -251,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=GEOMETRIES, default="1.5B")
     parser.add_argument("--draft", choices=GEOMETRIES, default="0.5B")
+    parser.add_argument("--cpu", type=Path, nargs=2, metavar=("MODEL", "DRAFT"))
     parser.add_argument("--right", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     parser.add_argument("--ahead", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--prompt-tokens", type=int, default=4)
@@ -261,9 +268,14 @@ def main() -> None:
     given = parser.parse_args()
     results = list(measure(given))
     if given.json:
-        print(json.dumps({"arguments": vars(given), "results": results}, indent=2))
+        print(json.dumps({"arguments": vars(given), "results": results}, indent=2, default=str))
         return
-    print(f"{given.model} with {given.draft} as its draft, {given.dtype}, {given.tokens} tokens")
+    if given.cpu:
+        print(f"{given.cpu[0]} with {given.cpu[1]}, the CPU path, {given.tokens} tokens")
+    else:
+        print(
+            f"{given.model} with {given.draft} as its draft, {given.dtype}, {given.tokens} tokens"
+        )
     print("| right | way | tokens/s | in its own plain | tokens a pass | accepted |")
     print("|---" * 6 + "|")
     for each in results:
@@ -275,12 +287,8 @@ def main() -> None:
 
 def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each way and share."""
-    values = [config(size) for size in (given.model, given.draft)]
-    model, small = (make_model(each, getattr(mx, given.dtype)) for each in values)
+    model, small, peers = models_of(given)
     vocabulary = min(each.config.output_vocab_size for each in (model, small))
-    peers: list[Peer] = []
-    if importlib.util.find_spec("mlx_lm") is not None:
-        peers = [Peer(*pair) for pair in zip((model, small), values, strict=True)]
     for right in given.right:
         script = make_script(given.prompt_tokens, given.tokens, right, vocabulary)
         ways = ways_of(model, small, peers, script, given.ahead)
@@ -304,9 +312,24 @@ def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def models_of(given: argparse.Namespace) -> tuple[LanguageModel, LanguageModel, list[Peer]]:
+    """The model, its draft, and both as mlx-lm has them, where it can compute the same."""
+    if given.cpu:
+        options = RunOptions(compute="cpu")
+        large, little = (open_folder(each).load(options).model for each in given.cpu)
+        return large, little, []
+    values = [config(size) for size in (given.model, given.draft)]
+    model, small = (make_model(each, getattr(mx, given.dtype)) for each in values)
+    peers: list[Peer] = []
+    if importlib.util.find_spec("mlx_lm") is not None:
+        peers = [Peer(*pair) for pair in zip((model, small), values, strict=True)]
+    return model, small, peers
+
+
 def ways_of(
-    model: Model, small: Model, peers: Sequence[Peer], script: Script, ahead: Sequence[int]
-) -> dict[str, Callable[[], Written]]:
+    model: LanguageModel, small: LanguageModel, peers: Sequence[Peer], script: Script,
+    ahead: Sequence[int],
+) -> dict[str, Callable[[], Written]]:  # fmt: skip
     """What is compared, by name."""
     measured = MeasuredPace()
     ways: dict[str, Callable[[], Written]] = {

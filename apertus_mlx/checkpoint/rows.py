@@ -31,13 +31,13 @@ class StoredRows:
             RejectedError: one is missing or no regular file of the folder.
         """
         self.tensors = tuple(tensors)
-        # Path -> descriptor, and what must not change.
-        self._files: dict[Path, tuple[int, tuple[int, ...]]] = {}
+        # Name -> descriptor, and what must not change.
+        self._files: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._places: list[tuple[int, int, int]] = []
         for tensor in tensors:
-            path = checkpoint.path(tensor)
+            path = str(checkpoint.path(tensor))
             if path not in self._files:
-                with open_file(path) as file:
+                with open_file(Path(path)) as file:
                     number = os.dup(file.fileno())
                 # At exit a thread may still read.
                 weakref.finalize(self, os.close, number).atexit = False
@@ -66,9 +66,10 @@ class StoredRows:
             for number, offset, size in self._places
         ]
         # After reading, so that what was read is what it was. A file that is cut off has changed.
-        for path, (number, state) in self._files.items():
+        # A name that still leads to the file that is open tells of that one, too.
+        for path, (_, state) in self._files.items():
             try:
-                same = _state(path.stat()) == state == _state(os.fstat(number))
+                same = _state(os.stat(path)) == state  # noqa: PTH116 - half the time of a Path's
             except OSError:
                 same = False
             if not same:

@@ -65,11 +65,20 @@ class Running:
         return self._batch.prefixes
 
     @property
-    def drafts(self) -> dict[str, int] | None:
-        """Tokens that the draft has guessed, and those that were right; None without a draft."""
-        if self._loaded.drafting is None:
+    def drafts(self) -> dict[str, int | str | None] | None:
+        """What the draft was good for in all answers so far; None without a draft.
+
+        As in `Speculation`: `off` is why it guesses no more now.
+        """
+        drafting = self._loaded.drafting
+        if drafting is None:
             return None
-        return {"drafted": self._drafts.drafted, "accepted": self._drafts.accepted}
+        return {
+            "drafted": self._drafts.drafted,
+            "accepted": self._drafts.accepted,
+            "off": drafting.draft.ended or drafting.pace.off,
+            "row_costs": drafting.pace.row_costs,
+        }
 
     def has_room(self, job: Job) -> bool:
         """Whether another answer, of this job, fits into memory beside those that run."""

@@ -54,6 +54,7 @@ def test_each_says_what_it_says_without(server: Server, expected: list[Any]) -> 
         assert said(server.post(path, body))[0] == alone[0]
     counted = server.get("/v1/status").json()["engine"]["draft"]
     assert counted["drafted"] >= counted["accepted"] > 0
+    assert counted["off"] is None and counted["row_costs"] is None
 
 
 def test_together_too(server: Server, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

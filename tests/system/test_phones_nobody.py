@@ -28,7 +28,7 @@ SHORT = ("--rounds", "1", "--prompt-tokens", "4", "--depths", "0", "--new-tokens
 TEXT = "\n\n".join(f"Line {n} has {n * n} birds." for n in range(60))
 WATCHED = Path(__file__).parents[1] / "watched_commands.py"
 ADDRESS = re.compile(r'htons\((\d+)\).*?(?:inet_addr\(|inet_pton\(AF_INET6, )"([^"]+)"')
-# What may be in a home: the Hub's cache, lists of fonts that plots make, and what `doctor` measured.
+# What may be in a home: the Hub's cache, fonts that plots listed, and what `doctor` measured.
 KEPT = re.compile(
     r"\.cache/(huggingface|matplotlib)/.*|\.config/matplotlib/.*"
     r"|\.cache/apertus-mlx/(doctor\.lock|row-costs\.json)"
