@@ -50,8 +50,10 @@ def _tuning_operations(config: ModelConfig, windows: Tokens) -> float:
     tuning = Tuning.on(config, windows)
     if not tuning.is_possible:
         return 0.0
-    seen = tuning.options.epochs * tuning.lessons.size
-    return layout.parameter_count(config) * (PER_TRAINED_WEIGHT * seen + 2.0 * windows.size)
+    seen = tuning.options.epochs * tuning.tokens
+    # Whoever answers reads; whoever writes has read as well.
+    read = tuning.tokens + tuning.deciding.size + tuning.own_tokens
+    return layout.parameter_count(config) * (PER_TRAINED_WEIGHT * seen + 2.0 * read)
 
 
 def _product_speed() -> float:

@@ -44,7 +44,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_steps(patch: pytest.MonkeyPatch) -> None:
-    """Many batches from little text, all of which calibrates."""
+    """Many batches from little text, all of which calibrates, and nothing else."""
+    patch.setattr(tuning, "CODES_LEARN_FROM", 0)
     patch.setattr(little_text, "ENOUGH_TOKENS", 1)
     patch.setattr(calibrated, "WINDOW_TOKENS", 64)
     patch.setattr(tuning, "TUNING_TOKENS", 256)
@@ -155,6 +156,8 @@ def test_what_has_learnt_is_what_is_written(
     monkeypatch.setattr(
         "apertus_mlx.convert.job.HeldOutComparison.divergences", lambda *_, **__: [0.1, 0.2]
     )
+    # Some windows that the original writes, too.
+    monkeypatch.setattr(tuning, "CODES_LEARN_FROM", 1600)
     # The embedded model's tokens are longer, and so fewer.
     monkeypatch.setattr(tuning, "EPOCHS", (8, 8) if "vocab" in changes else (2, 2))
     # Far steps, and the last state is kept, though it is no better.
@@ -182,7 +185,9 @@ def test_what_has_learnt_is_what_is_written(
         source = with_own_vocabulary(source)
     target = tmp_path / "out"
     folder = convert(job(source, replace(REQUEST, tune=True, **changes), target), target)
-    assert json.loads((folder / MANIFEST).read_text())["tuning"]["trained"] == "weights"
+    record = json.loads((folder / MANIFEST).read_text())["tuning"]
+    assert record["trained"] == "weights"
+    assert record["own_windows"] + record["windows"] == 1600 // 64
     ids = mx.array([[1, 100, 200, 300, 5, 60, 77]])
     assert changed > 3
     expected = np.array(kept[0](ids))
