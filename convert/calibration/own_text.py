@@ -44,7 +44,7 @@ class _Product(nn.Module):
     """A projection whose product is computed by whatever is quickest here."""
 
     def __init__(self, weight: mx.array) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.weight = weight
 
     def __call__(self, x: mx.array) -> mx.array:
