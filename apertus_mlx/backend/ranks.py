@@ -54,6 +54,10 @@ class Ranks:
         """The sum of `x` over all ranks; every rank has to ask for it."""
         return mx.distributed.all_sum(x, group=self.group)
 
+    def gather(self, x: mx.array) -> mx.array:
+        """See `Exchange`: all ranks' `x`, one after the other along the first axis."""
+        return mx.distributed.all_gather(x, group=self.group)
+
     def from_before(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
         """See `Links`: what the rank before this one sends."""
         if self.rank == 0:
