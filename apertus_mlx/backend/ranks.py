@@ -116,6 +116,20 @@ def lost(error: BaseException) -> NotFoundError | None:
     return None
 
 
+def settle() -> None:
+    """Wait until what this rank exchanges is done; of a process that computes alone for nothing.
+
+    Threads of Python run meanwhile. Some calls of MLX wait for the same and let none run
+    (`clear_cache` and `set_cache_limit` without a GPU): where another rank stands still,
+    `RankWatch` could then not end this one.
+
+    Raises:
+        RuntimeError: see `lost`.
+    """
+    if _joined:
+        mx.eval(mx.zeros((1,), stream=mx.cpu))  # it comes after all exchanges
+
+
 def is_launched() -> bool:
     """Whether `mlx.launch` has started this process as one of several."""
     return "MLX_RANK" in os.environ

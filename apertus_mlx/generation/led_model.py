@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx.backend.memory_limits import clear_pool
 from apertus_mlx.cache import Cache, CacheConfig, FullCache, QuantizedCache, fork, rewind
 from apertus_mlx.cache.rows import Rows, rows_of
 from apertus_mlx.errors import ApertusError
@@ -149,7 +150,7 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
         latest = [model.model(ids(mx.zeros(order["shape"], mx.uint32)), used)]
         mx.async_eval(latest)
         if order["shape"][1] > 1:
-            mx.clear_cache()
+            clear_pool()
 
 
 def _ids(model: Model, summed: Sum) -> Callable[[mx.array], mx.array]:

@@ -68,6 +68,10 @@ def models(folder: Path, **changes: Any) -> list[Path]:
 def all_models(folder: Path, **changes: Any) -> list[Path]:
     tied = config_4x(**{**GEOMETRY, **changes, "tie_word_embeddings": True})
     found = [write_checkpoint(folder / "float16, tied", tied, dtype=mx.float16)]
+    # No number of ranks divides them, of one model those of the head alone.
+    found.append(quantized(folder / "odd", WIDTHS[2:3], **changes, vocab_size=385))
+    cut = {"vocab_size": 384, "output_vocab_size": 383}
+    found.append(quantized(folder / "odd head", WIDTHS[2:3], **changes, **cut))
     for number, spec in enumerate(FORMATS):
         found.append(quantized(folder / f"format {number}", [spec], **changes))
     return models(folder, **changes) + found
