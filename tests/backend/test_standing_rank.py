@@ -22,7 +22,7 @@ def test_the_other_rank_ends(tmp_path: Path, case: str) -> None:
     first.kill()
     ends([first])
     assert code == 4, err
-    assert err == "error: rank 0 (127.0.0.1) has been silent for 2 s; all ranks end"
+    assert err == "error: rank 0 (127.0.0.1) has been silent for 1 s; all ranks end"
 
 
 def test_calls_in_which_no_thread_runs_stand_in_one_place() -> None:

@@ -179,7 +179,7 @@ def test_a_prompt_goes_on_where_another_one_was_answered(folder: Path, form: Cac
     ranks.follow()
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_ranks_with_a_share_of_the_head_compute_all_logits(tmp_path: Path, tied: bool) -> None:
     """Of rows together, of one alone, and of many positions at a time."""
     given = write_checkpoint(tmp_path, config_4x(head_dim=64, tie_word_embeddings=tied))
