@@ -24,7 +24,7 @@ GEOMETRY: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+FACTORED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head")
 
 
 WIDTHS = [{"group_size": 32, "bits": bits} for bits in (2, 3, 4, 6, 8)]
@@ -48,7 +48,7 @@ def quantized(folder: Path, formats: list[dict[str, Any]], **changes: Any) -> Pa
         parts = mx.quantize(mx.array(array), **spec)
         for kind, part in zip(("weight", "scales", "biases"), parts, strict=False):
             weights[f"{path}.{kind}"] = part
-        if len(parts) == 2 and path.endswith(PROJECTIONS):
+        if len(parts) == 2 and path.endswith(FACTORED):
             rows = 1 if path.endswith("up_proj") else array.shape[0]
             weights[f"{path}.output_scale"] = np.linspace(0.5, 1.5, rows, dtype=np.float32)
     return write_checkpoint(folder, {**config, "quantization": block}, weights)
