@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from apertus_mlx.backend import hardware
+from apertus_mlx.backend.ranks import settle
 
 _lock = threading.Lock()
 # Bytes of freed memory to keep and bytes to wire, for each run; and MLX's own before the first.
@@ -37,7 +38,13 @@ def mlx_limits(buffer_cache_bytes: int, wired_bytes: int) -> Iterator[None]:
                 _apply()
             else:
                 _set(*_before.pop())
-        mx.clear_cache()
+        clear_pool()
+
+
+def clear_pool() -> None:
+    """Give the buffers that MLX keeps, but that are free, back to the system."""
+    settle()
+    mx.clear_cache()
 
 
 def _apply() -> tuple[int, int | None]:
@@ -52,6 +59,7 @@ def _apply() -> tuple[int, int | None]:
 
 def _set(buffer_cache_bytes: int, wired_bytes: int | None) -> tuple[int, int | None]:
     """Set both and return what they were; None leaves the wired limit alone."""
+    settle()
     previous = mx.set_cache_limit(buffer_cache_bytes)
     if wired_bytes is None:
         return previous, None

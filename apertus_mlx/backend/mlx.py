@@ -27,7 +27,7 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.model.disk_embedding import DiskEmbedding
 from apertus_mlx.model.linear import ScaledLinear
-from apertus_mlx.model.split import sum_shares
+from apertus_mlx.model.split_model import SplitModel
 from apertus_mlx.model.stages import StagedModel
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import checked, open_file
@@ -71,10 +71,11 @@ def load_inventory(
     part = inventory.part
     assert (ranks is None) == (part is None)
     compute = DTYPES[dtype] if dtype else compute_dtype(inventory)
-    if ranks is not None and part is not None and part.layers is not None:
-        model: Model = StagedModel(inventory.config, part, ranks)
-    else:
+    if ranks is None or part is None:
         model = Model(inventory.config)
+    else:
+        of_part = SplitModel if part.layers is None else StagedModel
+        model = of_part(inventory.config, part, ranks)
     specs, left = inventory.specs, set[str]()
     if embedding_on_disk:
         model.model.embed_tokens = DiskEmbedding(inventory, compute, hardware.has_metal())
@@ -96,8 +97,8 @@ def load_inventory(
     model.fuse(compiled_activation=model.on_gpu, row_by_product=hardware.has_metal())
     if ranks is None or part is None:
         _use_kernels(model, inventory, compute, embedding_on_disk)
-    elif part.layers is None:  # the fused kernels know no sum over ranks
-        sum_shares(model, ranks.sum)
+    elif isinstance(model, SplitModel):  # the fused kernels know no sum over ranks
+        model.share()
     model.eval()
     return model
 

@@ -7,7 +7,7 @@ import secrets
 import socket
 import time
 
-from apertus_mlx.backend.ranks import Ranks
+from apertus_mlx.backend.ranks import Ranks, lost
 from apertus_mlx.errors import NotFoundError
 
 CONNECT_S = 10.0
@@ -24,6 +24,8 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
         return _accept(ranks) if ranks.rank == 0 else {0: _connect(ranks)}
     except OSError as error:
         raise NotFoundError(f"the ranks cannot watch each other ({error})") from None
+    except RuntimeError as error:
+        raise lost(error) or error from None
 
 
 def _accept(ranks: Ranks) -> dict[int, socket.socket]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from apertus_mlx.backend.rank_sockets import connect
-from apertus_mlx.backend.ranks import Ranks
+from apertus_mlx.backend.ranks import MEETING_S, Ranks
 from apertus_mlx.errors import NotFoundError
 
 INTERVAL_S = 1.0
@@ -48,7 +48,15 @@ class RankWatch:
             NotFoundError: a rank cannot be reached.
         """
         self._ranks, self._on_loss, self._is_abandoned = ranks, on_loss, is_abandoned
-        self._others = connect(ranks)
+        # Until they are connected, nobody sees that one of them stands still.
+        line = f"another rank has been silent for {MEETING_S} s"
+        late = threading.Timer(MEETING_S, on_loss, [line, NotFoundError.exit_code])
+        late.daemon = True
+        late.start()
+        try:
+            self._others = connect(ranks)
+        finally:
+            late.cancel()
         self._heard = dict.fromkeys(self._others, time.monotonic())
         self._ended: set[int] = set()
         self._failed: set[int] = set()

@@ -54,6 +54,10 @@ class Ranks:
         """The sum of `x` over all ranks; every rank has to ask for it."""
         return mx.distributed.all_sum(x, group=self.group)
 
+    def gather(self, x: mx.array) -> mx.array:
+        """See `Exchange`: all ranks' `x`, one after the other along the first axis."""
+        return mx.distributed.all_gather(x, group=self.group)
+
     def from_before(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
         """See `Links`: what the rank before this one sends."""
         if self.rank == 0:
@@ -110,6 +114,20 @@ def lost(error: BaseException) -> NotFoundError | None:
     if isinstance(error, RuntimeError) and "connection to a peer was lost" in str(error):
         return RankLostError("the connection to another rank was lost")
     return None
+
+
+def settle() -> None:
+    """Wait until what this rank exchanges is done; of a process that computes alone for nothing.
+
+    Threads of Python run meanwhile. Some calls of MLX wait for the same and let none run
+    (`clear_cache` and `set_cache_limit` without a GPU): where another rank stands still,
+    `RankWatch` could then not end this one.
+
+    Raises:
+        RuntimeError: see `lost`.
+    """
+    if _joined:
+        mx.eval(mx.zeros((1,), stream=mx.cpu))  # it comes after all exchanges
 
 
 def is_launched() -> bool:

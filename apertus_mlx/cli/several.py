@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Callable
 from functools import partial
+from threading import Timer
 from typing import TYPE_CHECKING
 
 from apertus_mlx.cli import sink
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 COMMANDS = ("generate", "chat", "serve", "bench")
 # Longer than the watch takes to find out which rank is gone.
 VERDICT_S = 15.0
+# The longest that a rank waits for whoever reads what it prints, where all of them end.
+PRINTING_S = 5.0
 _watches: list[RankWatch] = []
 
 
@@ -130,6 +133,9 @@ def _is_abandoned(parent: int) -> bool:
 def _end(line: str | None, code: int) -> None:
     """End the process, though its main thread may wait for MLX for ever."""
     try:
+        late = Timer(PRINTING_S, os._exit, [code])
+        late.daemon = True
+        late.start()
         sink.finish()
         if line is not None:
             sink.hush(False)

@@ -19,6 +19,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from apertus_mlx.backend.memory_limits import clear_pool
 from apertus_mlx.cache import Cache, CacheConfig, expect, fork
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.generation.decode import (
@@ -124,7 +125,7 @@ class Batch:
             self._start()
         self._steps += 1
         if self._steps % CLEAR_INTERVAL == 0:
-            mx.clear_cache()
+            clear_pool()
         return events
 
     def _plain_step(self, rows: list[Row]) -> list[Event]:
@@ -270,7 +271,7 @@ class Batch:
         self.faults += 1
         _log.error("a step failed: %s: %s", type(error).__name__, error)
         self.prefixes.clear()
-        mx.clear_cache()
+        clear_pool()
 
     def _drop(self, row: Row) -> None:
         if row in self.running:

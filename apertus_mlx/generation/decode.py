@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from apertus_mlx.backend.memory_limits import clear_pool
 from apertus_mlx.cache import Cache, expect
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.generation.sampling import Sampler
@@ -65,7 +66,7 @@ def read_chunk(
     logits = model.logits(hidden[:, -1:])[0, 0] if wanted else None
     # Only the caches and the last logits are wanted; hidden states of a chunk are not.
     mx.eval([layer.state for layer in cache], [] if logits is None else logits)
-    mx.clear_cache()
+    clear_pool()
     return logits
 
 
@@ -154,7 +155,7 @@ def draw_tokens(
         if following is not None:
             token, after = following
         if index % CLEAR_INTERVAL == CLEAR_INTERVAL - 1:
-            mx.clear_cache()
+            clear_pool()
 
 
 def unsound(index: int) -> RejectedError:

@@ -1,7 +1,8 @@
 """A model on several machines of which rank 0 alone knows what is asked, as in a server.
 
 Rank 0 draws all tokens. Before each of its passes it tells the others for which sequences it is,
-and they compute the same pass with caches of their own. The tokens go over MLX's connections.
+and they compute the same pass with caches of their own. The tokens go over MLX's connections. So do
+the hidden states of which it wants logits, where the others have a share of the head.
 
 A cache is named by a number. What a fork of it computes is another one's, and so is what comes
 after some positions were taken back: under one number positions are only added, so that each rank
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from apertus_mlx.backend.memory_limits import clear_pool
 from apertus_mlx.cache import Cache, CacheConfig, FullCache, QuantizedCache, fork, rewind
 from apertus_mlx.cache.rows import Rows, rows_of
 from apertus_mlx.errors import ApertusError
 from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.split_model import SplitModel
 
 # Where the first layer's cache has its name; a fork takes it along.
 _NAME = "_led_as"
@@ -44,54 +47,66 @@ class _Name:
         self.owner = weakref.ref(owner)
 
 
-class LedDecoder(nn.Module):
-    """Rank 0's decoder: the others hear of each pass by `tell`; see `Model.model`.
+class Lead:
+    """What rank 0 has all ranks compute; the others hear of it by `tell`.
 
-    A pass is begun at once, so that all ranks exchange everything in one order, and waited for
-    before the next one. `failed` is told first of one that fails, and may not return.
+    `failed` is told first of what fails, and may not return.
     """
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        ids: Callable[[mx.array], mx.array],
-        tell: Callable[[Order], None],
-        failed: Callable[[Exception], object],
+        self, tell: Callable[[Order], None], failed: Callable[[Exception], object]
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # Embedding, layers and norm, as whoever asks for them knows them.
-        dict.update(self, decoder)
-        self._pass: Callable[..., mx.array] = decoder.__call__
-        self._ids, self._tell, self._failed = ids, tell, failed
-        # What the latest pass computes.
-        self._latest: list[mx.array] = []
-        self._numbers = 0
-        self._gone: deque[int] = deque()
+        self.tell, self._failed = tell, failed
         self._broken = False
 
-    def __call__(self, inputs: mx.array, cache: Sequence[Cache]) -> mx.array:
-        """Final hidden states of `inputs` `[B, L]`; the same on all ranks.
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Tell of something and begin it, so that all ranks exchange everything in one order.
 
         Raises:
-            ApertusError: a pass has failed before, and nobody knows what the others have computed.
+            ApertusError: it has failed before, and nobody knows what the others have computed.
         """
         if self._broken:
             raise ApertusError("the ranks are out of step; start them again")
         self._broken = True
         try:
-            mx.eval(self._latest)
-            rows = [self._row(first) for first in _firsts(cache)]
-            gone = [self._gone.popleft() for _ in range(len(self._gone))]
-            self._tell({"rows": rows, "shape": list(inputs.shape), "gone": gone})
-            hidden = self._pass(self._ids(inputs), cache)
-            mx.async_eval(hidden)
+            yield
         except Exception as error:
             self._failed(error)
             raise
-        for first in _firsts(cache):
-            vars(first)[_NAME].length = first.offset
-        self._latest = [hidden]
         self._broken = False
+
+
+class LedDecoder(nn.Module):
+    """Rank 0's decoder; see `Model.model`. A pass is waited for before the next one."""
+
+    def __init__(self, decoder: nn.Module, ids: Callable[[mx.array], mx.array], lead: Lead) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # Embedding, layers and norm, as whoever asks for them knows them.
+        dict.update(self, decoder)
+        self._pass: Callable[..., mx.array] = decoder.__call__
+        self._ids, self._lead = ids, lead
+        # What the latest pass computes.
+        self._latest: list[mx.array] = []
+        self._numbers = 0
+        self._gone: deque[int] = deque()
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Cache]) -> mx.array:
+        """Final hidden states of `inputs` `[B, L]`; the same on all ranks.
+
+        Raises:
+            ApertusError: see `Lead`.
+        """
+        with self._lead.together():
+            mx.eval(self._latest)
+            rows = [self._row(first) for first in _firsts(cache)]
+            gone = [self._gone.popleft() for _ in range(len(self._gone))]
+            self._lead.tell({"rows": rows, "shape": list(inputs.shape), "gone": gone})
+            hidden = self._pass(self._ids(inputs), cache)
+            mx.async_eval(hidden)
+            for first in _firsts(cache):
+                vars(first)[_NAME].length = first.offset
+            self._latest = [hidden]
         return hidden
 
     def _row(self, first: FullCache | QuantizedCache) -> tuple[int, int | None, int]:
@@ -120,6 +135,11 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
             if order["end"] == "interrupted":
                 raise KeyboardInterrupt
             return
+        if "logits" in order:
+            shape = (*order["logits"], model.config.hidden_size)
+            hidden = summed(mx.zeros(shape, model.model.norm.weight.dtype))
+            mx.async_eval(model.logits(hidden))
+            continue
         rows = [_caches(held, model, form, *row) for row in order["rows"]]
         for number in order["gone"]:
             del held[number]
@@ -130,7 +150,7 @@ def follow(model: Model, form: CacheConfig, summed: Sum, orders: Iterable[Order]
         latest = [model.model(ids(mx.zeros(order["shape"], mx.uint32)), used)]
         mx.async_eval(latest)
         if order["shape"][1] > 1:
-            mx.clear_cache()
+            clear_pool()
 
 
 def _ids(model: Model, summed: Sum) -> Callable[[mx.array], mx.array]:
@@ -177,9 +197,20 @@ def lead(
     tell: Callable[[Order], None],
     failed: Callable[[Exception], object] = lambda _: None,
 ) -> None:
-    """Have all passes of `model` go to the other ranks, too; see `LedDecoder`."""
-    ids = _ids(model, summed)
-    model.model = LedDecoder(model.model, ids, tell, failed)  # type: ignore[assignment]
+    """Have the other ranks compute with `model`, too; for `tell` and `failed` see `Lead`."""
+    leading = Lead(tell, failed)
+    model.model = LedDecoder(model.model, _ids(model, summed), leading)  # type: ignore[assignment]
+    if not isinstance(model, SplitModel) or not model.shares_head:
+        return
+
+    def logits(hidden: mx.array) -> mx.array:
+        with leading.together():
+            leading.tell({"logits": list(hidden.shape[:2])})
+            found = model.gathered(summed(hidden))
+            mx.async_eval(found)
+        return found
+
+    model.ask(logits)
 
 
 def end(tell: Callable[[Order], None], interrupted: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from apertus_mlx.backend.hardware import has_gpu
+from apertus_mlx.backend.memory_limits import clear_pool
 from apertus_mlx.generation.decode import (
     CLEAR_INTERVAL,
     draw_tokens,
@@ -164,7 +165,7 @@ class Speculator:
             left -= len(self._ids) - before
             cleared += len(self._ids) - before
             if cleared >= CLEAR_INTERVAL:
-                mx.clear_cache()
+                clear_pool()
                 cleared = 0
 
     def _rest(self, count: int) -> Iterator[int]:

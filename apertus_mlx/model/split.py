@@ -1,30 +1,27 @@
-"""How a model is split over ranks that compute side by side (tensor parallelism).
+"""What each rank holds of a model that ranks compute side by side (tensor parallelism).
 
-Each rank has whole attention heads and a share of the feed-forward's inner numbers. What reads the
-residual stream is split by rows, what writes to it by columns, and the ranks' shares of what is
-written are summed. Embedding, head, norms and xIELU's slopes are on every rank.
+Each rank has whole attention heads, a share of the feed-forward's inner numbers, and the rows of
+some token ids in embedding and head. Norms and xIELU's slopes are on every rank. `split_model.py`
+computes with it.
 
 The same scheme: "Megatron-LM" (arXiv 1909.08053).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_unflatten
-
+from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.inventory import Inventory, Part, StoredMatrix
 from apertus_mlx.errors import UsageError
-from apertus_mlx.model.apertus import Model
 
 ROWS, COLUMNS = 0, 1
-# Every other matrix is whole on every rank.
 AXES = {
+    "embed_tokens": ROWS,
+    "lm_head": ROWS,
     "q_proj": ROWS,
     "k_proj": ROWS,
     "v_proj": ROWS,
@@ -37,6 +34,11 @@ AXES = {
 def axis_of(path: str) -> int | None:
     """Along which axis the matrix at a module's `path` is split; None: not at all."""
     return AXES.get(path.rpartition(".")[2])
+
+
+def own_ids(count: int, ranks: int) -> int:
+    """Of how many of `count` token ids a rank has the rows: all where they do not divide."""
+    return count if count % ranks else count // ranks
 
 
 def part_of(inventory: Inventory, ranks: int, rank: int = 0) -> Inventory:
@@ -84,7 +86,8 @@ def _sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
 
 def _part(matrix: StoredMatrix, ranks: int) -> StoredMatrix:
     axis = axis_of(matrix.path)
-    if axis is None:
+    in_layer = layout.layer_of(matrix.path) is not None
+    if axis is None or (not in_layer and own_ids(matrix.rows, ranks) == matrix.rows):
         return matrix
     factor = matrix.factor
     if factor is not None and axis == ROWS and factor.shape != (1,):
@@ -103,29 +106,3 @@ def _cut(tensor: TensorInfo, axis: int, ranks: int) -> TensorInfo:
     shape = list(tensor.shape)
     shape[axis] //= ranks
     return replace(tensor, shape=tuple(shape), size_bytes=tensor.size_bytes // ranks)
-
-
-class SummedLinear(nn.Module):
-    """A product of which each rank computes a share: the sum over all ranks."""
-
-    def __init__(self, linear: nn.Module, summed: Callable[[mx.array], mx.array]) -> None:
-        super().__init__()
-        self.linear = linear
-        self._summed = summed
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Apply to this rank's `x` `[..., in / ranks]`; returns `[..., out]`, on all the same."""
-        return self._summed(self.linear(x))
-
-
-def sum_shares(model: Model, summed: Callable[[mx.array], mx.array]) -> None:
-    """Have `model`, made of one rank's part, add what the others compute.
-
-    `summed`: the sum of an array over all ranks.
-    """
-    replaced = [
-        (path, SummedLinear(module, summed))
-        for path, module in model.named_modules()
-        if axis_of(path) == COLUMNS
-    ]
-    model.update_modules(tree_unflatten(replaced))

@@ -24,7 +24,7 @@ GEOMETRY: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+FACTORED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head")
 
 
 WIDTHS = [{"group_size": 32, "bits": bits} for bits in (2, 3, 4, 6, 8)]
@@ -48,7 +48,7 @@ def quantized(folder: Path, formats: list[dict[str, Any]], **changes: Any) -> Pa
         parts = mx.quantize(mx.array(array), **spec)
         for kind, part in zip(("weight", "scales", "biases"), parts, strict=False):
             weights[f"{path}.{kind}"] = part
-        if len(parts) == 2 and path.endswith(PROJECTIONS):
+        if len(parts) == 2 and path.endswith(FACTORED):
             rows = 1 if path.endswith("up_proj") else array.shape[0]
             weights[f"{path}.output_scale"] = np.linspace(0.5, 1.5, rows, dtype=np.float32)
     return write_checkpoint(folder, {**config, "quantization": block}, weights)
@@ -68,6 +68,10 @@ def models(folder: Path, **changes: Any) -> list[Path]:
 def all_models(folder: Path, **changes: Any) -> list[Path]:
     tied = config_4x(**{**GEOMETRY, **changes, "tie_word_embeddings": True})
     found = [write_checkpoint(folder / "float16, tied", tied, dtype=mx.float16)]
+    # No number of ranks divides them, of one model those of the head alone.
+    found.append(quantized(folder / "odd", WIDTHS[2:3], **changes, vocab_size=385))
+    cut = {"vocab_size": 384, "output_vocab_size": 383}
+    found.append(quantized(folder / "odd head", WIDTHS[2:3], **changes, **cut))
     for number, spec in enumerate(FORMATS):
         found.append(quantized(folder / f"format {number}", [spec], **changes))
     return models(folder, **changes) + found

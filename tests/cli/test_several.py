@@ -148,6 +148,30 @@ def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path, model: Path, interrup
     assert not any("error" in err or "Traceback" in err for _, _, err in found)
 
 
+NOBODY_READS = """
+import os
+from apertus_mlx.cli import several
+several.PRINTING_S = 0.1
+os.set_blocking(1, False)
+try:
+    while os.write(1, bytes(4096)):
+        pass
+except BlockingIOError:
+    os.set_blocking(1, True)
+several._end("rank 1 is gone", 4)
+"""
+
+
+def test_a_rank_ends_though_nobody_reads_what_it_prints() -> None:
+    command = [sys.executable, "-c", NOBODY_READS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            assert process.wait(60) == 4
+        finally:
+            process.kill()
+
+
 class OneOfTwo:
     """What a rank sees of an exchange in which rank 0 sends `sent`."""
 

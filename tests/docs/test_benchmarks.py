@@ -30,6 +30,7 @@ SHORT = {
     "kv_quality": "--tokens 2048 --few",
     "make_checkpoint": "0.5B {new}",
     "poison_requests": "--count 1000",
+    "rank_bytes": "",
     "rank_deaths": "--rounds 1 --tokens 8",
     "rank_memory": "tiny --pipeline",
     "serve_load": "--seconds 20 --clients 4",

@@ -6,13 +6,18 @@ import gc
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from threading import BrokenBarrierError
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 
 from apertus_mlx.backend.mlx import load_inventory
+from apertus_mlx.backend.ranks import Ranks as RealRanks
 from apertus_mlx.cache import Cache, CacheConfig
 from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.errors import ApertusError
@@ -20,8 +25,11 @@ from apertus_mlx.generation.batch import Batch, Row
 from apertus_mlx.generation.led_model import Order, end, follow, lead
 from apertus_mlx.generation.prefix_trie import PrefixTrie
 from apertus_mlx.model.apertus import Model
+from apertus_mlx.model.split import part_of
+from apertus_mlx.model.split_model import SplitModel
 from tests.batch_play import answer, new_row
 from tests.builders import config_4x, write_checkpoint
+from tests.links import Table
 
 
 class Heard:
@@ -169,6 +177,58 @@ def test_a_prompt_goes_on_where_another_one_was_answered(folder: Path, form: Cac
             list(batch.turn())
     assert (len(answer(first)), second.reused) == (50, 59)
     ranks.follow()
+
+
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.nightly), True])
+def test_ranks_with_a_share_of_the_head_compute_all_logits(tmp_path: Path, tied: bool) -> None:
+    """Of rows together, of one alone, and of many positions at a time."""
+    given = write_checkpoint(tmp_path, config_4x(head_dim=64, tie_word_embeddings=tied))
+    whole = take_inventory(given)
+    alone = load_inventory(whole, "float32")
+    table = Table(2)
+    orders: SimpleQueue[Order] = SimpleQueue()
+
+    def load(rank: int) -> SplitModel:
+        links = cast(RealRanks, table.rank(rank))
+        found = load_inventory(part_of(whole, 2, rank), "float32", ranks=links)
+        assert isinstance(found, SplitModel)
+        assert found.shares_head
+        return found
+
+    def other() -> None:
+        with suppress(BrokenBarrierError):
+            follow(load(1), CacheConfig(), table.rank(1).sum, iter(orders.get, None))
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(other)
+        try:
+            model = load(0)
+            lead(model, table.rank(0).sum, orders.put)
+            batch = Batch(model, PrefixTrie(10**9), 64, 32)
+            rows = [new_row([1, *range(80, 80 + 9 * count)]) for count in range(1, 4)]
+            for row, _ in rows:
+                batch.join(row)
+            while len(batch):
+                list(batch.turn())
+            ids = mx.array([[1, *range(80, 120)]])
+            hidden = model.model(ids, model.make_cache())
+            found = model.logits(hidden[:, 7:30])
+        except Exception:
+            table.barrier.abort()
+            raise
+        finally:
+            end(orders.put, interrupted=False)
+        following.result()
+    for row, sampler in rows:
+        expected = alone(mx.array([row.ids]), alone.make_cache())[0, row.prompt_tokens - 1 : -1]
+        assert_close(mx.stack([values for values, _ in sampler.drawn[:8]]), expected)
+        assert answer(row) == mx.argmax(expected, axis=-1).tolist()
+    assert_close(found, alone(ids, alone.make_cache())[:, 7:30])
+
+
+def assert_close(found: mx.array, expected: mx.array) -> None:
+    assert found.shape == expected.shape
+    assert (mx.abs(found - expected).max() <= 1e-5 * mx.abs(expected).max()).item()
 
 
 def test_an_interrupt_reaches_the_others(folder: Path) -> None:

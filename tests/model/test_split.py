@@ -24,28 +24,31 @@ GEOMETRIES = {"8B": (32, 4096, 21504, 32, 8), "70B": (80, 8192, 43008, 64, 8)}
 VOCABULARY = 131_072
 
 
-def planned(size: str, spec: QuantSpec | None) -> Inventory:
+def planned(size: str, spec: QuantSpec | None, tied: bool = False) -> Inventory:
     layers, hidden, inner, heads, kv_heads = GEOMETRIES[size]
     values = config_4x(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner,
         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=VOCABULARY,
-        max_position_embeddings=65_536,
+        max_position_embeddings=65_536, tie_word_embeddings=tied,
     )  # fmt: skip
     return planned_inventory(size, parse_config(values), spec)
 
 
-@pytest.mark.parametrize("case", every(11, product(GEOMETRIES, (2, 3, 4, 6, 8, 16), (2, 4, 8))))
-def test_memory_of_a_rank(case: tuple[str, int, int]) -> None:
-    size, bits, ranks = case
+CASES = product(GEOMETRIES, (2, 3, 4, 6, 8, 16), (2, 4, 8), (False, True))
+
+
+@pytest.mark.parametrize("case", every(11, CASES))
+def test_memory_of_a_rank(case: tuple[str, int, int, bool]) -> None:
+    size, bits, ranks, tied = case
     spec = None if bits == 16 else QuantSpec(bits, 64)
-    part = part_of(planned(size, spec), ranks)
+    part = part_of(planned(size, spec, tied), ranks)
     layers, hidden, inner, heads, kv_heads = GEOMETRIES[size]
     split = layers * hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 2 * inner)
-    whole = 2 * VOCABULARY * hidden
+    split += (1 if tied else 2) * VOCABULARY * hidden
     # Two norms and those of a head for each layer, four slopes, the last norm; in 16 bits.
     vectors = layers * (2 * hidden + 2 * hidden // heads + 4) + hidden
     per_weight = bits / 8 if bits == 16 else (bits + 32 / 64) / 8
-    assert weights_bytes(part, 2) == (split / ranks + whole) * per_weight + 2 * vectors
+    assert weights_bytes(part, 2) == split / ranks * per_weight + 2 * vectors
     context = 4096
     cache = 2 * 2 * layers * context * kv_heads // ranks * (hidden // heads)
     assert kv_bytes(part.config, FULL_PRECISION, context, GPU_16_BIT.compute_bytes) == cache
@@ -75,6 +78,22 @@ def test_the_plan_of_a_rank(tmp_path: Path) -> None:
     assert split.parameters == alone.parameters
     one, two = alone.forms[0], split.forms[0]
     assert two.kv_bytes == one.kv_bytes / 2
-    # Half of two layers of q, k, v, o, up and down, in float32 as they are stored.
+    # Half of two layers of q, k, v, o, up and down, and of embedding and head, all in float32 as
+    # they are stored.
     layer = 64 * (64 + 32 + 32 + 64 + 128 + 128)
-    assert one.weights_bytes - two.weights_bytes == 4 * 2 * layer / 2
+    assert one.weights_bytes - two.weights_bytes == 4 * (2 * layer + 2 * 384 * 64) / 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "outputs", "whole"),
+    [(384, 384, []), (385, 385, ["model.embed_tokens", "lm_head"]), (386, 385, ["lm_head"])],
+)
+def test_token_ids_that_do_not_divide_are_whole_on_every_rank(
+    ids: int, outputs: int, whole: list[str]
+) -> None:
+    config = parse_config(config_4x(vocab_size=ids, output_vocab_size=outputs))
+    inventory = planned_inventory("tiny", config, None)
+    part = part_of(inventory, 2)
+    for path in ("model.embed_tokens", "lm_head"):
+        count = inventory.matrices[path].rows
+        assert part.matrices[path].rows == (count if path in whole else count / 2)
