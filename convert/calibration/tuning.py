@@ -39,7 +39,6 @@ from apertus_mlx.convert.distill.student import (
     RoundedNorm,
     assemble,
     quantized,
-    recompute_layers,
     stored_tensors,
 )
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
@@ -230,9 +229,8 @@ def _train(
         written += deciding.tokens
         lessons.fill(teacher, k, lambda done: progress(written + done, total))
         student = _student(plan, reader, folder)
-    if tuning.resources.recomputes:
-        recompute_layers(student)
-    training = Training(student, lessons, deciding, tuning.options, place)
+    by_layers = tuning.resources.by_layers
+    training = Training(student, lessons, deciding, tuning.options, place, by_layers)
     history = training.run(lambda done, *_: progress(ready + done, total))
     return student, history
 

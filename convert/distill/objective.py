@@ -28,6 +28,16 @@ def loss(
         following: the token that follows in the text, -1 where none does.
         text_share: how much the text itself counts beside the teacher.
     """
+    return mean(*of_tokens(logits, likeliest, shares, following), following, text_share)
+
+
+def of_tokens(
+    logits: mx.array, likeliest: mx.array, shares: mx.array, following: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The divergence and the cross-entropy of each token, both `[tokens]`; see `loss`.
+
+    A token that nothing follows has no cross-entropy, but 0.
+    """
     # One exponential for everything: it takes the longest.
     highest = mx.stop_gradient(logits.max(-1, keepdims=True))
     powers = mx.exp(logits - highest)
@@ -37,11 +47,29 @@ def loss(
     named = mx.take_along_axis(logits, likeliest, axis=-1) - highest
     found = mx.concatenate([named, _log(rest)], axis=-1) - total
     # A share of zero adds nothing, whatever the logarithms.
-    divergence = (shares * (_log(shares) - found)).sum(-1).mean()
-    known = following >= 0
+    divergences = (shares * (_log(shares) - found)).sum(-1)
     own = mx.take_along_axis(logits, mx.maximum(following, 0)[:, None], axis=-1)
-    surprise = mx.where(known, (highest + total - own)[:, 0], 0).sum() / mx.maximum(known.sum(), 1)
+    return divergences, mx.where(following >= 0, (highest + total - own)[:, 0], 0)
+
+
+def mean(
+    divergences: mx.array, surprises: mx.array, following: mx.array, text_share: float
+) -> tuple[mx.array, mx.array]:
+    """The loss and the divergence in it, of what `of_tokens` says of all tokens."""
+    divergence = divergences.mean()
+    surprise = surprises.sum() / _count(following)
     return (1 - text_share) * divergence + text_share * surprise, divergence
+
+
+def slopes(following: mx.array, text_share: float) -> tuple[mx.array, mx.array]:
+    """How the loss grows with the divergence and with the cross-entropy of each token."""
+    ones = mx.ones(following.shape)
+    return ones * ((1 - text_share) / following.size), ones * text_share / _count(following)
+
+
+def _count(following: mx.array) -> mx.array:
+    """Tokens that one follows; at least 1."""
+    return mx.maximum((following >= 0).sum(), 1)
 
 
 def _log(values: mx.array) -> mx.array:

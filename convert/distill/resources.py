@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from apertus_mlx.backend.hardware import available_bytes
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.layout import parameter_count
+from apertus_mlx.convert.distill.partial_updates import BLOCK_NUMBERS
 from apertus_mlx.convert.distill.student import Trained
 from apertus_mlx.convert.distill.teacher_cache import answer_bytes
 from apertus_mlx.errors import ResourceError
@@ -15,10 +16,11 @@ from apertus_mlx.system.sizes import format_bytes
 # Most tokens, and most logits, of a batch.
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 26
-# What layers may keep for the gradient of a batch; where it would be more, they are run again.
+# What layers may keep for the gradient of a batch; where it would be more, they learn one by one.
 KEPT_BYTES = 1 << 30
-# Arrays of the shape of the logits that a step holds at once.
-LOGITS_COPIES = 6
+# Arrays of the shape of the logits that a step of the whole model holds at once, and blocks of the
+# logits or of a table that one by layers does beside the logits.
+LOGITS_COPIES, BLOCK_COPIES = 6, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +42,24 @@ class Resources:
         return max(1, tokens // self.window_tokens)
 
     @property
-    def recomputes(self) -> bool:
-        """Whether layers are run again for their gradient."""
+    def by_layers(self) -> bool:
+        """Whether layers learn one by one, each run again for its gradient."""
         return self._kept_bytes > KEPT_BYTES
 
     @property
     def memory_bytes(self) -> int:
         """Memory of training, about."""
-        # Positions, their gradient and two moments; or codes in one byte.
-        learned = (16 if self.trained == "weights" else 1) * parameter_count(self.config)
-        table = 12 * self.config.vocab_size * self.config.hidden_size
+        parameters, weights = parameter_count(self.config), self.trained == "weights"
         logits = 4 * self.batch_windows * self.window_tokens * self.config.output_vocab_size
-        layers = self.config.num_hidden_layers if self.recomputes else 1
-        return learned + self._kept_bytes // layers + table + LOGITS_COPIES * logits
+        if self.by_layers:
+            # A position and two moments; or a code in one byte. Beside them scales and biases.
+            learned = parameters * (13 if weights else 2)
+            layer = self._kept_bytes // self.config.num_hidden_layers
+            return learned + layer + logits + BLOCK_COPIES * 4 * BLOCK_NUMBERS
+        # Positions, their gradient and two moments; or codes in one byte.
+        learned = parameters * (16 if weights else 1)
+        table = 12 * self.config.vocab_size * self.config.hidden_size
+        return learned + self._kept_bytes + table + LOGITS_COPIES * logits
 
     def disk_bytes(self, tokens: int, k: int) -> int:
         """Room for the teacher's answers to `tokens`, the saved states and the best weights.

@@ -21,12 +21,7 @@ import numpy as np
 from apertus_mlx.checkpoint.config import CONFIG_FILE, read_config
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, open_checkpoint
 from apertus_mlx.convert.distill.resources import Resources
-from apertus_mlx.convert.distill.student import (
-    check_student,
-    make_student,
-    recompute_layers,
-    stored_tensors,
-)
+from apertus_mlx.convert.distill.student import check_student, make_student, stored_tensors
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
 from apertus_mlx.convert.distill.training import Options, Training, Validation, best, text_note
 from apertus_mlx.convert.evaluation.layerwise import open_weights
@@ -267,11 +262,9 @@ def _train(job: Job, folder: Path, observer: Observer) -> tuple[Model, list[Vali
         )
     with Reader(job.student) as reader:
         student = make_student(open_weights(job.student, reader), job.options.trained)
-    if resources.recomputes:
-        recompute_layers(student)
     own = folder / _training_name(job)
     own.mkdir(exist_ok=True)
-    training = Training(student, batches, held_out, job.options, own)
+    training = Training(student, batches, held_out, job.options, own, resources.by_layers)
     history = training.run(
         lambda done, loss, judged: observer.training(done, training.tokens, loss, judged)
     )

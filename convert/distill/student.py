@@ -25,7 +25,7 @@ from apertus_mlx.convert.evaluation.products import product
 from apertus_mlx.convert.sources.reading import MLX_TYPES
 from apertus_mlx.convert.sources.source import MatrixSource, Source
 from apertus_mlx.errors import UsageError
-from apertus_mlx.model.apertus import XIELU, DecoderLayer, Model, xielu
+from apertus_mlx.model.apertus import XIELU, Model, xielu
 from apertus_mlx.quant.packing import pack, unpack
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -56,10 +56,12 @@ class Quantized(nn.Module):
 
     def weights(self, rows: Any = slice(None)) -> mx.array:
         """Some rows in float32, as the stored model would have them."""
-        codes = self._nearest(self.codes[rows])
-        scales, biases = (
-            rounded(array[rows] * self.unit, self.dtype) for array in (self.scales, self.biases)
-        )
+        return self.weights_of(self.codes[rows], self.scales[rows], self.biases[rows])
+
+    def weights_of(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        """What codes, scales and biases of some rows stand for; gradients go to all three."""
+        codes = self._nearest(codes)
+        scales, biases = (rounded(part * self.unit, self.dtype) for part in (scales, biases))
         groups = mx.unflatten(codes, -1, (-1, self.spec.group_size))
         return (groups * scales[..., None] + biases[..., None]).flatten(-2)
 
@@ -78,7 +80,11 @@ class Quantized(nn.Module):
     def keep_in_range(self) -> None:
         """Bring positions back to where a step in the other direction changes their code."""
         if self.codes.dtype == mx.float32:
-            self.codes = mx.clip(self.codes, -0.5, self._highest + 0.5)
+            self.codes = self.in_range(self.codes)
+
+    def in_range(self, positions: mx.array) -> mx.array:
+        """The nearest of positions that `keep_in_range` leaves as they are."""
+        return mx.clip(positions, -0.5, self._highest + 0.5)
 
     @property
     def _highest(self) -> int:
@@ -140,20 +146,6 @@ class RoundedActivation(nn.Module):
 
     def _by_mlx(self, x: mx.array, alpha_p: mx.array, alpha_n: mx.array) -> mx.array:
         return xielu(x, alpha_p, alpha_n, self.beta, self.eps)
-
-
-class Recomputed(nn.Module):
-    """A decoder layer that keeps its input alone and is run again for its gradient."""
-
-    def __init__(self, layer: DecoderLayer) -> None:
-        nn.Module.__init__(self)
-        self.layer = layer
-        self._run = nn.utils.checkpoint(layer)
-
-    def __call__(self, *arguments: Any) -> mx.array:
-        """As the layer itself."""
-        after: mx.array = self._run(*arguments)
-        return after
 
 
 def rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -252,19 +244,13 @@ def assemble(
     return model
 
 
-def recompute_layers(model: Model) -> None:
-    """Trade time for memory: keep the input of each layer alone for its gradient."""
-    decoder: Any = model.model
-    decoder.layers = [Recomputed(layer) for layer in model.layers]
-
-
 def learning_modules(
     model: Model,
 ) -> Iterator[tuple[str, Quantized | RoundedNorm | RoundedActivation]]:
     """The parts of a student that may learn, by their paths in a checkpoint."""
     for path, module in nn.Module.named_modules(model):
         if isinstance(module, Quantized | RoundedNorm | RoundedActivation):
-            yield path.replace(".layer.", "."), module
+            yield path, module
 
 
 def stored_tensors(model: Model) -> Iterator[tuple[str, mx.array]]:

@@ -44,6 +44,12 @@ class Batch:
     # where the teacher says nothing.
     shares: mx.array
 
+    @property
+    def following(self) -> mx.array:
+        """The token after each in its window, -1 after the last; `[windows * length]`."""
+        end = mx.full((self.tokens.shape[0], 1), -1, self.tokens.dtype)
+        return mx.concatenate([self.tokens[:, 1:], end], axis=1).flatten()
+
 
 def answer_bytes(k: int) -> int:
     """What the answer to one token takes on disk."""

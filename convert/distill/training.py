@@ -22,6 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from apertus_mlx.convert.distill import objective
+from apertus_mlx.convert.distill.layered_step import LayeredStep
 from apertus_mlx.convert.distill.student import CODES, Quantized, Trained, learning_modules
 from apertus_mlx.convert.distill.teacher_cache import Batch, TeacherCache
 from apertus_mlx.errors import UsageError
@@ -79,7 +80,10 @@ class _State:
 
 
 class Training:
-    """Trains `student` in place; its state lies in `folder`."""
+    """Trains `student` in place; its state lies in `folder`.
+
+    `by_layers`: in steps that take longer and less memory (`layered_step`).
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Training:
         held_out: TeacherCache,
         options: Options,
         folder: Path,
+        by_layers: bool = False,
     ) -> None:
         self._student = student
         self._batches = batches
@@ -98,6 +103,8 @@ class Training:
         self.tokens = options.epochs * batches.tokens
         self._interval = max(1, self.steps // VALIDATIONS)
         self._optimizer = _make_optimizer(options, self.steps)
+        step = LayeredStep if by_layers else WholeStep
+        self._step = step(student, self._optimizer, options.text_share)
 
     def run(self, progress: Callable[[int, float, Sequence[Validation]], None]) -> list[Validation]:
         """Train to the end, from the last saved state if there is one, and take the best weights.
@@ -107,18 +114,13 @@ class Training:
         Raises:
             UsageError: a loss is not finite.
         """
-        gradient = nn.value_and_grad(self._student, _batch_loss)
         state = self._resume()
         if not state.history:
             state.history.append(self._validate(0, 0, None))
             self._save_best()
         while state.step < self.steps and not _is_stale(state.history):
             batch = self._batches.batch(self._batch_index(state.step))
-            (loss, _), gradients = gradient(self._student, batch, self._options.text_share)
-            self._optimizer.update(self._student, gradients)
-            for _, module in learning_modules(self._student):
-                if isinstance(module, Quantized):
-                    module.keep_in_range()
+            loss = self._step.learn(batch)
             mx.eval(self._parameters(), self._optimizer.state)
             value = _finite(loss, state.step + 1)
             state.step, state.tokens = state.step + 1, state.tokens + batch.tokens.size
@@ -145,7 +147,7 @@ class Training:
         losses, divergences, count = 0.0, 0.0, 0
         for index in range(len(self._held_out)):
             batch = self._held_out.batch(index)
-            loss, divergence = _batch_loss(self._student, batch, self._options.text_share)
+            loss, divergence = self._step.judge(batch)
             losses += _finite(loss, step) * batch.tokens.size
             divergences += _finite(divergence, step) * batch.tokens.size
             count += batch.tokens.size
@@ -162,6 +164,9 @@ class Training:
         if saved is None or kept is None:
             return _State(0, 0, 0.0, [])
         arrays, metadata = saved
+        # Another version may have named its parameters otherwise.
+        if _names(arrays["student"]) != _names(self._parameters()):
+            return _State(0, 0, 0.0, [])
         self._student.update(arrays["student"])
         self._optimizer.state = arrays["optimizer"]
         values = json.loads(metadata["state"])
@@ -175,6 +180,32 @@ class Training:
         _save(self._folder / BEST_FILE, self._parameters(), {})
 
 
+class WholeStep:
+    """Steps of `optimizer` on all of `student` at once."""
+
+    def __init__(
+        self, student: Model, optimizer: optimizers.MultiOptimizer, text_share: float
+    ) -> None:
+        self._student = student
+        self._optimizer = optimizer
+        self._text_share = text_share
+        self._gradient = nn.value_and_grad(student, _batch_loss)
+
+    def judge(self, batch: Batch) -> tuple[mx.array, mx.array]:
+        """The loss on a batch, and the divergence in it."""
+        return _batch_loss(self._student, batch, self._text_share)
+
+    def learn(self, batch: Batch) -> mx.array:
+        """Learn from a batch; the loss on it before."""
+        loss: mx.array
+        (loss, _), gradients = self._gradient(self._student, batch, self._text_share)
+        self._optimizer.update(self._student, gradients)
+        for _, module in learning_modules(self._student):
+            if isinstance(module, Quantized):
+                module.keep_in_range()
+        return loss
+
+
 def codes_reach(options: Options, steps: int) -> float:
     """How far codes can move in so many batches, in steps of a code, if all of them agree.
 
@@ -184,7 +215,7 @@ def codes_reach(options: Options, steps: int) -> float:
     return CODES_FACTOR * options.learning_rate * (steps / 2 + 1)
 
 
-def _make_optimizer(options: Options, steps: int) -> optimizers.Optimizer:
+def _make_optimizer(options: Options, steps: int) -> optimizers.MultiOptimizer:
     def adam(peak: float) -> optimizers.Optimizer:
         warmup = max(1, round(WARMUP_SHARE * steps))
         rate = optimizers.join_schedules(
@@ -204,15 +235,11 @@ def _make_optimizer(options: Options, steps: int) -> optimizers.Optimizer:
 
 def _batch_loss(student: Model, batch: Batch, text_share: float) -> tuple[mx.array, mx.array]:
     """The loss on a batch, and the divergence in it."""
-    tokens = batch.tokens
-    logits = student(tokens).flatten(0, 1)
-    end = mx.full((tokens.shape[0], 1), -1, tokens.dtype)
-    following = mx.concatenate([tokens[:, 1:], end], axis=1)
     return objective.loss(
-        logits,
+        student(batch.tokens).flatten(0, 1),
         batch.likeliest.flatten(0, 1),
         batch.shares.flatten(0, 1),
-        following.flatten(),
+        batch.following,
         text_share,
     )
 
@@ -245,6 +272,10 @@ def text_note(options: Options, history: Sequence[Validation]) -> str | None:
 
 def _is_stale(history: Sequence[Validation]) -> bool:
     return len(history) - 1 - history.index(best(history)) >= PATIENCE
+
+
+def _names(tree: Any) -> set[str]:
+    return set(dict(tree_flatten(tree)))
 
 
 def _save(path: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:

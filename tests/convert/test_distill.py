@@ -27,9 +27,7 @@ from apertus_mlx.convert.distill import objective, training
 from apertus_mlx.convert.distill.run import SILENT, Job, Observer, distill, prepare
 from apertus_mlx.convert.distill.student import (
     Quantized,
-    learning_modules,
     make_student,
-    recompute_layers,
     straight_through,
 )
 from apertus_mlx.convert.distill.training import Options
@@ -230,26 +228,6 @@ def test_an_untrained_student_is_the_stored_model(student: Path) -> None:
 
 def training_modes() -> tuple[Any, ...]:
     return ("weights", "scales")
-
-
-def test_recomputing_layers_changes_no_gradient(student: Path) -> None:
-    ids = mx.array([[1, 100, 200, 300, 5, 60]])
-    found = []
-    for recompute in (False, True):
-        with Reader(student) as reader:
-            model = make_student(open_weights(student, reader), "weights")
-        if recompute:
-            recompute_layers(model)
-        _, slopes = nn.value_and_grad(model, lambda m: mx.square(m(ids)).mean())(model)
-        model.update(slopes)
-        arrays = {p: dict(m.trainable_parameters()) for p, m in learning_modules(model)}
-        found.append(
-            {f"{p}.{n}": np.array(a) for p, named in arrays.items() for n, a in named.items()}
-        )
-    assert found[0].keys() == found[1].keys()
-    for name, slope in found[0].items():
-        assert np.abs(slope).max() > 0, name
-        assert np.allclose(slope, found[1][name], rtol=1e-4, atol=1e-6 * np.abs(slope).max()), name
 
 
 # --- folders ----------------------------------------------------------------------------------
