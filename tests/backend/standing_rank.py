@@ -62,7 +62,7 @@ def with_free_buffers(orders: Iterator[Order]) -> Iterator[Order]:
 
 
 def main(case: str, folder: Path) -> None:
-    rank_watch.INTERVAL_S, rank_watch.SILENCE_S = 0.2, 1.0
+    rank_watch.INTERVAL_S, rank_watch.SILENCE_S = 0.1, 0.6
     several.meet("serve")
     ranks = join()
     assert ranks is not None
