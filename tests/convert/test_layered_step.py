@@ -17,6 +17,7 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.convert.distill import objective, training
 from apertus_mlx.convert.distill.layered_step import LayeredStep
+from apertus_mlx.convert.distill.partial_updates import PartialUpdates
 from apertus_mlx.convert.distill.resources import Resources
 from apertus_mlx.convert.distill.student import Quantized, RoundedNorm, Trained, assemble, quantized
 from apertus_mlx.convert.distill.teacher_cache import Batch
@@ -224,3 +225,22 @@ def interrupting(steps: list[int], stop: int) -> Any:
             raise KeyboardInterrupt
 
     return progress
+
+
+def test_no_table_is_copied() -> None:
+    """What an update of its rows takes beside the table, of 1 MB, and its moments."""
+    config = parse_config(config_4x(vocab_size=4096))
+    matrix = next(layout.matrices(config))
+    values = mx.random.normal((matrix.rows, matrix.columns), key=mx.random.key(0))
+    table = quantized(matrix, mx.quantize(values, 32, 4), SPEC, mx.bfloat16)
+    table.learn_codes()
+    model = nn.Module()
+    model.table = table
+    updates = PartialUpdates(make_optimizer(1e-8), model)
+    for _ in range(2):
+        updates.begin()
+        mx.eval(model.parameters())
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        updates.update_rows("table", table, lambda rows: values[rows])
+    assert mx.get_peak_memory() - before < 0.5 * table.codes.nbytes
