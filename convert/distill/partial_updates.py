@@ -95,4 +95,6 @@ def table_gradients(table: Quantized, rows: slice, slopes: mx.array) -> dict[str
         return [table.weights_of(**{**parts, **dict(zip(learning, values, strict=True))})]
 
     _, found = mx.vjp(weights, [parts[name] for name in learning], [slopes])
+    # What is still to compute would hold the whole table, which could not be changed in place.
+    mx.eval(found)
     return dict(zip(learning, found, strict=True))

@@ -20,7 +20,7 @@ BATCH_LOGITS = 1 << 26
 KEPT_BYTES = 1 << 30
 # Arrays of the shape of the logits that a step of the whole model holds at once, and blocks of the
 # logits or of a table that one by layers does beside the logits.
-LOGITS_COPIES, BLOCK_COPIES = 6, 10
+LOGITS_COPIES, BLOCK_COPIES = 14, 10
 
 
 @dataclass(frozen=True, slots=True)

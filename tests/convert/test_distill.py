@@ -345,10 +345,14 @@ def interrupting(after_tokens: int) -> Observer:
     return replace(SILENT, training=stop)
 
 
+@pytest.mark.parametrize("by_layers", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_an_interrupted_run_ends_as_one_that_was_not(
-    teacher: Path, student: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    teacher: Path, student: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    by_layers: bool,
+) -> None:  # fmt: skip
     small_batches(monkeypatch)
+    if by_layers:
+        monkeypatch.setattr("apertus_mlx.convert.distill.resources.KEPT_BYTES", 0)
     monkeypatch.setattr(training, "VALIDATIONS", 5)
     job = make_job(teacher, student, texts, 512, epochs=2)
     whole = distill(job, tmp_path / "whole")
