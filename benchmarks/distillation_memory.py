@@ -3,9 +3,10 @@
     python -m benchmarks.distillation_memory 0.5B [--train weights] [--steps 2]
 
 The student has random 4-bit codes in groups of 64; tokens and the teacher's answers are random as
-well. Batches are those of `distill`. Each step is followed by a validation and a saved state; in
-the end the best weights are taken. Prints as JSON the planned bytes, the most that the process had
-in memory, what it had before, and the seconds of processor time of a step with what follows it.
+well. Batches are those of `distill`. There is a validation before the first step and after each,
+with a saved state; in the end the best weights are taken. Prints as JSON the planned bytes, the
+most that the process had in memory, what it had before, and seconds of processor time, all of them
+divided by the steps.
 """
 
 from __future__ import annotations
