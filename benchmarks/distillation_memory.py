@@ -1,13 +1,12 @@
 """What training a student of a real size takes, beside what was planned for it.
 
-    python -m benchmarks.distillation_memory 0.5B [--train weights] [--steps 2] [--whole]
+    python -m benchmarks.distillation_memory 0.5B [--train weights] [--steps 2]
 
 The student has random 4-bit codes in groups of 64; tokens and the teacher's answers are random as
-well. Batches are those of `distill`. Each step is followed by a validation and a saved state; in
-the end the best weights are taken. Prints as JSON the planned bytes, the most that the process had
-in memory, what it had before, and the seconds of processor time of a step with what follows it.
-`--whole` has the gradient of the whole model computed at once, also where `distill` would let
-layers learn one by one.
+well. Batches are those of `distill`. There is a validation before the first step and after each,
+with a saved state; in the end the best weights are taken. Prints as JSON the planned bytes, the
+most that the process had in memory, what it had before, and seconds of processor time, all of them
+divided by the steps.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def make_student(config: ModelConfig, trained: Trained) -> Model:
     return assemble(config, modules, arrays, types, trained)
 
 
-def measure(size: str, trained: Trained, steps: int, whole: bool) -> dict[str, Any]:
+def measure(size: str, trained: Trained, steps: int) -> dict[str, Any]:
     """Train for some steps; planned and measured bytes."""
     parsed = parse_config(config(size))
     resources = Resources(parsed, trained, WINDOW)
@@ -90,17 +89,16 @@ def measure(size: str, trained: Trained, steps: int, whole: bool) -> dict[str, A
         RandomAnswers(parsed, count, resources.batch_windows) for count in (steps, 1)
     )
     answers: Any = batches, held_out
-    by_layers = resources.by_layers and not whole
     with tempfile.TemporaryDirectory() as folder:
         options = Options(trained, top_k=TOP_K)
-        run = Training(student, *answers, options, Path(folder), by_layers)
+        run = Training(student, *answers, options, Path(folder), resources.by_layers)
         began = time.process_time()
         run.run(lambda *_: None)
         mx.eval(student.parameters())
     return {
         "size": size,
         "trained": trained,
-        "by_layers": by_layers,
+        "by_layers": resources.by_layers,
         "batch_tokens": resources.batch_windows * WINDOW,
         "planned_bytes": resources.memory_bytes,
         "peak_bytes": peak_bytes(gpu=False),
@@ -116,9 +114,8 @@ def main() -> None:
     parser.add_argument("size", choices=GEOMETRIES)
     parser.add_argument("--train", choices=TRAINED, default="weights")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--whole", action="store_true")
     given = parser.parse_args()
-    print(json.dumps(measure(given.size, given.train, given.steps, given.whole)))
+    print(json.dumps(measure(given.size, given.train, given.steps)))
 
 
 if __name__ == "__main__":

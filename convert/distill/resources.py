@@ -53,7 +53,7 @@ class Resources:
         logits = 4 * self.batch_windows * self.window_tokens * self.config.output_vocab_size
         if self.by_layers:
             # A position and two moments; or a code in one byte. Beside them scales and biases.
-            learned = parameters * (13 if weights else 2)
+            learned = 13 * parameters if weights else 7 * parameters // 4
             layer = self._kept_bytes // self.config.num_hidden_layers
             return learned + layer + logits + BLOCK_COPIES * 4 * BLOCK_NUMBERS
         # Positions, their gradient and two moments; or codes in one byte.

@@ -23,6 +23,7 @@ SHORT = {
     "cpu_memory": "{model} --prompt-tokens 32 --forms full",
     "decode_estimates": "",
     "distillation": "--bits 3 --tokens 1024 --epochs 1",
+    "distillation_memory": "tiny --steps 1",
     "draft_distillation": "--questions 6 --judged 2 --epochs 1",
     "embedding_rows": "--sizes 1.5B --tokens 20",
     "fit_layer": "--size tiny --tokens 64 --no-mlx-lm",
