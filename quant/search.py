@@ -41,6 +41,8 @@ class Effort(NamedTuple):
 THOROUGH = Effort(16, 4)
 # Where scales are found anew later, which costs some 0.3 % of the error there.
 QUICK = Effort(8, 2)
+# Where formats are only compared.
+ROUGH = Effort(4, 1)
 
 
 def fit(

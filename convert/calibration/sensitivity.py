@@ -32,7 +32,7 @@ TRIAL_BITS = 3
 # Divergences in more bits than this follow from those in fewer, and those of larger groups from
 # those of the smallest, by the sizes of the errors in so many rows.
 MEASURED_BITS = 4
-SIZE_ROWS = 128
+SIZE_ROWS = 32
 
 Roundings = Mapping[QuantSpec, Rounding]
 Divergences = dict[str, dict[QuantSpec, float]]
@@ -85,15 +85,11 @@ def predict_divergences(
                 if path in gptq_paths and curvature is not None:
                     rows, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
                     left = _ratio(*(_divergence(e, inputs, gradient[:, rows]) for e in errors))
-                found, sizes = {}, {}
-                measured, few = _measured(roundings[path]), _some(weight, SIZE_ROWS)
-                for spec, rounding in roundings[path].items():
-                    if spec in measured:
-                        error = rounding(weight, squares) - weight
-                        found[spec] = left * _divergence(error, inputs, gradient)
-                        sizes[spec] = _size(error[few], squares)
-                    else:
-                        sizes[spec] = _size(rounding(weight[few], squares) - weight[few], squares)
+                found = {}
+                for spec in _measured(roundings[path]):
+                    error = roundings[path][spec](weight, squares) - weight
+                    found[spec] = left * _divergence(error, inputs, gradient)
+                sizes = _sizes(weight, roundings[path], squares)
                 divergences[path] = _by_size(found, sizes)
         save()
 
@@ -141,9 +137,13 @@ def _by_size(
     return found
 
 
-def _size(error: Float32, squares: Float64) -> float:
-    """What an error `[rows, columns]` comes to if inputs are independent."""
-    return float(np.einsum("rc,rc->c", error, error) @ squares)
+def _sizes(weight: Float32, formats: Roundings, squares: Float64) -> dict[QuantSpec, float]:
+    """What errors of some rows come to if inputs, of mean squares `[columns]`, are independent."""
+    some, found = weight[_some(weight, SIZE_ROWS)], {}
+    for spec, rounding in formats.items():
+        error = rounding(some, squares) - some
+        found[spec] = float(np.einsum("rc,rc->c", error, error) @ squares)
+    return found
 
 
 def _divergence(error: Float32, inputs: Float32, gradient: Float32) -> float:
@@ -202,7 +202,6 @@ def _end_divergences(
     """
     measured = _measured(roundings)
     slopes, mean, square = ({spec: np.zeros(len(ids)) for spec in measured} for _ in range(3))
-    sizes = dict.fromkeys(roundings, 0.0)
     squares = np.ones(weight.shape[1])
     if is_head:
         squares = np.square(ends.hidden).mean(0, dtype=np.float64)
@@ -211,14 +210,13 @@ def _end_divergences(
         inside = (ids >= start) & (ids < start + len(block))
         if is_head:
             share = np.exp(ends.hidden @ block.T - ends.log_total[:, None])
-        for spec, rounding in roundings.items():
-            error = rounding(block, squares) - block
-            sizes[spec] += _size(error, squares)
-            if spec in measured and is_embedding:
+        for spec in measured:
+            error = roundings[spec](block, squares) - block
+            if is_embedding:
                 rows = error[ids[inside] - start]
                 gradient = ends.embedding_gradient[inside]
                 slopes[spec][inside] = np.einsum("tc,tc->t", rows, gradient)
-            if spec in measured and is_head:
+            if is_head:
                 moved = ends.hidden @ error.T
                 mean[spec] += np.einsum("tv,tv->t", share, moved)
                 square[spec] += np.einsum("tv,tv,tv->t", share, moved, moved)
@@ -227,4 +225,4 @@ def _end_divergences(
         spec: _half_square(slopes[spec]) + float((square[spec] - np.square(mean[spec])).mean()) / 2
         for spec in measured
     }
-    return found, sizes
+    return found, _sizes(weight, roundings, squares)

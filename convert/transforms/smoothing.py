@@ -87,8 +87,11 @@ def smoothing_scales(
     return found
 
 
-def rounding_of(step: Step) -> Rounding:
-    """What `step` will do to rows of its matrix, or nearly: GPTQ starts from a weighted search."""
+def rounding_of(step: Step, effort: search.Effort = search.QUICK) -> Rounding:
+    """What `step` will do to rows of its matrix, or nearly: GPTQ starts from a weighted search.
+
+    `effort` is that of the search.
+    """
     spec = step.spec
     assert spec is not None
 
@@ -96,7 +99,7 @@ def rounding_of(step: Step) -> Rounding:
         if step.method != "gptq":
             return dequantize(search.fit(weight, spec, None, step.dtype))
         target, moments = np.ascontiguousarray(weight.T), squares.astype(np.float32)
-        found = search.fit_columns(target, spec, moments, step.dtype, search.QUICK)
+        found = search.fit_columns(target, spec, moments, step.dtype, effort)
         return np.asarray(found.values().T)
 
     def rounded_by_mlx(weight: Float32, _squares: Float64) -> Float32:
