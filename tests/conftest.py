@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("APERTUS_MLX_THREADS", "1")
 # Bounds are those of float32; MLX reads this at its first product.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+# Whoever starts the tests in the background may have Ctrl-C ignored, by all that they start, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run; --hypothesis-seed tries others.
 settings.register_profile("repeatable", derandomize=True)

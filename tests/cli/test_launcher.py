@@ -21,13 +21,7 @@ from tests.cli import ssh_double
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.nightly
-# Whoever runs the tests in the background may have turned Ctrl-C off for all that they start.
-LAUNCH = """if True:
-    import signal, sys
-    from mlx._distributed_utils.launch import main
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
-"""
+LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
 # Each rank leaves its process's number, and the code that it exits with by itself.
 RANK = """if True:
     import os, pathlib, sys
