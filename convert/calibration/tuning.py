@@ -206,8 +206,7 @@ def _train(
 ) -> tuple[Model, list[Validation]]:
     place = folder / TRAINING
     place.mkdir(exist_ok=True)
-    tokens = tuning.tokens + tuning.deciding.size
-    ready = tuning.own_tokens + tokens
+    ready = tuning.own_tokens + tuning.deciding.size + tuning.tokens
     total = ready + tuning.options.epochs * tuning.tokens
     with Reader(source) as reader:
         teacher = SourceWeights(plan.source, reader, plan.request.allow_nonfinite)
@@ -225,9 +224,9 @@ def _train(
         )
         k = min(TOP_K, teacher.config.output_vocab_size - 1)
         written = tuning.own_tokens
+        decided = written + deciding.tokens
         deciding.fill(teacher, k, lambda done: progress(written + done, total))
-        written += deciding.tokens
-        lessons.fill(teacher, k, lambda done: progress(written + done, total))
+        lessons.fill(teacher, k, lambda done: progress(decided + done, total))
         student = _student(plan, reader, folder)
     by_layers = tuning.resources.by_layers
     training = Training(student, lessons, deciding, tuning.options, place, by_layers)

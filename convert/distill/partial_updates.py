@@ -1,9 +1,8 @@
 """One step of an optimizer in parts, so that only the gradient of one part is held at a time.
 
-For optimizers that look at each parameter alone, as Adam does. With plain gradient descent it is
-that of "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (arXiv
-2306.09782).
-The optimizer's state is what one step for the whole model would leave.
+For optimizers that look at each parameter alone, as Adam does; their state is what one step for the
+whole model would leave. With plain gradient descent it is that of "Full Parameter Fine-tuning for
+Large Language Models with Limited Resources" (arXiv 2306.09782).
 """
 
 from __future__ import annotations
