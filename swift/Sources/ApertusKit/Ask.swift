@@ -83,6 +83,15 @@ final class Line: Sendable {
         for ask in all { ask.stop(why) }
     }
 
+    /// Let go those who wait but are to end anyway, in their order.
+    func takeStopped() -> [Ask] {
+        state.with { state in
+            let stopped = state.waiting.filter(\.isStopped)
+            state.waiting.removeAll(where: \.isStopped)
+            return stopped
+        }
+    }
+
     /// Whether an answer is being computed or waits.
     var isBusy: Bool { state.with { $0.current != nil || !$0.waiting.isEmpty } }
 }

@@ -44,20 +44,23 @@ package actor Engine {
 
     private func answerNext() {
         guard let ask = line.next() else { return }
-        defer { line.leave() }
-        do {
-            guard !ask.isStopped else { return ask.finish() }
-            let prompt = try ask.begin()
-            var outcome = Outcome()
-            outcome.promptTokenIDs = prompt.ids.map(Int.init)
-            let failure = Result { try answer(ask, prompt, &outcome) }
-            outcome.peakMemory = DeviceMemory.peak
-            ask.end(outcome)
-            try failure.get()
-            ask.finish()
-        } catch {
-            ask.finish(error)
+        let result = Result { if !ask.isStopped { try compute(ask) } }
+        // Whoever sees its stream end finds nobody busy with it.
+        line.leave()
+        switch result {
+        case .success: ask.finish()
+        case .failure(let error): ask.finish(error)
         }
+    }
+
+    private func compute(_ ask: Ask) throws {
+        let prompt = try ask.begin()
+        var outcome = Outcome()
+        outcome.promptTokenIDs = prompt.ids.map(Int.init)
+        let result = Result { try answer(ask, prompt, &outcome) }
+        outcome.peakMemory = DeviceMemory.peak
+        ask.end(outcome)
+        try result.get()
     }
 
     private func answer(_ ask: Ask, _ prompt: Ask.Prompt, _ outcome: inout Outcome) throws {
@@ -140,8 +143,13 @@ package actor Engine {
         return (seconds(from: started, to: read), seconds(from: read, to: .now))
     }
 
-    /// Wait until the GPU has nothing to do any more.
-    func settle() { MLX.Stream().synchronize() }
+    /// Finish what was stopped before its turn came, and wait until the GPU has nothing to do any
+    /// more.
+    func settle() {
+        // The tasks that would answer them may come to this thread later than the one that settles.
+        for ask in line.takeStopped() { ask.finish() }
+        MLX.Stream().synchronize()
+    }
 
     /// Hold no keys and values, and no free memory.
     func clear() throws {

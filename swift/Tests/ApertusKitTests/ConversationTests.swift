@@ -96,6 +96,32 @@ import Testing
                 == question.text)
     }
 
+    /// Waiting for the end includes answers whose turn has not come, however late the task is that
+    /// would have begun them.
+    @Test func stopAndWaitLeavesNobodyWaiting() async throws {
+        let apertus = try await KitFixtures.load()
+        for _ in 0 ..< 100 {
+            let pieces = apertus.continuation(
+                of: "The capital of France is", options: try KitFixtures.greedy())
+            await apertus.stopAndWait()
+            #expect(!apertus.isBusy)
+            _ = try await text(of: pieces)
+        }
+    }
+
+    /// A stream that has ended belongs to an answer that nobody is busy with.
+    @Test func nobodyIsBusyBehindTheEnd() async throws {
+        let (apertus, question) = (
+            try await KitFixtures.load(), try KitFixtures.expected.questions[0].prompt
+        )
+        var options = try KitFixtures.greedy()
+        options.maxTokens = 1
+        for _ in 0 ..< 100 {
+            _ = try await text(of: apertus.continuation(of: question, options: options))
+            #expect(!apertus.isBusy)
+        }
+    }
+
     /// Asks from detached tasks are answered one at a time, on one thread, each as if it were
     /// alone.
     @Test func twoHundredAsksOnOneThread() async throws {
