@@ -231,8 +231,9 @@ def convert_model(
     """Convert SOURCE to MLX weights in the folder OUT, quantized where bits are given.
 
     A plan of a source on the Hub is made from its headers. `progress` is told of the stages
-    `downloading`, `measuring`, `comparing sizes`, `comparing methods`, `calibrating`, `tuning`,
-    `converting` and `evaluating`, as far as there is something to do.
+    `downloading`, `measuring`, `comparing sizes`, `comparing methods`, `writing` (text to learn
+    from), `calibrating`, `tuning`, `converting` and `evaluating`, as far as there is something to
+    do.
 
     Raises:
         UsageError: options that exclude each other, or an output that is taken.
@@ -732,7 +733,7 @@ def _layers(progress: OnProgress | None) -> OnLayers:
     if progress is None:
         return lambda stage, done, total: None
     return lambda stage, done, total: progress(
-        Progress(stage, done, total, "tokens" if stage == "tuning" else "layers")
+        Progress(stage, done, total, "tokens" if stage in ("writing", "tuning") else "layers")
     )
 
 

@@ -30,7 +30,7 @@ from apertus_mlx.checkpoint.tensors import open_checkpoint
 from apertus_mlx.convert.calibration.allocation import allocate_bits
 from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, with_tuned_norms
 from apertus_mlx.convert.calibration.held_out_comparison import Planned
-from apertus_mlx.convert.calibration.tuning import tune
+from apertus_mlx.convert.calibration.tuning import tune, with_own_text
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, hidden_states, open_weights
 from apertus_mlx.convert.evaluation.texts import (
     Document,
@@ -232,7 +232,10 @@ def ours(directory: Path, request: Request, given: Material) -> Made:
             request = allocate_bits(source, request, directory, calibration, measured).request
         plan = make_plan(source, request)
         if plan.calibrates:
-            make_codes(plan, directory, calibration, codes, lambda *_: None)
+            texts = calibration
+            if request.tune:
+                texts = with_own_text(plan, directory, calibration, codes, lambda *_: None)
+            make_codes(plan, directory, texts, codes, lambda *_: None)
         if request.tune:
             tune(plan, directory, calibration, codes, lambda *_: None)
         weights = with_tuned_norms(transformed_weights(plan, reader, codes), codes)

@@ -26,7 +26,7 @@ from apertus_mlx.convert.calibration.calibrated import Calibration, make_codes, 
 from apertus_mlx.convert.calibration.duration import minutes
 from apertus_mlx.convert.calibration.held_out_comparison import HeldOutComparison
 from apertus_mlx.convert.calibration.memory import require_memory
-from apertus_mlx.convert.calibration.tuning import Tuning, tune, tuning_note
+from apertus_mlx.convert.calibration.tuning import Tuning, tune, tuning_note, with_own_text
 from apertus_mlx.convert.evaluation import receipt
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.evaluation.little_text import choose
@@ -60,7 +60,7 @@ from apertus_mlx.system.progress import OnLayers
 from apertus_mlx.system.strict_json import read_object
 
 # Of the files from which an interrupted run resumes; a run of another version starts again.
-STATE_VERSION = 5
+STATE_VERSION = 6
 # Folders beside the output while it is built.
 ALLOCATION, CHOICE, CALIBRATION, EVALUATION = "allocation", "choice", "calibration", "receipt"
 
@@ -111,9 +111,12 @@ class Job:
         if not self.plan.calibrates:
             return measured
         windows = self.calibration.sample.windows
+        tokens = windows.size
         if self.plan.request.tune:
-            measured += Tuning.on(self.plan.source.config, windows).disk_bytes
-        return measured + calibrated.kept_bytes(self.plan, windows.size)
+            tuning = Tuning.on(self.plan.source.config, windows)
+            tokens += tuning.own_tokens
+            measured += tuning.disk_bytes
+        return measured + calibrated.kept_bytes(self.plan, tokens)
 
     @property
     def needed_bytes(self) -> tuple[int, int]:
@@ -258,8 +261,8 @@ def convert(
 ) -> Path:
     """Do what `job` plans; `target` appears complete or not at all.
 
-    `progress` is told source bytes dealt with; `layer_progress` of the stage `calibrating` before
-    that, and of `evaluating` after it.
+    `progress` is told source bytes dealt with; `layer_progress` of the stages `writing` (of text),
+    `calibrating` and `tuning` before that, and of `evaluating` after it.
 
     Raises:
         ApertusError: see `build`; also the source is damaged.
@@ -270,10 +273,12 @@ def convert(
         codes = tuned = None
         if job.calibration is not None and job.plan.calibrates:
             codes = workspace.kept_folder(CALIBRATION)
-            make_codes(
-                job.plan, job.directory, job.calibration, codes, partial(on_layers, "calibrating")
-            )
-            if job.plan.request.tune:
+            texts, tunes = job.calibration, job.plan.request.tune
+            if tunes:
+                tell = partial(on_layers, "writing")
+                texts = with_own_text(job.plan, job.directory, texts, codes, tell)
+            make_codes(job.plan, job.directory, texts, codes, partial(on_layers, "calibrating"))
+            if tunes:
                 tell = partial(on_layers, "tuning")
                 tuned = tune(job.plan, job.directory, job.calibration, codes, tell)
         execute(job.plan, job.directory, workspace, progress or (lambda _: None), codes)

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from apertus_mlx.checkpoint import layout
+from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.calibration import allocation, calibrate, calibrated, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Allocation, allocate_bits, allocated
 from apertus_mlx.convert.calibration.calibrated import Calibration
+from apertus_mlx.convert.calibration.tuning import Tuning
 from apertus_mlx.convert.evaluation import evaluate
 from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.plan.policy import Request
@@ -83,7 +85,7 @@ def space_for_target(source: Source, request: Request, calibration: Calibration)
     """Bytes of the output of a request for a size, and of what lies beside it until it is done."""
     wanted = request.target
     assert wanted is not None
-    config, tokens = source.config, calibration.sample.windows.size
+    config, tokens = source.config, _tokens(source.config, request, calibration)
     parameters = layout.parameter_count(config)
     # A target beyond what the model can take is refused for that, a little later.
     output_bytes = min(wanted.total_bytes(parameters), 2 * parameters)
@@ -99,9 +101,17 @@ def space_for_target(source: Source, request: Request, calibration: Calibration)
 
 def space_for_plan(plan: Plan, calibration: Calibration) -> tuple[int, int]:
     """The same for a plan that calibrates on little text."""
-    config, tokens = plan.source.config, calibration.sample.windows.size
+    config = plan.source.config
+    tokens = _tokens(config, plan.request, calibration)
     measured = max(
         evaluate.kept_bytes(config, calibration.judged),
         held_out_comparison.kept_bytes(config, plan.weight_bytes * 5 // 4),
     )
     return plan.weight_bytes, measured + calibrated.kept_bytes(plan, tokens)
+
+
+def _tokens(config: ModelConfig, request: Request, calibration: Calibration) -> int:
+    """To calibrate on, with those that the original writes."""
+    windows = calibration.sample.windows
+    own = Tuning.on(config, windows).own_tokens if request.tune else 0
+    return windows.size + own

@@ -13,7 +13,6 @@ import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.calibration.pace import Pace, calibration_operations
 from apertus_mlx.convert.calibration.tuning import Tuning
 from apertus_mlx.convert.evaluation.texts import Tokens
@@ -39,21 +38,21 @@ def minutes(plan: Plan, windows: Tokens, folder: Path) -> float | None:
         if has_gpu():
             return None
         speed = _product_speed()
-    total = calibration_operations(config, windows.size)
-    if plan.request.tune:
-        total += _tuning_operations(config, windows)
-    return total / speed / 60
-
-
-def _tuning_operations(config: ModelConfig, windows: Tokens) -> float:
-    """Of the original's answers and of training."""
+    if not plan.request.tune:
+        return calibration_operations(config, windows.size) / speed / 60
     tuning = Tuning.on(config, windows)
+    total = calibration_operations(config, windows.size + tuning.own_tokens)
+    return (total + _tuning_operations(tuning)) / speed / 60
+
+
+def _tuning_operations(tuning: Tuning) -> float:
+    """Of the original's answers and of training."""
     if not tuning.is_possible:
         return 0.0
     seen = tuning.options.epochs * tuning.tokens
     # Whoever answers reads; whoever writes has read as well.
     read = tuning.tokens + tuning.deciding.size + tuning.own_tokens
-    return layout.parameter_count(config) * (PER_TRAINED_WEIGHT * seen + 2.0 * read)
+    return layout.parameter_count(tuning.config) * (PER_TRAINED_WEIGHT * seen + 2.0 * read)
 
 
 def _product_speed() -> float:

@@ -7,7 +7,7 @@ Models" (arXiv 2305.17888).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,13 +31,19 @@ SEED = 0
 def own_text(
     weights: Weights, text: Tokens, count: int, file: Path, progress: Callable[[int], None]
 ) -> Tokens:
-    """`count` windows that a model writes, kept in `file` for a run that goes on; see `Writer`."""
-    keep = Keep(file)
+    """`count` windows that a model writes; see `Writer.windows`.
+
+    They are kept in `file`: for whoever asks again, and for a run that goes on.
+    """
+    keep, written = Keep(file), text[:0]
     if (kept := keep.load()) is not None:
-        return kept[1]["windows"]
-    found = Writer(weights).windows(text, count, SEED, progress) if count else text[:0]
-    keep.save({}, {"windows": found})
-    return found
+        written = kept[1]["windows"]
+    if len(written) < count:
+        for more in Writer(weights).windows(text, count, SEED, progress, written):
+            written = more
+            keep.reach({}, {"windows": written})
+        keep.save({}, {"windows": written})
+    return written
 
 
 class _Product(nn.Module):
@@ -72,15 +78,18 @@ class Writer:
         self._model.update(tree_unflatten(list(arrays.items())))
 
     def windows(
-        self, text: Tokens, count: int, seed: int, progress: Callable[[int], None]
-    ) -> Tokens:
+        self, text: Tokens, count: int, seed: int, progress: Callable[[int], None], written: Tokens
+    ) -> Iterator[Tokens]:
         """`count` windows as long as those of `text` `[windows, length]`, drawn at temperature 1.
+
+        Yields all that there are, each time that some more have been written.
 
         Args:
             text: where windows begin: somewhere in it.
             count: how many.
             seed: of the beginnings and of the draws.
             progress: told the tokens that are written.
+            written: windows that an earlier run with the same arguments has left.
         """
         length = text.shape[1]
         begun = min(BEGINNING, length - 1)
@@ -88,16 +97,19 @@ class Writer:
         windows = chance.integers(len(text), size=count)
         places = chance.integers(length - begun + 1, size=count)
         beginnings = text[windows[:, None], places[:, None] + np.arange(begun)]
-        key, parts = mx.random.key(seed), []
         for part in blocks(count, TOGETHER):
-            written, cache = [mx.array(beginnings[part])], self._model.make_cache()
-            while len(written) <= length - begun:
-                hidden = self._model.model(written[-1], cache)[:, -1]
+            if part.stop <= len(written):
+                continue
+            # Each part has keys of its own, so that a run which goes on draws what it would have.
+            key = mx.random.key(seed + part.start)
+            parts, cache = [mx.array(beginnings[part])], self._model.make_cache()
+            while len(parts) <= length - begun:
+                hidden = self._model.model(parts[-1], cache)[:, -1]
                 key, own = mx.random.split(key)
                 drawn = mx.random.categorical(product(hidden, self._head), key=own)
                 mx.eval(drawn)
-                written.append(drawn[:, None])
-                progress(part.start * length + len(drawn) * (begun + len(written) - 1))
-            parts.append(np.array(mx.concatenate(written, axis=1)))
-        found: Tokens = np.concatenate(parts).astype(np.int64)
-        return found
+                parts.append(drawn[:, None])
+                progress(part.start * length + len(drawn) * (begun + len(parts) - 1))
+            found = np.array(mx.concatenate(parts, axis=1)).astype(np.int64)
+            written = np.concatenate([written[: part.start], found])
+            yield written

@@ -2,9 +2,10 @@
 
 Calibration fits each matrix to its own inputs. Here all of them learn together to predict what the
 original predicts, on windows of the calibration text. Where that is little, the original writes
-more of them itself. Other windows of the text, which nothing learns from, say when the result is
-best and whether it is better than before; else nothing changes. The text that the output is judged
-by is in neither. In large models codes stay (`plan.trained_by_tuning`), and no text is written.
+more of them itself, and codes are calibrated on these too (`with_own_text`). Other windows of the
+text, which nothing learns from, say when the result is best and whether it is better than before;
+else nothing changes. The text that the output is judged by is in neither. In large models codes
+stay (`plan.trained_by_tuning`), and no text is written.
 
 What is learnt lies beside the codes (`calibrated.read_codes`).
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,24 @@ class Tuning:
 
     @property
     def own_windows(self) -> int:
-        """How many windows the original is to write, to learn from as well."""
-        if trained_by_tuning(self.config) != "weights":
+        """How many windows the original is to write, to calibrate on and to learn from as well."""
+        if not self.is_possible or trained_by_tuning(self.config) != "weights":
             return 0
-        return int(max(CODES_LEARN_FROM - self.lessons.size, 0) // self.lessons.shape[1])
+        there = self.lessons.size + self.deciding.size
+        return int(max(CODES_LEARN_FROM - there, 0) // self.lessons.shape[1])
 
     @property
     def own_tokens(self) -> int:
         """Tokens of these windows."""
         return int(self.own_windows * self.lessons.shape[1])
+
+    def own_text(
+        self, teacher: SourceWeights, folder: Path, progress: Callable[[int], None]
+    ) -> Tokens:
+        """These windows: written now, or by whoever asked before; `folder` is that of the codes."""
+        place = folder / TRAINING
+        place.mkdir(exist_ok=True)
+        return own_text(teacher, self.lessons, self.own_windows, place / OWN, progress)
 
     @property
     def tokens(self) -> int:
@@ -137,6 +147,33 @@ class Tuning:
         return self.resources.disk_bytes(tokens, TOP_K) + lot_bytes(self.config, tokens) + learnt
 
 
+def with_own_text(
+    plan: Plan,
+    source: Path,
+    calibration: Calibration,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Calibration:
+    """`calibration` with what the original writes for `tune`, so that codes fit it from the start.
+
+    Args:
+        plan: with calibrated steps, to be tuned.
+        source: the folder that it was made for.
+        calibration: the windows that there are.
+        folder: where the codes will be; what is written is kept in it.
+        progress: told tokens that are written, of how many.
+    """
+    sample = calibration.sample
+    tuning = Tuning.on(plan.source.config, sample.windows)
+    if not tuning.own_windows:
+        return calibration
+    with Reader(source) as reader:
+        teacher = SourceWeights(plan.source, reader, plan.request.allow_nonfinite)
+        own = tuning.own_text(teacher, folder, lambda done: progress(done, tuning.own_tokens))
+    windows = np.concatenate([sample.windows, own])
+    return replace(calibration, sample=replace(sample, windows=windows))
+
+
 def tune(
     plan: Plan,
     source: Path,
@@ -151,8 +188,7 @@ def tune(
         source: the folder that it was made for.
         calibration: the windows to learn from and to decide by.
         folder: of the codes; the state of an interrupted run lies in it as well.
-        progress: told tokens that the original has written or answered or that were learnt from, of
-            how many.
+        progress: told tokens that the original has answered or that were learnt from, of how many.
 
     Returns:
         What a manifest says about it; divergences in nats.
@@ -205,15 +241,11 @@ def _train(
     progress: Callable[[int, int], None],
 ) -> tuple[Model, list[Validation]]:
     place = folder / TRAINING
-    place.mkdir(exist_ok=True)
-    ready = tuning.own_tokens + tuning.deciding.size + tuning.tokens
+    ready = tuning.deciding.size + tuning.tokens
     total = ready + tuning.options.epochs * tuning.tokens
     with Reader(source) as reader:
         teacher = SourceWeights(plan.source, reader, plan.request.allow_nonfinite)
-        own = own_text(
-            teacher, tuning.lessons, tuning.own_windows, place / OWN,
-            lambda done: progress(done, total),
-        )  # fmt: skip
+        own = tuning.own_text(teacher, folder, lambda _: None)
         size = tuning.resources.batch_windows
         lessons, deciding = (
             TeacherCache(place / name, [windows[part] for part in blocks(len(windows), size)])
@@ -223,10 +255,8 @@ def _train(
             )
         )
         k = min(TOP_K, teacher.config.output_vocab_size - 1)
-        written = tuning.own_tokens
-        decided = written + deciding.tokens
-        deciding.fill(teacher, k, lambda done: progress(written + done, total))
-        lessons.fill(teacher, k, lambda done: progress(decided + done, total))
+        deciding.fill(teacher, k, lambda done: progress(done, total))
+        lessons.fill(teacher, k, lambda done: progress(deciding.tokens + done, total))
         student = _student(plan, reader, folder)
     by_layers = tuning.resources.by_layers
     training = Training(student, lessons, deciding, tuning.options, place, by_layers)

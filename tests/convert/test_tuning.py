@@ -14,7 +14,7 @@ import pytest
 
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.convert.calibration import calibrated, memory, tuning
-from apertus_mlx.convert.calibration.calibrated import prepare_calibration
+from apertus_mlx.convert.calibration.calibrated import Calibration, prepare_calibration
 from apertus_mlx.convert.calibration.tuning import Tuning
 from apertus_mlx.convert.distill import training
 from apertus_mlx.convert.evaluation import little_text
@@ -187,7 +187,7 @@ def test_what_has_learnt_is_what_is_written(
     folder = convert(job(source, replace(REQUEST, tune=True, **changes), target), target)
     record = json.loads((folder / MANIFEST).read_text())["tuning"]
     assert record["trained"] == "weights"
-    assert record["own_windows"] + record["windows"] == 1600 // 64
+    assert record["own_windows"] + record["windows"] + record["deciding_windows"] == 1600 // 64
     ids = mx.array([[1, 100, 200, 300, 5, 60, 77]])
     assert changed > 3
     expected = np.array(kept[0](ids))
@@ -195,6 +195,35 @@ def test_what_has_learnt_is_what_is_written(
     assert np.allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     slopes = "model.layers.1.mlp.act_fn.alpha_n"
     assert not mx.array_equal(arrays(folder)[slopes], arrays(source)[slopes])
+
+
+def test_codes_are_calibrated_on_what_the_original_writes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the same text with these windows in it, and none is judged or decides."""
+    small_steps(monkeypatch)
+    source = shorter(source, tmp_path)
+    found = job(source, replace(REQUEST, tune=True))
+    texts = found.calibration
+    assert texts is not None
+    before = found.kept_bytes, found.minutes(tmp_path / "out")
+    monkeypatch.setattr(tuning, "CODES_LEARN_FROM", 1600)
+    assert found.kept_bytes > before[0] and (found.minutes(tmp_path / "out") or 0) > 0
+    seen = []
+
+    def stop(_: Plan, __: Path, texts: Calibration, *more: Any) -> None:
+        seen.append(texts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apertus_mlx.convert.job.make_codes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(found, tmp_path / "out")
+    [taught] = seen
+    windows = texts.sample.windows
+    assert taught.sample.windows.size == 1600 and taught.judged is texts.judged
+    assert np.array_equal(taught.sample.windows[: len(windows)], windows)
+    own = Tuning.on(found.plan.source.config, windows).own_windows
+    assert own == len(taught.sample.windows) - len(windows)
 
 
 @pytest.mark.nightly
