@@ -62,7 +62,7 @@ class DiskEmbedding(nn.Module):
         self._fill(some)
         if row_by_product and ProductEmbedding.is_exact(self._small):
             self._small = ProductEmbedding(self._small)
-        self._row = next(filter(partial(self._is_exact, some), self._candidates()), None)
+        self._row = next(filter(partial(self._is_exact, some), self._candidates(stored.spec)), None)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rows `[..., D]` of the token ids `x`.
@@ -73,9 +73,9 @@ class DiskEmbedding(nn.Module):
         if x.size == 1:
             token: Any = x.item()
             if self._row is not None:
-                values = self._row(self._rows.read([token]))
+                values = self._row(self._rows.read_one(token))
                 # The constructor rounds at once, where `astype` would be one more operation.
-                return mx.array(values.reshape(*x.shape, -1), self._dtype)
+                return mx.array(values.reshape(*x.shape, -1), self._row.dtype)
             self._fill([token])
             places = np.zeros(x.shape, np.uint32)
         else:
@@ -96,23 +96,21 @@ class DiskEmbedding(nn.Module):
                 values = mx.array(floats(data, tensor).reshape(len(ids), -1), self._dtype)
             self._small[name] = values
 
-    def _candidates(self) -> Iterator[StoredRow]:
+    def _candidates(self, spec: QuantSpec | None) -> Iterator[StoredRow]:
         """Ways to compute a single row without MLX."""
-        tensors, small = self._rows.tensors, self._small
-        if not isinstance(small, nn.QuantizedEmbedding):
-            yield StoredRow(None, tensors, self._dtype)
-        elif small.mode == "affine":
-            spec = QuantSpec(small.bits, small.group_size)
-            for rounds_once in (False, True):
-                yield StoredRow(spec, tensors, self._dtype, rounds_once)
+        # Of a floating-point format MLX chooses it.
+        dtype = self._small(mx.zeros((1,), mx.uint32)).dtype
+        yield StoredRow(spec, self._rows.tensors, dtype)
+        if spec is not None and spec.has_biases:
+            yield StoredRow(spec, self._rows.tensors, dtype, rounds_once=True)
 
     def _is_exact(self, ids: Sequence[int], row: StoredRow) -> bool:
         """Whether `row` gives what MLX gives for these tokens, each by itself."""
         for token in ids:
             self._fill([token])
             expected = self._small(mx.zeros((1,), mx.uint32)).reshape(-1)
-            found = mx.array(row(self._rows.read([token])), self._dtype)
-            if not mx.array_equal(found, expected).item():
+            found = mx.array(row(self._rows.read_one(token)), row.dtype)
+            if found.dtype != expected.dtype or not mx.array_equal(found, expected).item():
                 return False
         return True
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.errors import RejectedError
-from apertus_mlx.quant.packing import unpack
+from apertus_mlx.quant.float_formats import E8M0_ONE, e2m1_values, e4m3_values
 from apertus_mlx.quant.spec import QuantSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -36,15 +36,18 @@ _FLOATS = {
     "F16": _Kind(np.dtype("<f2"), 0x7C00, mx.float16),
     "F32": _Kind(np.dtype("<f4"), 0x7F800000, mx.float32),
 }
+# Made once: as numbers of Python each would be converted for every row.
+_HALF, _LAST = np.uint32(16), np.uint32(1)
+_BELOW_HALF, _UPPER = np.uint32(0x7FFF), np.uint32(0xFFFF0000)
 
 
 class StoredRow:
-    """Computes one row of an embedding that is not quantized, or affinely.
+    """Computes one row of an embedding.
 
     Args:
         spec: its format; None for floats.
-        tensors: the embedding, or its codes, scales and biases.
-        dtype: type to compute in.
+        tensors: the embedding, or its codes, scales and, where the format has them, biases.
+        dtype: type of the row, and that to compute in.
         rounds_once: whether the product of code and scale is not rounded before the bias is added.
     """
 
@@ -55,13 +58,16 @@ class StoredRow:
         dtype: mx.Dtype,
         rounds_once: bool = False,
     ) -> None:
-        self._spec, self._tensors, self._dtype = spec, tensors, dtype
+        self.dtype = dtype
+        self._spec, self._tensors = spec, tensors
         self._rounds_once = rounds_once
         # Scales and biases have one type.
-        self._changes_type = _FLOATS[tensors[-1].dtype].mlx != dtype
+        last = tensors[-1].dtype
+        self._changes_type = last in _FLOATS and _FLOATS[last].mlx != dtype
+        self._scales = None if spec is None or spec.has_biases else _scales_of_byte(spec.mode)
 
     def __call__(self, data: Sequence[bytes]) -> Float32:
-        """The row `[columns]` of its bytes, but for a last rounding to the type to compute in.
+        """The row `[columns]` of its bytes, but for a last rounding to its type.
 
         Raises:
             RejectedError: a number is not finite.
@@ -69,47 +75,53 @@ class StoredRow:
         with np.errstate(all="ignore"):
             row = self._computed(data)
             # One number shows that all are finite, which is seldom not so.
-            if not math.isfinite(row.sum()):
+            if not math.isfinite(row.dot(row)):
                 for part, tensor in zip(data, self._tensors, strict=True):
                     if tensor.dtype in _FLOATS:
                         require_finite(part, tensor)
         return row
 
     def _computed(self, data: Sequence[bytes]) -> Float32:
-        if self._spec is None:
+        spec = self._spec
+        if spec is None:
             return floats(data[0], self._tensors[0])
-        scales, biases = (
-            floats(part, tensor) for part, tensor in zip(data[1:], self._tensors[1:], strict=True)
-        )
+        grouped = codes(data[0], spec).reshape(-1, spec.group_size)
+        if self._scales is not None:
+            # No product has more digits than its type, so that nothing is rounded.
+            grouped *= self._scales.take(np.frombuffer(data[1], np.uint8), axis=0)
+            return grouped.reshape(-1)
+        both = floats(data[1] + data[2], self._tensors[1])
         if self._changes_type:
-            scales, biases = self._rounded(scales), self._rounded(biases)
-        product = codes(data[0], self._spec.bits).reshape(len(scales), -1)
-        product *= scales[:, None]
+            both = self._rounded(both)
+        scales, biases = both.reshape(2, -1, 1)
+        grouped *= scales
         if not self._rounds_once:
-            product = self._rounded(product)
-        product += biases[:, None]
-        return product.reshape(-1)
+            grouped = self._rounded(grouped)
+        grouped += biases
+        return grouped.reshape(-1)
 
     def _rounded(self, values: Float32) -> Float32:
         """To the nearest number of the type to compute in, ties to even."""
-        if self._dtype == mx.bfloat16:
+        if self.dtype == mx.bfloat16:
             bits = values.view(np.uint32)
-            found = bits >> np.uint32(16)
-            found &= np.uint32(1)
-            found += np.uint32(0x7FFF)
+            found = bits >> _HALF
+            found &= _LAST
+            found += _BELOW_HALF
             found += bits
-            found &= np.uint32(0xFFFF0000)
+            found &= _UPPER
             return found.view(np.float32)
-        return values.astype(np.float16).astype(np.float32) if self._dtype == mx.float16 else values
+        return values.astype(np.float16).astype(np.float32) if self.dtype == mx.float16 else values
 
 
 def floats(data: bytes, tensor: TensorInfo) -> Float32:
     """Stored floats of `tensor`."""
-    if tensor.dtype == "BF16":
-        bits = np.frombuffer(data, "<u2").astype(np.uint32)
-        bits <<= np.uint32(16)
+    kind = _FLOATS[tensor.dtype]
+    stored = np.frombuffer(data, kind.numpy)
+    if kind.mlx == mx.bfloat16:
+        bits = stored.astype(np.uint32)
+        bits <<= _HALF
         return bits.view(np.float32)
-    return np.frombuffer(data, _FLOATS[tensor.dtype].numpy).astype(np.float32)
+    return stored.astype(np.float32)
 
 
 def require_finite(data: bytes, tensor: TensorInfo) -> None:
@@ -126,18 +138,34 @@ def require_finite(data: bytes, tensor: TensorInfo) -> None:
         )
 
 
-def codes(data: bytes, bits: int) -> Float32:
-    """The codes of a densely packed row."""
+def codes(data: bytes, spec: QuantSpec) -> Float32:
+    """The values of the codes of a densely packed row."""
     stream = np.frombuffer(data, np.uint8)
-    if bits in (2, 4, 8):
-        return _codes_of_byte(bits).take(stream, axis=0).reshape(-1)
-    packed = stream[None].view(np.uint32)
-    found: Float32 = unpack(packed, bits, len(stream) * 8 // bits)[0].astype(np.float32)
-    return found
+    if spec.bits in (2, 4, 8):
+        return _values_of_byte(spec.mode, spec.bits).take(stream, axis=0)
+    # Eight codes take `bits` bytes.
+    words = np.zeros((len(stream) // spec.bits, 8), np.uint8)
+    words[:, : spec.bits] = stream.reshape(-1, spec.bits)
+    found = words.view("<u8") >> np.arange(0, 8 * spec.bits, spec.bits, dtype=np.uint64)
+    found &= np.uint64((1 << spec.bits) - 1)
+    return found.astype(np.float32)
 
 
 @cache
-def _codes_of_byte(bits: int) -> Float32:
-    """The codes in each byte, lowest first, `[256, 8 / bits]`."""
-    shifts = np.arange(0, 8, bits)
-    return (np.arange(256)[:, None] >> shifts & ((1 << bits) - 1)).astype(np.float32)
+def _values_of_byte(mode: str, bits: int) -> Float32:
+    """What the codes in each byte stand for, lowest first, `[256, 8 / bits]`."""
+    found = np.arange(256)[:, None] >> np.arange(0, 8, bits) & ((1 << bits) - 1)
+    if mode == "affine":
+        return found.astype(np.float32)
+    values: Float32 = (e4m3_values() if mode == "mxfp8" else e2m1_values())[found]
+    return values
+
+
+@cache
+def _scales_of_byte(mode: str) -> Float32:
+    """What each byte of a floating-point format's scales stands for, `[256, 1]`."""
+    if mode == "nvfp4":
+        return e4m3_values()[:, None]
+    with np.errstate(over="ignore"):
+        scales: Float32 = np.ldexp(np.float32(1), np.arange(256) - E8M0_ONE)[:, None]
+    return scales
