@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from apertus_mlx.quant.arrays import Float32, Float64
 
+# Standard errors on either side of a mean between which it lies with 95 %.
+MARGIN = 1.96
 # A token is confident where the reference gives its likeliest next token at least this much.
 CONFIDENT = 0.9
 
@@ -45,6 +47,9 @@ class Divergence:
     perplexity_difference: float | None
     # How often the reference, at temperature 1, can at best accept what the model drafts.
     acceptance: float
+    # Half of the 95 % confidence interval of `kl_mean`, if each token is a sample by itself; None
+    # of a single token.
+    kl_margin: float | None
 
 
 def compare(reference: Float32, model: Float32, following: npt.NDArray[np.int64]) -> TokenErrors:
@@ -107,4 +112,11 @@ def summarise(errors: TokenErrors) -> Divergence:
         perplexity,
         difference,
         float(errors.acceptance.mean()),
+        _margin(errors.divergence),
     )
+
+
+def _margin(values: Float64) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(MARGIN * values.std(ddof=1) / np.sqrt(len(values)))

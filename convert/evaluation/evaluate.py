@@ -45,6 +45,8 @@ from apertus_mlx.quant.metrics import Divergence, TokenErrors, compare, join, su
 
 WINDOW_TOKENS = 512
 TOKENS_PER_LANGUAGE = 2048
+# More than any text has.
+ALL_TOKENS = 2**24
 # Logits that are compared at once: of more the memory is asked of the system again each time, which
 # took three times as long as the work.
 COMPARED_LOGITS = 1 << 19
