@@ -504,16 +504,13 @@ def evaluate(
         RejectedError: a checkpoint is damaged or not supported.
     """
     from apertus_mlx.backend import tf32
-    from apertus_mlx.convert.evaluation.evaluate import (
-        ALL_TOKENS,
-        TOKENS_PER_LANGUAGE,
-        measure_all,
-    )
+    from apertus_mlx.convert.evaluation.evaluate import ALL_TOKENS, TOKENS_PER_LANGUAGE
     from apertus_mlx.convert.evaluation.languages import (
         language_set,
         text_tokens,
         tokens_per_character,
     )
+    from apertus_mlx.convert.evaluation.side_by_side import by_vocabulary, measure_side_by_side
     from apertus_mlx.convert.evaluation.texts import hold_out, open_text, read_texts
 
     tf32.switch_off()
@@ -532,9 +529,14 @@ def evaluate(
         reference, revision=reference_revision, offline=offline,
         progress=_naming(progress, reference),
     )  # fmt: skip
+    if languages and len(by_vocabulary(folders, origin)) > 1:
+        raise UsageError(
+            "--languages: the models have different vocabularies; measure one at a time"
+        )
     if tokens is None:
         tokens = ALL_TOKENS if languages else TOKENS_PER_LANGUAGE
-    found = measure_all(folders, origin, texts, tokens, partial(_layers(progress), "measuring"))
+    on_layers = partial(_layers(progress), "measuring")
+    found = measure_side_by_side(folders, origin, texts, tokens, on_layers)
     evaluations = dict(zip(labels, found, strict=True))
     if not languages:
         return Comparison(evaluations)

@@ -126,7 +126,7 @@ def measure_all(
         if not same_tokens(tokenizer, open_text(directory)[0]):
             raise UsageError(
                 f"{directory}: its tokenizer is not that of {reference}; only models of one "
-                "vocabulary can be compared"
+                "vocabulary are measured at a time"
             )
     by_language = language_windows(texts, tokenizer, template, WINDOW_TOKENS, tokens_per_language)
     labels, windows, readings = [], [], []

@@ -386,7 +386,11 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (evaluate, {"models": None, "reference": "x"}, "models: expected|models: give"),
     (evaluate, {"models": [7], "reference": "x"}, "models: expected str or Path, not int"),
     (evaluate, {"models": "x", "reference": 7}, "reference: expected"),
-    (evaluate, {"models": "x", "reference": "y", "tokens": 2.5}, "tokens: expected int, not float"),
+    (
+        evaluate,
+        {"models": "x", "reference": "y", "tokens": 2.5},
+        "tokens: expected int or None, not float",
+    ),
     (distill, {"teacher": 7, "student": "x"}, "teacher: expected"),
     (distill, {"teacher": "x", "student": None}, "student: expected"),
     (distill, {"teacher": "x", "student": "y", "epochs": "2"}, "epochs: expected int, not str"),
