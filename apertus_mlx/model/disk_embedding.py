@@ -26,6 +26,8 @@ from apertus_mlx.quant.spec import QuantSpec
 # What the bytes of codes are read as.
 _CODES = {"U32": "<u4", "U8": "u1"}
 PARTS = ("weight", "scales", "biases")
+# Of the ids of a token by itself.
+ONE = (1, 1)
 
 
 class DiskEmbedding(nn.Module):
@@ -70,20 +72,22 @@ class DiskEmbedding(nn.Module):
         Raises:
             RejectedError: a file was changed since, or a row holds what is not finite.
         """
-        if x.size == 1:
+        if x.size == 1 and self._row is not None:
             token: Any = x.item()
-            if self._row is not None:
-                values = self._row(self._rows.read_one(token))
-                # The constructor rounds at once, where `astype` would be one more operation.
-                return mx.array(values.reshape(*x.shape, -1), self._row.dtype)
-            self._fill([token])
-            places = np.zeros(x.shape, np.uint32)
-        else:
-            ids, found = np.unique(np.array(x), return_inverse=True)
-            self._fill(ids.tolist())
-            places = found.astype(np.uint32).reshape(x.shape)
-        rows: mx.array = self._small(mx.array(places))
+            return self._one(self._row, token, x.shape)
+        ids, found = np.unique(np.array(x), return_inverse=True)
+        self._fill(ids.tolist())
+        rows: mx.array = self._small(mx.array(found.astype(np.uint32).reshape(x.shape)))
         return rows
+
+    def _one(self, row: StoredRow, token: int, shape: Sequence[int] = ONE) -> mx.array:
+        """The row `[*shape, D]` of a token."""
+        self._rows.read_into(token, row.buffers)
+        values = row()
+        if shape != ONE:
+            values = values.reshape(*shape, -1)
+        # The constructor rounds at once, where `astype` would be one more operation.
+        return mx.array(values, row.dtype)
 
     def _fill(self, ids: list[int]) -> None:
         """Make the small embedding that of these tokens."""
@@ -109,7 +113,7 @@ class DiskEmbedding(nn.Module):
         for token in ids:
             self._fill([token])
             expected = self._small(mx.zeros((1,), mx.uint32)).reshape(-1)
-            found = mx.array(row(self._rows.read_one(token)), row.dtype)
+            found = self._one(row, token).reshape(-1)
             if found.dtype != expected.dtype or not mx.array_equal(found, expected).item():
                 return False
         return True

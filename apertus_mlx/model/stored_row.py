@@ -1,13 +1,14 @@
 """A row of an embedding as it is stored, to numbers, by NumPy alone.
 
-MLX takes 20 µs and more for each operation on so small an array.
+MLX takes 20 µs and more for each operation on so small an array. NumPy takes one or two, so that
+few are made, into arrays that are there already.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant.float_formats import E8M0_ONE, e2m1_values, e4m3_values
 from apertus_mlx.quant.spec import QuantSpec
 
+Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
 
@@ -42,13 +44,17 @@ _BELOW_HALF, _UPPER = np.uint32(0x7FFF), np.uint32(0xFFFF0000)
 
 
 class StoredRow:
-    """Computes one row of an embedding.
+    """Computes one row of an embedding at a time, always in the same memory: for one thread.
 
     Args:
         spec: its format; None for floats.
         tensors: the embedding, or its codes, scales and, where the format has them, biases.
         dtype: type of the row, and that to compute in.
         rounds_once: whether the product of code and scale is not rounded before the bias is added.
+
+    Attributes:
+        dtype: as given.
+        buffers: of each tensor the bytes of a row `[size]`; whoever asks for a row writes them.
     """
 
     def __init__(
@@ -59,58 +65,104 @@ class StoredRow:
         rounds_once: bool = False,
     ) -> None:
         self.dtype = dtype
-        self._spec, self._tensors = spec, tensors
-        self._rounds_once = rounds_once
-        # Scales and biases have one type.
-        last = tensors[-1].dtype
-        self._changes_type = last in _FLOATS and _FLOATS[last].mlx != dtype
-        self._scales = None if spec is None or spec.has_biases else _scales_of_byte(spec.mode)
+        self._tensors = tensors
+        sizes = [tensor.size_bytes // tensor.shape[0] for tensor in tensors]
+        memory = np.empty(sum(sizes), np.uint8)
+        self.buffers: list[Array] = np.split(memory, np.cumsum(sizes)[:-1])
+        # What has to be done, in order.
+        self._steps: list[Callable[[], object]] = []
+        if spec is None:
+            self._flat = self._widened(tensors[0], memory)
+        else:
+            found, unpack = codes(spec, self.buffers[0])
+            self._flat, grouped = found.reshape(-1), found.reshape(-1, spec.group_size)
+            self._steps.append(unpack)
+            if spec.has_biases:
+                both = self._widened(tensors[1], memory[sizes[0] :])
+                if _FLOATS[tensors[1].dtype].mlx != dtype:
+                    self._steps += rounding(both, dtype)
+                scales, biases = both.reshape(2, -1, 1)
+                self._steps.append(partial(np.multiply, grouped, scales, grouped))
+                if not rounds_once:
+                    self._steps += rounding(grouped, dtype)
+                self._steps.append(partial(np.add, grouped, biases, grouped))
+            else:
+                # No product has more digits than its type, so that nothing is rounded.
+                scales = np.empty((sizes[1], 1), np.float32)
+                table, data = _scales_of_byte(spec.mode), self.buffers[1][:, None]
+                self._steps.append(partial(table.take, data, None, scales, "clip"))
+                self._steps.append(partial(np.multiply, grouped, scales, grouped))
+        self._row = self._flat.reshape(1, 1, -1)
 
-    def __call__(self, data: Sequence[bytes]) -> Float32:
-        """The row `[columns]` of its bytes, but for a last rounding to its type.
+    def __call__(self) -> Float32:
+        """The row `[1, 1, columns]` of what is in `buffers`, but for a last rounding to its type.
+
+        The next one takes its place.
 
         Raises:
             RejectedError: a number is not finite.
         """
         with np.errstate(all="ignore"):
-            row = self._computed(data)
+            for step in self._steps:
+                step()
             # One number shows that all are finite, which is seldom not so.
-            if not math.isfinite(row.dot(row)):
-                for part, tensor in zip(data, self._tensors, strict=True):
-                    if tensor.dtype in _FLOATS:
-                        require_finite(part, tensor)
-        return row
+            finite = math.isfinite(self._flat.dot(self._flat))
+        if not finite:
+            for data, tensor in zip(self.buffers, self._tensors, strict=True):
+                if tensor.dtype in _FLOATS:
+                    require_finite(data, tensor)
+        return self._row
 
-    def _computed(self, data: Sequence[bytes]) -> Float32:
-        spec = self._spec
-        if spec is None:
-            return floats(data[0], self._tensors[0])
-        grouped = codes(data[0], spec).reshape(-1, spec.group_size)
-        if self._scales is not None:
-            # No product has more digits than its type, so that nothing is rounded.
-            grouped *= self._scales.take(np.frombuffer(data[1], np.uint8), axis=0)
-            return grouped.reshape(-1)
-        both = floats(data[1] + data[2], self._tensors[1])
-        if self._changes_type:
-            both = self._rounded(both)
-        scales, biases = both.reshape(2, -1, 1)
-        grouped *= scales
-        if not self._rounds_once:
-            grouped = self._rounded(grouped)
-        grouped += biases
-        return grouped.reshape(-1)
+    def _widened(self, tensor: TensorInfo, memory: Array) -> Float32:
+        """What will hold the floats that lie in `memory`."""
+        kind = _FLOATS[tensor.dtype]
+        stored = memory.view(kind.numpy)
+        found = np.zeros(len(stored), np.float32)
+        # A number in bfloat16 is the upper half of one in float32.
+        target = found.view(np.uint16)[1::2] if kind.mlx == mx.bfloat16 else found
+        self._steps.append(partial(np.copyto, target, stored))
+        return found
 
-    def _rounded(self, values: Float32) -> Float32:
-        """To the nearest number of the type to compute in, ties to even."""
-        if self.dtype == mx.bfloat16:
-            bits = values.view(np.uint32)
-            found = bits >> _HALF
-            found &= _LAST
-            found += _BELOW_HALF
-            found += bits
-            found &= _UPPER
-            return found.view(np.float32)
-        return values.astype(np.float16).astype(np.float32) if self.dtype == mx.float16 else values
+
+def rounding(values: Float32, dtype: mx.Dtype) -> list[Callable[[], object]]:
+    """What rounds `values` to the nearest of `dtype`, ties to even."""
+    if dtype == mx.float16:
+        half = np.empty(values.shape, np.float16)
+        return [partial(np.copyto, half, values, "same_kind"), partial(np.copyto, values, half)]
+    if dtype != mx.bfloat16:
+        return []
+    bits = values.view(np.uint32)
+    up = np.empty_like(bits)
+    return [
+        partial(np.right_shift, bits, _HALF, up),
+        partial(np.bitwise_and, up, _LAST, up),
+        partial(np.add, up, _BELOW_HALF, up),
+        partial(np.add, bits, up, bits),
+        partial(np.bitwise_and, bits, _UPPER, bits),
+    ]
+
+
+def codes(spec: QuantSpec, data: Array) -> tuple[Float32, Callable[[], object]]:
+    """What will hold the values of the codes of a densely packed row, and what takes them apart."""
+    if spec.bits in (2, 4, 8):
+        table = _values_of_byte(spec.mode, spec.bits)
+        found = np.empty((len(data), table.shape[1]), np.float32)
+        return found, partial(table.take, data, 0, found, "clip")
+    # Eight codes take `bits` bytes.
+    words = np.zeros((len(data) // spec.bits, 8), np.uint8)
+    target, stored = words[:, : spec.bits], data.reshape(-1, spec.bits)
+    joined, shifted = words.view("<u8"), np.empty(words.shape, np.uint64)
+    shifts = np.arange(0, 8 * spec.bits, spec.bits, dtype=np.uint64)
+    mask = np.uint64((1 << spec.bits) - 1)
+    found = np.empty(words.shape, np.float32)
+
+    def unpack() -> None:
+        np.copyto(target, stored)
+        np.right_shift(joined, shifts, shifted)
+        np.bitwise_and(shifted, mask, shifted)
+        np.copyto(found, shifted, "unsafe")
+
+    return found, unpack
 
 
 def floats(data: bytes, tensor: TensorInfo) -> Float32:
@@ -118,13 +170,11 @@ def floats(data: bytes, tensor: TensorInfo) -> Float32:
     kind = _FLOATS[tensor.dtype]
     stored = np.frombuffer(data, kind.numpy)
     if kind.mlx == mx.bfloat16:
-        bits = stored.astype(np.uint32)
-        bits <<= _HALF
-        return bits.view(np.float32)
+        return (stored.astype(np.uint32) << _HALF).view(np.float32)
     return stored.astype(np.float32)
 
 
-def require_finite(data: bytes, tensor: TensorInfo) -> None:
+def require_finite(data: bytes | Array, tensor: TensorInfo) -> None:
     """Refuse what no sound checkpoint holds.
 
     Raises:
@@ -136,19 +186,6 @@ def require_finite(data: bytes, tensor: TensorInfo) -> None:
         raise RejectedError(
             f"{tensor.file}: {tensor.name}: a value is not finite; the weights are damaged"
         )
-
-
-def codes(data: bytes, spec: QuantSpec) -> Float32:
-    """The values of the codes of a densely packed row."""
-    stream = np.frombuffer(data, np.uint8)
-    if spec.bits in (2, 4, 8):
-        return _values_of_byte(spec.mode, spec.bits).take(stream, axis=0)
-    # Eight codes take `bits` bytes.
-    words = np.zeros((len(stream) // spec.bits, 8), np.uint8)
-    words[:, : spec.bits] = stream.reshape(-1, spec.bits)
-    found = words.view("<u8") >> np.arange(0, 8 * spec.bits, spec.bits, dtype=np.uint64)
-    found &= np.uint64((1 << spec.bits) - 1)
-    return found.astype(np.float32)
 
 
 @cache
@@ -163,9 +200,9 @@ def _values_of_byte(mode: str, bits: int) -> Float32:
 
 @cache
 def _scales_of_byte(mode: str) -> Float32:
-    """What each byte of a floating-point format's scales stands for, `[256, 1]`."""
+    """What each byte of a floating-point format's scales stands for."""
     if mode == "nvfp4":
-        return e4m3_values()[:, None]
+        return e4m3_values()
     with np.errstate(over="ignore"):
-        scales: Float32 = np.ldexp(np.float32(1), np.arange(256) - E8M0_ONE)[:, None]
+        scales: Float32 = np.ldexp(np.float32(1), np.arange(256) - E8M0_ONE)
     return scales

@@ -15,12 +15,14 @@ from apertus_mlx.quant.spec import AFFINE_BITS, FLOAT_MODES, QuantSpec
 NAMES: dict[mx.Dtype, str] = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
 
 
-def stored(dtype: str) -> TensorInfo:
-    return TensorInfo("model.embed_tokens.part", dtype, (1, 1), 0, 1, "model.safetensors")
+def stored(dtype: str, row: Any) -> TensorInfo:
+    return TensorInfo("model.embed_tokens.x", dtype, (1, 1), "model.safetensors", 0, row.nbytes)
 
 
-def data(array: mx.array) -> bytes:
-    return bytes(memoryview(array.view(mx.uint8)))
+def computed(row: StoredRow, *parts: Any) -> Any:
+    for target, part in zip(row.buffers, parts, strict=True):
+        target[:] = np.array(part).reshape(-1).view(np.uint8)
+    return row().copy()
 
 
 def same_bits(found: mx.array, expected: mx.array) -> bool:
@@ -37,8 +39,9 @@ def test_every_code_with_every_scale(mode: Any) -> None:
     scales = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 256 // group, 1)
     matrix = mx.array(np.tile(packed, (256, 1)).view(np.uint32)), mx.array(scales), None
     expected = mx.dequantize(*matrix, group, bits, mode)
-    row = StoredRow(QuantSpec(bits, group, mode), [stored("U32"), stored("U8")], mx.bfloat16)
-    found = np.stack([row([packed.tobytes(), each.tobytes()]) for each in scales])
+    tensors = [stored("U32", packed), stored("U8", scales[0])]
+    row = StoredRow(QuantSpec(bits, group, mode), tensors, mx.bfloat16)
+    found = np.stack([computed(row, packed, each) for each in scales])
     assert expected.dtype == row.dtype
     assert same_bits(mx.array(found, row.dtype), expected)
 
@@ -52,7 +55,10 @@ def test_all_sorts_of_affine_codes(bits: int, kind: mx.Dtype) -> None:
         parts = [mx.array(words)]
         parts += [mx.array(rng.normal(size=(1, 512 // group)), mx.float32).astype(kind)
                   for _ in range(2)]  # fmt: skip
-        tensors = [stored("U32"), stored(NAMES[kind]), stored(NAMES[kind])]
-        row = StoredRow(QuantSpec(bits, group), tensors, kind)
-        found = mx.array(row([data(part) for part in parts]), kind)
-        assert same_bits(found, mx.dequantize(*parts, group, bits))
+        names = ("U32", NAMES[kind], NAMES[kind])
+        tensors = [stored(*each) for each in zip(names, parts, strict=True)]
+        for dtype in NAMES:
+            row = StoredRow(QuantSpec(bits, group), tensors, dtype)
+            found = computed(row, *(part.view(mx.uint8) for part in parts))
+            own = (parts[0], *(part.astype(dtype) for part in parts[1:]))
+            assert same_bits(mx.array(found, dtype), mx.dequantize(*own, group, bits))
