@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from apertus_mlx import convert_model, load, plan
 from apertus_mlx.backend.choose import load_for
+from apertus_mlx.backend.cpu.tensors import Tensors
 from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.header import read_header
@@ -64,6 +65,16 @@ def require_equal_logits(inventory: Inventory, dtype: str | None = None) -> None
     assert embedding._row is not None
 
 
+def require_equal_rows_on_the_cpu(inventory: Inventory) -> None:
+    """One by one and several at a time, as MLX's rows in float32."""
+    rows = Tensors(inventory, "float32").embedding()
+    there = load_inventory(inventory, "float32", None).model.embed_tokens
+    ids = np.array(PROMPT[0])
+    expected = np.array(there(PROMPT)[0].astype(mx.float32))
+    assert (rows(ids) == expected).all()
+    assert (np.concatenate([rows(each) for each in np.split(ids, len(ids))]) == expected).all()
+
+
 @pytest.mark.parametrize(
     "form",
     [form if form in DAILY else pytest.param(form, marks=pytest.mark.nightly) for form in FORMS],
@@ -73,6 +84,7 @@ def test_same_logits_in_quantized_forms(source: Path, tmp_path: Path, form: str)
     inventory = take_inventory(folder)
     assert inventory.matrices[layout.EMBEDDING].spec is not None
     require_equal_logits(inventory)
+    require_equal_rows_on_the_cpu(inventory)
     if form == "affine 3":
         require_equal_logits(inventory, "bfloat16")
 
@@ -83,6 +95,7 @@ def test_same_logits_in_plain_forms(tmp_path: Path, stored: str) -> None:
     folder = write_checkpoint(tmp_path / "model", CONFIG, weights, dtype=PLAIN[stored], shards=2)
     for dtype in ("float32", stored):
         require_equal_logits(take_inventory(folder), dtype)
+    require_equal_rows_on_the_cpu(take_inventory(folder))
 
 
 def test_the_same_answer(model: Path) -> None:
