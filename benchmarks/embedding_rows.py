@@ -2,11 +2,12 @@
 
     python -m benchmarks.embedding_rows [--tokens 2000]
 
-For the geometries of 1.5B and 8B, in 16 bits and in affine codes of 4 bits, with random rows in a
-file of their real size. Printed is the median time of a token, and that of the processor: the
-row's bytes alone; the row as MLX's array ready to compute with; the same by MLX's operations on
-the stored parts; and the same from memory. They take turns. The file has just been written, so that
-the system has it in memory; a disk adds its own time.
+For the geometries of 1.5B and 8B, in 16 bits, in affine codes of 4 and 3 bits and in mxfp4, with
+random rows in a file of their real size. Printed is the median time of a token, and that of the
+processor: the row's bytes alone; the row as MLX's array ready to compute with; the same by MLX's
+operations on the stored parts; the same from memory; and the row as the CPU path has it. They take
+turns. The file has just been written, so that the system has it in memory; a disk adds its own
+time.
 
 Then what a fresh process holds, of its own and of MLX's, with the embedding in memory and on disk.
 """
@@ -22,18 +23,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from apertus_mlx.backend.cpu.tensors import Tensors
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.checkpoint.header import TensorInfo, read_header
 from apertus_mlx.checkpoint.inventory import Inventory, StoredMatrix
 from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.checkpoint.tensors import Checkpoint
-from apertus_mlx.model.disk_embedding import DiskEmbedding
+from apertus_mlx.model.disk_embedding import PARTS, DiskEmbedding
 from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.quant.spec import QuantSpec
 from benchmarks.make_checkpoint import VOCAB_SIZE, config
@@ -42,6 +45,7 @@ FILE = "model.safetensors"
 DTYPE = mx.bfloat16
 # Tokens before it is another form's turn.
 TURN = 50
+SPECS = (None, QuantSpec(4, 64), QuantSpec(3, 64), QuantSpec(4, 32, "mxfp4"))
 
 
 def main() -> None:
@@ -56,7 +60,7 @@ def main() -> None:
         return
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, given.tokens).tolist()
     for size in given.sizes:
-        for spec in (None, QuantSpec(4, 64)):
+        for spec in SPECS:
             with tempfile.TemporaryDirectory() as folder:
                 inventory = write_embedding(Path(folder), size, spec)
                 stored = inventory.matrices[layout.EMBEDDING]
@@ -65,6 +69,7 @@ def main() -> None:
                 assert embedding._row is not None
                 by_mlx._row = None
                 there = in_memory(Path(folder), stored)
+                on_cpu = Tensors(inventory, "float32").embedding()
                 times = per_token(
                     ids,
                     {
@@ -72,6 +77,7 @@ def main() -> None:
                         "ready": lambda token, to=embedding: mx.eval(to(mx.array([[token]]))),
                         "by MLX": lambda token, to=by_mlx: mx.eval(to(mx.array([[token]]))),
                         "memory": lambda token, to=there: mx.eval(to(mx.array([[token]]))),
+                        "CPU path": lambda token, to=on_cpu: to(np.array([token])),
                     },
                 )
                 held = [hold(Path(folder), size, spec, disk) for disk in (False, True)]
@@ -90,11 +96,14 @@ def write_embedding(folder: Path, size: str, spec: QuantSpec | None) -> Inventor
     """A file with the embedding alone."""
     parsed = parse_config(config(size))
     rows, columns = parsed.vocab_size, parsed.hidden_size
-    names = ("weight", "scales", "biases")[: 1 if spec is None else 3]
+    names = PARTS[: 1 if spec is None else 2 + spec.has_biases]
     if (folder / FILE).exists():
         return _inventory(folder, size, spec, names)
     values = mx.random.normal((4096, columns)).astype(mx.bfloat16)
-    parts = (values,) if spec is None else tuple(mx.quantize(values, spec.group_size, spec.bits))
+    if spec is None:
+        parts: Sequence[mx.array] = (values,)
+    else:
+        parts = mx.quantize(values, spec.group_size, spec.bits, spec.mode)
     arrays = {
         f"{layout.EMBEDDING}.{name}": mx.concatenate([part] * (rows // 4096))
         for name, part in zip(names, parts, strict=True)
@@ -122,7 +131,7 @@ def in_memory(folder: Path, stored: StoredMatrix) -> nn.Module:
         embedding = nn.Embedding(1, stored.columns)
     else:
         spec = stored.spec
-        embedding = nn.QuantizedEmbedding(1, stored.columns, spec.group_size, spec.bits)
+        embedding = nn.QuantizedEmbedding(1, stored.columns, spec.group_size, spec.bits, spec.mode)
     embedding.update(parts)  # type: ignore[no-untyped-call]
     mx.eval(list(parts.values()))
     return ProductEmbedding(embedding) if ProductEmbedding.is_exact(embedding) else embedding
@@ -149,14 +158,14 @@ def per_token(
 
 def hold(folder: Path, size: str, spec: QuantSpec | None, disk: bool) -> tuple[int, int]:
     """Bytes that a fresh process holds, of its own and MLX's, after some tokens."""
-    form = json.dumps([size, spec and [spec.bits, spec.group_size], disk])
+    form = json.dumps([size, spec and [spec.bits, spec.group_size, spec.mode], disk])
     command = [sys.executable, "-m", "benchmarks.embedding_rows", "--one", str(folder), form]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     own, of_mlx = json.loads(done.stdout.splitlines()[-1])
     return own, of_mlx
 
 
-def hold_one(folder: Path, size: str, spec: list[int] | None, disk: bool) -> None:
+def hold_one(folder: Path, size: str, spec: list[Any] | None, disk: bool) -> None:
     """Look up some tokens and print what the process holds."""
     import psutil
 
