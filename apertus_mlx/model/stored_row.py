@@ -76,7 +76,7 @@ class StoredRow:
         else:
             found, unpack = codes(spec, self.buffers[0])
             self._flat, grouped = found.reshape(-1), found.reshape(-1, spec.group_size)
-            self._steps.append(unpack)
+            self._steps += unpack
             if spec.has_biases:
                 both = self._widened(tensors[1], memory[sizes[0] :])
                 if _FLOATS[tensors[1].dtype].mlx != dtype:
@@ -142,27 +142,26 @@ def rounding(values: Float32, dtype: mx.Dtype) -> list[Callable[[], object]]:
     ]
 
 
-def codes(spec: QuantSpec, data: Array) -> tuple[Float32, Callable[[], object]]:
+def codes(spec: QuantSpec, data: Array) -> tuple[Float32, list[Callable[[], object]]]:
     """What will hold the values of the codes of a densely packed row, and what takes them apart."""
     if spec.bits in (2, 4, 8):
-        table = _values_of_byte(spec.mode, spec.bits)
+        table = _values(spec.mode, spec.bits, 8)
         found = np.empty((len(data), table.shape[1]), np.float32)
-        return found, partial(table.take, data, 0, found, "clip")
-    # Eight codes take `bits` bytes.
+        return found, [partial(table.take, data, 0, found, "clip")]
+    # Eight codes take `bits` bytes. They are looked up two or four at a time.
+    together = 10 if spec.bits == 5 else 12
+    table = _values(spec.mode, spec.bits, together)
     words = np.zeros((len(data) // spec.bits, 8), np.uint8)
-    target, stored = words[:, : spec.bits], data.reshape(-1, spec.bits)
-    joined, shifted = words.view("<u8"), np.empty(words.shape, np.uint64)
-    shifts = np.arange(0, 8 * spec.bits, spec.bits, dtype=np.uint64)
-    mask = np.uint64((1 << spec.bits) - 1)
-    found = np.empty(words.shape, np.float32)
-
-    def unpack() -> None:
-        np.copyto(target, stored)
-        np.right_shift(joined, shifts, shifted)
-        np.bitwise_and(shifted, mask, shifted)
-        np.copyto(found, shifted, "unsafe")
-
-    return found, unpack
+    shifts = np.arange(0, 8 * spec.bits, together)[:, None]
+    # NumPy's inner loop goes over the words, of which there are many.
+    places = np.empty((len(shifts), len(words)), np.int64)
+    found = np.empty((len(words), len(shifts), table.shape[1]), np.float32)
+    return found, [
+        partial(np.copyto, words[:, : spec.bits], data.reshape(-1, spec.bits)),
+        partial(np.right_shift, words.view(np.int64)[:, 0], shifts, places),
+        partial(np.bitwise_and, places, np.int64((1 << together) - 1), places),
+        partial(table.take, places.T, 0, found, "clip"),
+    ]
 
 
 def floats(data: bytes, tensor: TensorInfo) -> Float32:
@@ -189,9 +188,10 @@ def require_finite(data: bytes | Array, tensor: TensorInfo) -> None:
 
 
 @cache
-def _values_of_byte(mode: str, bits: int) -> Float32:
-    """What the codes in each byte stand for, lowest first, `[256, 8 / bits]`."""
-    found = np.arange(256)[:, None] >> np.arange(0, 8, bits) & ((1 << bits) - 1)
+def _values(mode: str, bits: int, together: int) -> Float32:
+    """What the codes in so many bits stand for, lowest first, `[2**together, together / bits]`."""
+    shifts = np.arange(0, together, bits)
+    found = np.arange(1 << together)[:, None] >> shifts & ((1 << bits) - 1)
     if mode == "affine":
         return found.astype(np.float32)
     values: Float32 = (e4m3_values() if mode == "mxfp8" else e2m1_values())[found]
