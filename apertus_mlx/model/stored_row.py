@@ -148,16 +148,16 @@ def codes(spec: QuantSpec, data: Array) -> tuple[Float32, list[Callable[[], obje
         table = _values(spec.mode, spec.bits, 8)
         found = np.empty((len(data), table.shape[1]), np.float32)
         return found, [partial(table.take, data, 0, found, "clip")]
-    # Eight codes take `bits` bytes. They are looked up two or four at a time.
-    together = 10 if spec.bits == 5 else 12
+    # So many bytes hold whole codes, which are looked up two or four at a time.
+    width, together = (5, 10) if spec.bits == 5 else (6, 12)
     table = _values(spec.mode, spec.bits, together)
-    words = np.zeros((len(data) // spec.bits, 8), np.uint8)
-    shifts = np.arange(0, 8 * spec.bits, together)[:, None]
+    words = np.zeros((len(data) // width, 8), np.uint8)
+    shifts = np.arange(0, 8 * width, together)[:, None]
     # NumPy's inner loop goes over the words, of which there are many.
     places = np.empty((len(shifts), len(words)), np.int64)
     found = np.empty((len(words), len(shifts), table.shape[1]), np.float32)
     return found, [
-        partial(np.copyto, words[:, : spec.bits], data.reshape(-1, spec.bits)),
+        partial(np.copyto, words[:, :width], data.reshape(-1, width)),
         partial(np.right_shift, words.view(np.int64)[:, 0], shifts, places),
         partial(np.bitwise_and, places, np.int64((1 << together) - 1), places),
         partial(table.take, places.T, 0, found, "clip"),
