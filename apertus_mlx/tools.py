@@ -27,6 +27,7 @@ from apertus_mlx.generation.options import (
     Revision,
 )
 from apertus_mlx.hub import is_repo_id, locate
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.measure.tasks.options import TaskKeywords, TaskOptions
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of, known
 from apertus_mlx.system.progress import OnLayers, OnProgress, Progress
@@ -468,7 +469,8 @@ def evaluate(
     ],
     *,
     reference: Annotated[
-        _Name | None, Option("Model folder or Hub id to compare with; not with --tasks.")
+        _Name | None,
+        Option("Model folder, Hub id or `embedded` to compare with; not with --tasks."),
     ] = None,
     text: Annotated[
         _File | Sequence[_File] | None,
@@ -823,7 +825,7 @@ def _prepare(
         folder, commit = snapshot.directory, snapshot.commit
     else:
         folder = locate(source, revision=revision, offline=offline, progress=progress)
-        name = EMBEDDED_NAME if source is None else folder.resolve().name
+        name = EMBEDDED_NAME if folder == model_dir() else folder.resolve().name
     target = out or Path(default_name(name, request))
     partial = partial_path(target)
     earlier = not resume and partial.is_dir()

@@ -254,6 +254,9 @@ def test_a_plan_of_memory_is_that_of_the_command(
 @pytest.mark.usefixtures("silent")
 def test_the_embedded_model_is_planned_where_none_is_given() -> None:
     assert plan().parameters > 1e6
+    by_name, without = (convert_model(each, bits=4, plan=True) for each in ("embedded", None))
+    assert by_name.as_json() == without.as_json()
+    assert (by_name.output, by_name.source) == (without.output, "apertus-demo")
 
 
 # --- verifying

@@ -192,6 +192,7 @@ def quiet() -> Iterator[None]:
 
     It is no use to hide its bars by name: each of its modules has its own.
     """
+    from lm_eval import evaluator
     from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
@@ -200,6 +201,9 @@ def quiet() -> Iterator[None]:
     drawn = vars(tqdm)["__init__"]
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = partialmethod(drawn, disable=True)
+    # The commit of the folder in which one stands says nothing, and git complains of other folders.
+    asks_git = getattr(evaluator, "get_git_commit_hash", None)
+    evaluator.get_git_commit_hash = lambda: None
     # Its errors are estimated by forks of this process, which has a model in it.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
@@ -208,6 +212,7 @@ def quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         tqdm.__init__ = drawn
+        evaluator.get_git_commit_hash = asks_git
         if one_process is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
