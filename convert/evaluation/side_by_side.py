@@ -38,10 +38,13 @@ def by_vocabulary(directories: Sequence[Path], reference: Path) -> list[Sharing]
         shared = next((each for each in found if same_tokens(each.tokenizer, own)), None)
         if shared is None:
             if not same_tokens(whole, own) and kept_ids(whole, own) is None:
-                raise UsageError(
-                    f"{directory}: its tokenizer is neither that of {reference} nor a part of it, "
-                    "so that their predictions cannot be compared"
+                reason = (
+                    f"has more tokens than {reference}; give the whole model as reference"
+                    if kept_ids(own, whole) is not None
+                    else f"its tokenizer is neither that of {reference} nor a part of it, so that "
+                    "their predictions cannot be compared"
                 )
+                raise UsageError(f"{directory}: {reason}")
             shared = Sharing(own)
             found.append(shared)
         shared.numbers.append(number)

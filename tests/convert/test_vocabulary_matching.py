@@ -193,6 +193,8 @@ def test_what_has_no_part_of_the_vocabulary_is_refused_first(tmp_path: Path, par
     other = write_checkpoint(tmp_path / "other", config)
     with pytest.raises(UsageError, match="other: its tokenizer is neither that of"):
         evaluate([part, other], reference=model_dir())
+    with pytest.raises(UsageError, match=r"more tokens than .*; give the whole model"):
+        evaluate(model_dir(), reference=part)
     with pytest.raises(UsageError, match="--languages: the models have different vocabularies"):
         evaluate([part, model_dir()], reference=model_dir(), languages=True)
 
