@@ -60,9 +60,13 @@ def require_equal_logits(inventory: Inventory, dtype: str | None = None) -> None
         assert mx.array_equal(on_disk.model.embed_tokens(ids), there.model.embed_tokens(ids))
         assert mx.array_equal(on_disk(ids), there(ids))
     assert not [name for name, _ in tree_flatten(on_disk.parameters()) if "embed" in name]
-    # One row by itself needs no operation of MLX.
-    embedding: Any = on_disk.model.embed_tokens
-    assert embedding._row is not None
+    # One row by itself needs no operation of MLX, and stays what it is when the next is made.
+    embeddings: list[Any] = [each.model.embed_tokens for each in (on_disk, there)]
+    assert embeddings[0]._row is not None
+    found, expected = ([embedding(each) for each in mx.split(PROMPT, PROMPT.size, 1)]
+                       for embedding in embeddings)  # fmt: skip
+    assert all(map(mx.array_equal, found, expected))
+    assert found[0].dtype == expected[0].dtype
 
 
 def require_equal_rows_on_the_cpu(inventory: Inventory) -> None:
