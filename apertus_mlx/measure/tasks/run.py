@@ -96,14 +96,22 @@ def find_tasks(names: Sequence[str], offline: bool) -> Chosen:
         manager = _task_manager(include_defaults=not set(names) <= own_tasks().keys())
         chosen = choose(names, manager.all_tasks, own_tasks())
         chosen.manager = manager
+        # Why tasks cannot be had, by name.
+        missing: dict[str, str] = {}
         for task in chosen.tasks:
-            name = task if isinstance(task, str) else task.get("task")
+            name = task if isinstance(task, str) else str(task.get("task"))
             try:
                 load = getattr(manager, "load", None) or manager.load_task_or_group
                 load([task])
             except Exception as error:  # noqa: BLE001 - whatever its data set's reader raises
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                raise NotFoundError(f"--tasks {name}: cannot be loaded: {reason}") from None
+                missing[name] = " ".join(str(error).split())[:200] or type(error).__name__
+                # Without a network the next one may take minutes, too.
+                if not offline:
+                    break
+    if missing:
+        reason = next(iter(missing.values()))
+        way_out = "; leave out --offline to download it" if offline else ""
+        raise NotFoundError(f"--tasks {', '.join(missing)}: cannot be loaded: {reason}{way_out}")
     return chosen
 
 

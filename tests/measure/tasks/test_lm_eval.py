@@ -179,8 +179,9 @@ def test_the_offline_task_and_going_on(
 @pytest.mark.nightly
 def test_a_data_set_that_cannot_be_had() -> None:
     """lm-eval reads the names of all its tasks, which takes it a while."""
-    with pytest.raises(NotFoundError, match="hellaswag: cannot be loaded"):
-        evaluate_tasks(model_dir(), "hellaswag", offline=True)
+    words = "--tasks hellaswag, winogrande: cannot be loaded: .*; leave out --offline to download"
+    with pytest.raises(NotFoundError, match=words):
+        evaluate_tasks(model_dir(), ["hellaswag", "plain_facts", "winogrande"], offline=True)
 
 
 @pytest.mark.nightly
