@@ -5,9 +5,13 @@
 For the geometries of 1.5B and 8B, in 16 bits, in affine codes of 4 and 3 bits and in mxfp4, with
 random rows in a file of their real size. Printed is the median time of a token, and in parentheses
 that of the quickest turn, which other work disturbs least: the row's bytes alone; the row as MLX's
-array ready to compute with; the same by MLX's operations on the stored parts; the same from memory;
-and the row as the CPU path has it. They take turns. The file has just been written, so that the
-system has it in memory; a disk adds its own time.
+array ready to compute with; a row that is kept; the same by MLX's operations on the stored parts;
+the same from memory; and the row as the CPU path has it. They take turns. The file has just been
+written, so that the system has it in memory; a disk adds its own time.
+
+How many tokens of a text find their row kept is counted before, with the released vocabulary where
+mistral-common is installed: of the pages in docs/ one after the other, and of each calibration text
+by itself.
 
 Then what a fresh process holds, of its own and of MLX's, with the embedding in memory and on disk.
 """
@@ -29,6 +33,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from tokenizers import Tokenizer
 
 from apertus_mlx.backend.cpu.tensors import Tensors
 from apertus_mlx.checkpoint import layout
@@ -37,15 +42,19 @@ from apertus_mlx.checkpoint.header import TensorInfo, read_header
 from apertus_mlx.checkpoint.inventory import Inventory, StoredMatrix
 from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.checkpoint.tensors import Checkpoint
+from apertus_mlx.convert.evaluation.texts import DEFAULT_DIRECTORY
 from apertus_mlx.model.disk_embedding import PARTS, DiskEmbedding
 from apertus_mlx.model.embedding import ProductEmbedding
+from apertus_mlx.model.kept_rows import SHARE, KeptRows, kept_bytes
 from apertus_mlx.quant.spec import QuantSpec
 from benchmarks.make_checkpoint import VOCAB_SIZE, config
+from tests.real_tokenizers import tekken_path, write_real_tokenizers
 
 FILE = "model.safetensors"
 DTYPE = mx.bfloat16
 # Tokens before it is another form's turn.
 TURN = 50
+DOCS = Path(__file__).parents[1] / "docs"
 SPECS = (None, QuantSpec(4, 64), QuantSpec(3, 64), QuantSpec(4, 32, "mxfp4"))
 
 
@@ -59,6 +68,7 @@ def main() -> None:
     if given.one:
         hold_one(Path(given.one[0]), *json.loads(given.one[1]))
         return
+    print_shares()
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, given.tokens).tolist()
     for size in given.sizes:
         for spec in SPECS:
@@ -66,8 +76,11 @@ def main() -> None:
                 inventory = write_embedding(Path(folder), size, spec)
                 stored = inventory.matrices[layout.EMBEDDING]
                 rows = StoredRows(inventory.checkpoint, stored.tensors)
-                embedding, by_mlx = (DiskEmbedding(inventory, DTYPE, True) for _ in range(2))
+                embedding, kept, by_mlx = (DiskEmbedding(inventory, DTYPE, True) for _ in range(3))
                 assert embedding._row is not None
+                embedding._kept, kept._kept = KeptRows(0), KeptRows(SHARE * VOCAB_SIZE)
+                for token in ids:
+                    kept(mx.array([[token]]))
                 by_mlx._row = None
                 there = in_memory(Path(folder), stored)
                 on_cpu = Tensors(inventory, "float32").embedding()
@@ -76,6 +89,7 @@ def main() -> None:
                     {
                         "read": lambda token, rows=rows: rows.read([token]),
                         "ready": lambda token, to=embedding: mx.eval(to(mx.array([[token]]))),
+                        "kept": lambda token, to=kept: mx.eval(to(mx.array([[token]]))),
                         "by MLX": lambda token, to=by_mlx: mx.eval(to(mx.array([[token]]))),
                         "memory": lambda token, to=there: mx.eval(to(mx.array([[token]]))),
                         "CPU path": lambda token, to=on_cpu: to(np.array([token])),
@@ -84,13 +98,46 @@ def main() -> None:
                 held = [hold(Path(folder), size, spec, disk) for disk in (False, True)]
             found = ", ".join(f"{name} {a:.1f} us ({b:.1f} us)" for name, (a, b) in times.items())
             saved = [(a - b) / 1e6 for a, b in zip(*held, strict=True)]
-            planned = sum(tensor.size_bytes for tensor in stored.tensors) / 1e6
+            planned = sum(tensor.size_bytes for tensor in stored.tensors)
+            planned -= kept_bytes(stored.rows, stored.columns, DTYPE.size)
             print(
                 f"{size} {spec or 'bfloat16'}: {rows.row_bytes} bytes a row; {found}; a process "
-                f"holds {saved[0]:.1f} MB less, MLX {saved[1]:.1f} MB less, planned {planned:.1f} "
-                "MB less",
+                f"holds {saved[0]:.1f} MB less, MLX {saved[1]:.1f} MB less, planned "
+                f"{planned / 1e6:.1f} MB less",
                 flush=True,
             )
+
+
+def print_shares() -> None:
+    """How many tokens of texts find their row kept."""
+    if tekken_path() is None:
+        print("mistral-common is not installed: no text is counted", flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_real_tokenizers({"v1": Path(folder)})
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    pages = "\n".join(path.read_text("utf-8") for path in sorted(DOCS.glob("*.md")))
+    tokens, share = share_kept(tokenizer.encode(pages, add_special_tokens=False).ids)
+    texts = [path.read_text("utf-8") for path in sorted(DEFAULT_DIRECTORY.iterdir())]
+    each = [share_kept(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    lengths, shares = zip(*each, strict=True)
+    print(
+        f"kept: {share:.1%} of the {tokens:,} tokens of docs/; of {len(texts)} calibration texts "
+        f"of {min(lengths)} to {max(lengths)} tokens {min(shares):.1%} to {max(shares):.1%}, "
+        f"median {statistics.median(shares):.1%}",
+        flush=True,
+    )
+
+
+def share_kept(ids: Sequence[int]) -> tuple[int, float]:
+    """How many tokens there are, and the share of them whose row is kept."""
+    rows, row, found = KeptRows(VOCAB_SIZE), mx.zeros(1), 0
+    for token in ids:
+        if rows.get(token) is None:
+            rows.put(token, row)
+        else:
+            found += 1
+    return len(ids), found / len(ids)
 
 
 def write_embedding(folder: Path, size: str, spec: QuantSpec | None) -> Inventory:
@@ -175,7 +222,8 @@ def hold_one(folder: Path, size: str, spec: list[Any] | None, disk: bool) -> Non
         embedding: nn.Module = DiskEmbedding(inventory, DTYPE, True)
     else:
         embedding = in_memory(folder, inventory.matrices[layout.EMBEDDING])
-    for token in range(0, VOCAB_SIZE, VOCAB_SIZE // 100):
+    # More than are kept.
+    for token in range(0, VOCAB_SIZE, VOCAB_SIZE // 600):
         mx.eval(embedding(mx.array([[token]])))
     print(json.dumps([psutil.Process().memory_full_info().uss, mx.get_active_memory()]))
 

@@ -2,7 +2,8 @@
 
 It gives the very numbers that the embedding in memory gives: the few rows of a call make a small
 embedding of the same kind. A single row is computed by NumPy where that gives the same for some
-tokens. The ids have to be known to read rows, so a call waits for them.
+tokens, and the latest of these are kept. The ids have to be known to read rows, so a call waits for
+them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model.embedding import ProductEmbedding
+from apertus_mlx.model.kept_rows import KeptRows
 from apertus_mlx.model.stored_row import StoredRow, floats, require_finite
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -65,6 +67,7 @@ class DiskEmbedding(nn.Module):
         if row_by_product and ProductEmbedding.is_exact(self._small):
             self._small = ProductEmbedding(self._small)
         self._row = next(filter(partial(self._is_exact, some), self._candidates(stored.spec)), None)
+        self._kept = KeptRows(stored.rows)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rows `[..., D]` of the token ids `x`.
@@ -74,20 +77,23 @@ class DiskEmbedding(nn.Module):
         """
         if x.size == 1 and self._row is not None:
             token: Any = x.item()
-            return self._one(self._row, token, x.shape)
+            row = self._kept.get(token)
+            if row is None:
+                row = self._one(self._row, token)
+                self._kept.put(token, row)
+            else:
+                self._rows.require_unchanged()
+            return row if x.shape == ONE else row.reshape(*x.shape, -1)
         ids, found = np.unique(np.array(x), return_inverse=True)
         self._fill(ids.tolist())
         rows: mx.array = self._small(mx.array(found.astype(np.uint32).reshape(x.shape)))
         return rows
 
-    def _one(self, row: StoredRow, token: int, shape: Sequence[int] = ONE) -> mx.array:
-        """The row `[*shape, D]` of a token."""
+    def _one(self, row: StoredRow, token: int) -> mx.array:
+        """The row `[1, 1, D]` of a token, read and computed."""
         self._rows.read_into(token, row.buffers)
-        values = row()
-        if shape != ONE:
-            values = values.reshape(*shape, -1)
         # The constructor rounds at once, where `astype` would be one more operation.
-        return mx.array(values, row.dtype)
+        return mx.array(row(), row.dtype)
 
     def _fill(self, ids: list[int]) -> None:
         """Make the small embedding that of these tokens."""

@@ -20,10 +20,12 @@ from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.header import read_header
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
+from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.errors import RejectedError, ResourceError, UsageError
 from apertus_mlx.memory import footprint
 from apertus_mlx.memory.fit import PREFILL_STEPS, fit
 from apertus_mlx.memory.footprint import choose_backend
+from apertus_mlx.model import kept_rows
 from tests.builders import config_4x, random_weights, write_checkpoint
 
 CONFIG = config_4x(tie_word_embeddings=False)
@@ -127,8 +129,39 @@ def test_memory_is_as_planned(model: Path) -> None:
         footprint(inventory, fit(inventory, 10**9, 64, backend).form, 64, 32, each).weights_bytes
         for each in (backend, on_disk)
     ]
-    assert sizes == planned
-    assert planned[0] - planned[1] == 384 * (64 // 2 + 2 * 64 // 32 * 4)
+    # Of 384 rows one is kept.
+    assert [sizes[0], sizes[1] + 64 * 4] == planned
+    assert planned[0] - planned[1] == 384 * (64 // 2 + 2 * 64 // 32 * 4) - 64 * 4
+
+
+def test_the_latest_rows_are_kept(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as planned, and each is that of its token, whether kept, made anew or put out."""
+    monkeypatch.setattr(kept_rows, "SHARE", 16)
+    inventory = take_inventory(quantized)
+    on_disk, there = (
+        load_inventory(inventory, None, None, disk).model.embed_tokens for disk in (True, False)
+    )
+    reads: list[int] = []
+    read_into = StoredRows.read_into
+
+    def counted(rows: StoredRows, index: int, targets: Any) -> None:
+        reads.append(index)
+        read_into(rows, index, targets)
+
+    monkeypatch.setattr(StoredRows, "read_into", counted)
+    most, kept, missed = 384 // 16, list[int](), list[int]()
+    # Few tokens often, many seldom.
+    drawn = np.minimum(np.random.default_rng(0).geometric(0.03, 500), 383).tolist()
+    before = mx.get_active_memory()
+    for token in drawn:
+        ids = mx.array([[token]])
+        assert mx.array_equal(on_disk(ids), there(ids))
+        missed += [] if token in kept else [token]
+        kept = [*(each for each in kept if each != token), token][-most:]
+    assert reads == missed
+    assert len(set(drawn)) > 2 * most and most < len(missed) < len(drawn)
+    held = mx.get_active_memory() - before
+    assert held <= kept_rows.kept_bytes(384, 64, 4) + 1024
 
 
 def replaced(path: Path) -> None:
@@ -154,10 +187,13 @@ def test_a_file_that_changes_is_an_error(
     if compute == "cpu":
         pytest.importorskip("onnxruntime")
     loaded = load_for(take_inventory(model), compute, embedding="disk")
-    mx.eval(loaded(PROMPT))
+    one = PROMPT[:, :1]
+    mx.eval(loaded(PROMPT), loaded(one))
     change(model / "model.safetensors")
-    with pytest.raises(RejectedError, match=r"model\.safetensors: was changed while the model"):
-        loaded(PROMPT)
+    # The row of `one` is kept.
+    for ids in (one, PROMPT):
+        with pytest.raises(RejectedError, match=r"model\.safetensors: was changed while the mod"):
+            loaded(ids)
 
 
 def test_the_cpu_path_has_it_on_disk_in_any_case(model: Path) -> None:
@@ -219,4 +255,4 @@ def test_the_planner_offers_it(model: Path) -> None:
     assert found.best is not None
     assert found.advice.startswith("best that fits: --embedding disk ")
     saved = inventory.matrices[layout.EMBEDDING].weight_bytes(found.compute_bytes)
-    assert found.embedding_on_disk_saves_bytes == saved
+    assert found.embedding_on_disk_saves_bytes == saved - 64 * found.compute_bytes
