@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -200,7 +201,6 @@ def quiet() -> Iterator[None]:
 
     It is no use to hide its bars by name: each of its modules has its own.
     """
-    from lm_eval import evaluator
     from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
@@ -210,8 +210,10 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = partialmethod(drawn, disable=True)
     # The commit of the folder in which one stands says nothing, and git complains of other folders.
+    evaluator: Any = sys.modules.get("lm_eval.evaluator")
     asks_git = getattr(evaluator, "get_git_commit_hash", None)
-    evaluator.get_git_commit_hash = lambda: None
+    if asks_git is not None:
+        evaluator.get_git_commit_hash = lambda: None
     # Its errors are estimated by forks of this process, which has a model in it.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
@@ -220,7 +222,8 @@ def quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         tqdm.__init__ = drawn
-        evaluator.get_git_commit_hash = asks_git
+        if asks_git is not None:
+            evaluator.get_git_commit_hash = asks_git
         if one_process is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
