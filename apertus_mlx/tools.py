@@ -27,6 +27,7 @@ from apertus_mlx.generation.options import (
     Revision,
 )
 from apertus_mlx.hub import is_repo_id, locate
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.measure.tasks.options import TaskKeywords, TaskOptions
 from apertus_mlx.system.arguments import Option, Range, as_list, checked, expect_one_of, known
 from apertus_mlx.system.progress import OnLayers, OnProgress, Progress
@@ -98,11 +99,15 @@ class Conversion:
 class Comparison:
     """How far models are from a reference: an evaluation for each, by a short name.
 
-    `tokens_per_character` is by language, and empty but where `languages` was asked for.
+    Attributes:
+        models: by name.
+        tokens_per_character: by language; empty but where `languages` was asked for.
+        text_tokens: likewise the tokens of each whole text, with the one that starts it.
     """
 
     models: Mapping[str, Evaluation]
     tokens_per_character: Mapping[str, float] = field(default_factory=dict)
+    text_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What `eval --json` prints: of one model its figures, of several those of each."""
@@ -111,8 +116,10 @@ class Comparison:
             for label, evaluation in self.models.items()
         }
         for values in found.values():
-            for tag, figure in self.tokens_per_character.items():
-                values["languages"][tag]["tokens_per_character"] = figure
+            for tag, found_losses in values["languages"].items():
+                if tag in self.text_tokens:
+                    found_losses["tokens_per_character"] = self.tokens_per_character[tag]
+                    found_losses["text_tokens"] = self.text_tokens[tag]
         return next(iter(found.values())) if len(found) == 1 else {"models": found}
 
 
@@ -463,7 +470,8 @@ def evaluate(
     ],
     *,
     reference: Annotated[
-        _Name | None, Option("Model folder or Hub id to compare with; not with --tasks.")
+        _Name | None,
+        Option("Model folder, Hub id or `embedded` to compare with; not with --tasks."),
     ] = None,
     text: Annotated[
         _File | Sequence[_File] | None,
@@ -472,7 +480,13 @@ def evaluate(
     languages: Annotated[
         bool, Option("Compare on one short text in 115 languages, and show those that lose most.")
     ] = False,
-    tokens: Annotated[int, Option("Most tokens to compare per language.", Range(2, 2**24))] = 2048,
+    tokens: Annotated[
+        int | None,
+        Option(
+            "Most tokens to compare per language; default: 2048, with --languages all.",
+            Range(2, 2**24),
+        ),
+    ] = None,
     revision: Annotated[
         str | None, Option("Branch, tag or commit of the models from the Hub.")
     ] = None,
@@ -493,8 +507,13 @@ def evaluate(
         RejectedError: a checkpoint is damaged or not supported.
     """
     from apertus_mlx.backend import tf32
-    from apertus_mlx.convert.evaluation.evaluate import measure_all
-    from apertus_mlx.convert.evaluation.languages import language_set, tokens_per_character
+    from apertus_mlx.convert.evaluation.evaluate import ALL_TOKENS, TOKENS_PER_LANGUAGE
+    from apertus_mlx.convert.evaluation.languages import (
+        language_set,
+        text_tokens,
+        tokens_per_character,
+    )
+    from apertus_mlx.convert.evaluation.side_by_side import by_vocabulary, measure_side_by_side
     from apertus_mlx.convert.evaluation.texts import hold_out, open_text, read_texts
 
     tf32.switch_off()
@@ -513,9 +532,20 @@ def evaluate(
         reference, revision=reference_revision, offline=offline,
         progress=_naming(progress, reference),
     )  # fmt: skip
-    found = measure_all(folders, origin, texts, tokens, partial(_layers(progress), "measuring"))
-    per_character = tokens_per_character(open_text(origin)[0]) if languages else {}
-    return Comparison(dict(zip(labels, found, strict=True)), per_character)
+    if languages and len(by_vocabulary(folders, origin)) > 1:
+        raise UsageError(
+            "--languages: the models have different vocabularies; measure one at a time"
+        )
+    if tokens is None:
+        tokens = ALL_TOKENS if languages else TOKENS_PER_LANGUAGE
+    on_layers = partial(_layers(progress), "measuring")
+    found = measure_side_by_side(folders, origin, texts, tokens, on_layers)
+    evaluations = dict(zip(labels, found, strict=True))
+    if not languages:
+        return Comparison(evaluations)
+    # The models may have a part of the reference's vocabulary.
+    tokenizer = open_text(folders[0] if folders else origin)[0]
+    return Comparison(evaluations, tokens_per_character(tokenizer), text_tokens(tokenizer))
 
 
 @checked
@@ -796,7 +826,7 @@ def _prepare(
         folder, commit = snapshot.directory, snapshot.commit
     else:
         folder = locate(source, revision=revision, offline=offline, progress=progress)
-        name = EMBEDDED_NAME if source is None else folder.resolve().name
+        name = EMBEDDED_NAME if folder == model_dir() else folder.resolve().name
     target = out or Path(default_name(name, request))
     partial = partial_path(target)
     earlier = not resume and partial.is_dir()

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from apertus_mlx.quant.arrays import Float32, Float64
 
+# Standard errors on either side of a mean between which it lies with 95 %.
+MARGIN = 1.96
 # A token is confident where the reference gives its likeliest next token at least this much.
 CONFIDENT = 0.9
 
@@ -45,6 +47,9 @@ class Divergence:
     perplexity_difference: float | None
     # How often the reference, at temperature 1, can at best accept what the model drafts.
     acceptance: float
+    # Half of the 95 % confidence interval of `kl_mean`, if each token is a sample by itself; None
+    # of a single token.
+    kl_margin: float | None
 
 
 def compare(reference: Float32, model: Float32, following: npt.NDArray[np.int64]) -> TokenErrors:
@@ -55,27 +60,38 @@ def compare(reference: Float32, model: Float32, following: npt.NDArray[np.int64]
         model: what is.
         following: the id of the token that follows each, -1 where none does.
     """
-    expected, found = log_softmax(reference), log_softmax(model)
-    probabilities = np.exp(expected)
-    divergence = np.einsum("tv,tv->t", probabilities, expected - found)
+    (expected, shares), (found, own_shares) = (_softmax(each) for each in (reference, model))
     rows = np.arange(len(following))
     known = following >= 0
-    losses = (
+    reference_loss, loss = (
         np.where(known, -table[rows, np.maximum(following, 0)], np.nan)
         for table in (expected, found)
     )
     agrees = reference.argmax(-1) == model.argmax(-1)
-    acceptance = np.minimum(probabilities, np.exp(found)).sum(-1)
-    confidence = probabilities.max(-1)
-    return TokenErrors(np.maximum(divergence, 0), agrees, acceptance, confidence, *losses)
+    # In place: of a large vocabulary each array is a megabyte and more.
+    expected -= found
+    divergence = np.einsum("tv,tv->t", shares, expected)
+    acceptance = np.minimum(shares, own_shares, out=own_shares).sum(-1)
+    confidence = shares.max(-1)
+    return TokenErrors(
+        np.maximum(divergence, 0), agrees, acceptance, confidence, reference_loss, loss
+    )
 
 
 def log_softmax(logits: Float32) -> Float64:
     """Log-probabilities in float64."""
+    return _softmax(logits)[0]
+
+
+def _softmax(logits: Float32) -> tuple[Float64, Float64]:
+    """Log-probabilities and probabilities in float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted
+    shares = np.exp(shifted)
+    total = shares.sum(-1, keepdims=True)
+    shifted -= np.log(total)
+    shares /= total
+    return shifted, shares
 
 
 def join(parts: list[TokenErrors]) -> TokenErrors:
@@ -107,4 +123,11 @@ def summarise(errors: TokenErrors) -> Divergence:
         perplexity,
         difference,
         float(errors.acceptance.mean()),
+        _margin(errors.divergence),
     )
+
+
+def _margin(values: Float64) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(MARGIN * values.std(ddof=1) / np.sqrt(len(values)))

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from apertus_mlx.checkpoint.header import TensorInfo
 from apertus_mlx.checkpoint.tensors import Checkpoint
@@ -31,6 +32,7 @@ class StoredRows:
             RejectedError: one is missing or no regular file of the folder.
         """
         self.tensors = tuple(tensors)
+        self._rows = tensors[0].shape[0]
         # Name -> descriptor, and what must not change.
         self._files: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._places: list[tuple[int, int, int]] = []
@@ -57,16 +59,43 @@ class StoredRows:
             ValueError: there is no such row.
             RejectedError: a file was changed, replaced or removed since it was opened.
         """
-        rows = self.tensors[0].shape[0]
         for index in ids:
-            if not 0 <= index < rows:
-                raise ValueError(f"token {index}: the vocabulary has {rows}")
+            self._require(index)
         found = [
             b"".join([os.pread(number, size, offset + index * size) for index in ids])
             for number, offset, size in self._places
         ]
-        # After reading, so that what was read is what it was. A file that is cut off has changed.
-        # A name that still leads to the file that is open tells of that one, too.
+        self.require_unchanged()
+        return found
+
+    def read_into(self, index: int, targets: Sequence[Any]) -> None:
+        """Read a single row: for each matrix its bytes into one of `targets`.
+
+        Args:
+            index: of the row.
+            targets: what can be written to, each as long as a row of its matrix.
+
+        Raises:
+            ValueError: there is no such row.
+            RejectedError: a file was changed, replaced or removed since it was opened.
+        """
+        self._require(index)
+        for (number, offset, size), target in zip(self._places, targets, strict=True):
+            os.preadv(number, (target,), offset + index * size)
+        self.require_unchanged()
+
+    def _require(self, index: int) -> None:
+        if not 0 <= index < self._rows:
+            raise ValueError(f"token {index}: the vocabulary has {self._rows}")
+
+    def require_unchanged(self) -> None:
+        """Refuse files that have changed: after reading, so that what was read is what it was.
+
+        Raises:
+            RejectedError: a file was changed, replaced or removed since it was opened.
+        """
+        # A file that is cut off has changed. A name that still leads to the file that is open tells
+        # of that one, too.
         for path, (_, state) in self._files.items():
             try:
                 same = _state(os.stat(path)) == state  # noqa: PTH116 - half the time of a Path's
@@ -74,7 +103,6 @@ class StoredRows:
                 same = False
             if not same:
                 raise RejectedError(f"{path}: was changed while the model is in use; load it again")
-        return found
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:

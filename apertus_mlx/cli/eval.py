@@ -48,8 +48,9 @@ def evaluate(
     swissai_eval are the lists of the Apertus cards, plain_facts comes with the package. 95 %: the
     confidence interval.
 
-    With --languages: the ten languages that lose most, worst first, and the median; tok/char:
-    tokens that a character takes.
+    With --languages: the ten languages that lose most, worst first, and the median. tok/char:
+    tokens that a character takes; ±: the 95 % confidence interval of KL mean on more such text, if
+    each token is a sample by itself.
 
     Every row is a language, the last one all of them. Smaller is nearer, but for top-1.
 
@@ -74,7 +75,7 @@ def evaluate(
         raise UsageError("--chat, --limit, --out and the like are for --tasks")
     with show_progress() as progress:
         found = run(**given, progress=progress)
-    print_report(json, found.as_json, lambda: _words(found))
+    print_report(json, found.as_json, lambda: _words(found, given["tokens"]))
     if not json:
         _note_floor()
     # Last, since it can fail where the work has not.
@@ -97,6 +98,8 @@ def _score(
         or (given["languages"])
     ):
         raise UsageError("--tasks: has questions of its own; leave out --reference and texts")
+    if given["tokens"] is not None:
+        raise UsageError("--tokens: is for texts; --limit bounds the questions of --tasks")
     shared = {name: given[name] for name in ("models", "revision", "offline")}
     with show_progress() as progress:
         found = evaluate_tasks(tasks=tasks, out=out, progress=progress, **shared, **asdict(options))
@@ -105,13 +108,16 @@ def _score(
         draw_scores(found.models, plot)
 
 
-def _words(found: Comparison) -> list[str | Table]:
+def _words(found: Comparison, most_read: int | None) -> list[str | Table]:
     if not found.tokens_per_character:
         return [_table(found.models)]
-    from apertus_mlx.cli.language_losses import language_table, most_tokens
+    from apertus_mlx.cli.language_losses import language_table, most_tokens, tokens_read
 
-    table = language_table(found.models, found.tokens_per_character)
-    return [table, most_tokens(found.tokens_per_character)]
+    return [
+        language_table(found.models, found.tokens_per_character),
+        most_tokens(found.tokens_per_character),
+        tokens_read(found.text_tokens, most_read),
+    ]
 
 
 def _table(evaluations: Mapping[str, Evaluation]) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apertus_mlx.checkpoint.tensors import INDEX_FILE, read_weight_map
 from apertus_mlx.errors import NotFoundError, RejectedError, UsageError
-from apertus_mlx.hub.demo import model_dir
+from apertus_mlx.hub.demo import NAME, model_dir
 from apertus_mlx.hub.errors import UnreachableError
 from apertus_mlx.hub.listing import (
     COMMIT,
@@ -46,7 +46,9 @@ def locate(
     offline: bool = False,
     progress: OnProgress | None = None,
 ) -> Path:
-    """The folder that `source` means: a local one as it is, else the Hub's; None: the embedded.
+    """The folder that `source` means: a local one as it is, else the Hub's.
+
+    None is the embedded model, and so is its name where no folder has it.
 
     For the arguments see `resolve`.
 
@@ -66,12 +68,12 @@ def locate(
         exists, is_folder = folder.exists(), folder.is_dir()
     except (OSError, RuntimeError, ValueError):  # no such home, too long, no such path at all
         exists = is_folder = False
-    if is_folder:
+    if is_folder or (source == NAME and not exists):
         if revision is not None:
             raise UsageError(
                 f"{source}: --revision is for Hub repositories, this is a local folder"
             )
-        return folder
+        return folder if is_folder else model_dir()
     if exists:
         raise UsageError(f"{source}: is a file; give the folder that holds config.json")
     if not isinstance(source, str) or not is_repo_id(source):

@@ -38,6 +38,7 @@ from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.memory import cpu
+from apertus_mlx.model.kept_rows import kept_bytes
 
 SCALE_BYTES = 2
 
@@ -154,15 +155,17 @@ def weights_bytes(inventory: Inventory, compute_bytes: int) -> int:
 
 
 def disk_saving_bytes(inventory: Inventory, backend: Backend) -> int:
-    """Bytes that `--embedding disk` spares; none where the head is the embedding.
+    """Bytes that `--embedding disk` spares, less those of rows that it keeps.
 
-    None on the CPU path either, which leaves an untied embedding on disk in any case, and none on
-    one of several machines, where it is not to be had.
+    None where the head is the embedding. None on the CPU path either, which leaves an untied
+    embedding on disk in any case, and none on one of several machines, where it is not to be had.
     """
     tied, of_many = inventory.config.tie_word_embeddings, inventory.part is not None
     if tied or of_many or backend.cpu is not None:
         return 0
-    return inventory.matrices[layout.EMBEDDING].weight_bytes(backend.compute_bytes)
+    embedding = inventory.matrices[layout.EMBEDDING]
+    kept = kept_bytes(embedding.rows, embedding.columns, backend.compute_bytes)
+    return max(embedding.weight_bytes(backend.compute_bytes) - kept, 0)
 
 
 def kv_bytes(config: ModelConfig, form: CacheConfig, positions: int, number_bytes: int) -> int:

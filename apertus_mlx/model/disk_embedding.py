@@ -2,7 +2,8 @@
 
 It gives the very numbers that the embedding in memory gives: the few rows of a call make a small
 embedding of the same kind. A single row is computed by NumPy where that gives the same for some
-tokens. The ids have to be known to read rows, so a call waits for them.
+tokens, and the latest of these are kept. The ids have to be known to read rows, so a call waits for
+them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.errors import UsageError
 from apertus_mlx.model.embedding import ProductEmbedding
+from apertus_mlx.model.kept_rows import KeptRows
 from apertus_mlx.model.stored_row import StoredRow, floats, require_finite
 from apertus_mlx.quant.spec import QuantSpec
 
 # What the bytes of codes are read as.
 _CODES = {"U32": "<u4", "U8": "u1"}
 PARTS = ("weight", "scales", "biases")
+# Of the ids of a token by itself.
+ONE = (1, 1)
 
 
 class DiskEmbedding(nn.Module):
@@ -62,7 +66,8 @@ class DiskEmbedding(nn.Module):
         self._fill(some)
         if row_by_product and ProductEmbedding.is_exact(self._small):
             self._small = ProductEmbedding(self._small)
-        self._row = next(filter(partial(self._is_exact, some), self._candidates()), None)
+        self._row = next(filter(partial(self._is_exact, some), self._candidates(stored.spec)), None)
+        self._kept = KeptRows(stored.rows)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rows `[..., D]` of the token ids `x`.
@@ -70,20 +75,25 @@ class DiskEmbedding(nn.Module):
         Raises:
             RejectedError: a file was changed since, or a row holds what is not finite.
         """
-        if x.size == 1:
+        if x.size == 1 and self._row is not None:
             token: Any = x.item()
-            if self._row is not None:
-                values = self._row(self._rows.read([token]))
-                # The constructor rounds at once, where `astype` would be one more operation.
-                return mx.array(values.reshape(*x.shape, -1), self._dtype)
-            self._fill([token])
-            places = np.zeros(x.shape, np.uint32)
-        else:
-            ids, found = np.unique(np.array(x), return_inverse=True)
-            self._fill(ids.tolist())
-            places = found.astype(np.uint32).reshape(x.shape)
-        rows: mx.array = self._small(mx.array(places))
+            row = self._kept.get(token)
+            if row is None:
+                row = self._one(self._row, token)
+                self._kept.put(token, row)
+            else:
+                self._rows.require_unchanged()
+            return row if x.shape == ONE else row.reshape(*x.shape, -1)
+        ids, found = np.unique(np.array(x), return_inverse=True)
+        self._fill(ids.tolist())
+        rows: mx.array = self._small(mx.array(found.astype(np.uint32).reshape(x.shape)))
         return rows
+
+    def _one(self, row: StoredRow, token: int) -> mx.array:
+        """The row `[1, 1, D]` of a token, read and computed."""
+        self._rows.read_into(token, row.buffers)
+        # The constructor rounds at once, where `astype` would be one more operation.
+        return mx.array(row(), row.dtype)
 
     def _fill(self, ids: list[int]) -> None:
         """Make the small embedding that of these tokens."""
@@ -96,23 +106,21 @@ class DiskEmbedding(nn.Module):
                 values = mx.array(floats(data, tensor).reshape(len(ids), -1), self._dtype)
             self._small[name] = values
 
-    def _candidates(self) -> Iterator[StoredRow]:
+    def _candidates(self, spec: QuantSpec | None) -> Iterator[StoredRow]:
         """Ways to compute a single row without MLX."""
-        tensors, small = self._rows.tensors, self._small
-        if not isinstance(small, nn.QuantizedEmbedding):
-            yield StoredRow(None, tensors, self._dtype)
-        elif small.mode == "affine":
-            spec = QuantSpec(small.bits, small.group_size)
-            for rounds_once in (False, True):
-                yield StoredRow(spec, tensors, self._dtype, rounds_once)
+        # Of a floating-point format MLX chooses it.
+        dtype = self._small(mx.zeros((1,), mx.uint32)).dtype
+        yield StoredRow(spec, self._rows.tensors, dtype)
+        if spec is not None and spec.has_biases:
+            yield StoredRow(spec, self._rows.tensors, dtype, rounds_once=True)
 
     def _is_exact(self, ids: Sequence[int], row: StoredRow) -> bool:
         """Whether `row` gives what MLX gives for these tokens, each by itself."""
         for token in ids:
             self._fill([token])
             expected = self._small(mx.zeros((1,), mx.uint32)).reshape(-1)
-            found = mx.array(row(self._rows.read([token])), self._dtype)
-            if not mx.array_equal(found, expected).item():
+            found = self._one(row, token).reshape(-1)
+            if found.dtype != expected.dtype or not mx.array_equal(found, expected).item():
                 return False
         return True
 

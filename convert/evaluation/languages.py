@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from apertus_mlx.convert.evaluation.texts import Document, TextSet
+from apertus_mlx.convert.evaluation.texts import Document, TextSet, encode
 from apertus_mlx.quant.metrics import Divergence
 from apertus_mlx.system.model_files import read_own_file
 from apertus_mlx.system.strict_json import parse_object
@@ -60,6 +60,11 @@ def tokens_per_character(tokenizer: Tokenizer) -> dict[str, float]:
         tag: len(tokenizer.encode(each.text)) / len(each.text)
         for tag, each in language_texts().items()
     }
+
+
+def text_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens of each language's text, the one counted with which a text starts."""
+    return {each.language: len(encode(each, tokenizer, None)) for each in language_set().documents}
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,6 +254,9 @@ def test_a_plan_of_memory_is_that_of_the_command(
 @pytest.mark.usefixtures("silent")
 def test_the_embedded_model_is_planned_where_none_is_given() -> None:
     assert plan().parameters > 1e6
+    by_name, without = (convert_model(each, bits=4, plan=True) for each in ("embedded", None))
+    assert by_name.as_json() == without.as_json()
+    assert (by_name.output, by_name.source) == (without.output, "apertus-demo")
 
 
 # --- verifying
@@ -386,7 +389,11 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (evaluate, {"models": None, "reference": "x"}, "models: expected|models: give"),
     (evaluate, {"models": [7], "reference": "x"}, "models: expected str or Path, not int"),
     (evaluate, {"models": "x", "reference": 7}, "reference: expected"),
-    (evaluate, {"models": "x", "reference": "y", "tokens": 2.5}, "tokens: expected int, not float"),
+    (
+        evaluate,
+        {"models": "x", "reference": "y", "tokens": 2.5},
+        "tokens: expected int or None, not float",
+    ),
     (distill, {"teacher": 7, "student": "x"}, "teacher: expected"),
     (distill, {"teacher": "x", "student": None}, "student: expected"),
     (distill, {"teacher": "x", "student": "y", "epochs": "2"}, "epochs: expected int, not str"),

@@ -22,6 +22,7 @@ from apertus_mlx.measure.tasks.run import ModelScores, Score
         (("--reference", "x", "--out", "y.json"), "are for --tasks"),
         (("--tasks", "plain_facts", "--reference", "x"), "leave out --reference"),
         (("--tasks", "plain_facts", "--languages"), "leave out --reference and texts"),
+        (("--tasks", "plain_facts", "--tokens", "64"), "--tokens: is for texts; --limit bounds"),
         (("--tasks", "plain_facts", "--think"), "give --chat, too"),
         (("--tasks", "plain_facts", "--out", "nowhere/y.json"), "its folder does not exist"),
     ],

@@ -43,6 +43,7 @@ def test_metrics_are_their_definitions() -> None:
     assert found.kl_mean == pytest.approx(divergence.mean())
     assert found.kl_median == pytest.approx(np.median(divergence))
     assert found.kl_p90 == pytest.approx(np.quantile(divergence, 0.9))
+    assert found.kl_margin == pytest.approx(1.96 * divergence.std(ddof=1) / np.sqrt(50))
     assert found.kl_confident == pytest.approx(divergence[p.max(-1) >= 0.9].mean())
     assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
     assert found.acceptance == pytest.approx(np.minimum(p, q).sum(-1).mean())

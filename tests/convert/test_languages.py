@@ -17,6 +17,8 @@ from apertus_mlx import convert_model, evaluate
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cli import eval as command
 from apertus_mlx.cli.app import app
+from apertus_mlx.cli.language_losses import tokens_read
+from apertus_mlx.convert.evaluation import evaluate as judge
 from apertus_mlx.convert.evaluation import languages, receipt
 from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.errors import UsageError
@@ -57,12 +59,17 @@ def few(monkeypatch: pytest.MonkeyPatch, *tags: str) -> dict[str, languages.Lang
 
 
 def divergence(reference: Path, model: Path, ids: list[int]) -> float:
-    """Mean over these tokens in nats, by MLX's own layers."""
+    """Mean over these tokens in nats."""
+    return float(divergences(reference, model, ids).mean())
+
+
+def divergences(reference: Path, model: Path, ids: list[int]) -> Any:
+    """Of each of these tokens in nats, by MLX's own layers."""
     wanted, got = (
         nn.log_softmax(load_model(folder, "float32")(mx.array([ids]))[0], axis=-1)
         for folder in (reference, model)
     )
-    return float(np.array((mx.exp(wanted) * (wanted - got)).sum(-1)).mean())
+    return np.array((mx.exp(wanted) * (wanted - got)).sum(-1))
 
 
 def test_figures_are_those_of_a_direct_computation(
@@ -74,9 +81,9 @@ def test_figures_are_those_of_a_direct_computation(
 
     words = command._words
 
-    def kept(found: Comparison) -> Any:
+    def kept(found: Comparison, most_read: int | None) -> Any:
         told.append(found)
-        return words(found)
+        return words(found, most_read)
 
     monkeypatch.setattr(command, "_words", kept)
     arguments = ["eval", str(model), "--reference", str(reference), "--languages"]
@@ -91,6 +98,7 @@ def test_figures_are_those_of_a_direct_computation(
         assert found[tag]["tokens_per_character"] == len(whole) / len(texts[tag].text)
     ranked = sorted(found, key=lambda tag: -found[tag]["kl_mean"])
     assert [line.split()[3] for line in lines[1:4]] == ranked
+    assert lines[1].split()[7] == f"{found[ranked[0]]['kl_margin']:.5f}"
     assert lines[4].split()[3:] == [
         "median", "of", "3",
         f"{statistics.median(each['tokens_per_character'] for each in found.values()):.2f}",
@@ -98,6 +106,33 @@ def test_figures_are_those_of_a_direct_computation(
     ]  # fmt: skip
     assert lines[5].split()[3] == "all"
     assert lines[6].startswith("most tokens a character: ja ")
+    lengths = {tag: 1 + len(tokenizer.encode(each.text).ids) for tag, each in texts.items()}
+    short, long = sorted(lengths, key=lambda tag: lengths[tag])[::2]
+    assert lines[7] == (
+        f"read: at most 150 tokens of each language; a whole text has {lengths[short]:,} ({short}) "
+        f"to {lengths[long]:,} ({long}) tokens, {sum(lengths.values()):,} in all"
+    )
+
+
+def test_all_of_each_text_is_read(
+    reference: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windows that begin anew, whatever the bound of other texts."""
+    texts = few(monkeypatch, "zh")
+    monkeypatch.setattr(judge, "TOKENS_PER_LANGUAGE", 100)
+    compared = evaluate(model, reference=reference, languages=True)
+    found: Any = compared.as_json()["languages"]
+    tokenizer = Tokenizer.from_file(str(reference / "tokenizer.json"))
+    for tag, each in texts.items():
+        ids = [1, *tokenizer.encode(each.text, add_special_tokens=False).ids]
+        windows = [ids[start : start + 512] for start in range(0, len(ids), 512)]
+        expected = np.concatenate([divergences(reference, model, window) for window in windows])
+        assert found[tag]["tokens"] == found[tag]["text_tokens"] == len(ids)
+        assert found[tag]["kl_mean"] == pytest.approx(expected.mean(), rel=1e-3)
+        error = np.sqrt(((expected - expected.mean()) ** 2).sum() / (len(ids) - 1) / len(ids))
+        assert found[tag]["kl_margin"] == pytest.approx(1.96 * error, rel=1e-3)
+        assert len(windows) > 1
+    assert tokens_read(compared.text_tokens, None).startswith("read: the whole text of each ")
 
 
 def test_a_receipt_names_the_languages_that_lose_most(

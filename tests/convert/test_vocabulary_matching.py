@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,17 +12,18 @@ import numpy.typing as npt
 import pytest
 import tokenizers
 
-from apertus_mlx import convert_model
+from apertus_mlx import Progress, convert_model, evaluate
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache
-from apertus_mlx.convert.evaluation.evaluate import measure
 from apertus_mlx.convert.evaluation.layerwise import open_weights
-from apertus_mlx.convert.evaluation.texts import DEFAULT_DIRECTORY, open_tokenizer, read_texts
+from apertus_mlx.convert.evaluation.texts import DEFAULT_DIRECTORY, open_tokenizer
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.vocabulary.byte_pairs import read_byte_pairs
 from apertus_mlx.convert.vocabulary.matching import NOWHERE, Matching, kept_ids, match
+from apertus_mlx.errors import UsageError
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.tokenizer import Tokenizer
+from tests.builders import config_4x, write_checkpoint
 
 TEXTS = (
     "Die Hauptstadt der Schweiz ist Bern, und nicht Zürich.",
@@ -186,10 +188,29 @@ def test_what_comes_before_the_first_border_is_not_learned(
     assert sums[len(cut) - 1] == pytest.approx(1, abs=1e-5)
 
 
+def test_what_has_no_part_of_the_vocabulary_is_refused_first(tmp_path: Path, part: Path) -> None:
+    config = config_4x(num_hidden_layers=1)
+    other = write_checkpoint(tmp_path / "other", config)
+    with pytest.raises(UsageError, match="other: its tokenizer is neither that of"):
+        evaluate([part, other], reference=model_dir())
+    with pytest.raises(UsageError, match=r"more tokens than .*; give the whole model"):
+        evaluate(model_dir(), reference=part)
+    with pytest.raises(UsageError, match="--languages: the models have different vocabularies"):
+        evaluate([part, model_dir()], reference=model_dir(), languages=True)
+
+
 def test_eval_compares_where_both_have_a_border(tmp_path: Path, part: Path) -> None:
+    """Also of models with a part beside one with all."""
     path = tmp_path / "de.txt"
     path.write_text(TEXTS[0])
-    found = measure(part, model_dir(), read_texts([path])).overall
+    models = [part, model_dir(), shutil.copytree(part, tmp_path / "again")]
+    told: list[Progress] = []
+    compared = evaluate(models, reference=model_dir(), text=path, progress=told.append)
+    found, whole, again = (each.overall for each in compared.models.values())
+    assert found == again
+    assert (whole.kl_mean, whole.top1_agreement) == (0, 1)
+    layers = [each.done for each in told if each.stage == "measuring"]
+    assert layers == sorted(layers) and layers[-1] == told[-1].total == 4 * (2 + 2 + 3)
     ids, own = ([BOS, *library(each).encode(TEXTS[0], add_special_tokens=False).ids]
                 for each in (model_dir(), part))  # fmt: skip
     logits = np.array(load_model(part, "float32")(mx.array(own)[None])[0], np.float64)

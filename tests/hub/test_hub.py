@@ -32,6 +32,7 @@ from apertus_mlx.errors import (
 )
 from apertus_mlx.hub import remote_headers, snapshot
 from apertus_mlx.hub import transfer as hub_transfer
+from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.hub.errors import seconds_to_wait
 from apertus_mlx.hub.listing import list_files
 from apertus_mlx.system.progress import Progress
@@ -692,6 +693,8 @@ def test_local_folders(tmp_path: Path, server: HubServer) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
     refused(lambda: hub.locate(str(file)), UsageError, "file")
+    assert hub.locate("embedded") == hub.locate(None) == model_dir()
+    refused(lambda: hub.locate("embedded", revision="main"), UsageError, "--revision")
     for missing in (str(tmp_path / "x"), "./x/y", "no-such", "~nobody-here/x", "a\0b", "x" * 5000):
         refused(lambda source=missing: hub.locate(source), NotFoundError, "folder", "Hub")
     assert not server.requests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from apertus_mlx.backend.mlx import load_inventory
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.header import read_header
 from apertus_mlx.checkpoint.inventory import Inventory, take_inventory
+from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.errors import RejectedError, ResourceError, UsageError
 from apertus_mlx.memory import footprint
 from apertus_mlx.memory.fit import PREFILL_STEPS, fit
 from apertus_mlx.memory.footprint import choose_backend
+from apertus_mlx.model import kept_rows
 from tests.builders import config_4x, random_weights, write_checkpoint
 
 CONFIG = config_4x(tie_word_embeddings=False)
@@ -59,10 +62,27 @@ def require_equal_logits(inventory: Inventory, dtype: str | None = None) -> None
         assert mx.array_equal(on_disk.model.embed_tokens(ids), there.model.embed_tokens(ids))
         assert mx.array_equal(on_disk(ids), there(ids))
     assert not [name for name, _ in tree_flatten(on_disk.parameters()) if "embed" in name]
-    # One row by itself needs no operation of MLX.
-    spec = inventory.matrices[layout.EMBEDDING].spec
-    embedding: Any = on_disk.model.embed_tokens
-    assert (embedding._row is not None) == (spec is None or spec.mode == "affine")
+    # One row by itself needs no operation of MLX, and stays what it is when the next is made.
+    embeddings: list[Any] = [each.model.embed_tokens for each in (on_disk, there)]
+    assert embeddings[0]._row is not None
+    found, expected = ([embedding(each) for each in mx.split(PROMPT, PROMPT.size, 1)]
+                       for embedding in embeddings)  # fmt: skip
+    assert all(map(mx.array_equal, found, expected))
+    assert found[0].dtype == expected[0].dtype
+
+
+def require_equal_rows_on_the_cpu(inventory: Inventory) -> None:
+    """One by one and several at a time, as MLX's rows in float32."""
+    if find_spec("onnxruntime") is None:
+        return
+    from apertus_mlx.backend.cpu.tensors import Tensors
+
+    rows = Tensors(inventory, "float32").embedding()
+    there = load_inventory(inventory, "float32", None).model.embed_tokens
+    ids = np.array(PROMPT[0])
+    expected = np.array(there(PROMPT)[0].astype(mx.float32))
+    assert (rows(ids) == expected).all()
+    assert (np.concatenate([rows(each) for each in np.split(ids, len(ids))]) == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +94,7 @@ def test_same_logits_in_quantized_forms(source: Path, tmp_path: Path, form: str)
     inventory = take_inventory(folder)
     assert inventory.matrices[layout.EMBEDDING].spec is not None
     require_equal_logits(inventory)
+    require_equal_rows_on_the_cpu(inventory)
     if form == "affine 3":
         require_equal_logits(inventory, "bfloat16")
 
@@ -84,6 +105,7 @@ def test_same_logits_in_plain_forms(tmp_path: Path, stored: str) -> None:
     folder = write_checkpoint(tmp_path / "model", CONFIG, weights, dtype=PLAIN[stored], shards=2)
     for dtype in ("float32", stored):
         require_equal_logits(take_inventory(folder), dtype)
+    require_equal_rows_on_the_cpu(take_inventory(folder))
 
 
 def test_the_same_answer(model: Path) -> None:
@@ -107,8 +129,39 @@ def test_memory_is_as_planned(model: Path) -> None:
         footprint(inventory, fit(inventory, 10**9, 64, backend).form, 64, 32, each).weights_bytes
         for each in (backend, on_disk)
     ]
-    assert sizes == planned
-    assert planned[0] - planned[1] == 384 * (64 // 2 + 2 * 64 // 32 * 4)
+    # Of 384 rows one is kept.
+    assert [sizes[0], sizes[1] + 64 * 4] == planned
+    assert planned[0] - planned[1] == 384 * (64 // 2 + 2 * 64 // 32 * 4) - 64 * 4
+
+
+def test_the_latest_rows_are_kept(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as planned, and each is that of its token, whether kept, made anew or put out."""
+    monkeypatch.setattr(kept_rows, "SHARE", 16)
+    inventory = take_inventory(quantized)
+    on_disk, there = (
+        load_inventory(inventory, None, None, disk).model.embed_tokens for disk in (True, False)
+    )
+    reads: list[int] = []
+    read_into = StoredRows.read_into
+
+    def counted(rows: StoredRows, index: int, targets: Any) -> None:
+        reads.append(index)
+        read_into(rows, index, targets)
+
+    monkeypatch.setattr(StoredRows, "read_into", counted)
+    most, kept, missed = 384 // 16, list[int](), list[int]()
+    # Few tokens often, many seldom.
+    drawn = np.minimum(np.random.default_rng(0).geometric(0.03, 500), 383).tolist()
+    before = mx.get_active_memory()
+    for token in drawn:
+        ids = mx.array([[token]])
+        assert mx.array_equal(on_disk(ids), there(ids))
+        missed += [] if token in kept else [token]
+        kept = [*(each for each in kept if each != token), token][-most:]
+    assert reads == missed
+    assert len(set(drawn)) > 2 * most and most < len(missed) < len(drawn)
+    held = mx.get_active_memory() - before
+    assert held <= kept_rows.kept_bytes(384, 64, 4) + 1024
 
 
 def replaced(path: Path) -> None:
@@ -134,10 +187,13 @@ def test_a_file_that_changes_is_an_error(
     if compute == "cpu":
         pytest.importorskip("onnxruntime")
     loaded = load_for(take_inventory(model), compute, embedding="disk")
-    mx.eval(loaded(PROMPT))
+    one = PROMPT[:, :1]
+    mx.eval(loaded(PROMPT), loaded(one))
     change(model / "model.safetensors")
-    with pytest.raises(RejectedError, match=r"model\.safetensors: was changed while the model"):
-        loaded(PROMPT)
+    # The row of `one` is kept.
+    for ids in (one, PROMPT):
+        with pytest.raises(RejectedError, match=r"model\.safetensors: was changed while the mod"):
+            loaded(ids)
 
 
 def test_the_cpu_path_has_it_on_disk_in_any_case(model: Path) -> None:
@@ -199,4 +255,4 @@ def test_the_planner_offers_it(model: Path) -> None:
     assert found.best is not None
     assert found.advice.startswith("best that fits: --embedding disk ")
     saved = inventory.matrices[layout.EMBEDDING].weight_bytes(found.compute_bytes)
-    assert found.embedding_on_disk_saves_bytes == saved
+    assert found.embedding_on_disk_saves_bytes == saved - 64 * found.compute_bytes

@@ -17,6 +17,7 @@ from apertus_mlx.checkpoint.inventory import OUTPUT_DIVISOR, Inventory
 from apertus_mlx.checkpoint.matching import XIELU_DEFAULTS
 from apertus_mlx.checkpoint.rows import StoredRows
 from apertus_mlx.errors import RejectedError
+from apertus_mlx.model.stored_row import StoredRow
 from apertus_mlx.quant.packing import unpack
 from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.system.model_files import open_file
@@ -100,27 +101,34 @@ class Tensors:
         return float(self.floats(name).reshape(()))
 
     def embedding(self) -> Callable[[npt.NDArray[np.int64]], Floats]:
-        """A function from token ids `[rows]` to their embeddings `[rows, D]`."""
-        path = layout.EMBEDDING
-        spec = self._inventory.specs.get(path)
-        weight = self._rows(f"{path}.weight")
-        if spec is None:
-            return lambda ids: _widened(weight(ids))
-        scales = self._rows(f"{path}.scales")
-        biases = self._rows(f"{path}.biases") if spec.has_biases else None
+        """A function from token ids `[rows]` to their embeddings `[rows, D]`; for one thread."""
+        stored = self._inventory.matrices[layout.EMBEDDING]
+        tensors, spec = stored.tensors, stored.spec
+        kinds = [np.dtype(STORED_TYPES[tensor.dtype]) for tensor in tensors]
+        # Mapped, each row would take 16 pages.
+        rows = StoredRows(self._checkpoint, tensors)
+        one = StoredRow(spec, tensors, mx.float32)
 
-        def rows(ids: npt.NDArray[np.int64]) -> Floats:
-            words = weight(ids)
-            if biases is None:
-                return _dequantized(words, scales(ids), spec)
-            columns = words.shape[1] * 32 // spec.bits
-            codes = unpack(words, spec.bits, columns).astype(np.float32)
+        def found(ids: npt.NDArray[np.int64]) -> Floats:
+            if len(ids) == 1:
+                rows.read_into(int(ids[0]), one.buffers)
+                return one().reshape(1, -1).copy()
+            weight, *rest = (
+                np.frombuffer(data, kind).reshape(len(ids), -1)
+                for data, kind in zip(rows.read(ids.tolist()), kinds, strict=True)
+            )
+            if spec is None:
+                return _widened(weight)
+            if not spec.has_biases:
+                return _dequantized(weight, rest[0], spec)
+            codes = unpack(weight, spec.bits, stored.columns).astype(np.float32)
             grouped = codes.reshape(len(ids), -1, spec.group_size)
-            grouped *= _widened(scales(ids))[..., None]
-            grouped += _widened(biases(ids))[..., None]
+            scales, biases = map(_widened, rest)
+            grouped *= scales[..., None]
+            grouped += biases[..., None]
             return codes
 
-        return rows
+        return found
 
     def _read(self, name: str) -> Array:
         info = self._checkpoint.tensors[name]
@@ -135,13 +143,6 @@ class Tensors:
             if file.readinto(flat.view(np.uint8).data) != info.size_bytes:  # type: ignore[attr-defined]
                 raise RejectedError(f"{path}: was changed while it was loaded; start again")
         return flat.reshape(info.shape)
-
-    def _rows(self, name: str) -> Callable[[npt.NDArray[np.int64]], Array]:
-        """A function that reads single rows of a matrix. Mapped, each would take 16 pages."""
-        info = self._checkpoint.tensors[name]
-        kind = np.dtype(STORED_TYPES[info.dtype])
-        stored = StoredRows(self._checkpoint, [info])
-        return lambda ids: np.frombuffer(stored.read(ids.tolist())[0], kind).reshape(len(ids), -1)
 
 
 def _dequantized(words: Array, scales: Array, spec: QuantSpec) -> Floats:

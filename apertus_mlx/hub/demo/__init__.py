@@ -5,7 +5,10 @@ It is a demonstration and a quantization test bed; ``recipe`` holds the code tha
 
 from pathlib import Path
 
-__all__ = ["model_dir"]
+__all__ = ["NAME", "model_dir"]
+
+# What it is called where several models are named.
+NAME = "embedded"
 
 
 def model_dir() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -96,14 +97,22 @@ def find_tasks(names: Sequence[str], offline: bool) -> Chosen:
         manager = _task_manager(include_defaults=not set(names) <= own_tasks().keys())
         chosen = choose(names, manager.all_tasks, own_tasks())
         chosen.manager = manager
+        # Why tasks cannot be had, by name.
+        missing: dict[str, str] = {}
         for task in chosen.tasks:
-            name = task if isinstance(task, str) else task.get("task")
+            name = task if isinstance(task, str) else str(task.get("task"))
             try:
                 load = getattr(manager, "load", None) or manager.load_task_or_group
                 load([task])
             except Exception as error:  # noqa: BLE001 - whatever its data set's reader raises
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                raise NotFoundError(f"--tasks {name}: cannot be loaded: {reason}") from None
+                missing[name] = " ".join(str(error).split())[:200] or type(error).__name__
+                # Without a network the next one may take minutes, too.
+                if not offline:
+                    break
+    if missing:
+        reason = next(iter(missing.values()))
+        way_out = "; leave out --offline to download it" if offline else ""
+        raise NotFoundError(f"--tasks {', '.join(missing)}: cannot be loaded: {reason}{way_out}")
     return chosen
 
 
@@ -200,6 +209,11 @@ def quiet() -> Iterator[None]:
     drawn = vars(tqdm)["__init__"]
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = partialmethod(drawn, disable=True)
+    # The commit of the folder in which one stands says nothing, and git complains of other folders.
+    evaluator: Any = sys.modules.get("lm_eval.evaluator")
+    asks_git = getattr(evaluator, "get_git_commit_hash", None)
+    if asks_git is not None:
+        evaluator.get_git_commit_hash = lambda: None
     # Its errors are estimated by forks of this process, which has a model in it.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
@@ -208,6 +222,8 @@ def quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         tqdm.__init__ = drawn
+        if asks_git is not None:
+            evaluator.get_git_commit_hash = asks_git
         if one_process is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:

@@ -13,9 +13,11 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import bootstrap_stderr, mean
 from lm_eval.api.registry import get_model
+from lm_eval.loggers.utils import get_git_commit_hash
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -109,14 +111,19 @@ def test_what_would_change_an_answer_is_refused(
         adapter.generate_until([request("generate_until", "Hello", {"until": ["\n"], **given})])
 
 
-def test_lm_eval_itself_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    """It prints and draws a bar where it estimates the error of what is no mean."""
+def test_lm_eval_itself_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It prints and draws a bar where it estimates the error of what is no mean, and runs git."""
+    monkeypatch.chdir(tmp_path)
     values = [0.0, 1.0, 1.0]
     drawn = vars(tqdm)["__init__"]
     with quiet():
         found = bootstrap_stderr(mean, values, iters=1000)
+        evaluator.get_git_commit_hash()
     assert found > 0
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
+    assert evaluator.get_git_commit_hash is get_git_commit_hash
     assert vars(tqdm)["__init__"] is drawn
     assert "DISABLE_MULTIPROC" not in os.environ
 
@@ -172,8 +179,9 @@ def test_the_offline_task_and_going_on(
 @pytest.mark.nightly
 def test_a_data_set_that_cannot_be_had() -> None:
     """lm-eval reads the names of all its tasks, which takes it a while."""
-    with pytest.raises(NotFoundError, match="hellaswag: cannot be loaded"):
-        evaluate_tasks(model_dir(), "hellaswag", offline=True)
+    words = "--tasks hellaswag, winogrande: cannot be loaded: .*; leave out --offline to download"
+    with pytest.raises(NotFoundError, match=words):
+        evaluate_tasks(model_dir(), ["hellaswag", "plain_facts", "winogrande"], offline=True)
 
 
 @pytest.mark.nightly
