@@ -21,8 +21,8 @@ def nearest(steps: Array, top: int) -> Array:
     if xp is not np:
         return xp.clip(xp.round(steps), 0, top)
     np.rint(steps, out=steps)
-    np.maximum(steps, 0, out=steps)
-    return np.minimum(steps, top, out=steps)
+    # Of a whole block three times as quick as the smaller and the larger of two.
+    return np.clip(steps, 0, top, out=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ def settle(
             from one bias.
     """
     xp = library(wanted)
+    if xp is np:
+        return _settle_in_place(np.array(wanted, order="C"), base, transfer, top, grid)
     codes: list[Array] = []
     left: list[Array] = []
     for part in blocks(len(wanted), STEP_COLUMNS):
@@ -69,8 +71,6 @@ def _settle_few(
     wanted: Array, base: Array, transfer: Array, top: int, grid: Grid | None
 ) -> tuple[Array, Array]:
     xp = library(wanted)
-    if xp is np and grid is None:
-        return _settle_in_place(np.array(wanted), base, transfer, top)
     inverses = None if grid is None else 1 / grid.scales
     wanted = wanted + 0
     codes, left = [], []
@@ -88,13 +88,36 @@ def _settle_few(
 
 
 def _settle_in_place(
-    codes: Float32, base: Float32, transfer: Float32, top: int
+    codes: Float32, base: Float32, transfer: Float32, top: int, grid: Grid | None
 ) -> tuple[Float32, Float32]:
-    """What `_settle_few` does, where it is done most often, without an array for each step."""
+    """What `settle` does, by NumPy: `codes` are what was wanted, and nothing else is copied."""
     left = np.empty_like(codes)
-    for column, code in enumerate(codes):
-        nearest(code, top)
-        np.subtract(base[column], code, out=left[column])
-        if column + 1 < len(codes):
-            codes[column + 1 :] += transfer[column, column + 1 :, None] * left[column]
+    passed_on = np.empty_like(codes[:STEP_COLUMNS])
+    # Beside a row NumPy finds the larger of two quicker than beside a number.
+    lowest = np.zeros_like(codes[0])
+    highest = lowest + np.float32(top)
+    inverses = None if grid is None else 1 / grid.scales
+    for part in blocks(len(codes), STEP_COLUMNS):
+        here, own = codes[part], transfer[part, part]
+        if part.start:
+            here += transfer[: part.start, part].T @ left[: part.start]
+        for column in range(len(here)):
+            code, place = here[column], part.start + column
+            rest = left[place]
+            if grid is not None and inverses is not None:
+                code -= grid.biases[place]
+                code *= inverses[place]
+            np.rint(code, out=code)
+            np.maximum(code, lowest, out=code)
+            np.minimum(code, highest, out=code)
+            if grid is None:
+                np.subtract(base[place], code, out=rest)
+            else:
+                np.multiply(code, grid.scales[place], out=rest)
+                rest += grid.biases[place]
+                np.subtract(base[place], rest, out=rest)
+            behind = here[column + 1 :]
+            few = passed_on[: len(behind)]
+            np.multiply(own[column, column + 1 :, None], rest, out=few)
+            behind += few
     return codes, left

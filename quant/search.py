@@ -25,7 +25,7 @@ from apertus_mlx.quant.columns import Columns
 from apertus_mlx.quant.rounding import nearest
 from apertus_mlx.quant.spec import QuantSpec
 
-# Weights at a time: their working set stays in a core's cache.
+# Weights at a time: their working set stays in a core's cache, and each call is worth its price.
 BLOCK_WEIGHTS = 1 << 15
 # Smallest range tried, as a share of the whole, by bits; few codes gain most from a narrow range.
 NARROWEST = {2: 0.5, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.85, 8: 0.95}
@@ -87,13 +87,14 @@ def fit_columns(
         return Columns(codes.reshape(target.shape), *found, spec)
     codes = np.empty(grouped.shape, np.float32)
     scales, biases = (np.empty((len(grouped), rows), np.float32) for _ in range(2))
-    for part in blocks(rows, BLOCK_WEIGHTS // spec.group_size):
-        for group, values in enumerate(grouped[:, :, part]):
+    for groups in blocks(len(grouped), BLOCK_WEIGHTS // (spec.group_size * rows)):
+        for part in blocks(rows, BLOCK_WEIGHTS // spec.group_size):
+            here = groups, slice(None), part
             # Squares of enormous weights are infinite, and then no reason to change anything.
             with np.errstate(over="ignore"):
-                found = _search(values, importance[group], spec.bits, scale_type, effort)
-            scales[group, part], biases[group, part] = found
-            codes[group, :, part] = _codes(values, *found, (1 << spec.bits) - 1)
+                found = _search(grouped[here], importance[groups], spec.bits, scale_type, effort)
+            scales[groups, part], biases[groups, part] = found
+            codes[here] = _codes(grouped[here], *found, (1 << spec.bits) - 1)
     return Columns(codes.reshape(target.shape), scales, biases, spec)
 
 
