@@ -130,19 +130,20 @@ def _add_to_diagonal(matrix: Array, added: float) -> None:
 def _factor(moments: Array, order: npt.NDArray[np.intp]) -> tuple[Array, tuple[Array, ...]] | None:
     """The factor and the inverses of its diagonal blocks; None where there is none."""
     xp, rows = library(moments), as_library(order, moments)
-    factor, inverses = xp.zeros(moments.shape, xp.float32), []
+    # Its transpose, so that all that is read and written are rows.
+    upper, inverses = xp.zeros(moments.shape, xp.float32), []
     for part in blocks(len(order), BLOCK_COLUMNS):
         first, last = part.start, part.stop
         # Whole rows first: far quicker than elements of a symmetric matrix one by one.
-        panel = xp.take(xp.take(moments, rows[part], axis=0), rows[first:], axis=1).T
+        panel = xp.take(xp.take(moments, rows[part], axis=0), rows[first:], axis=1)
         if first:
-            panel = panel - factor[first:, :first] @ factor[part, :first].T
+            panel -= upper[:first, part].T @ upper[:first, first:]
         try:
-            corner = np.linalg.cholesky(np.array(panel[: last - first]).astype(np.float64))
+            corner = np.linalg.cholesky(np.array(panel[:, : last - first]).astype(np.float64))
         except np.linalg.LinAlgError:
             return None
         inverse = as_library(np.linalg.inv(corner).astype(np.float32), moments)
-        factor[part, part] = as_library(corner.astype(np.float32), moments)
-        factor[last:, part] = panel[last - first :] @ inverse.T
+        upper[part, part] = as_library(corner.T.astype(np.float32), moments)
+        upper[part, last:] = inverse @ panel[:, last - first :]
         inverses.append(inverse)
-    return factor, tuple(inverses)
+    return upper.T, tuple(inverses)
