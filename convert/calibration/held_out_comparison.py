@@ -1,5 +1,6 @@
 """How far from the original a planned model would be, on texts to judge by.
 
+Of two plans a few windows often say for sure which is closer; only where they do not, all are read.
 Written is only what an interrupted run goes on from.
 """
 
@@ -23,18 +24,27 @@ from apertus_mlx.convert.calibration.calibrated import (
     read_codes,
 )
 from apertus_mlx.convert.evaluation.evaluate import token_errors
-from apertus_mlx.convert.evaluation.layerwise import ChangedWeights, SourceWeights, hidden_states
+from apertus_mlx.convert.evaluation.layerwise import (
+    ChangedWeights,
+    SourceWeights,
+    Weights,
+    hidden_states,
+)
 from apertus_mlx.convert.evaluation.texts import Tokens, open_text, sample_windows
 from apertus_mlx.convert.plan.plan import WINDOW_TOKENS, Plan
 from apertus_mlx.convert.transforms.smoothing import rounding_of
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep
-from apertus_mlx.quant.arrays import Float32, blocks
-from apertus_mlx.quant.metrics import summarise
+from apertus_mlx.quant import search
+from apertus_mlx.quant.arrays import Float32, Float64, blocks
 
 # Windows to calibrate a trial on, and windows to judge it by; fewer judge rounded codes, where only
 # what is clearly better counts.
 WINDOWS, ROUNDED_WINDOWS = 16, 6
+# One in so many of them is read first.
+FIRST = 4
+# Tokens in a row count as one observation, and so many standard errors of their mean are sure.
+TOGETHER, SURE = 64, 3.0
 # Rows of a matrix that are rounded at once.
 BLOCK_ROWS = 4096
 
@@ -48,6 +58,8 @@ class Planned(ChangedWeights):
     plan: Plan
     # Where calibrated codes lie.
     codes: Path
+    # Instead of being calibrated, matrices are rounded to scales that are searched for with this.
+    effort: search.Effort | None = None
 
     def matrix(self, path: str) -> Float32:
         """The weight of a module `[rows, columns]`, after a round trip through its format."""
@@ -55,12 +67,12 @@ class Planned(ChangedWeights):
         spec = step.spec
         if spec is None or step.transform not in ("quantize", "requantize"):
             return self.weights.matrix(path)
-        if step.method == "gptq":
+        if step.method == "gptq" and self.effort is None:
             codes, *others = read_codes(self.codes, step)
             scales, biases = (array.astype(mx.float32) for array in others)
             return np.array(mx.dequantize(codes, scales, biases, spec.group_size, spec.bits))
         weight = self.weights.matrix(path)
-        rounding = rounding_of(step)
+        rounding = rounding_of(step, self.effort or search.QUICK)
         for part in blocks(len(weight), BLOCK_ROWS):
             weight[part] = rounding(weight[part], np.ones(weight.shape[1]))
         return weight
@@ -78,64 +90,96 @@ class HeldOutComparison:
         folder: Path,
     ) -> None:
         self._source, self._directory, self._progress = source, directory, progress
-        self._before = self._total = 0
+        self._done = self._total = 0
         self._folder = folder
         sample = calibration.sample
         few = replace(sample, windows=spread(sample.windows, WINDOWS))
         self._calibration = replace(calibration, sample=few)
         text = calibration.text or open_text(directory)
         sample = sample_windows(calibration.judged, *text, WINDOW_TOKENS, WINDOWS, SEED)
-        self._all = self._windows = sample.windows
+        self._windows = sample.windows
 
-    def divergences(self, plans: Sequence[Plan], rounded: bool = False) -> list[float]:
+    def divergences(
+        self, plans: Sequence[Plan], rounded: bool = False, share: float = 1.0
+    ) -> list[float]:
         """Mean divergence of each plan's predictions from those of the source, in nats.
 
-        `rounded` spares the calibration: codes are rounded to the best scales instead.
+        Args:
+            plans: what to judge.
+            rounded: spares the calibration: codes are rounded to good scales instead.
+            share: of two plans a few windows are enough if they say for sure whether the first has
+                at most this share of the divergence of the second.
         """
-        self._windows = self._all
-        if rounded:
-            plans = list(map(_rounded, plans))
-            self._windows = spread(self._all, ROUNDED_WINDOWS)
+        windows = spread(self._windows, ROUNDED_WINDOWS) if rounded else self._windows
+        first = np.zeros(len(windows), bool)
+        first[::FIRST] = True
         depth = self._source.config.num_hidden_layers
-        self._before, self._total = 0, depth + sum(map(_layer_runs, plans))
-        found = []
+        runs = sum(0 if rounded else layer_runs(plan) for plan in plans)
+        self._done, self._total = 0, runs + 2 * depth * (1 + len(plans))
+        found: list[list[Float64]] = [[] for _ in plans]
+        for number, part in enumerate((windows[first], windows[~first])):
+            if len(part):
+                for plan, divergences in zip(plans, found, strict=True):
+                    divergences.append(self._divergences(plan, part, number, rounded))
+            if len(plans) == 2 and is_sure(share * found[1][0] - found[0][0]):
+                break
         for plan in plans:
-            found.append(self._divergence(plan))
-            self._before += _layer_runs(plan)
-        return found
+            shutil.rmtree(self._folder / _name(plan, rounded), ignore_errors=True)
+        return [float(np.concatenate(divergences).mean()) for divergences in found]
 
-    def _divergence(self, plan: Plan) -> float:
-        name = plan.fingerprint()[:16]
-        keep = Keep(self._folder / f"{name}.npz")
+    def _divergences(self, plan: Plan, windows: Tokens, number: int, rounded: bool) -> Float64:
+        """Of each token `[windows, length]`."""
+        name = _name(plan, rounded)
+        keep = Keep(self._folder / f"{name}-{number}.npz")
         kept = keep.load()
         if kept is not None:
-            return float(kept[0]["divergence"])
-        expected = hidden_states(
-            self._source, [self._windows], progress=self._report,
-            keep=Keep(self._folder / f"expected-{len(self._windows)}.npz"),
-        )  # fmt: skip
-        folder, depth = self._folder / name, plan.source.config.num_hidden_layers
+            return np.asarray(kept[1]["divergences"], np.float64)
+        file = self._folder / f"expected-{'rounded-' * rounded}{number}.npz"
+        expected = self._states(self._source, windows, file)
+        folder = self._folder / name
         folder.mkdir(exist_ok=True)
-        if plan.calibrates:
+        made = _rounded(plan) if rounded else plan
+        if made.calibrates:
+            before = self._done
             make_codes(
-                plan, self._directory, self._calibration, folder,
-                lambda done, _: self._report(depth + done),
+                made, self._directory, self._calibration, folder,
+                lambda done, _: self._report(before + done),
             )  # fmt: skip
         weights = transformed_weights(plan, self._source.reader, folder)
-        planned = Planned(weights, plan, folder)
-        found = hidden_states(
-            planned, [self._windows],
-            progress=lambda done: self._report(depth + layer_runs(plan) + done),
-            keep=Keep(folder / "states.npz"),
-        )  # fmt: skip
-        errors = token_errors(self._source, expected, planned, found, [self._windows])
-        divergence = summarise(errors[0]).kl_mean
-        keep.save({"divergence": divergence}, {})
-        shutil.rmtree(folder)
-        return divergence
+        planned = Planned(weights, plan, folder, search.ROUGH if rounded else None)
+        states = folder / f"states-{number}.npz"
+        found = self._states(planned, windows, states)
+        (errors,) = token_errors(self._source, expected, planned, found, [windows])
+        divergences = errors.divergence.reshape(windows.shape)
+        keep.save({}, {"divergences": divergences})
+        states.unlink(missing_ok=True)
+        return divergences
+
+    def _states(self, weights: Weights, windows: Tokens, file: Path) -> list[Float32]:
+        before = self._done
+        return hidden_states(
+            weights, [windows], progress=lambda done: self._report(before + done), keep=Keep(file)
+        )
 
     def _report(self, done: int) -> None:
-        self._progress(self._before + done, self._total)
+        self._done = done
+        self._progress(done, self._total)
+
+
+def is_sure(excess: Float64) -> bool:
+    """Whether the mean of `[windows, length]` cannot be of the other sign by chance."""
+    length = excess.shape[1] // TOGETHER * TOGETHER
+    if not length:
+        return False
+    means = excess[:, :length].reshape(-1, TOGETHER).mean(1)
+    if len(means) < 2:
+        return False
+    return bool(abs(means.mean()) > SURE * means.std(ddof=1) / np.sqrt(len(means)))
+
+
+def _name(plan: Plan, rounded: bool) -> str:
+    """Of what is kept of it."""
+    return f"{'rounded-' * rounded}{plan.fingerprint()[:16]}"
 
 
 def _rounded(plan: Plan) -> Plan:
@@ -145,18 +189,16 @@ def _rounded(plan: Plan) -> Plan:
     return replace(plan, steps=steps)
 
 
-def _layer_runs(plan: Plan) -> int:
-    return layer_runs(plan) + plan.source.config.num_hidden_layers
-
-
 def kept_bytes(config: ModelConfig, codes_bytes: int) -> int:
-    """Most that judging a plan has on disk: its calibration and three sets of hidden states.
+    """Most that judging two plans has on disk: their calibration, and sets of hidden states.
 
-    `codes_bytes` is what its calibrated codes take.
+    `codes_bytes` is what a plan's calibrated codes take.
     """
-    tokens = WINDOWS * WINDOW_TOKENS
-    states = 4 * (3 * tokens + ROUNDED_WINDOWS * WINDOW_TOKENS) * config.hidden_size
-    return states + (codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0)
+    tokens, rounded = WINDOWS * WINDOW_TOKENS, ROUNDED_WINDOWS * WINDOW_TOKENS
+    states = 4 * (3 * tokens + rounded) * config.hidden_size
+    # The divergence of each token.
+    states += 8 * 2 * (tokens + rounded)
+    return states + (2 * codes_bytes + calibrate.kept_bytes(config, tokens) if codes_bytes else 0)
 
 
 def spread(windows: Tokens, count: int) -> Tokens:

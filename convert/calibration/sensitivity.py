@@ -8,6 +8,7 @@ real one of each format. What is measured is kept after each layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,20 @@ MEASURED_BITS = 4
 SIZE_ROWS = 32
 
 Roundings = Mapping[QuantSpec, Rounding]
-Divergences = dict[str, dict[QuantSpec, float]]
+Divergences = Mapping[str, Mapping[QuantSpec, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Expected mean divergences, in nats, for each matrix alone in each of its formats.
+
+    Attributes:
+        final: as it will be quantized.
+        rounded: where it is rounded, although GPTQ will quantize it.
+    """
+
+    final: Divergences
+    rounded: Divergences
 
 
 def predict_divergences(
@@ -46,8 +60,8 @@ def predict_divergences(
     gptq_paths: Collection[str] = (),
     scale_type: ScaleType = "BF16",
     progress: Callable[[int], None] | None = None,
-) -> Divergences:
-    """Expected mean divergence, in nats, for each matrix alone in each of its formats.
+) -> Prediction:
+    """What storing each matrix alone in each of its formats costs.
 
     Args:
         weights: of the model.
@@ -65,12 +79,21 @@ def predict_divergences(
         # Whatever the pass back had gone by would be missing.
         Keep(folder / BACKWARD).discard()
         keep.save({}, {})
-    kept, _ = begun or ({}, {})
-    divergences: Divergences = {
-        path: dict(zip(roundings[path], values, strict=True)) for path, values in kept.items()
-    }
-    if divergences.keys() >= roundings.keys():
-        return divergences
+    rounded: dict[str, dict[QuantSpec, float]] = {}
+    # What GPTQ leaves of it.
+    shares: dict[str, float] = {}
+    for path, (share, *values) in (begun or ({}, {}))[0].items():
+        rounded[path], shares[path] = dict(zip(roundings[path], values, strict=True)), share
+
+    def prediction() -> Prediction:
+        final = {
+            path: {spec: shares[path] * divergence for spec, divergence in found.items()}
+            for path, found in rounded.items()
+        }
+        return Prediction(final, rounded)
+
+    if rounded.keys() >= roundings.keys():
+        return prediction()
 
     def look(traces: list[Trace]) -> None:
         for trace in traces:
@@ -81,35 +104,38 @@ def predict_divergences(
                 curvature = Curvature.of(inputs.T @ inputs)
             for path in sorted(paths):
                 weight, gradient = weights.matrix(path), trace.gradients[path]
-                left = 1.0
+                shares[path] = 1.0
                 if path in gptq_paths and curvature is not None:
                     rows, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
-                    left = _ratio(*(_divergence(e, inputs, gradient[:, rows]) for e in errors))
+                    shares[path] = _ratio(
+                        *(_divergence(error, inputs, gradient[:, rows]) for error in errors)
+                    )
                 found = {}
                 for spec in _measured(roundings[path]):
                     error = roundings[path][spec](weight, squares) - weight
-                    found[spec] = left * _divergence(error, inputs, gradient)
+                    found[spec] = _divergence(error, inputs, gradient)
                 sizes = _sizes(weight, roundings[path], squares)
-                divergences[path] = _by_size(found, sizes)
+                rounded[path] = _by_size(found, sizes)
         save()
 
     def save() -> None:
-        keep.save({path: list(found.values()) for path, found in divergences.items()}, {})
+        keep.save({path: [shares[path], *found.values()] for path, found in rounded.items()}, {})
 
     ends = trace_layers(weights, windows, SEED, look, progress or (lambda _: None), folder)
     for path in {layout.EMBEDDING, head_path(config)} & roundings.keys():
         weight = weights.matrix(path)
         uses = (path == layout.EMBEDDING, path == head_path(config))
-        left = 1.0
+        shares[path] = 1.0
         if path in gptq_paths:
             curvature = Curvature.of(_end_moments(ends, *uses).astype(np.float32))
             _, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
-            left = _ratio(*(float(np.vdot(error @ curvature.moments, error)) for error in errors))
+            shares[path] = _ratio(
+                *(float(np.vdot(error @ curvature.moments, error)) for error in errors)
+            )
         found, sizes = _end_divergences(weight, roundings[path], ends, windows.reshape(-1), *uses)
-        found = {spec: left * divergence for spec, divergence in found.items()}
-        divergences[path] = _by_size(found, sizes)
+        rounded[path] = _by_size(found, sizes)
     save()
-    return divergences
+    return prediction()
 
 
 def _measured(formats: Iterable[QuantSpec]) -> set[QuantSpec]:

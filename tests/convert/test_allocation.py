@@ -23,7 +23,7 @@ from apertus_mlx.convert.calibration import allocation, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Unit, allocate_bits, choose_formats
 from apertus_mlx.convert.calibration.calibrated import Calibration
 from apertus_mlx.convert.calibration.gradients import backward, trace_layers
-from apertus_mlx.convert.calibration.sensitivity import Divergences, predict_divergences
+from apertus_mlx.convert.calibration.sensitivity import Divergences, Prediction, predict_divergences
 from apertus_mlx.convert.check.verify import verify
 from apertus_mlx.convert.evaluation.layerwise import (
     Layer,
@@ -225,7 +225,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
         divergences = predict_divergences(
             weights, {matrix.path: roundings for matrix in matrices},
             recipe_windows(5, 8, LENGTH), tmp_path_factory.mktemp("measured"),
-        )  # fmt: skip
+        ).final  # fmt: skip
         units = [
             Unit((m.path,), {spec: spec.weight_bytes(m.rows, m.columns, 2) for spec in FORMATS})
             for m in matrices
@@ -290,10 +290,11 @@ def recipe_texts(seed: int, count: int) -> TextSet:
 def test_a_worse_allocation_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Predictions turned upside down: the uniform width of the same size is taken, and said so."""
 
-    def misled(*arguments: object) -> Divergences:
+    def misled(*arguments: Any) -> Prediction:
         paths = arguments[1]
-        return {path: {spec: -1e3 * path.count("layers.3") * spec.bits for spec in formats}
+        found = {path: {spec: -1e3 * path.count("layers.3") * spec.bits for spec in formats}
                 for path, formats in paths.items()}  # fmt: skip
+        return Prediction(found, found)
 
     monkeypatch.setattr(allocation, "predict_divergences", misled)
     monkeypatch.setattr(held_out_comparison, "WINDOWS", 2)
