@@ -120,9 +120,13 @@ def _search(
     lower, upper = values.min(-2), values.max(-2)
     middle, reach = (lower + upper) * 0.5, (upper - lower) * 0.5
     narrowed, least = None, None
-    for share in np.linspace(1.0, NARROWEST[bits], effort.ranges).tolist():
-        scales = usable_scales(round_scales(reach * (2 * share / top), scale_type), scale_type)
-        trial = scales, round_scales(middle - share * reach, scale_type)
+    shares = np.linspace(1.0, NARROWEST[bits], effort.ranges).astype(np.float32)
+    # Scales of all ranges at once: `[ranges, ..., rows]`.
+    share = as_library(shares.reshape(-1, *[1] * reach.ndim), reach)
+    tried = usable_scales(round_scales(reach * (2 / top * share), scale_type), scale_type)
+    starts = round_scales(middle - share * reach, scale_type)
+    for scales, biases in zip(tried, starts, strict=True):
+        trial = scales, biases
         # In units of the scale, which spares a product for each weight.
         off = _steps(values, *trial)
         off -= nearest(off + 0, top)

@@ -30,7 +30,7 @@ from apertus_mlx.errors import ResourceError
 from apertus_mlx.quant.arrays import Float32
 
 # Tokens that go back through a layer at once. MLX holds what it computes for them meanwhile.
-BACKWARD_TOKENS = 512
+BACKWARD_TOKENS = 1024
 # How far the pass back is.
 BACKWARD = "backward.npz"
 

@@ -43,8 +43,9 @@ from apertus_mlx.quant.arrays import Float32, Float64, blocks
 WINDOWS, ROUNDED_WINDOWS = 16, 6
 # One in so many of them is read first.
 FIRST = 4
-# Tokens in a row count as one observation, and so many standard errors of their mean are sure.
-TOGETHER, SURE = 64, 3.0
+# Tokens in a row count as one observation. So many standard errors are sure, and so is what so many
+# observations say without exception.
+TOGETHER, SURE, UNANIMOUS = 64, 2.0, 8
 # Rows of a matrix that are rounded at once.
 BLOCK_ROWS = 4096
 
@@ -167,11 +168,14 @@ class HeldOutComparison:
 
 
 def is_sure(excess: Float64) -> bool:
-    """Whether the mean of `[windows, length]` cannot be of the other sign by chance."""
+    """Whether the sign of the mean of `[windows, length]` is no chance.
+
+    Divergences have long tails, so that standard errors alone are too careful.
+    """
     length = excess.shape[1] // TOGETHER * TOGETHER
-    if not length:
-        return False
     means = excess[:, :length].reshape(-1, TOGETHER).mean(1)
+    if len(means) >= UNANIMOUS and ((means > 0).all() or (means < 0).all()):
+        return True
     if len(means) < 2:
         return False
     return bool(abs(means.mean()) > SURE * means.std(ddof=1) / np.sqrt(len(means)))

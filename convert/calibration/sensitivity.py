@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -104,14 +105,17 @@ def predict_divergences(
                 curvature = Curvature.of(inputs.T @ inputs)
             for path in sorted(paths):
                 weight, gradient = weights.matrix(path), trace.gradients[path]
-                shares[path] = 1.0
+                found, shares[path] = {}, 1.0
                 if path in gptq_paths and curvature is not None:
-                    rows, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
-                    shares[path] = _ratio(
-                        *(_divergence(error, inputs, gradient[:, rows]) for error in errors)
+                    trial = _try_gptq(weight, roundings[path], curvature, scale_type)
+                    left, plain = (
+                        _divergence(error, inputs, gradient[:, trial.rows])
+                        for error in (trial.left, trial.plain)
                     )
-                found = {}
-                for spec in _measured(roundings[path]):
+                    shares[path] = _ratio(left, plain)
+                    if len(trial.rows) == len(weight):
+                        found[trial.spec] = plain
+                for spec in _measured(roundings[path]) - found.keys():
                     error = roundings[path][spec](weight, squares) - weight
                     found[spec] = _divergence(error, inputs, gradient)
                 sizes = _sizes(weight, roundings[path], squares)
@@ -128,9 +132,12 @@ def predict_divergences(
         shares[path] = 1.0
         if path in gptq_paths:
             curvature = Curvature.of(_end_moments(ends, *uses).astype(np.float32))
-            _, *errors = _try_gptq(weight, roundings[path], curvature, scale_type)
+            trial = _try_gptq(weight, roundings[path], curvature, scale_type)
             shares[path] = _ratio(
-                *(float(np.vdot(error @ curvature.moments, error)) for error in errors)
+                *(
+                    float(np.vdot(error @ curvature.moments, error))
+                    for error in (trial.left, trial.plain)
+                )
             )
         found, sizes = _end_divergences(weight, roundings[path], ends, windows.reshape(-1), *uses)
         rounded[path] = _by_size(found, sizes)
@@ -181,17 +188,27 @@ def _half_square(slopes: npt.NDArray[np.floating]) -> float:
     return float(np.square(slopes, dtype=np.float64).mean()) / 2
 
 
+class _Trial(NamedTuple):
+    """Some rows of a matrix, and their errors in one format, by GPTQ and by rounding."""
+
+    spec: QuantSpec
+    rows: npt.NDArray[np.intp]
+    left: Float32
+    plain: Float32
+
+
 def _try_gptq(
     weight: Float32, formats: Roundings, curvature: Curvature, scale_type: ScaleType
-) -> tuple[npt.NDArray[np.intp], Float32, Float32]:
-    """Some rows of a matrix, and their errors by GPTQ and by rounding, at about 3 bits."""
+) -> _Trial:
+    """At about 3 bits."""
     rows = _some(weight, TRIAL_ROWS)
     spec = min(formats, key=lambda spec: abs(spec.bits - TRIAL_BITS))
     some = weight[rows]
     target = np.ascontiguousarray(some.T)
-    start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
-    fitted = gptq.round_in_order(target, start, curvature).values().T
-    return rows, fitted - some, formats[spec](some, curvature.diagonal.astype(np.float64)) - some
+    start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.ROUGH)
+    left = gptq.round_in_order(target, start, curvature).values().T - some
+    plain = formats[spec](some, curvature.diagonal.astype(np.float64)) - some
+    return _Trial(spec, rows, left, plain)
 
 
 def _some(weight: Float32, count: int) -> npt.NDArray[np.intp]:
