@@ -67,6 +67,27 @@ class Curvature:
         """Of H, `[columns]`."""
         return np.asarray(_diagonal(self.moments), np.float32)
 
+    @property
+    def left(self) -> float:
+        """What rounding to whole numbers leaves of the objective in this order, but for a factor.
+
+        The columns in front make up for a column's error as far as they can; the squares of the
+        factor's diagonal are what they cannot.
+        """
+        return float(np.square(_diagonal(self.factor), dtype=np.float64).sum())
+
+    def in_groups(self, size: int) -> Curvature | None:
+        """The same H with the columns of each group side by side; None where it has no factor.
+
+        Groups come in the order of importance, and so do the columns in each.
+        """
+        importance = self.diagonal.reshape(-1, size)
+        inside = np.argsort(importance, axis=1, kind="stable")
+        groups = np.argsort(importance.mean(1), kind="stable")
+        order = (inside + size * np.arange(len(inside))[:, None])[groups].reshape(-1)
+        found = _factor(self.moments, order)
+        return None if found is None else Curvature(self.moments, self.mean, order, *found)
+
     def solve(self, right: Array) -> Array:
         """`H^-1 right` for `right` `[columns, rows]`."""
         x = right[as_library(self.order, right)]

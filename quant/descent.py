@@ -54,7 +54,7 @@ def improve(
                 group = here.start // spec.group_size
                 form = scales[group], biases[group]
                 own = curvature.moments[here, here]
-                codes[here], scales[group], biases[group], moved = _visit(
+                codes[here], scales[group], biases[group], moved = visit(
                     own, slope[inside], codes[here], form, scale_type, spec.bits
                 )
                 slope = slope + curvature.moments[part, here] @ moved
@@ -63,7 +63,7 @@ def improve(
     return Columns(codes, scales, biases, spec)
 
 
-def _visit(
+def visit(
     own: Array, slope: Array, codes: Array, form: tuple[Array, Array], scale_type: ScaleType,
     bits: int,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip

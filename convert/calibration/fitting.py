@@ -15,10 +15,16 @@ from apertus_mlx.quant import descent, gptq, search
 from apertus_mlx.quant.affine import AffineCodes, ScaleType
 from apertus_mlx.quant.arrays import Array, Float32, blocks, settled
 from apertus_mlx.quant.curvature import Curvature
+from apertus_mlx.quant.groupwise import fit_in_groups
 from apertus_mlx.quant.spec import QuantSpec
 
 # Rows that are fitted at once; that takes some 40 bytes for each weight.
 BLOCK_ROWS = 2048
+# Up to so many columns scales are found group by group. That takes a second factor, and more
+# columns are of unequal importance.
+GROUPWISE_COLUMNS = 4096
+# How much more may be left by rounding in the order of groups: scales that fit gain as much.
+GROUPWISE_LEFT = 1.15
 
 
 class Moments:
@@ -96,10 +102,25 @@ def fit(
 ) -> AffineCodes:
     """The best codes known for one matrix `[rows, columns]`; rows are independent."""
     curvature, found = objective.curvature, []
+    grouped = _in_groups(curvature, spec)
     for part in blocks(len(weight), BLOCK_ROWS):
         target = objective.target(weight, part)
-        start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
-        start = gptq.round_in_order(target, start, curvature)
-        best = descent.improve(target, start, curvature, scale_type)
+        if grouped is not None:
+            start = fit_in_groups(target, spec, grouped, scale_type)
+            best = descent.improve(target, start, curvature, scale_type, rounds=1)
+        else:
+            start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
+            start = gptq.round_in_order(target, start, curvature)
+            best = descent.improve(target, start, curvature, scale_type)
         found.append(best.as_codes())
     return AffineCodes.joined(found)
+
+
+def _in_groups(curvature: Curvature, spec: QuantSpec) -> Curvature | None:
+    """The curvature by groups, where scales are to be found group by group."""
+    if len(curvature.order) > GROUPWISE_COLUMNS:
+        return None
+    grouped = curvature.in_groups(spec.group_size)
+    if grouped is None or grouped.left > GROUPWISE_LEFT * curvature.left:
+        return None
+    return grouped
