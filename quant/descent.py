@@ -57,7 +57,7 @@ def improve(
                 codes[here], scales[group], biases[group], moved = visit(
                     own, slope[inside], codes[here], form, scale_type, spec.bits
                 )
-                slope = slope + curvature.moments[part, here] @ moved
+                slope += curvature.moments[part, here] @ moved
                 errors[here] += moved
             settled(codes, errors, scales, biases)
     return Columns(codes, scales, biases, spec)
