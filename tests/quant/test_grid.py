@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from apertus_mlx.convert.job import convert, prepare
+from apertus_mlx.convert.plan import grids
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.quant.grid import KINDS, SIGNIFICANT_BITS, recover, round_to
 from apertus_mlx.quant.spec import QuantSpec
@@ -163,3 +164,28 @@ def test_another_format_or_type_is_quantized_as_usual(tmp_path: Path) -> None:
     ):
         transforms = {step.transform for step in prepare(source, request, "x").plan.steps}
         assert "grid" not in transforms
+
+
+@pytest.mark.parametrize("together", [1, 1 << 18])
+def test_each_matrix_is_probed_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """Also among others, of other widths and on other grids, with which it is looked at."""
+    monkeypatch.setattr(grids, "PROBE_VALUES", together)
+    values = build.config()
+    tensors = build.random_tensors(values)
+    wanted: dict[str, str] = {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        if len(tensor.shape) == 2 and index % 4:
+            packed = mx.quantize(build.as_mlx(tensor), group_size=64, bits=6)
+            array = np.array(mx.dequantize(*packed, group_size=64, bits=6).astype(mx.float32))
+            if index % 4 == 3:
+                # Beyond the rows that are probed first.
+                array[-1, 0] *= 1.5
+            else:
+                wanted[name.removesuffix(".weight")] = "mlx"
+            tensors[name] = build.raw(array, "BF16")
+    source = build.write_checkpoint(tmp_path / "in", values, tensors)
+    plan = prepare(source, Request(QuantSpec(6, 64)), "x").plan
+    assert {step.path: step.grid for step in plan.steps if step.grid} == wanted
+    assert 3 < len(wanted) < 11
