@@ -15,7 +15,7 @@ from apertus_mlx.convert.write.keep import Keep
 
 PACE = "pace.npz"
 # Operations of a fit for each weight, and for each weight and column.
-PER_WEIGHT, PER_WEIGHT_AND_COLUMN = 45_000, 9
+PER_WEIGHT, PER_WEIGHT_AND_COLUMN = 30_000, 9
 
 
 class Pace:

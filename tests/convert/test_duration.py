@@ -60,9 +60,9 @@ def test_operations_of_a_pass(tmp_path: Path) -> None:
     shapes = [(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64), (64, 128)]
     ahead = sum(20 * rows * columns for rows, columns in shapes)
     fitted = sum(
-        40 * rows * columns + 40 * columns**2 + rows * columns * (45_000 + 9 * columns)
+        40 * rows * columns + 40 * columns**2 + rows * columns * (30_000 + 9 * columns)
         for rows, columns in shapes
     )
-    ends = 2 * 352 * 64 * (20 + 45_000 + 9 * 64)
+    ends = 2 * 352 * 64 * (20 + 30_000 + 9 * 64)
     for runs, expected in enumerate([0, ahead, 2 * ahead, 2 * ahead + ends + fitted]):
         assert calibration_operations(config, 10, runs) == pytest.approx(expected)
