@@ -5,6 +5,7 @@ MLX's own on the CPU take some ten times as long. Both work on pieces that stay 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from apertus_mlx.quant.arrays import Float32, blocks
 BLOCK_QUERIES = 128
 # Numbers that the activation is applied to at once.
 BLOCK_NUMBERS = 1 << 15
+# From here to zero `expm1(y) - y` is a series; its factors of y to the power of 8, 7 and so on.
+NEAR = -0.5
+SERIES = tuple(1 / math.factorial(power) for power in range(8, 1, -1))
 
 _Operation = Callable[..., mx.array]
 
@@ -80,20 +84,19 @@ def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> _Operation
 
     def forward(x: mx.array) -> mx.array:
         def apply(y: Float32) -> Float32:
-            below = np.minimum(y, np.float32(0))
-            bent = np.expm1(np.minimum(y, np.float32(eps)))
-            bent -= below
-            bent *= y <= 0
-            above = y - below
-            return np.asarray(alpha_p * (above * above) + alpha_n * bent + beta * y)
+            bent, above = _bent(y, eps)
+            above *= above
+            above *= np.float32(alpha_p)
+            bent *= np.float32(alpha_n)
+            above += bent
+            above += np.float32(beta) * y
+            return above
 
         return _in_pieces(apply, x)
 
     def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
         def apply(y: Float32, slope: Float32) -> Float32:
-            below = np.minimum(y, np.float32(0))
-            bent = alpha_n * np.expm1(below) + beta
-            return np.asarray(slope * (2 * alpha_p * (y - below) + bent))
+            return np.asarray(slope * _slopes(y, alpha_p, alpha_n, beta))
 
         return _in_pieces(apply, x, cotangent)
 
@@ -112,17 +115,52 @@ def learning_xielu(beta: float, eps: float) -> _Operation:
     ) -> tuple[mx.array, ...]:
         x, alpha_p, alpha_n = inputs
         p, n, y, slope = _number(alpha_p), _number(alpha_n), _view(x), _view(cotangent)
-        below = np.minimum(y, np.float32(0))
-        above = y - below
-        bent = np.expm1(np.minimum(y, np.float32(eps)))
-        bent -= below
-        bent *= y <= 0
+        bent, above = _bent(y, eps)
         at_p, at_n = (np.vdot(slope, array) for array in (above * above, bent))
-        at_x = slope * (2 * p * above + n * np.expm1(below) + beta)
+        at_x = slope * _slopes(y, p, n, beta)
         slopes = (mx.array(np.array([each], np.float32)) for each in (at_p, at_n))
         return mx.array(at_x), *slopes
 
     return _with_gradient(forward, backward)
+
+
+def _bent(y: Float32, eps: float) -> tuple[Float32, Float32]:
+    """`expm1(min(y, eps)) - y` where `y` is not positive, and `y` where it is; else 0.
+
+    NumPy's expm1 takes seven times as long as its exp. So down to `NEAR` it is a series, without
+    what both terms have in common, and from there on exp: `expm1(n + f) = expm1(n) + e^n expm1(f)`.
+    """
+    zero = np.zeros_like(y)
+    below = np.minimum(y, zero)
+    least = np.minimum(below, np.full_like(y, eps))
+    near = np.maximum(least, np.full_like(y, NEAR))
+    far = least - near
+    bent = near * np.float32(SERIES[0])
+    for factor in SERIES[1:]:
+        bent += np.float32(factor)
+        bent *= near
+    bent *= near
+    # Nothing but for values between `eps` and zero.
+    least -= below
+    bent += least
+    bent -= far
+    np.exp(far, out=far)
+    far -= np.float32(1)
+    far *= np.float32(math.exp(NEAR))
+    bent += far
+    bent *= y <= zero
+    return bent, np.maximum(y, zero, out=zero)
+
+
+def _slopes(y: Float32, alpha_p: float, alpha_n: float, beta: float) -> Float32:
+    """The derivative at `y`."""
+    zero = np.zeros_like(y)
+    slopes: Float32 = np.exp(np.minimum(y, zero))
+    slopes -= np.float32(1)
+    slopes *= np.float32(alpha_n)
+    slopes += np.float32(beta)
+    slopes += np.float32(2 * alpha_p) * np.maximum(y, zero)
+    return slopes
 
 
 def _with_gradient(forward: _Operation, backward: Callable[..., Any]) -> _Operation:
