@@ -244,3 +244,29 @@ def test_on_mlx_as_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         errors.append(np.square(inputs @ difference.T).sum())
     assert errors[1] == pytest.approx(errors[0], rel=5e-3)
     assert errors[0] < 0.05 * np.square(inputs @ weight.T).sum()
+
+
+@pytest.mark.parametrize(("tokens", "by_groups"), [(64, False), (4000, True)])
+def test_groups_or_single_columns_whichever_leaves_less(
+    tokens: int, by_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few inputs say of single columns which matter; both ways beside each other, in float64."""
+    rng = np.random.default_rng(7)
+    weight = rng.standard_normal((48, 256)).astype(np.float32)
+    inputs = rng.standard_normal((tokens, 256)) * np.exp(0.5 * rng.standard_normal(256))
+    inputs[:, 1:] += 0.5 * inputs[:, :-1]
+    moments = damped(inputs.T @ inputs)
+
+    def error() -> float:
+        found = Moments(weight)
+        found.add(mx.array(inputs[None]), mx.array(inputs[None]))
+        codes = fit(weight, QuantSpec(4, 64), Objective.of(found, 0.5), "BF16")
+        off = (dequantize(codes) - weight).astype(np.float64)
+        return float(np.vdot(off @ moments, off))
+
+    chosen = error()
+    ways = []
+    for most in (0.0, np.inf):
+        monkeypatch.setattr(fitting, "GROUPWISE_LEFT", most)
+        ways.append(error())
+    assert chosen == ways[by_groups] == min(ways)
