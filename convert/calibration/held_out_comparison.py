@@ -115,7 +115,8 @@ class HeldOutComparison:
         first = np.zeros(len(windows), bool)
         first[::FIRST] = True
         depth = self._source.config.num_hidden_layers
-        runs = sum(0 if rounded else layer_runs(plan) for plan in plans)
+        # Scales of `--smooth` are found for rounded codes, too.
+        runs = sum(layer_runs(_rounded(plan) if rounded else plan) for plan in plans)
         self._done, self._total = 0, runs + 2 * depth * (1 + len(plans))
         found: list[list[Float64]] = [[] for _ in plans]
         for number, part in enumerate((windows[first], windows[~first])):
