@@ -43,8 +43,8 @@ from apertus_mlx.quant.arrays import Float32, Float64, blocks
 WINDOWS, ROUNDED_WINDOWS = 16, 6
 # One in so many of them is read first.
 FIRST = 4
-# Tokens in a row count as one observation. So many standard errors are sure, and so is what so many
-# observations say without exception.
+# So many tokens in a row count as one observation. A mean is sure if it is so many standard errors
+# from zero, or if so many observations or more all have its sign.
 TOGETHER, SURE, UNANIMOUS = 64, 2.0, 8
 # Rows of a matrix that are rounded at once.
 BLOCK_ROWS = 4096
@@ -171,7 +171,7 @@ class HeldOutComparison:
 def is_sure(excess: Float64) -> bool:
     """Whether the sign of the mean of `[windows, length]` is no chance.
 
-    Divergences have long tails, so that standard errors alone are too careful.
+    Divergences have long tails, which make standard errors large where all observations agree.
     """
     length = excess.shape[1] // TOGETHER * TOGETHER
     means = excess[:, :length].reshape(-1, TOGETHER).mean(1)
