@@ -667,7 +667,7 @@ def distill(
     trained = next(trained for trained in TRAINED if train == trained)
     options = Options(trained, epochs, learning_rate, text_share, top_k, seed)
     folder = locate(teacher, offline=offline, progress=progress)
-    name = str(teacher) if _is_on_hub(teacher) else folder.resolve().name
+    name = str(teacher) if _is_on_hub(teacher) else _local_name(folder)
     job = prepare(folder, Path(student), name, options, files, tokens, window)
     if not files:
         _log.info("learning from the small text in the package; --text takes one for your use")
@@ -702,6 +702,11 @@ def distill(
 def _is_on_hub(model: str | Path) -> bool:
     """Whether `model` is a Hub id: text of that form, and nothing here has that name."""
     return isinstance(model, str) and is_repo_id(model) and not Path(model).expanduser().exists()
+
+
+def _local_name(folder: Path) -> str:
+    """What a model that is not from the Hub is called in a manifest."""
+    return EMBEDDED_NAME if folder == model_dir() else folder.resolve().name
 
 
 def _inventory(
@@ -826,7 +831,7 @@ def _prepare(
         folder, commit = snapshot.directory, snapshot.commit
     else:
         folder = locate(source, revision=revision, offline=offline, progress=progress)
-        name = EMBEDDED_NAME if folder == model_dir() else folder.resolve().name
+        name = _local_name(folder)
     target = out or Path(default_name(name, request))
     partial = partial_path(target)
     earlier = not resume and partial.is_dir()

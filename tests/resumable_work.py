@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
 
+from apertus_mlx.convert.calibration import calibrated, own_text, tuning
 from apertus_mlx.convert.distill.run import Observer, distill
 from apertus_mlx.convert.distill.run import prepare as prepare_distillation
 from apertus_mlx.convert.distill.training import Options
@@ -27,6 +29,14 @@ REQUESTS = {
     "target": Request(target=Target(4.5, group_size=32), method="gptq"),
 }
 KINDS = (*REQUESTS, "distill")
+# With which there is text enough to tune on, of which the original writes a part in two goes.
+SMALL_STEPS = (
+    (calibrated, "WINDOW_TOKENS", 64),
+    (own_text, "TOGETHER", 4),
+    (tuning, "CODES_LEARN_FROM", 1280),
+    (tuning, "TUNING_TOKENS", 256),
+    (tuning, "EPOCHS", (1, 1)),
+)
 # What is told how far things are: a word for the part of the work, and where in it.
 Progress = Callable[[str], None]
 
@@ -42,7 +52,10 @@ class Work:
 
     def run(self, target: Path, resume: bool = False, progress: Progress = lambda _: None) -> None:
         """Do it, or go on with it; what is reached is saved at once."""
-        with patch.object(Keep, "least_s", 0.0):
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(Keep, "least_s", 0.0))
+            for module, name, value in SMALL_STEPS if self.kind == "tuned" else ():
+                stack.enter_context(patch.object(module, name, value))
             self._run(target, resume, progress)
 
     def _run(self, target: Path, resume: bool, progress: Progress) -> None:

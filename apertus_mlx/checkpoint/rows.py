@@ -81,7 +81,12 @@ class StoredRows:
         """
         self._require(index)
         for (number, offset, size), target in zip(self._places, targets, strict=True):
-            os.preadv(number, (target,), offset + index * size)
+            done = more = os.preadv(number, (target,), offset + index * size)
+            # A file system may give less than there is; of a file that was cut off nothing comes.
+            while more and done < size:
+                rest = memoryview(target)[done:]
+                more = os.preadv(number, (rest,), offset + index * size + done)
+                done += more
         self.require_unchanged()
 
     def _require(self, index: int) -> None:

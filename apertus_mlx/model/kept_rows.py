@@ -13,7 +13,7 @@ SHARE = 256
 
 
 class KeptRows:
-    """Rows by token; the one that was not asked for longest goes first.
+    """Rows by token; the one whose last use is longest ago goes first.
 
     Args:
         rows: of the embedding.

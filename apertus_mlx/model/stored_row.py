@@ -1,7 +1,7 @@
 """A row of an embedding as it is stored, to numbers, by NumPy alone.
 
-MLX takes 20 µs and more for each operation on so small an array. NumPy takes one or two, so that
-few are made, into arrays that are there already.
+MLX takes 20 µs and more for each operation on so small an array. NumPy takes one or two, so there
+are few operations, and they write to arrays that are there already.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ GROUP_SIZES = (DEFAULT_GROUP_SIZE, 128)
 WINDOWS = 8
 # How far below the target a size may be, where the widths leave a choice; above it is none.
 TOLERANCE = 0.01
-# An allocation that is expected to have at most this share of the divergence of the uniform width,
-# by what rounding both shows, is taken without calibrating both.
+# An allocation is taken without calibrating both if rounding both shows that it can be expected to
+# have at most this share of the uniform width's divergence.
 CLEARLY = 0.8
 _JOINED = re.compile(r"\.[qkv]_proj$")
 
@@ -309,11 +309,11 @@ def _uniform_rival(
 
 
 def _clearly(predicted: Prediction, formats: Mapping[str, QuantSpec], rival: QuantSpec) -> float:
-    """The share of the uniform width's divergence, both rounded, that promises `CLEARLY` of it.
+    """The most that an allocation may have of the uniform width's divergence, both rounded.
 
-    Calibration gains more in some matrices than in others, and so more with one choice of formats
-    than with another. That was measured, so only the rest has to be seen. No more is expected of it
-    than to leave things as they are where rounding shows no gain.
+    Then it is expected to have at most `CLEARLY` of it, both calibrated: calibration gains more in
+    some matrices than in others, and so more with one choice of formats than with another, which
+    was measured. At most 1: one that loses when rounded has to be seen calibrated.
     """
 
     def ratio(divergences: Divergences) -> float:

@@ -20,8 +20,8 @@ from apertus_mlx.quant.spec import QuantSpec
 
 # Rows that are fitted at once; that takes some 40 bytes for each weight.
 BLOCK_ROWS = 2048
-# Up to so many columns scales are found group by group. That takes a second factor, and more
-# columns are of unequal importance.
+# Up to so many columns scales are found group by group. That takes a second factor; and where there
+# are more columns, they differ more in importance.
 GROUPWISE_COLUMNS = 4096
 # How much more may be left by rounding in the order of groups: scales that fit gain as much.
 GROUPWISE_LEFT = 1.15

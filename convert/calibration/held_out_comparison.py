@@ -43,8 +43,8 @@ from apertus_mlx.quant.arrays import Float32, Float64, blocks
 WINDOWS, ROUNDED_WINDOWS = 16, 6
 # One in so many of them is read first.
 FIRST = 4
-# Tokens in a row count as one observation. So many standard errors are sure, and so is what so many
-# observations say without exception.
+# So many tokens in a row count as one observation. A mean is sure if it is so many standard errors
+# from zero, or if so many observations or more all have its sign.
 TOGETHER, SURE, UNANIMOUS = 64, 2.0, 8
 # Rows of a matrix that are rounded at once.
 BLOCK_ROWS = 4096
@@ -91,7 +91,8 @@ class HeldOutComparison:
         folder: Path,
     ) -> None:
         self._source, self._directory, self._progress = source, directory, progress
-        self._done = self._total = 0
+        # Runs of all windows to be read through a layer.
+        self._done, self._total = 0.0, 0
         self._folder = folder
         sample = calibration.sample
         few = replace(sample, windows=spread(sample.windows, WINDOWS))
@@ -115,28 +116,34 @@ class HeldOutComparison:
         first = np.zeros(len(windows), bool)
         first[::FIRST] = True
         depth = self._source.config.num_hidden_layers
-        runs = sum(0 if rounded else layer_runs(plan) for plan in plans)
-        self._done, self._total = 0, runs + 2 * depth * (1 + len(plans))
+        # Scales of `--smooth` are found for rounded codes, too.
+        runs = sum(layer_runs(_rounded(plan) if rounded else plan) for plan in plans)
+        self._done, self._total = 0.0, runs + depth * (1 + len(plans))
         found: list[list[Float64]] = [[] for _ in plans]
         for number, part in enumerate((windows[first], windows[~first])):
             if len(part):
                 for plan, divergences in zip(plans, found, strict=True):
-                    divergences.append(self._divergences(plan, part, number, rounded))
+                    portion = len(part) / len(windows)
+                    divergences.append(self._divergences(plan, part, number, rounded, portion))
             if len(plans) == 2 and is_sure(share * found[1][0] - found[0][0]):
                 break
+        # Not all has to be read, nor all that an interrupted run has done.
+        self._report(self._total)
         for plan in plans:
             shutil.rmtree(self._folder / _name(plan, rounded), ignore_errors=True)
         return [float(np.concatenate(divergences).mean()) for divergences in found]
 
-    def _divergences(self, plan: Plan, windows: Tokens, number: int, rounded: bool) -> Float64:
-        """Of each token `[windows, length]`."""
+    def _divergences(
+        self, plan: Plan, windows: Tokens, number: int, rounded: bool, portion: float
+    ) -> Float64:
+        """Of each token `[windows, length]`; `portion` says how much of all windows these are."""
         name = _name(plan, rounded)
         keep = Keep(self._folder / f"{name}-{number}.npz")
         kept = keep.load()
         if kept is not None:
             return np.asarray(kept[1]["divergences"], np.float64)
         file = self._folder / f"expected-{'rounded-' * rounded}{number}.npz"
-        expected = self._states(self._source, windows, file)
+        expected = self._states(self._source, windows, file, portion)
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
         made = _rounded(plan) if rounded else plan
@@ -149,28 +156,32 @@ class HeldOutComparison:
         weights = transformed_weights(plan, self._source.reader, folder)
         planned = Planned(weights, plan, folder, search.ROUGH if rounded else None)
         states = folder / f"states-{number}.npz"
-        found = self._states(planned, windows, states)
+        found = self._states(planned, windows, states, portion)
         (errors,) = token_errors(self._source, expected, planned, found, [windows])
         divergences = errors.divergence.reshape(windows.shape)
         keep.save({}, {"divergences": divergences})
         states.unlink(missing_ok=True)
         return divergences
 
-    def _states(self, weights: Weights, windows: Tokens, file: Path) -> list[Float32]:
+    def _states(
+        self, weights: Weights, windows: Tokens, file: Path, portion: float
+    ) -> list[Float32]:
         before = self._done
         return hidden_states(
-            weights, [windows], progress=lambda done: self._report(before + done), keep=Keep(file)
-        )
+            weights, [windows],
+            progress=lambda done: self._report(before + portion * done), keep=Keep(file),
+        )  # fmt: skip
 
-    def _report(self, done: int) -> None:
+    def _report(self, done: float) -> None:
         self._done = done
-        self._progress(done, self._total)
+        # Portions come to a whole but for rounding.
+        self._progress(int(done + 1e-6), self._total)
 
 
 def is_sure(excess: Float64) -> bool:
     """Whether the sign of the mean of `[windows, length]` is no chance.
 
-    Divergences have long tails, so that standard errors alone are too careful.
+    Divergences have long tails, which make standard errors large where all observations agree.
     """
     length = excess.shape[1] // TOGETHER * TOGETHER
     means = excess[:, :length].reshape(-1, TOGETHER).mean(1)

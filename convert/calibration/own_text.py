@@ -100,7 +100,7 @@ class Writer:
         for part in blocks(count, TOGETHER):
             if part.stop <= len(written):
                 continue
-            # Each part has keys of its own, so that a run which goes on draws what it would have.
+            # Each part has keys of its own, so that a run which goes on draws the same.
             key = mx.random.key(seed + part.start)
             parts, cache = [mx.array(beginnings[part])], self._model.make_cache()
             while len(parts) <= length - begun:

@@ -46,7 +46,7 @@ class Prediction:
 
     Attributes:
         final: as it will be quantized.
-        rounded: where it is rounded, although GPTQ will quantize it.
+        rounded: if it were only rounded, where GPTQ will quantize it.
     """
 
     final: Divergences

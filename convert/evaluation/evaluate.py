@@ -48,7 +48,7 @@ TOKENS_PER_LANGUAGE = 2048
 # More than any text has.
 ALL_TOKENS = 2**24
 # Logits that are compared at once: of more the memory is asked of the system again each time, which
-# took three times as long as the work. One row of 131,072 takes a fifth less for each than four.
+# took three times as long as the work. Rows of 131,072 take a fifth less one by one than by four.
 COMPARED_LOGITS = 1 << 17
 FLOOR = "the reference with products and residual stream rounded to bfloat16"
 

@@ -353,6 +353,18 @@ def test_a_distillation_is_that_of_the_command(
     assert not all(mx.array_equal(before[name], after[name]) for name in scales)
 
 
+def test_the_embedded_teacher_is_called_as_in_a_conversion(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: Path, __: Path, name: str, *more: Any) -> None:
+        assert name == convert_model("embedded", bits=4, plan=True).source
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apertus_mlx.convert.distill.run.prepare", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill("embedded", model)
+
+
 # --- what is refused
 
 

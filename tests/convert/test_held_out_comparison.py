@@ -100,6 +100,34 @@ def test_all_windows_are_read_where_nothing_tells_two_apart(
     assert len(np.unique(windows, axis=0)) == 16
 
 
+def test_progress_of_rounded_codes_counts_what_smoothing_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs through a layer: of the original and of each plan, and of smoothing for each."""
+    monkeypatch.setattr(held_out_comparison, "is_sure", lambda _: False)
+    monkeypatch.setattr(held_out_comparison, "WINDOW_TOKENS", 32)
+    source = write_checkpoint(tmp_path / "source", config_4x(), dtype=mx.bfloat16)
+    texts = tuple(Document("en", f"Line {n} has {n * n} birds.") for n in range(20))
+    calibration = Calibration(
+        Sample(np.arange(64, dtype=np.int64).reshape(2, 32), "", "", 0),
+        TextSet("", "", texts, held_out=True),
+    )
+    (tmp_path / "kept").mkdir()
+    told: list[tuple[int, int]] = []
+    with Reader(source) as reader:
+        weights = open_weights(source, reader)
+        plans = [
+            make_plan(weights.source, Request(WIDTHS[bits], method="gptq", smooth=True))
+            for bits in (3, 4)
+        ]
+        HeldOutComparison(
+            weights, source, calibration, lambda *each: told.append(each), tmp_path / "kept"
+        ).divergences(plans, rounded=True)
+    depth = weights.config.num_hidden_layers
+    assert told[-1] == ((3 + 2) * depth,) * 2
+    assert told == sorted(told)
+
+
 @pytest.mark.parametrize(
     ("final", "rounded", "share"),
     [

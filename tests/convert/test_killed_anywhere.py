@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from apertus_mlx.convert.check.verify import verify
+from apertus_mlx.convert.write.manifest import MANIFEST
 from apertus_mlx.convert.write.workspace import partial_path
 from apertus_mlx.errors import UsageError
 from tests.convert_builders import tree
@@ -72,6 +74,9 @@ def test_a_kill_at_any_moment_loses_nothing(
         work.run(places[0] / "out")
     expected = tree(places[0] / "out")
     assert not verify(places[0] / "out").errors
+    if kind == "tuned":
+        record = json.loads((places[0] / "out" / MANIFEST).read_text())["tuning"]
+        assert record["own_windows"] > 4 and record["tokens_seen"] > 0
     draw = random.Random(kind)
     chosen = set(draw.sample(range(moments.count), KILLS_EACH))
     copies: list[Path] = []

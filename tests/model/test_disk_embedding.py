@@ -164,6 +164,24 @@ def test_the_latest_rows_are_kept(quantized: Path, monkeypatch: pytest.MonkeyPat
     assert held <= kept_rows.kept_bytes(384, 64, 4) + 1024
 
 
+def test_a_file_system_may_give_less_at_a_time(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the rest is read as well: no byte of the row before stays."""
+    preadv = os.preadv
+
+    def few(number: int, targets: Any, offset: int) -> int:
+        return preadv(number, [memoryview(targets[0])[:7]], offset)
+
+    on_disk, there = (
+        load_inventory(take_inventory(quantized), None, None, disk).model.embed_tokens
+        for disk in (True, False)
+    )
+    monkeypatch.setattr(os, "preadv", few)
+    for ids in mx.split(PROMPT, PROMPT.size, 1):
+        assert mx.array_equal(on_disk(ids), there(ids))
+
+
 def replaced(path: Path) -> None:
     data = path.read_bytes()
     path.rename(path.with_name("old"))

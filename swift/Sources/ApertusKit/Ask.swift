@@ -86,8 +86,13 @@ final class Line: Sendable {
     /// Let go those who wait but are to end anyway, in their order.
     func takeStopped() -> [Ask] {
         state.with { state in
-            let stopped = state.waiting.filter(\.isStopped)
-            state.waiting.removeAll(where: \.isStopped)
+            // Each is asked once: others may stop it meanwhile, and whoever is let go is finished.
+            var stopped: [Ask] = []
+            var waiting: [Ask] = []
+            for ask in state.waiting {
+                if ask.isStopped { stopped.append(ask) } else { waiting.append(ask) }
+            }
+            state.waiting = waiting
             return stopped
         }
     }
