@@ -129,7 +129,8 @@ class Tuning:
         least, most = EPOCHS
         trained = trained_by_tuning(self.config)
         epochs = min(max(TOKENS_SEEN[trained] // max(self.tokens, 1), least), most)
-        return Options(trained, epochs, LEARNING_RATES[trained], 0.0, TOP_K)
+        # While codes change fast, states are worse than before; the rate has to fall to nothing.
+        return Options(trained, epochs, LEARNING_RATES[trained], 0.0, TOP_K, patience=None)
 
     @property
     def resources(self) -> Resources:

@@ -35,8 +35,6 @@ WARMUP_SHARE = 0.05
 CODES_FACTOR = 20.0
 # How often a run is judged and saved.
 VALIDATIONS = 20
-# Validations without a better one after which a run ends.
-PATIENCE = 8
 STATE_FILE = "state.safetensors"
 BEST_FILE = "best.safetensors"
 
@@ -54,6 +52,8 @@ class Options:
     # Tokens that the teacher names at each position; all others count as one.
     top_k: int = 64
     seed: int = 0
+    # Validations without a better one after which a run ends; None: it goes on to the end.
+    patience: int | None = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Training:
         if not state.history:
             state.history.append(self._validate(0, 0, None))
             self._save_best()
-        while state.step < self.steps and not _is_stale(state.history):
+        while state.step < self.steps and not self._is_stale(state.history):
             batch = self._batches.batch(self._batch_index(state.step))
             loss = self._step.learn(batch)
             mx.eval(self._parameters(), self._optimizer.state)
@@ -132,6 +132,10 @@ class Training:
         assert kept is not None
         self._student.update(kept[0])
         return state.history
+
+    def _is_stale(self, history: Sequence[Validation]) -> bool:
+        patience = self._options.patience
+        return patience is not None and len(history) - 1 - history.index(best(history)) >= patience
 
     def _take_stock(self, state: _State) -> None:
         """Validate the student, keep it if it is the best so far, and save where the run stands."""
@@ -268,10 +272,6 @@ def text_note(options: Options, history: Sequence[Validation]) -> str | None:
         f"--text-share {options.text_share:g}: the student followed the text and came no nearer "
         "its teacher; nothing was changed; --text-share 0 follows the teacher alone"
     )
-
-
-def _is_stale(history: Sequence[Validation]) -> bool:
-    return len(history) - 1 - history.index(best(history)) >= PATIENCE
 
 
 def _names(tree: Any) -> set[str]:
