@@ -425,7 +425,7 @@ def test_a_stale_run_stops_early_with_the_best_weights(
     history = outcome.history
     best = min(history, key=lambda validation: validation.held_out_divergence)
     if history[-1].tokens < 8 * job.sample.windows.size:
-        assert len(history) - 1 - history.index(best) == training.PATIENCE
+        assert len(history) - 1 - history.index(best) == job.options.patience
     assert outcome.record["best_step"] == best.step
     assert best.held_out_divergence <= history[0].held_out_divergence
 

@@ -229,6 +229,23 @@ def test_codes_are_calibrated_on_what_the_original_writes(
     assert own == len(taught.sample.windows) - len(windows)
 
 
+def test_a_tuning_goes_on_to_the_end(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all states on the way are worse than the first, which is what is kept."""
+    small_steps(monkeypatch)
+    monkeypatch.setattr(tuning, "LEARNING_RATES", {"weights": 10.0})
+    source = shorter(source, tmp_path)
+    found = job(source, replace(REQUEST, tune=True))
+    assert found.calibration is not None
+    codes = tmp_path / "codes"
+    codes.mkdir()
+    calibrated.make_codes(found.plan, source, found.calibration, codes, lambda *_: None)
+    record = tuning.tune(found.plan, source, found.calibration, codes, lambda *_: None)
+    assert record["tokens_seen"] == record["epochs"] * record["windows"] * 64
+    assert record["kl_after"] == record["kl_before"]
+
+
 @pytest.mark.nightly
 def test_what_changes(folders: tuple[Path, Path]) -> None:
     plain, tuned = map(arrays, folders)
