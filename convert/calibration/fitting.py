@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
+from apertus_mlx.convert.plan.plan import GROUPWISE_COLUMNS
 from apertus_mlx.quant import descent, gptq, search
 from apertus_mlx.quant.affine import AffineCodes, ScaleType
 from apertus_mlx.quant.arrays import Array, Float32, blocks, settled
@@ -20,9 +21,6 @@ from apertus_mlx.quant.spec import QuantSpec
 
 # Rows that are fitted at once; that takes some 40 bytes for each weight.
 BLOCK_ROWS = 2048
-# Up to so many columns scales are found group by group. That takes a second factor; and where there
-# are more columns, they differ more in importance.
-GROUPWISE_COLUMNS = 4096
 # How much more may be left by rounding in the order of groups: scales that fit gain as much.
 GROUPWISE_LEFT = 1.15
 

@@ -40,8 +40,11 @@ WINDOW_TOKENS = 512
 CALIBRATION_TOKENS = 128 * WINDOW_TOKENS
 # Tokens that are tuned on at once, or one window.
 TUNING_TOKENS = 1024
-# Models of more weights tune scales, biases and norms alone: codes that learn take sixteen times
-# the memory of codes that stay.
+# Up to so many columns calibration finds scales group by group. That takes a second factor; and
+# where there are more columns, they differ more in importance.
+GROUPWISE_COLUMNS = 4096
+# Models of more weights tune scales, biases and norms alone: codes that learn take twelve to
+# sixteen times the memory of codes that stay.
 CODES_LEARN_UP_TO = 1 << 28
 
 Transform = Literal[
@@ -153,8 +156,9 @@ def calibration_memory_bytes(config: ModelConfig) -> int:
     layer = 2 * hidden * (queries + keys + inner)
     streams = 2 * CALIBRATION_TOKENS * (hidden + queries)
     widest = max(hidden, inner, queries)
-    # Moments, factor and what is missing, and what fits 2,048 rows.
-    moments = 3 * widest**2 + 12 * min(2048, hidden) * widest
+    # Moments, factor and what is missing, or a second factor too; and what fits 2,048 rows.
+    squares = max(3 * widest**2, 4 * min(widest, GROUPWISE_COLUMNS) ** 2)
+    moments = squares + 12 * min(2048, hidden) * widest
     embedding = 2 * config.vocab_size * hidden
     return 4 * (max(2 * layer + moments, embedding) + streams)
 
