@@ -27,6 +27,7 @@ from apertus_mlx.memory.fit import PREFILL_STEPS, fit
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.model import kept_rows
 from tests.builders import config_4x, random_weights, write_checkpoint
+from tests.daily import every
 
 CONFIG = config_4x(tie_word_embeddings=False)
 PROMPT = mx.array([[1, 65, 300, 77, 300, 2, 383, 0]])
@@ -48,6 +49,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(source: Path) -> Path:
     return convert_model(source, source.with_name("q4"), bits=4, group_size=32).output
+
+
+@pytest.fixture(scope="module")
+def wide(source: Path) -> Path:
+    """A model whose heads are wide enough for a quantized cache."""
+    config = config_4x(tie_word_embeddings=False, hidden_size=128, max_position_embeddings=2048)
+    folder = write_checkpoint(source.with_name("wide"), config, dtype=mx.bfloat16)
+    return convert_model(folder, source.with_name("wide-q4"), bits=4, group_size=32).output
 
 
 @pytest.fixture
@@ -115,6 +124,38 @@ def test_the_same_answer(model: Path) -> None:
             answers.append(loaded.generate("Hello", max_tokens=12, temperature=0).token_ids)
     assert answers[0] == answers[1]
     assert len(answers[0]) > 1
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    every(
+        2,
+        [
+            {"draft": "lookup"},
+            {"kv_bits": 4},
+            {"draft": "lookup", "kv_bits": 8},
+            {"max_kv": 80},
+            {"max_kv": 200, "kv_bits": 4},
+        ],
+    ),
+    ids=str,
+)
+def test_the_same_answers_in_pairs(wide: Path, options: dict[str, Any], think: bool) -> None:
+    """Forms of cache, drafts and thoughts, behind a stream that was closed and from a prefix."""
+    told = []
+    for embedding in ("memory", "disk"):
+        answers: list[Any] = []
+        with load(wide, compute="mlx", embedding=embedding, **options) as loaded:
+            chat = loaded.chat(think=think, seed=4, max_tokens=20)
+            with chat.stream("Hello, hello, hello") as pieces:
+                answers.append(next(iter(pieces)))
+            for question, temperature in (("And hello?", 0.0), ("Hello, hello, hello", 1.0)):
+                found = chat.ask(question, temperature=temperature)
+                answers.append((found.token_ids, found.reused_prompt_tokens))
+        told.append(answers)
+    assert told[0] == told[1]
+    assert told[1][1][1]
 
 
 def test_memory_is_as_planned(model: Path) -> None:
