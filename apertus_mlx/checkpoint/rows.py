@@ -36,8 +36,8 @@ class StoredRows:
         # Name -> descriptor, and what must not change.
         self._files: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._places: list[tuple[int, int, int]] = []
-        for tensor in tensors:
-            path = str(checkpoint.path(tensor))
+        self._paths = [str(checkpoint.path(tensor)) for tensor in tensors]
+        for tensor, path in zip(tensors, self._paths, strict=True):
             if path not in self._files:
                 with open_file(Path(path)) as file:
                     number = os.dup(file.fileno())
@@ -57,15 +57,19 @@ class StoredRows:
 
         Raises:
             ValueError: there is no such row.
-            RejectedError: a file was changed, replaced or removed since it was opened.
+            RejectedError: a file was changed, replaced or removed since it was opened, or ends too
+                early.
         """
         for index in ids:
             self._require(index)
         found = [
-            b"".join([os.pread(number, size, offset + index * size) for index in ids])
+            b"".join([_read(number, size, offset + index * size) for index in ids])
             for number, offset, size in self._places
         ]
         self.require_unchanged()
+        for matrix, (data, (_, _, size)) in enumerate(zip(found, self._places, strict=True)):
+            if len(data) < len(ids) * size:
+                raise self._cut_off(matrix)
         return found
 
     def read_into(self, index: int, targets: Sequence[Any]) -> None:
@@ -77,17 +81,31 @@ class StoredRows:
 
         Raises:
             ValueError: there is no such row.
-            RejectedError: a file was changed, replaced or removed since it was opened.
+            RejectedError: a file was changed, replaced or removed since it was opened, or ends too
+                early.
         """
         self._require(index)
-        for (number, offset, size), target in zip(self._places, targets, strict=True):
+        short = None
+        for matrix, (place, target) in enumerate(zip(self._places, targets, strict=True)):
+            number, offset, size = place
             done = more = os.preadv(number, (target,), offset + index * size)
             # A file system may give less than there is; of a file that was cut off nothing comes.
             while more and done < size:
                 rest = memoryview(target)[done:]
                 more = os.preadv(number, (rest,), offset + index * size + done)
                 done += more
+            if done < size:
+                short = matrix
         self.require_unchanged()
+        if short is not None:
+            raise self._cut_off(short)
+
+    def _cut_off(self, matrix: int) -> RejectedError:
+        # It was so when it was opened, or its state would tell.
+        return RejectedError(
+            f"{self._paths[matrix]}: ends before {self.tensors[matrix].name} does; the file was "
+            "cut off, fetch or convert it again"
+        )
 
     def _require(self, index: int) -> None:
         if not 0 <= index < self._rows:
@@ -108,6 +126,15 @@ class StoredRows:
                 same = False
             if not same:
                 raise RejectedError(f"{path}: was changed while the model is in use; load it again")
+
+
+def _read(number: int, size: int, offset: int) -> bytes:
+    """So many bytes, or those up to the end of the file; a file system may give less at a time."""
+    data = more = os.pread(number, size, offset)
+    while more and len(data) < size:
+        more = os.pread(number, size - len(data), offset + len(data))
+        data += more
+    return data
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:

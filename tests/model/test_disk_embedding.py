@@ -209,7 +209,7 @@ def test_a_file_system_may_give_less_at_a_time(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then the rest is read as well: no byte of the row before stays."""
-    preadv = os.preadv
+    pread, preadv = os.pread, os.preadv
 
     def few(number: int, targets: Any, offset: int) -> int:
         return preadv(number, [memoryview(targets[0])[:7]], offset)
@@ -219,7 +219,8 @@ def test_a_file_system_may_give_less_at_a_time(
         for disk in (True, False)
     )
     monkeypatch.setattr(os, "preadv", few)
-    for ids in mx.split(PROMPT, PROMPT.size, 1):
+    monkeypatch.setattr(os, "pread", lambda number, size, at: pread(number, min(size, 7), at))
+    for ids in [*mx.split(PROMPT, PROMPT.size, 1), PROMPT]:
         assert mx.array_equal(on_disk(ids), there(ids))
 
 
@@ -253,6 +254,23 @@ def test_a_file_that_changes_is_an_error(
     for ids in (one, PROMPT):
         with pytest.raises(RejectedError, match=r"model\.safetensors: was changed while the mod"):
             loaded(ids)
+
+
+def test_a_file_that_was_cut_off_before_it_is_opened(model: Path) -> None:
+    """After its header was read: then it has not changed since, and ends too early."""
+    inventory = take_inventory(model)
+    stored = inventory.matrices[layout.EMBEDDING]
+    sizes = [tensor.size_bytes // tensor.shape[0] for tensor in stored.tensors]
+    last = max(tensor.offset + tensor.size_bytes for tensor in stored.tensors)
+    os.truncate(model / "model.safetensors", last - 1)
+    rows = StoredRows(inventory.checkpoint, stored.tensors)
+    ends = r"model\.safetensors: ends before model\.embed_tokens\.[a-z]+ does; .*, fetch or conv"
+    with pytest.raises(RejectedError, match=ends):
+        rows.read([0, stored.rows - 1])
+    with pytest.raises(RejectedError, match=ends):
+        rows.read_into(stored.rows - 1, [bytearray(size) for size in sizes])
+    with pytest.raises(RejectedError, match=ends):
+        load_inventory(inventory, None, None, True)
 
 
 def test_the_cpu_path_has_it_on_disk_in_any_case(model: Path) -> None:
