@@ -16,7 +16,7 @@ class Progress:
         done: units that are done.
         total: how many there are; None where that is not known.
         unit: what is counted; `layers` counts runs through a layer, forwards or backwards: a layer
-            counts each time.
+            counts each time, and comparing logits as the layers that have as many weights.
         detail: more about the stage, such as a loss; may be empty.
     """
 

@@ -56,7 +56,7 @@ _log = logging.getLogger("apertus_mlx")
 # Folders beside the output while it is built.
 DISTILLATION, EVALUATION = "distillation", "receipt"
 # Of what an interrupted run goes on from; an interrupted run of another version starts again.
-STATE_VERSION = 3
+STATE_VERSION = 4
 # Least and most windows that decide which weights are best, and their share between.
 HELD_OUT_WINDOWS = (1, 32)
 HELD_OUT_SHARE = 1 / 20

@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apertus_mlx.checkpoint.config import read_config
-from apertus_mlx.convert.evaluation.evaluate import Evaluation, measure_all
+from apertus_mlx.convert.evaluation.evaluate import Evaluation, Measurement
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.evaluation.texts import TextSet, open_tokenizer, same_tokens
 from apertus_mlx.convert.sources.reading import Reader
@@ -60,27 +59,33 @@ def measure_side_by_side(
 ) -> list[Evaluation]:
     """`measure_all`, once for the models of each vocabulary; the figures are in their own tokens.
 
+    All that is refused is refused before the first is measured.
+
     Raises:
-        UsageError: see `by_vocabulary`; the texts are too short.
+        UsageError: see `by_vocabulary` and `Measurement.of`.
         RejectedError: a checkpoint is damaged or not supported.
     """
     groups = by_vocabulary(directories, reference)
-    # A damaged one must not cost the time of those before it.
+    # What cannot be measured must not cost the time of those before it.
+    measurements = [
+        Measurement.of(
+            [directories[number] for number in group.numbers], reference, texts,
+            tokens_per_language,
+        )
+        for group in groups
+    ]  # fmt: skip
     for directory in directories:
         with ExitStack() as stack:
             open_weights(directory, stack.enter_context(Reader(directory)))
-    layers = [read_config(each).num_hidden_layers for each in (reference, *directories)]
     # Of each group the reference runs twice.
-    total = 2 * len(groups) * layers[0] + sum(layers[1:])
+    total = sum(sum(measurement.runs) for measurement in measurements)
     found: dict[int, Evaluation] = {}
     before = 0
-    for group in groups:
+    for group, measurement in zip(groups, measurements, strict=True):
 
         def told(done: int, _: int, before: int = before) -> None:
             progress(before + done, total)
 
-        own = [directories[number] for number in group.numbers]
-        measured = measure_all(own, reference, texts, tokens_per_language, told)
-        found |= dict(zip(group.numbers, measured, strict=True))
-        before += 2 * layers[0] + sum(layers[1 + number] for number in group.numbers)
+        found |= dict(zip(group.numbers, measurement.run(told), strict=True))
+        before += sum(measurement.runs)
     return [found[number] for number in range(len(directories))]

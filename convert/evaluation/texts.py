@@ -196,20 +196,21 @@ def language_windows(
 ) -> dict[str, list[Tokens]]:
     """For each language its windows `[windows, length]`, those of a text's end shorter.
 
-    A window never spans two documents. `most_tokens` bounds each language.
+    A window never spans two documents. `most_tokens` bounds each language. Of a document of a
+    single token, as with nothing but the one that starts a text, there is none.
     """
     found: dict[str, list[list[int]]] = {}
     for document in texts.documents:
         rows = found.setdefault(document.language, [])
         left = most_tokens - sum(map(len, rows))
         ids = encode(document, tokenizer, template)[: max(left, 0)]
-        rows += [ids[start : start + length] for start in range(0, len(ids), length)]
+        if len(ids) >= 2:
+            rows += [ids[start : start + length] for start in range(0, len(ids), length)]
     result = {}
     for language, rows in found.items():
         by_length: dict[int, list[list[int]]] = {}
         for row in rows:
-            if len(row) >= 2:
-                by_length.setdefault(len(row), []).append(row)
+            by_length.setdefault(len(row), []).append(row)
         if by_length:
             result[language] = [np.array(same, np.int64) for same in by_length.values()]
     return result

@@ -15,6 +15,8 @@ from apertus_mlx.convert.calibration import calibrate, fitting
 from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
 from apertus_mlx.convert.evaluation.layerwise import head_path, hidden_states, open_weights
 from apertus_mlx.convert.evaluation.texts import (
+    Document,
+    TextSet,
     hold_out,
     language_windows,
     read_texts,
@@ -46,6 +48,15 @@ def test_own_texts_are_many_languages(tokenizer: Tokenizer) -> None:
     assert found.keys() == languages
     for groups in found.values():
         assert sum(group.size for group in groups) <= 100
+
+
+def test_a_token_that_is_left_over_is_a_window(tokenizer: Tokenizer) -> None:
+    """Of texts of 9 and 12 tokens; one that is empty has none but the first."""
+    documents = tuple(Document("la", text) for text in ("a" * 8, "b" * 11, ""))
+    found = language_windows(TextSet("", "", documents), tokenizer, None, 4, 100)["la"]
+    assert [group.shape for group in found] == [(5, 4), (1, 1)]
+    assert found[1].tolist() == [tokenizer.encode("a")]
+    assert not language_windows(TextSet("", "", documents[2:]), tokenizer, None, 4, 100)
 
 
 def test_sampling_is_seeded_and_recorded(tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,30 @@ def test_several_models_are_measured_as_if_alone(
     assert runs == [reference, reference, *models]
     # The next one is built while the name still holds the one before.
     assert most <= 2
-    assert told == [(n, 8) for n in range(1, 9)]
+    # A comparison counts as two layers: the heads have 49,152 weights, a layer has 28,672.
+    assert told == sorted(told)
+    assert list(dict.fromkeys(told)) == [(n, 14) for n in range(1, 15)]
+
+
+def test_progress_goes_on_while_logits_are_compared(
+    reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told after each block of them."""
+    monkeypatch.setattr(layerwise, "BLOCK_LOGITS", 384 * 50)
+    told: list[int | None] = []
+
+    def watched(*arguments: Any) -> Any:
+        told.append(None)
+        return compare(*arguments)
+
+    monkeypatch.setattr(evaluate, "compare", watched)
+    measure(quantized(reference, 8), reference, read_texts(), 60, lambda done, _: told.append(done))
+    assert told.count(None) > 4
+    assert all(before is not None or after is not None for before, after in pairwise(told))
+    known = [done for done in told if done is not None]
+    # The comparison of the reference with itself begins at 4 of 10.
+    assert known == sorted(known) and set(known) == set(range(1, 11))
+    assert known.count(5) > 1
 
 
 def test_bytes_are_those_of_the_tensors(reference: Path) -> None:

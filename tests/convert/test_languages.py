@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_all_of_each_text_is_read(
         assert found[tag]["kl_margin"] == pytest.approx(1.96 * error, rel=1e-3)
         assert len(windows) > 1
     assert tokens_read(compared.text_tokens, None).startswith("read: the whole text of each ")
+
+
+def test_the_last_token_is_read_though_it_stands_alone(
+    reference: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Of sixty-four letters, which are two windows and no more at all."
+    short = replace(languages.language_texts()["en"], text=text)
+    monkeypatch.setattr(languages, "language_texts", lambda: {"en": short})
+    monkeypatch.setattr(judge, "WINDOW_TOKENS", 32)
+    found: Any = evaluate(model, reference=reference, languages=True).as_json()["languages"]["en"]
+    ids = [1, *Tokenizer.from_file(str(reference / "tokenizer.json")).encode(text).ids]
+    windows = ids[:32], ids[32:64], ids[64:]
+    expected = np.concatenate([divergences(reference, model, window) for window in windows])
+    assert found["tokens"] == found["text_tokens"] == len(expected) == 65
+    assert found["kl_mean"] == pytest.approx(expected.mean(), rel=1e-3)
 
 
 def test_a_receipt_names_the_languages_that_lose_most(

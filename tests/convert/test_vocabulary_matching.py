@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,12 +17,13 @@ import tokenizers
 from apertus_mlx import Progress, convert_model, evaluate
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.convert.distill.teacher_cache import TeacherCache
+from apertus_mlx.convert.evaluation import evaluate as judge
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.evaluation.texts import DEFAULT_DIRECTORY, open_tokenizer
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.vocabulary.byte_pairs import read_byte_pairs
 from apertus_mlx.convert.vocabulary.matching import NOWHERE, Matching, kept_ids, match
-from apertus_mlx.errors import UsageError
+from apertus_mlx.errors import ApertusError, RejectedError, UsageError
 from apertus_mlx.hub.demo import model_dir
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.builders import config_4x, write_checkpoint
@@ -199,6 +202,53 @@ def test_what_has_no_part_of_the_vocabulary_is_refused_first(tmp_path: Path, par
         evaluate([part, model_dir()], reference=model_dir(), languages=True)
 
 
+def damaged_template(folder: Path) -> Path:
+    shutil.copytree(model_dir(), folder)
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    return folder
+
+
+def other_sizes(folder: Path, **sizes: int) -> Path:
+    """The embedded model's tokenizer with other sizes of embedding and head."""
+    write_checkpoint(folder, config_4x(num_hidden_layers=1, **sizes), tokenizer=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_dir() / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (damaged_template, "chat_template"),
+        (partial(other_sizes, vocab_size=1856), "other: 1856 tokens in the vocabulary, .* 1792"),
+        (
+            partial(other_sizes, vocab_size=1792, output_vocab_size=1700),
+            "other: its head gives 1700 logits, that of .* 1792 for the same tokens",
+        ),
+    ],
+)
+def test_a_model_of_another_group_is_refused_before_the_first_is_measured(
+    tmp_path: Path, part: Path, make: Callable[[Path], Path], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(judge, "hidden_states", lambda *_: pytest.fail("something is measured"))
+    with pytest.raises(ApertusError, match=message):
+        evaluate([part, make(tmp_path / "other")], reference=model_dir())
+
+
+def test_a_text_that_a_group_cannot_read_is_refused_first(
+    tmp_path: Path, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation, for a model without a template."""
+    monkeypatch.setattr(judge, "hidden_states", lambda *_: pytest.fail("something is measured"))
+    chat = tmp_path / "chat.json"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}))
+    bare = shutil.copytree(part, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(RejectedError, match="has no chat template"):
+        evaluate([model_dir(), bare], reference=model_dir(), text=chat)
+
+
 def test_eval_compares_where_both_have_a_border(tmp_path: Path, part: Path) -> None:
     """Also of models with a part beside one with all."""
     path = tmp_path / "de.txt"
@@ -210,7 +260,9 @@ def test_eval_compares_where_both_have_a_border(tmp_path: Path, part: Path) -> N
     assert found == again
     assert (whole.kl_mean, whole.top1_agreement) == (0, 1)
     layers = [each.done for each in told if each.stage == "measuring"]
-    assert layers == sorted(layers) and layers[-1] == told[-1].total == 4 * (2 + 2 + 3)
+    # Comparing counts as two layers, with a part as one; the reference with itself twice.
+    runs = 4 * (2 + 2 + 3) + 2 * (2 + 1) + 2 * 1
+    assert layers == sorted(layers) and layers[-1] == told[-1].total == runs
     ids, own = ([BOS, *library(each).encode(TEXTS[0], add_special_tokens=False).ids]
                 for each in (model_dir(), part))  # fmt: skip
     logits = np.array(load_model(part, "float32")(mx.array(own)[None])[0], np.float64)
