@@ -117,13 +117,12 @@ def allocate_bits(
                 partial(report, "comparing sizes"), folder,
             )  # fmt: skip
             candidates = [plan, plans[rival]]
-            # The trial calibration of both takes as long as the conversion.
-            is_rounded = plan.calibrates
-            share = _clearly(predicted, formats, rival) if is_rounded else 1.0
-            found = comparison.divergences(candidates, is_rounded, share)
-            if is_rounded and found[0] > share * found[1]:
+            if plan.calibrates:
+                # The trial calibration of both takes as long as the conversion.
+                share = _clearly(predicted, formats, rival)
+                found, is_rounded = comparison.rounded_first(candidates, share)
+            else:
                 found = comparison.divergences(candidates)
-                is_rounded = False
             judged = dict(zip(("allocated", "uniform"), found, strict=True))
             if judged["uniform"] < judged["allocated"]:
                 plan, formats = plans[rival], dict.fromkeys(formats, rival)

@@ -23,7 +23,7 @@ from apertus_mlx.convert.calibration.calibrated import (
     make_codes,
     read_codes,
 )
-from apertus_mlx.convert.evaluation.evaluate import token_errors
+from apertus_mlx.convert.evaluation.evaluate import comparing_runs, token_errors
 from apertus_mlx.convert.evaluation.layerwise import (
     ChangedWeights,
     SourceWeights,
@@ -91,7 +91,7 @@ class HeldOutComparison:
         folder: Path,
     ) -> None:
         self._source, self._directory, self._progress = source, directory, progress
-        # Runs of all windows to be read through a layer.
+        # Runs of all windows to be read through a layer, of everything that is asked for.
         self._done, self._total = 0.0, 0
         self._folder = folder
         sample = calibration.sample
@@ -115,10 +115,8 @@ class HeldOutComparison:
         windows = spread(self._windows, ROUNDED_WINDOWS) if rounded else self._windows
         first = np.zeros(len(windows), bool)
         first[::FIRST] = True
-        depth = self._source.config.num_hidden_layers
-        # Scales of `--smooth` are found for rounded codes, too.
-        runs = sum(layer_runs(_rounded(plan) if rounded else plan) for plan in plans)
-        self._done, self._total = 0.0, runs + depth * (1 + len(plans))
+        end = int(self._done + 1e-6) + self._runs(plans, rounded)
+        self._total = max(self._total, end)
         found: list[list[Float64]] = [[] for _ in plans]
         for number, part in enumerate((windows[first], windows[~first])):
             if len(part):
@@ -128,10 +126,39 @@ class HeldOutComparison:
             if len(plans) == 2 and is_sure(share * found[1][0] - found[0][0]):
                 break
         # Not all has to be read, nor all that an interrupted run has done.
-        self._report(self._total)
+        self._report(end)
         for plan in plans:
             shutil.rmtree(self._folder / _name(plan, rounded), ignore_errors=True)
         return [float(np.concatenate(divergences).mean()) for divergences in found]
+
+    def rounded_first(self, plans: Sequence[Plan], share: float) -> tuple[list[float], bool]:
+        """`divergences` of two plans, with rounded codes if these show enough.
+
+        Progress counts calibrated codes from the start, so that it never begins again.
+
+        Args:
+            plans: what to judge.
+            share: rounded codes are enough if the first has at most this share of the divergence of
+                the second.
+
+        Returns:
+            The divergences, and whether they are those of rounded codes.
+        """
+        before = int(self._done + 1e-6)
+        self._total = before + self._runs(plans, True) + self._runs(plans, False)
+        found = self.divergences(plans, True, share)
+        if found[0] > share * found[1]:
+            return self.divergences(plans), False
+        self._report(self._total)
+        return found, True
+
+    def _runs(self, plans: Sequence[Plan], rounded: bool) -> int:
+        """How often judging them runs through a layer, at most."""
+        config = self._source.config
+        # Scales of `--smooth` are found for rounded codes, too.
+        made = sum(layer_runs(_rounded(plan) if rounded else plan) for plan in plans)
+        read = config.num_hidden_layers * (1 + len(plans))
+        return made + read + comparing_runs(config, config) * len(plans)
 
     def _divergences(
         self, plan: Plan, windows: Tokens, number: int, rounded: bool, portion: float
@@ -148,16 +175,20 @@ class HeldOutComparison:
         folder.mkdir(exist_ok=True)
         made = _rounded(plan) if rounded else plan
         if made.calibrates:
-            before = self._done
+            begun = self._done
             make_codes(
                 made, self._directory, self._calibration, folder,
-                lambda done, _: self._report(before + done),
+                lambda done, _: self._report(begun + done),
             )  # fmt: skip
         weights = transformed_weights(plan, self._source.reader, folder)
         planned = Planned(weights, plan, folder, search.ROUGH if rounded else None)
         states = folder / f"states-{number}.npz"
         found = self._states(planned, windows, states, portion)
-        (errors,) = token_errors(self._source, expected, planned, found, [windows])
+        before, runs = self._done, comparing_runs(self._source.config, self._source.config)
+        (errors,) = token_errors(
+            self._source, expected, planned, found, [windows],
+            lambda done, total: self._report(before + portion * runs * done / total),
+        )  # fmt: skip
         divergences = errors.divergence.reshape(windows.shape)
         keep.save({}, {"divergences": divergences})
         states.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.cli.app import app
 from apertus_mlx.convert.calibration import allocation, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Unit, allocate_bits, choose_formats
-from apertus_mlx.convert.calibration.calibrated import Calibration
+from apertus_mlx.convert.calibration.calibrated import Calibration, prepare_calibration
 from apertus_mlx.convert.calibration.gradients import backward, trace_layers
 from apertus_mlx.convert.calibration.sensitivity import Divergences, Prediction, predict_divergences
 from apertus_mlx.convert.check.verify import verify
@@ -386,6 +387,33 @@ def test_size_from_the_command_line(
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small(tmp_path_factory.mktemp("one-layer") / "source", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e6], ids=["calibrated", "rounded"])
+def test_progress_of_comparing_sizes_never_begins_again(
+    one_layer: Path, texts: Path, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether rounded codes say enough or calibrated ones have to be compared as well."""
+    monkeypatch.setattr(allocation, "_clearly", lambda *_: share)
+    monkeypatch.setattr(held_out_comparison, "WINDOW_TOKENS", 64)
+    monkeypatch.setattr(held_out_comparison, "is_sure", lambda _: False)
+    told: list[tuple[int, int]] = []
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage == "comparing sizes":
+            told.append((done, total))
+
+    calibration = prepare_calibration(one_layer, [texts])
+    with Reader(one_layer) as reader:
+        source = open_weights(one_layer, reader).source
+    request = Request(target=Target(4.1, group_size=64), method="gptq")
+    found = allocate_bits(source, request, one_layer, calibration, tmp_path, tell)
+    assert found.record["held_out_codes"] == ("rounded" if share else "final")
+    assert told == sorted(told) and told[-1] == (told[0][1],) * 2
+    assert len({total for _, total in told}) == 1
+    # To the end by no leap, where both are compared.
+    steps = [after - before for (before, _), (after, _) in pairwise(told)]
+    assert (max(steps) <= 4) == (share == 0)
 
 
 @pytest.mark.parametrize(
