@@ -1,0 +1,56 @@
+"""What a plan says that calibration takes, beside what NumPy really holds."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from apertus_mlx.checkpoint.config import parse_config
+from apertus_mlx.convert.calibration import fitting
+from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
+from apertus_mlx.convert.plan import plan
+from apertus_mlx.convert.plan.plan import calibration_memory_bytes
+from apertus_mlx.quant import curvature
+from apertus_mlx.quant.spec import QuantSpec
+from tests.builders import config_4x
+
+COLUMNS, ROWS = 1536, 16
+
+
+def held_at_most() -> int:
+    """Bytes of NumPy's while one matrix is fitted to two streams, of which there are moments."""
+    draw = np.random.default_rng(0)
+    # More rows than half the columns, so that what is missing is a square as well.
+    tall = draw.standard_normal((COLUMNS, COLUMNS), np.float32)
+    streams = draw.standard_normal((2, 1, 2 * COLUMNS, COLUMNS), np.float32)
+    original, quantized = mx.array(streams[0]), mx.array(streams[0] + 0.1 * streams[1])
+    tracemalloc.start()
+    try:
+        moments = Moments(tall)
+        moments.add(original, quantized)
+        objective = Objective.of(moments, 1.0)
+        del moments
+        tracemalloc.reset_peak()
+        fit(tall[:ROWS], QuantSpec(3, 32), objective, "BF16")
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_second_factor_of_fits_in_groups_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that are found group by group take a square more than others, as the plan says."""
+    monkeypatch.setattr(fitting, "has_gpu", lambda: False)
+    # At real widths blocks are as narrow beside the square.
+    monkeypatch.setattr(curvature, "BLOCK_COLUMNS", 32)
+    config = parse_config(config_4x(hidden_size=COLUMNS, intermediate_size=64, head_dim=32))
+    planned, held = [], []
+    for most in (COLUMNS, 0):
+        for module in (plan, fitting):
+            monkeypatch.setattr(module, "GROUPWISE_COLUMNS", most)
+        planned.append(calibration_memory_bytes(config))
+        held.append(held_at_most())
+    assert held[0] - held[1] > 0.9 * 4 * COLUMNS**2
+    assert planned[0] - planned[1] == pytest.approx(held[0] - held[1], rel=0.15)
