@@ -14,6 +14,7 @@ from typing import Any, Literal
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
+from apertus_mlx.convert.calibration import own_text
 from apertus_mlx.convert.distill.resources import Resources
 from apertus_mlx.convert.distill.student import Trained
 from apertus_mlx.convert.plan.policy import Method, Request
@@ -164,8 +165,12 @@ def calibration_memory_bytes(config: ModelConfig) -> int:
 
 
 def tuning_memory_bytes(config: ModelConfig) -> int:
-    """Estimate of what the training after it takes."""
-    return Resources(config, trained_by_tuning(config), WINDOW_TOKENS, TUNING_TOKENS).memory_bytes
+    """Estimate of what `--tune` takes: the training, or writing text for it where that is more."""
+    trained = trained_by_tuning(config)
+    training = Resources(config, trained, WINDOW_TOKENS, TUNING_TOKENS).memory_bytes
+    # Whether there is little text is not known yet.
+    writing = own_text.memory_bytes(config, WINDOW_TOKENS) if trained == "weights" else 0
+    return max(training, writing)
 
 
 def trained_by_tuning(config: ModelConfig) -> Trained:
@@ -247,7 +252,7 @@ class Plan:
 
     @property
     def tuning_memory_bytes(self) -> int:
-        """The same of the training after it."""
+        """The same of `--tune` around it."""
         return tuning_memory_bytes(self.source.config) if self.request.tune else 0
 
     def fingerprint(self) -> str:
