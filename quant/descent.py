@@ -2,10 +2,13 @@
 
 For each group first the scale, then the bias that are best for its codes and all other columns as
 they are; then each of its codes in turn (coordinate descent, as in "QuantEase", arXiv 2309.01885).
-No step makes a row worse, so no results have to be compared. NumPy or MLX.
+No step makes a row worse, so no results have to be compared, unless codes are drawn with noise
+(`annealing`). NumPy or MLX.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from apertus_mlx.quant.affine import ScaleType, round_scales, usable_scales
 from apertus_mlx.quant.arrays import Array, blocks, library, settled
@@ -22,6 +25,8 @@ VISITS = 2
 # Pull of scales towards what they are, relative to the curvature.
 RIDGE = 1e-4
 
+Noise = Callable[[float, tuple[int, ...]], Array | None]
+
 
 def improve(
     target: Array,
@@ -29,8 +34,12 @@ def improve(
     curvature: Curvature,
     scale_type: ScaleType = "BF16",
     rounds: int | None = None,
+    visits: int = VISITS,
+    noise: Noise | None = None,
 ) -> Columns:
     """Codes, scales and biases whose objective is at most that of `start`, row by row.
+
+    With noise it can be more.
 
     Args:
         target: what to come close to, `[columns, rows]`.
@@ -38,24 +47,28 @@ def improve(
         curvature: the objective's.
         scale_type: what scales and biases will be stored in.
         rounds: how often each block of columns is taken up; by default as often as pays.
+        visits: how often each group is visited then.
+        noise: see `visit`, for the share of all visits that are over and the shape of a group.
     """
     xp, spec = library(target), start.spec
     if rounds is None:
         rounds = ROUNDS if len(target) <= WIDE else ROUNDS_IF_WIDE
     codes, scales, biases = (xp.array(a) for a in (start.codes, start.scales, start.biases))
     errors = start.values() - target
-    for _ in range(rounds):
+    for number in range(rounds):
         for part in blocks(len(errors), BLOCK_COLUMNS):
             # Half the slope of the objective.
             slope = curvature.moments[part] @ errors
             groups = list(blocks(part.stop - part.start, spec.group_size))
-            for inside in groups * VISITS:
+            for count, inside in enumerate(groups * visits):
+                done = (number + count // len(groups) / visits) / rounds
                 here = slice(part.start + inside.start, part.start + inside.stop)
                 group = here.start // spec.group_size
                 form = scales[group], biases[group]
                 own = curvature.moments[here, here]
+                drawn = None if noise is None else noise(done, codes[here].shape)
                 codes[here], scales[group], biases[group], moved = visit(
-                    own, slope[inside], codes[here], form, scale_type, spec.bits
+                    own, slope[inside], codes[here], form, scale_type, spec.bits, drawn
                 )
                 slope += curvature.moments[part, here] @ moved
                 errors[here] += moved
@@ -65,7 +78,7 @@ def improve(
 
 def visit(
     own: Array, slope: Array, codes: Array, form: tuple[Array, Array], scale_type: ScaleType,
-    bits: int,
+    bits: int, noise: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Better codes, scales and biases of one group, and by how much its values change.
 
@@ -76,6 +89,8 @@ def visit(
         form: scale and bias, each `[rows]`.
         scale_type: what both will be stored in.
         bits: of a code.
+        noise: what is added before a code is rounded, `[group_size, rows]`: in units of values at a
+            curvature of one.
     """
     xp = library(codes)
     (scale, bias), diagonal, sums = form, xp.diagonal(own), own.sum(0)
@@ -91,6 +106,8 @@ def visit(
     pulled /= diagonal[:, None]
     pulled /= scale
     wanted = codes - pulled
+    if noise is not None:
+        wanted += noise / (xp.sqrt(diagonal)[:, None] * scale)
     found, left = settle(wanted, codes, own / diagonal, (1 << bits) - 1)
     moved = codes * step
     moved += shift

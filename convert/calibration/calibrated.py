@@ -133,7 +133,7 @@ def make_codes(
             keep.discard()
         if specs:
             weights = transformed_weights(plan, reader, folder)
-            pace = Pace(plan.source.config, windows.size, folder)
+            pace = Pace(plan, windows.size, folder)
 
             def report(done: int) -> None:
                 pace.reach(done)

@@ -39,9 +39,9 @@ def minutes(plan: Plan, windows: Tokens, folder: Path) -> float | None:
             return None
         speed = _product_speed()
     if not plan.request.tune:
-        return calibration_operations(config, windows.size) / speed / 60
+        return calibration_operations(plan, windows.size) / speed / 60
     tuning = Tuning.on(config, windows)
-    total = calibration_operations(config, windows.size + tuning.own_tokens)
+    total = calibration_operations(plan, windows.size + tuning.own_tokens)
     return (total + _tuning_operations(tuning)) / speed / 60
 
 

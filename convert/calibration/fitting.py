@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
-from apertus_mlx.convert.plan.plan import GROUPWISE_COLUMNS
-from apertus_mlx.quant import descent, gptq, search
+from apertus_mlx.convert.plan.plan import ANNEALED_BITS, GROUPWISE_COLUMNS
+from apertus_mlx.quant import annealing, descent, gptq, search
 from apertus_mlx.quant.affine import AffineCodes, ScaleType
 from apertus_mlx.quant.arrays import Array, Float32, blocks, settled
 from apertus_mlx.quant.curvature import Curvature
@@ -110,6 +110,8 @@ def fit(
             start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
             start = gptq.round_in_order(target, start, curvature)
             best = descent.improve(target, start, curvature, scale_type)
+        if spec.bits <= ANNEALED_BITS:
+            best = annealing.anneal(target, best, curvature, scale_type)
         found.append(best.as_codes())
     return AffineCodes.joined(found)
 

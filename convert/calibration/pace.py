@@ -10,19 +10,21 @@ import time
 from pathlib import Path
 
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.config import ModelConfig
+from apertus_mlx.convert.plan.plan import Plan
 from apertus_mlx.convert.write.keep import Keep
 
 PACE = "pace.npz"
 # Operations of a fit for each weight, and for each weight and column.
 PER_WEIGHT, PER_WEIGHT_AND_COLUMN = 30_000, 9
+# More for each weight whose code is searched for.
+PER_ANNEALED_WEIGHT = 180_000
 
 
 class Pace:
     """Notes in the folder of the codes how quick a calibration is, once a layer is fitted."""
 
-    def __init__(self, config: ModelConfig, tokens: int, folder: Path) -> None:
-        self._config, self._tokens = config, tokens
+    def __init__(self, plan: Plan, tokens: int, folder: Path) -> None:
+        self._plan, self._tokens = plan, tokens
         self._keep = Keep(folder / PACE)
         self._first: tuple[int, float] | None = None
 
@@ -31,10 +33,10 @@ class Pace:
         now_s = time.monotonic()
         if self._first is None:
             self._first = runs, now_s
-        elif runs > self._config.num_hidden_layers:
+        elif runs > self._plan.source.config.num_hidden_layers:
             before, began_s = self._first
-            done = calibration_operations(self._config, self._tokens, runs)
-            done -= calibration_operations(self._config, self._tokens, before)
+            done = calibration_operations(self._plan, self._tokens, runs)
+            done -= calibration_operations(self._plan, self._tokens, before)
             self._keep.save({"operations_per_s": done / max(now_s - began_s, 1e-9)}, {})
 
     @staticmethod
@@ -44,17 +46,19 @@ class Pace:
         return None if found is None else float(found[0]["operations_per_s"])
 
 
-def calibration_operations(config: ModelConfig, tokens: int, runs: int | None = None) -> float:
+def calibration_operations(plan: Plan, tokens: int, runs: int | None = None) -> float:
     """Of the first so many runs through layers, of which `quantize_model` does two for each layer.
 
     The embedding is fitted after the first pass; the head counts with it.
     """
+    config, annealed = plan.source.config, plan.annealed
     depth = config.num_hidden_layers
     runs = 2 * depth if runs is None else runs
     ahead = fitted = ends = 0.0
     for matrix in layout.matrices(config):
         weights = matrix.rows * matrix.columns
         fit = weights * (PER_WEIGHT + PER_WEIGHT_AND_COLUMN * matrix.columns)
+        fit += weights * PER_ANNEALED_WEIGHT * (matrix.path in annealed)
         product = 2 * tokens * weights
         if ".layers." in matrix.path:
             ahead += product / depth

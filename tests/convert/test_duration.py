@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 
 from apertus_mlx.checkpoint.config import read_config
+from apertus_mlx.checkpoint.tensors import open_checkpoint
 from apertus_mlx.cli.app import app
 from apertus_mlx.convert.calibration import calibrate, pace
 from apertus_mlx.convert.calibration.pace import calibration_operations
 from apertus_mlx.convert.evaluation import little_text
+from apertus_mlx.convert.plan.planning import make_plan
+from apertus_mlx.convert.plan.policy import Request
+from apertus_mlx.convert.sources.recognise import recognise
+from apertus_mlx.quant.spec import QuantSpec
 from tests.resumable_work import make_work
 
 
@@ -54,15 +59,18 @@ def test_a_fitted_layer_says_how_long_all_take(
     assert "calibration       about 3 minutes here" in capsys.readouterr().out
 
 
-def test_operations_of_a_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "per_weight"), [(2, 210_000), (3, 30_000)])
+def test_operations_of_a_pass(tmp_path: Path, bits: int, per_weight: int) -> None:
     """Counted by hand for 10 tokens: q and o are alike, k and v too, then come up and down."""
-    config = read_config(make_work("plain", tmp_path).source)
+    source = make_work("plain", tmp_path).source
+    found = recognise(read_config(source), open_checkpoint(source).tensors, "source")
+    plan = make_plan(found, Request(QuantSpec(bits, 32), method="gptq"))
     shapes = [(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64), (64, 128)]
     ahead = sum(20 * rows * columns for rows, columns in shapes)
     fitted = sum(
-        40 * rows * columns + 40 * columns**2 + rows * columns * (30_000 + 9 * columns)
+        40 * rows * columns + 40 * columns**2 + rows * columns * (per_weight + 9 * columns)
         for rows, columns in shapes
     )
-    ends = 2 * 352 * 64 * (20 + 30_000 + 9 * 64)
+    ends = 2 * 352 * 64 * (20 + per_weight + 9 * 64)
     for runs, expected in enumerate([0, ahead, 2 * ahead, 2 * ahead + ends + fitted]):
-        assert calibration_operations(config, 10, runs) == pytest.approx(expected)
+        assert calibration_operations(plan, 10, runs) == pytest.approx(expected)

@@ -1,0 +1,77 @@
+"""Finds codes beyond the nearest minimum of GPTQ's objective: descent with noise that dies away.
+
+Each code is drawn from around what would be best for it, all others given, as widely as a
+temperature says, and scales and biases follow: simulated annealing by a Gibbs sampler
+("Optimization by Simulated Annealing", Kirkpatrick et al. 1983). GSQ (arXiv 2604.18556) searches
+for assignments too, by gradients through relaxed distributions; on this objective noise finds the
+same in a small part of the time (`benchmarks.assignment_search`). NumPy or MLX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from apertus_mlx.quant import descent
+from apertus_mlx.quant.affine import ScaleType
+from apertus_mlx.quant.arrays import Array, library
+from apertus_mlx.quant.columns import Columns
+from apertus_mlx.quant.curvature import Curvature
+from apertus_mlx.quant.gptq import better_rows
+
+# Visits of each group, in so many rounds over all columns.
+ROUNDS, VISITS = 5, 8
+# How far a value of mean curvature is off at first, in steps of the typical scale of its row. Less
+# stays in the nearest minimum; more forgets the start, and needs more visits.
+SPREAD = 0.07
+# Share of the visits after which there is no more noise.
+STILL = 0.9
+SEED = 0
+
+
+def anneal(
+    target: Array,
+    start: Columns,
+    curvature: Curvature,
+    scale_type: ScaleType = "BF16",
+    rounds: int = ROUNDS,
+    visits: int = VISITS,
+) -> Columns:
+    """Codes, scales and biases whose objective is at most that of `start`, row by row.
+
+    Args:
+        target: what to come close to, `[columns, rows]`.
+        start: a quantization of it that descent has lowered.
+        curvature: the objective's, of mean diagonal one.
+        scale_type: what scales and biases will be stored in.
+        rounds: how often each block of columns is taken up.
+        visits: how often each group is visited then.
+    """
+    xp = library(target)
+    # Standard deviation of a value of curvature one, by row.
+    spread = SPREAD * xp.sqrt(xp.square(start.scales).mean(0))
+    normals = _normals(xp)
+
+    def noise(done: float, shape: tuple[int, ...]) -> Array | None:
+        heat = 1 - done / STILL
+        return normals(shape) * (heat * spread) if heat > 0 else None
+
+    found = descent.improve(target, start, curvature, scale_type, rounds, visits, noise)
+    return better_rows(target, start, found, curvature)
+
+
+def _normals(xp: Any) -> Callable[[tuple[int, ...]], Array]:
+    """Draws from a normal distribution, the same each time that this is called."""
+    if xp is np:
+        draw = np.random.default_rng(SEED)
+        return lambda shape: draw.standard_normal(shape, np.float32)
+    key = xp.random.key(SEED)
+
+    def normals(shape: tuple[int, ...]) -> Array:
+        nonlocal key
+        key, own = xp.random.split(key)
+        return xp.random.normal(shape, key=own)
+
+    return normals
