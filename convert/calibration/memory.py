@@ -17,7 +17,8 @@ def require_memory(source: Source, request: Request) -> None:
         ResourceError: it takes more than is available; names both, and what takes less.
     """
     config, available = source.config, available_bytes()
-    parts = [("calibration", calibration_memory_bytes(config), "--method search reads no text")]
+    calibrating = calibration_memory_bytes(config, request.tune)
+    parts = [("calibration", calibrating, "--method search reads no text")]
     if request.tune:
         parts.append(("--tune", tuning_memory_bytes(config), "leave it out"))
     for name, needed, way_out in parts:

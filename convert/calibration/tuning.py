@@ -46,7 +46,12 @@ from apertus_mlx.convert.distill.teacher_cache import TeacherCache, lot_bytes
 from apertus_mlx.convert.distill.training import Options, Training, Validation, best
 from apertus_mlx.convert.evaluation.layerwise import SourceWeights
 from apertus_mlx.convert.evaluation.texts import Tokens
-from apertus_mlx.convert.plan.plan import TUNING_TOKENS, Plan, trained_by_tuning
+from apertus_mlx.convert.plan.plan import (
+    CODES_LEARN_FROM,
+    TUNING_TOKENS,
+    Plan,
+    trained_by_tuning,
+)
 from apertus_mlx.convert.sources.reading import MLX_TYPES, Reader
 from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.keep import Keep, save_arrays
@@ -59,13 +64,8 @@ _log = logging.getLogger("apertus_mlx")
 TRAINING, RECORD, OWN = "tuning", "record.npz", "own.npz"
 # One window in so many decides, at most so many do.
 DECIDING_EVERY, MOST_DECIDING = 16, 16
-# How often the text is seen: little text more often, and longer where codes learn. On validation
-# text half as many tokens left the embedded model at 2 bits a divergence of 0.0121, not 0.0110.
-EPOCHS, TOKENS_SEEN = (4, 24), {"weights": 1 << 19, "scales": 1 << 18}
-# Tokens to learn codes from, of which the original writes those that the text has not. Of text of
-# 12,288 tokens at 2 bits, the model that the tests train diverged by 0.0290 after 22 epochs on them
-# alone, and by 0.0246 after 4 on so many (of validation text, which nothing else was judged by).
-CODES_LEARN_FROM = 1 << 16
+# How often the text is seen: little text more often, and more of it where codes learn.
+EPOCHS, TOKENS_SEEN = (4, 24), {"weights": 1 << 20, "scales": 1 << 18}
 # Of scales and biases, relative to the typical scale, where codes learn and where they stay. At
 # 2e-3 and 3e-3 codes change on too little evidence, at 5e-4 too few do.
 LEARNING_RATES = {"weights": 1e-3, "scales": 2e-3}

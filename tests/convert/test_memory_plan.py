@@ -11,6 +11,7 @@ import pytest
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.convert.calibration import fitting
 from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
+from apertus_mlx.convert.calibration.tuning import Tuning
 from apertus_mlx.convert.plan import plan
 from apertus_mlx.convert.plan.plan import calibration_memory_bytes
 from apertus_mlx.quant import curvature
@@ -54,3 +55,17 @@ def test_the_second_factor_of_fits_in_groups_is_counted(monkeypatch: pytest.Monk
         held.append(held_at_most())
     assert held[0] - held[1] > 0.9 * 4 * COLUMNS**2
     assert planned[0] - planned[1] == pytest.approx(held[0] - held[1], rel=0.15)
+
+
+def test_text_that_the_original_writes_is_counted() -> None:
+    """Two streams of hidden states and of attention's in float32; nothing where codes stay."""
+    config = parse_config(config_4x(hidden_size=64, intermediate_size=128, head_dim=32))
+    queries = config.num_attention_heads * config.head_dim
+    windows = np.arange(128 * 512).reshape(128, 512)
+    own = Tuning.on(config, windows).own_tokens
+    assert own > 0
+    expected = 2 * own * (64 + queries) * 4
+    assert calibration_memory_bytes(config, True) - calibration_memory_bytes(config) == expected
+    large = parse_config(config_4x(hidden_size=4096, intermediate_size=21504, head_dim=128))
+    assert not Tuning.on(large, windows).own_tokens
+    assert calibration_memory_bytes(large, True) == calibration_memory_bytes(large)

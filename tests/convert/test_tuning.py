@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_refused_before_it_begins(
     source: Path, what: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
-    monkeypatch.setattr(memory, f"{what}_memory_bytes", lambda _: 2 * 10**9)
+    monkeypatch.setattr(memory, f"{what}_memory_bytes", lambda *_: 2 * 10**9)
     with pytest.raises(ResourceError, match=message):
         job(source, replace(REQUEST, tune=True))
 
