@@ -113,12 +113,13 @@ class Material:
 
 def material(case: Case) -> Material:
     """Of the embedded model's recipe, or of the folders `calibration` and `judged` in a text."""
+    seed = JUDGE_SEED if case.judge_seed is None else case.judge_seed
     if case.text is None:
         windows = recipe_windows(CALIBRATION_SEED, case.windows, case.length)
         return Material(
             Sample(windows, "recipe", "", CALIBRATION_SEED),
             TextSet("recipe", "", tuple(islice(recipe_texts(CHECK_SEED), CHECK_DOCUMENTS))),
-            recipe_windows(JUDGE_SEED, JUDGE_TOKENS // case.length, case.length),
+            recipe_windows(seed, JUDGE_TOKENS // case.length, case.length),
         )
     seen, checked = hold_out(read_texts([case.text / "calibration"]))
     judged = read_texts([case.text / "judged"])
@@ -127,7 +128,7 @@ def material(case: Case) -> Material:
     return Material(
         sample_windows(seen, *tokenizer, case.length, case.windows, CALIBRATION_SEED),
         checked,
-        sample_windows(judged, *tokenizer, case.length, count, JUDGE_SEED).windows,
+        sample_windows(judged, *tokenizer, case.length, count, seed).windows,
     )
 
 

@@ -69,6 +69,7 @@ class Case:
     Attributes:
         text: a folder with `calibration` and `judged`; None is the embedded model's recipe.
         environments: where AutoRound's is.
+        judge_seed: of other documents to judge by; None are those that nothing was tuned on.
     """
 
     method: str
@@ -78,6 +79,7 @@ class Case:
     windows: int
     text: Path | None = None
     environments: Path | None = None
+    judge_seed: int | None = None
 
 
 def main() -> None:
@@ -92,6 +94,9 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, help="folder to keep AutoRound's in")
     parser.add_argument(
         "--windows", type=int, default=48, help=f"of {CALIBRATION_LENGTH} tokens, or as many tokens"
+    )
+    parser.add_argument(
+        "--judge-seed", type=int, help="judge by other documents, such as a design is chosen by"
     )
     parser.add_argument("--no-dwq", action="store_true", help="spare the slowest of mlx-lm's")
     parser.add_argument("--json", type=Path, help="write all figures into this file")
@@ -112,8 +117,9 @@ def main() -> None:
             directory = arguments.model or (model_dir() if name == "embedded" else _train(work))
             for bits in arguments.bits:
                 for case in _cases(
-                    methods, name, directory, bits, arguments.windows, arguments.text, place
-                ):
+                    methods, name, directory, bits, arguments.windows, arguments.text, place,
+                    arguments.judge_seed,
+                ):  # fmt: skip
                     found.append({"model": name, "bits": bits, "method": case.method, **_run(case)})
                     print(_row(found[-1]), flush=True)
                     if arguments.json:
@@ -128,14 +134,14 @@ def main() -> None:
 
 def _cases(
     methods: Sequence[str], name: str, directory: Path, bits: int, windows: int,
-    text: Path | None, environments: Path,
+    text: Path | None, environments: Path, judge_seed: int | None = None,
 ) -> Iterator[Case]:  # fmt: skip
     length = LENGTHS.get(name, CALIBRATION_LENGTH)
     offered = {"mlx-lm gptq": STOCK_GPTQ_BITS, AUTO_ROUND: AUTO_ROUND_BITS}
     for method in methods:
         if bits in offered.get(method, (bits,)):
             count = windows * CALIBRATION_LENGTH // length
-            yield Case(method, directory, bits, length, count, text, environments)
+            yield Case(method, directory, bits, length, count, text, environments, judge_seed)
 
 
 def _train(work: Path) -> Path:
