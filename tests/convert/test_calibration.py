@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ from apertus_mlx.convert.evaluation.texts import (
 )
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.errors import ApertusError, NotFoundError, RejectedError, UsageError
-from apertus_mlx.quant import search
+from apertus_mlx.quant import descent, search
 from apertus_mlx.quant.affine import dequantize, round_scales
 from apertus_mlx.quant.curvature import damped
 from apertus_mlx.quant.spec import QuantSpec
@@ -255,6 +256,33 @@ def test_on_mlx_as_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         errors.append(np.square(inputs @ difference.T).sum())
     assert errors[1] == pytest.approx(errors[0], rel=5e-3)
     assert errors[0] < 0.05 * np.square(inputs @ weight.T).sum()
+
+
+@pytest.mark.parametrize("by_groups", [True, False])
+def test_codes_of_two_bits_go_beyond_where_descent_rests(
+    by_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of three bits do not; the objective in float64, beside much more of the descent."""
+    monkeypatch.setattr(fitting, "GROUPWISE_LEFT", np.inf if by_groups else 0.0)
+    rng = np.random.default_rng(8)
+    weight = rng.standard_normal((48, 128)).astype(np.float32)
+    inputs = rng.standard_normal((1000, 128)) @ (
+        np.eye(128) + 0.1 * rng.standard_normal((128, 128))
+    )
+    moments = damped(inputs.T @ inputs)
+
+    def error(bits: int) -> float:
+        found = Moments(weight)
+        found.add(mx.array(inputs[None]), mx.array(inputs[None]))
+        codes = fit(weight, QuantSpec(bits, 64), Objective.of(found, 0.0), "BF16")
+        off = (dequantize(codes) - weight).astype(np.float64)
+        return float(np.vdot(off @ moments, off))
+
+    chosen = error(2), error(3)
+    monkeypatch.setattr(fitting, "ANNEALED_BITS", 0)
+    monkeypatch.setattr(fitting.descent, "improve", partial(descent.improve, visits=40))
+    assert chosen[0] < 0.97 * error(2)
+    assert chosen[1] > 0.97 * error(3)
 
 
 @pytest.mark.parametrize(("tokens", "by_groups"), [(64, False), (4000, True)])
