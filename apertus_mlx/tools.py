@@ -502,7 +502,7 @@ def evaluate(
     `downloading` and `measuring`.
 
     Raises:
-        UsageError: different vocabularies or too little text.
+        UsageError: different vocabularies or heads, or too little text.
         NotFoundError: there is no such model, or it cannot be reached.
         RejectedError: a checkpoint is damaged or not supported.
     """

@@ -38,8 +38,10 @@ WINDOWS, LENGTH, SEED = 48, 256, 5
 # Levels around the start where there are more than four.
 NEIGHBOURS = 2
 TEMPERATURES = 2.0, 0.05
-# Of Lion; logits are in nats, and the start is ahead by this much.
+# Of Lion; and by how much the logit of the start is ahead.
 RATE, MOMENTUM, AVERAGE, AHEAD = 0.05, 0.9, 0.99, 2.0
+# Nats of a logit.
+STEEPNESS = 4
 # Iterations between two fits of scales and biases.
 REFIT_EVERY = 20
 # Of descent alone: it has long come to rest.
@@ -105,7 +107,7 @@ def relaxed(target: np.ndarray, start: Columns, curvature: Curvature, iterations
         temperature = first * (last / first) ** done
         rate = RATE * 0.5 * (1 + np.cos(np.pi * done))
         noise = -np.log(-np.log(draw.uniform(1e-6, 1 - 1e-6, logits.shape).astype(np.float32)))
-        shares = logits * 4 + noise
+        shares = logits * STEEPNESS + noise
         shares /= temperature
         shares -= shares.max(0)
         np.exp(shares, out=shares)

@@ -48,7 +48,7 @@ def improve(
         scale_type: what scales and biases will be stored in.
         rounds: how often each block of columns is taken up; by default as often as pays.
         visits: how often each group is visited then.
-        noise: see `visit`, for the share of all visits that are over and the shape of a group.
+        noise: gives that of a `visit`, from the share of all visits that are over and its shape.
     """
     xp, spec = library(target), start.spec
     if rounds is None:
@@ -89,8 +89,8 @@ def visit(
         form: scale and bias, each `[rows]`.
         scale_type: what both will be stored in.
         bits: of a code.
-        noise: what is added before a code is rounded, `[group_size, rows]`: in units of values at a
-            curvature of one.
+        noise: what is added before codes are rounded, `[group_size, rows]`: the change of a value,
+            if its curvature is one.
     """
     xp = library(codes)
     (scale, bias), diagonal, sums = form, xp.diagonal(own), own.sum(0)

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to learn from where there is little other text.
+"""Text that a model writes itself, to learn from beside other text.
 
 Each window begins with a few tokens of a text and goes on with tokens that are drawn from the
 model's own predictions, as in "LLM-QAT: Data-Free Quantization Aware Training for Large Language

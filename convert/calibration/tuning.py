@@ -1,11 +1,11 @@
 """Trains calibrated codes, their scales and biases, and norms end to end.
 
 Calibration fits each matrix to its own inputs. Here all of them learn together to predict what the
-original predicts, on windows of the calibration text. Where that is little, the original writes
-more of them itself, and codes are calibrated on these too (`with_own_text`). Other windows of the
-text, which nothing learns from, say when the result is best and whether it is better than before;
-else nothing changes. The text that the output is judged by is in neither. In large models codes
-stay (`plan.trained_by_tuning`), and no text is written.
+original predicts, on windows of the calibration text. The original writes more of them itself, and
+codes are calibrated on these too (`with_own_text`). Other windows of the text, which nothing learns
+from, say when the result is best and whether it is better than before; else nothing changes. The
+text that the output is judged by is in neither. In large models codes stay
+(`plan.trained_by_tuning`), and no text is written.
 
 What is learnt lies beside the codes (`calibrated.read_codes`).
 """

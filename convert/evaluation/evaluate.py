@@ -209,9 +209,9 @@ class Measurement:
 
     @property
     def runs(self) -> list[int]:
-        """What progress counts, in order, each with its comparison behind it.
+        """What progress counts, in order: a model's layers, then its comparison.
 
-        The reference comes first, without rounding and with it.
+        The reference comes first, without rounding and with it, then the models.
         """
         expected, *models = self.configs
         runs = [expected.num_hidden_layers] * 2 + [comparing_runs(expected, expected)]

@@ -77,7 +77,6 @@ def measure_side_by_side(
     for directory in directories:
         with ExitStack() as stack:
             open_weights(directory, stack.enter_context(Reader(directory)))
-    # Of each group the reference runs twice.
     total = sum(sum(measurement.runs) for measurement in measurements)
     found: dict[int, Evaluation] = {}
     before = 0

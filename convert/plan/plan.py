@@ -50,9 +50,9 @@ ANNEALED_BITS = 2
 # Models of more weights tune scales, biases and norms alone: codes that learn take twelve to
 # sixteen times the memory of codes that stay.
 CODES_LEARN_UP_TO = 1 << 28
-# Tokens to calibrate and to learn codes from, of which the original writes those that the text has
-# not. On validation text the embedded model at 2 bits diverged by 0.0112 after 8 epochs on so many,
-# by 0.0115 on half as many, and by 0.0116 after 4; without text of its own by 0.0244.
+# Tokens to calibrate and to learn codes from, more than are taken from a text; the original writes
+# the rest. On validation text the embedded model at 2 bits diverged by 0.0112 after 8 epochs on so
+# many and by 0.0116 after 4; on half as many by 0.0115, and without text of its own by 0.0244.
 CODES_LEARN_FROM = 1 << 17
 
 Transform = Literal[
@@ -159,7 +159,7 @@ class Step:
 def calibration_memory_bytes(config: ModelConfig, tune: bool = False) -> int:
     """Estimate of what calibration takes: two layers, two streams, moments and their factor.
 
-    With `tune` the original may write some of the text.
+    With `tune` the original writes more text where codes learn.
     """
     learns = tune and trained_by_tuning(config) == "weights"
     tokens = max(CALIBRATION_TOKENS, CODES_LEARN_FROM) if learns else CALIBRATION_TOKENS
@@ -180,7 +180,6 @@ def tuning_memory_bytes(config: ModelConfig) -> int:
     """Estimate of what `--tune` takes: the training, or writing text for it where that is more."""
     trained = trained_by_tuning(config)
     training = Resources(config, trained, WINDOW_TOKENS, TUNING_TOKENS).memory_bytes
-    # Whether there is little text is not known yet.
     writing = own_text.memory_bytes(config, WINDOW_TOKENS) if trained == "weights" else 0
     return max(training, writing)
 
@@ -272,7 +271,7 @@ class Plan:
 
     @property
     def tuning_memory_bytes(self) -> int:
-        """The same of `--tune` around it."""
+        """The same of `--tune`: of training, or of writing text for it."""
         return tuning_memory_bytes(self.source.config) if self.request.tune else 0
 
     def fingerprint(self) -> str:
