@@ -47,7 +47,7 @@ def anneal(
         curvature: the objective's, of mean diagonal one.
         scale_type: what scales and biases will be stored in.
         rounds: how often each block of columns is taken up.
-        visits: how often each group is visited then.
+        visits: how often each group is visited then. With a few in all, none is without noise.
     """
     xp = library(target)
     # Standard deviation of a value of curvature one, by row.

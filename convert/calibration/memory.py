@@ -17,10 +17,11 @@ def require_memory(source: Source, request: Request) -> None:
         ResourceError: it takes more than is available; names both, and what takes less.
     """
     config, available = source.config, available_bytes()
-    calibrating = calibration_memory_bytes(config, request.tune)
-    parts = [("calibration", calibrating, "--method search reads no text")]
+    parts = [("calibration", calibration_memory_bytes(config), "--method search reads no text")]
     if request.tune:
-        parts.append(("--tune", tuning_memory_bytes(config), "leave it out"))
+        # It calibrates on more text, too.
+        tuning = max(calibration_memory_bytes(config, True), tuning_memory_bytes(config))
+        parts.append(("--tune", tuning, "leave it out"))
     for name, needed, way_out in parts:
         if needed > available:
             raise ResourceError(

@@ -16,8 +16,8 @@ from apertus_mlx.convert.write.keep import Keep
 PACE = "pace.npz"
 # Operations of a fit for each weight, and for each weight and column.
 PER_WEIGHT, PER_WEIGHT_AND_COLUMN = 30_000, 9
-# More for each weight whose code is searched for.
-PER_ANNEALED_WEIGHT = 180_000
+# More of both where codes are searched for.
+PER_ANNEALED_WEIGHT, PER_ANNEALED_WEIGHT_AND_COLUMN = 160_000, 17
 
 
 class Pace:
@@ -58,7 +58,9 @@ def calibration_operations(plan: Plan, tokens: int, runs: int | None = None) -> 
     for matrix in layout.matrices(config):
         weights = matrix.rows * matrix.columns
         fit = weights * (PER_WEIGHT + PER_WEIGHT_AND_COLUMN * matrix.columns)
-        fit += weights * PER_ANNEALED_WEIGHT * (matrix.path in annealed)
+        if matrix.path in annealed:
+            more = PER_ANNEALED_WEIGHT_AND_COLUMN * matrix.columns
+            fit += weights * (PER_ANNEALED_WEIGHT + more)
         product = 2 * tokens * weights
         if ".layers." in matrix.path:
             ahead += product / depth

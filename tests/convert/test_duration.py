@@ -59,8 +59,8 @@ def test_a_fitted_layer_says_how_long_all_take(
     assert "calibration       about 3 minutes here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("bits", "per_weight"), [(2, 210_000), (3, 30_000)])
-def test_operations_of_a_pass(tmp_path: Path, bits: int, per_weight: int) -> None:
+@pytest.mark.parametrize(("bits", "each", "by_column"), [(2, 190_000, 26), (3, 30_000, 9)])
+def test_operations_of_a_pass(tmp_path: Path, bits: int, each: int, by_column: int) -> None:
     """Counted by hand for 10 tokens: q and o are alike, k and v too, then come up and down."""
     source = make_work("plain", tmp_path).source
     found = recognise(read_config(source), open_checkpoint(source).tensors, "source")
@@ -68,9 +68,9 @@ def test_operations_of_a_pass(tmp_path: Path, bits: int, per_weight: int) -> Non
     shapes = [(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64), (64, 128)]
     ahead = sum(20 * rows * columns for rows, columns in shapes)
     fitted = sum(
-        40 * rows * columns + 40 * columns**2 + rows * columns * (per_weight + 9 * columns)
+        40 * rows * columns + 40 * columns**2 + rows * columns * (each + by_column * columns)
         for rows, columns in shapes
     )
-    ends = 2 * 352 * 64 * (20 + per_weight + 9 * 64)
+    ends = 2 * 352 * 64 * (20 + each + by_column * 64)
     for runs, expected in enumerate([0, ahead, 2 * ahead, 2 * ahead + ends + fitted]):
         assert calibration_operations(plan, 10, runs) == pytest.approx(expected)

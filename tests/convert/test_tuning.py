@@ -315,17 +315,22 @@ def test_what_does_not_get_better_stays(
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("what", "alone", "message"),
     [
-        ("calibration", "source: calibration takes about 2.00 GB of .* are available; --method se"),
-        ("tuning", "source: --tune takes about 2.00 GB of .* are available; leave it out"),
+        ("calibration", 2, "source: calibration takes about 2.00 GB of .* available; --method se"),
+        # With more text, which the original writes.
+        ("calibration", 0, "source: --tune takes about 2.00 GB of .* are available; leave it out"),
+        ("tuning", 2, "source: --tune takes about 2.00 GB of .* are available; leave it out"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_it_begins(
-    source: Path, what: str, message: str, monkeypatch: pytest.MonkeyPatch
+    source: Path, what: str, alone: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def needed(_: object, tune: bool = False) -> int:
+        return 2 * 10**9 if tune else alone * 10**9
+
     monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
-    monkeypatch.setattr(memory, f"{what}_memory_bytes", lambda *_: 2 * 10**9)
+    monkeypatch.setattr(memory, f"{what}_memory_bytes", needed)
     with pytest.raises(ResourceError, match=message):
         job(source, replace(REQUEST, tune=True))
 
