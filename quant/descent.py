@@ -14,6 +14,7 @@ from apertus_mlx.quant.affine import ScaleType, round_scales, usable_scales
 from apertus_mlx.quant.arrays import Array, blocks, library, settled
 from apertus_mlx.quant.columns import Columns
 from apertus_mlx.quant.curvature import Curvature
+from apertus_mlx.quant.one_thread import one_thread
 from apertus_mlx.quant.rounding import settle
 
 # How often each block is taken up; a round of a wide matrix costs a product as large as it.
@@ -60,18 +61,19 @@ def improve(
             # Half the slope of the objective.
             slope = curvature.moments[part] @ errors
             groups = list(blocks(part.stop - part.start, spec.group_size))
-            for count, inside in enumerate(groups * visits):
-                done = (number + count // len(groups) / visits) / rounds
-                here = slice(part.start + inside.start, part.start + inside.stop)
-                group = here.start // spec.group_size
-                form = scales[group], biases[group]
-                own = curvature.moments[here, here]
-                drawn = None if noise is None else noise(done, codes[here].shape)
-                codes[here], scales[group], biases[group], moved = visit(
-                    own, slope[inside], codes[here], form, scale_type, spec.bits, drawn
-                )
-                slope += curvature.moments[part, here] @ moved
-                errors[here] += moved
+            with one_thread():
+                for count, inside in enumerate(groups * visits):
+                    done = (number + count // len(groups) / visits) / rounds
+                    here = slice(part.start + inside.start, part.start + inside.stop)
+                    group = here.start // spec.group_size
+                    form = scales[group], biases[group]
+                    own = curvature.moments[here, here]
+                    drawn = None if noise is None else noise(done, codes[here].shape)
+                    codes[here], scales[group], biases[group], moved = visit(
+                        own, slope[inside], codes[here], form, scale_type, spec.bits, drawn
+                    )
+                    slope += curvature.moments[part, here] @ moved
+                    errors[here] += moved
             settled(codes, errors, scales, biases)
     return Columns(codes, scales, biases, spec)
 

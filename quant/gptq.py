@@ -16,6 +16,7 @@ from apertus_mlx.quant.affine import AffineCodes, ScaleType
 from apertus_mlx.quant.arrays import Array, Float32, Float64, as_library, blocks, library, settled
 from apertus_mlx.quant.columns import Columns
 from apertus_mlx.quant.curvature import DAMPING, Curvature
+from apertus_mlx.quant.one_thread import one_thread
 from apertus_mlx.quant.rounding import Grid, settle
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -71,10 +72,11 @@ def round_in_order(
             moved = moved + (factor[part.stop :, part].T @ errors[part.stop :]) / diagonal
         form = groups[part][::-1]
         transfer = (own / diagonal[:, 0])[::-1, ::-1]
-        found, left = settle(
-            moved[::-1], values[part][::-1], transfer, (1 << grid.spec.bits) - 1,
-            Grid(grid.scales[form], grid.biases[form]),
-        )  # fmt: skip
+        with one_thread():
+            found, left = settle(
+                moved[::-1], values[part][::-1], transfer, (1 << grid.spec.bits) - 1,
+                Grid(grid.scales[form], grid.biases[form]),
+            )  # fmt: skip
         codes[part], errors[part] = found[::-1], left[::-1]
         settled(codes, errors)
     return grid.with_codes(codes[as_library(np.argsort(curvature.order), target)])

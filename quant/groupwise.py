@@ -17,6 +17,7 @@ from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.arrays import Array, as_library, blocks, library, settled
 from apertus_mlx.quant.columns import Columns
 from apertus_mlx.quant.curvature import Curvature
+from apertus_mlx.quant.one_thread import one_thread
 from apertus_mlx.quant.rounding import Grid, settle
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -56,18 +57,19 @@ def fit_in_groups(
         if part.stop < len(values):
             missed = factor[part.stop :, part].T @ errors[part.stop :]
             moved = moved + inverses[group].T @ missed
-        start = search.fit_columns(moved, spec, diagonals[group], scale_type, effort)
-        block = factor[part, part]
-        wide = [xp.broadcast_to(array, moved.shape) for array in (start.scales, start.biases)]
-        transfer = (block / xp.diagonal(block))[::-1, ::-1]
-        found, left = settle(moved[::-1], moved[::-1], transfer, top, Grid(*wide))
-        here, form, off = found[::-1] + 0, (start.scales[0], start.biases[0]), -left[::-1]
-        curve = remaining[group]
-        for _ in range(VISITS):
-            here, scale, bias, change = descent.visit(
-                curve, curve @ off, here, form, scale_type, spec.bits
-            )
-            form, off = (scale, bias), off + change
+        with one_thread():
+            start = search.fit_columns(moved, spec, diagonals[group], scale_type, effort)
+            block = factor[part, part]
+            wide = [xp.broadcast_to(array, moved.shape) for array in (start.scales, start.biases)]
+            transfer = (block / xp.diagonal(block))[::-1, ::-1]
+            found, left = settle(moved[::-1], moved[::-1], transfer, top, Grid(*wide))
+            here, form, off = found[::-1] + 0, (start.scales[0], start.biases[0]), -left[::-1]
+            curve = remaining[group]
+            for _ in range(VISITS):
+                here, scale, bias, change = descent.visit(
+                    curve, curve @ off, here, form, scale_type, spec.bits
+                )
+                form, off = (scale, bias), off + change
         codes[part], errors[part] = here, values[part] - (here * form[0] + form[1])
         scales.append(form[0])
         biases.append(form[1])
