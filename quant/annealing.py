@@ -3,8 +3,8 @@
 Each code is drawn from around what would be best for it, all others given, as widely as a
 temperature says, and scales and biases follow: simulated annealing by a Gibbs sampler
 ("Optimization by Simulated Annealing", Kirkpatrick et al. 1983). GSQ (arXiv 2604.18556) searches
-for assignments too, by gradients through relaxed distributions; on this objective noise finds the
-same in a small part of the time (`benchmarks.assignment_search`). NumPy or MLX.
+for assignments too, by gradients through relaxed distributions; on this objective noise leaves less
+in the same time (`benchmarks.assignment_search`). NumPy or MLX.
 """
 
 from __future__ import annotations
