@@ -15,21 +15,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from apertus_mlx.cache.store import capacity_for
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path
 from apertus_mlx.convert.evaluation.products import product
 from apertus_mlx.convert.evaluation.texts import Tokens
+from apertus_mlx.convert.plan.writing_memory import TOGETHER
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.model.apertus import Model
 from apertus_mlx.quant.arrays import blocks
 
-# Tokens of the text that a window begins with, and windows that are written at the same time.
-BEGINNING, TOGETHER = 8, 64
+# Tokens of the text that a window begins with.
+BEGINNING = 8
 SEED = 0
-# Arrays of the shape of a step's logits that drawing from them holds at once.
-LOGITS_COPIES = 3
 
 
 def own_text(
@@ -117,16 +114,3 @@ class Writer:
             found = np.array(mx.concatenate(parts, axis=1)).astype(np.int64)
             written = np.concatenate([written[: part.start], found])
             yield written
-
-
-def memory_bytes(config: ModelConfig, length: int) -> int:
-    """Estimate of what a `Writer` of windows of `length` tokens holds.
-
-    All weights in float32, the keys and values of all windows that are written together, those of
-    one layer once more while they are added to, and the logits of a step.
-    """
-    positions = TOGETHER * capacity_for(length)
-    layer = 2 * positions * config.num_key_value_heads * config.head_dim
-    cache = (config.num_hidden_layers + 1) * layer
-    logits = LOGITS_COPIES * TOGETHER * config.output_vocab_size
-    return 4 * (layout.parameter_count(config) + cache + logits)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.checkpoint.header import TensorInfo
-from apertus_mlx.convert.calibration import own_text
 from apertus_mlx.convert.distill.resources import Resources
 from apertus_mlx.convert.distill.student import Trained
 from apertus_mlx.convert.plan.policy import Method, Request
+from apertus_mlx.convert.plan.writing_memory import writing_memory_bytes
 from apertus_mlx.convert.sources.reading import BLOCK_BYTES, block_rows
 from apertus_mlx.convert.sources.source import Factor, MatrixSource, Source
 from apertus_mlx.convert.transforms import names as transforms
@@ -180,7 +180,7 @@ def tuning_memory_bytes(config: ModelConfig) -> int:
     """Estimate of what `--tune` takes: the training, or writing text for it where that is more."""
     trained = trained_by_tuning(config)
     training = Resources(config, trained, WINDOW_TOKENS, TUNING_TOKENS).memory_bytes
-    writing = own_text.memory_bytes(config, WINDOW_TOKENS) if trained == "weights" else 0
+    writing = writing_memory_bytes(config, WINDOW_TOKENS) if trained == "weights" else 0
     return max(training, writing)
 
 

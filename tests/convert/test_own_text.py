@@ -15,6 +15,7 @@ from apertus_mlx.convert.calibration import own_text
 from apertus_mlx.convert.calibration.own_text import BEGINNING, Writer
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.plan.plan import tuning_memory_bytes
+from apertus_mlx.convert.plan.writing_memory import writing_memory_bytes
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.write.keep import Keep
 from tests.builders import config_4x, write_checkpoint
@@ -69,7 +70,7 @@ def test_memory_is_as_planned(tied: bool, tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
     held += mx.get_peak_memory() - before
-    planned = own_text.memory_bytes(weights.config, 12)
+    planned = writing_memory_bytes(weights.config, 12)
     assert 0.95 * held < planned < 1.25 * held
 
 
