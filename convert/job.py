@@ -60,7 +60,7 @@ from apertus_mlx.system.progress import OnLayers
 from apertus_mlx.system.strict_json import read_object
 
 # Of the files from which an interrupted run resumes; a run of another version starts again.
-STATE_VERSION = 7
+STATE_VERSION = 8
 # Folders beside the output while it is built.
 ALLOCATION, CHOICE, CALIBRATION, EVALUATION = "allocation", "choice", "calibration", "receipt"
 

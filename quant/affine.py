@@ -42,20 +42,25 @@ class AffineCodes:
     spec: QuantSpec
 
     @classmethod
-    def joined(cls, parts: Sequence[AffineCodes]) -> AffineCodes:
-        """The rows of all parts, at least one, in order."""
-        arrays = zip(*((part.codes, part.scales, part.biases) for part in parts), strict=True)
-        codes, scales, biases = map(np.concatenate, arrays)
-        return cls(codes, scales, biases, parts[0].spec)
+    def blank(cls, shape: tuple[int, int], spec: QuantSpec) -> AffineCodes:
+        """A matrix `[rows, columns]` of zeros, to be filled."""
+        rows, columns = shape
+        scales, biases = np.zeros((2, rows, columns // spec.group_size), np.float32)
+        return cls(np.zeros(shape, np.uint8), scales, biases, spec)
+
+    def put(self, part: slice, other: AffineCodes) -> None:
+        """Replace some rows by those of `other`."""
+        for name in ("codes", "scales", "biases"):
+            getattr(self, name)[part] = getattr(other, name)
 
     def split(self, rows: Sequence[int]) -> list[AffineCodes]:
         """The first so many rows, those after them, and so on."""
         ends = np.cumsum(rows).tolist()
-        parts = [slice(end - count, end) for count, end in zip(rows, ends, strict=True)]
-        return [
-            AffineCodes(self.codes[part], self.scales[part], self.biases[part], self.spec)
-            for part in parts
-        ]
+        return [self.rows(slice(end - count, end)) for count, end in zip(rows, ends, strict=True)]
+
+    def rows(self, which: slice | npt.NDArray[np.integer]) -> AffineCodes:
+        """Some of its rows."""
+        return AffineCodes(self.codes[which], self.scales[which], self.biases[which], self.spec)
 
     @property
     def packed(self) -> Packed:

@@ -9,6 +9,7 @@ in the same time (`benchmarks.assignment_search`). NumPy or MLX.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +20,18 @@ from apertus_mlx.quant.affine import ScaleType
 from apertus_mlx.quant.arrays import Array, library
 from apertus_mlx.quant.columns import Columns
 from apertus_mlx.quant.curvature import Curvature
-from apertus_mlx.quant.gptq import better_rows
 
-# Visits of each group, in so many rounds over all columns.
-ROUNDS, VISITS = 5, 8
+# Visits of each group, in so many rounds over all columns; a round of a wide matrix costs a product
+# as large as it.
+ROUNDS, ROUNDS_IF_WIDE, VISITS = 5, 4, 4
 # How far a value of mean curvature is off at first, in steps of the typical scale of its row. Less
 # stays in the nearest minimum; more forgets the start, and needs more visits.
-SPREAD = 0.07
+SPREAD = 0.09
 # Share of the visits after which there is no more noise.
 STILL = 0.9
 SEED = 0
+# How many times what a visit draws are drawn in all, by NumPy.
+STOCK = 4
 
 
 def anneal(
@@ -36,37 +39,48 @@ def anneal(
     start: Columns,
     curvature: Curvature,
     scale_type: ScaleType = "BF16",
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     visits: int = VISITS,
 ) -> Columns:
     """Codes, scales and biases whose objective is at most that of `start`, row by row.
 
     Args:
         target: what to come close to, `[columns, rows]`.
-        start: a quantization of it that descent has lowered.
+        start: a good quantization of it.
         curvature: the objective's, of mean diagonal one.
         scale_type: what scales and biases will be stored in.
-        rounds: how often each block of columns is taken up.
+        rounds: how often each block of columns is taken up; by default as often as pays.
         visits: how often each group is visited then. With a few in all, none is without noise.
     """
     xp = library(target)
     # Standard deviation of a value of curvature one, by row.
     spread = SPREAD * xp.sqrt(xp.square(start.scales).mean(0))
-    normals = _normals(xp)
+    normals = _normals(xp, start.spec.group_size * len(spread))
 
     def noise(done: float, shape: tuple[int, ...]) -> Array | None:
         heat = 1 - done / STILL
         return normals(shape) * (heat * spread) if heat > 0 else None
 
-    found = descent.improve(target, start, curvature, scale_type, rounds, visits, noise)
-    return better_rows(target, start, found, curvature)
+    if rounds is None:
+        rounds = ROUNDS if len(target) <= descent.WIDE else ROUNDS_IF_WIDE
+    return descent.improve(target, start, curvature, scale_type, rounds, visits, noise)
 
 
-def _normals(xp: Any) -> Callable[[tuple[int, ...]], Array]:
-    """Draws from a normal distribution, the same each time that this is called."""
+def _normals(xp: Any, most: int) -> Callable[[tuple[int, ...]], Array]:
+    """Draws of at most so many normal numbers, the same each time that this is called.
+
+    NumPy takes longer to draw one than for all else that it becomes part of, so what it draws is
+    used again, from somewhere else on.
+    """
     if xp is np:
         draw = np.random.default_rng(SEED)
-        return lambda shape: draw.standard_normal(shape, np.float32)
+        stock = draw.standard_normal(STOCK * most, np.float32)
+
+        def somewhere(shape: tuple[int, ...]) -> Array:
+            start = int(draw.integers(len(stock) - most))
+            return stock[start : start + math.prod(shape)].reshape(shape)
+
+        return somewhere
     key = xp.random.key(SEED)
 
     def normals(shape: tuple[int, ...]) -> Array:

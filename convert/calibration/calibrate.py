@@ -123,23 +123,28 @@ def _begin(
 ) -> Generator[tuple[str, AffineCodes], None, tuple[Float32, Float32, Float32]]:
     """Codes of the embedding, if it has a format; returns both streams and the uncertainty."""
     config = weights.config
-    embedding = weights.matrix(layout.EMBEDDING)
-    original = embedding[windows]
     hidden = hidden_states(weights, [windows], progress=report, keep=ahead)[0]
-    head = embedding if config.tie_word_embeddings else weights.matrix(head_path(config))
-    uncertainty = _uncertainty(hidden, head)
-    if spec is not None:
-        second = _reader_moments(weights, head)
-        if config.tie_word_embeddings:
-            inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
-            second = row_share * second + (1 - row_share) * damped(inputs.T @ inputs)
-            del inputs
-        # Each term is damped already.
-        objective = Objective(Curvature.of(second.astype(np.float32), damping=0.0))
-        codes = fit(embedding, spec, objective, scale_type)
-        embedding = dequantize(codes)
-        yield layout.EMBEDDING, codes
-    return original, embedding[windows], uncertainty
+    # Head and embedding are the largest matrices, so one of them is held at a time.
+    table = weights.matrix(head_path(config))
+    uncertainty = _uncertainty(hidden, table)
+    second = _reader_moments(weights, table) if spec is not None else np.zeros(())
+    if not config.tie_word_embeddings:
+        del table
+        table = weights.matrix(layout.EMBEDDING)
+    original = table[windows]
+    if spec is None:
+        return original, original.copy(), uncertainty
+    if config.tie_word_embeddings:
+        inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
+        second = row_share * second + (1 - row_share) * damped(inputs.T @ inputs)
+        del inputs
+    # Each term is damped already.
+    objective = Objective(Curvature.of(second.astype(np.float32), damping=0.0))
+    codes = fit(table, spec, objective, scale_type)
+    del table
+    yield layout.EMBEDDING, codes
+    rows, places = np.unique(windows, return_inverse=True)
+    return original, dequantize(codes.rows(rows))[places.reshape(windows.shape)], uncertainty
 
 
 def _uncertainty(hidden: Float32, head: Float32) -> Float32:

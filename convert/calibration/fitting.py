@@ -99,21 +99,22 @@ def fit(
     weight: Float32, spec: QuantSpec, objective: Objective, scale_type: ScaleType
 ) -> AffineCodes:
     """The best codes known for one matrix `[rows, columns]`; rows are independent."""
-    curvature, found = objective.curvature, []
+    curvature = objective.curvature
+    found = AffineCodes.blank(weight.shape, spec)
     grouped = _in_groups(curvature, spec)
     for part in blocks(len(weight), BLOCK_ROWS):
         target = objective.target(weight, part)
         if grouped is not None:
-            start = fit_in_groups(target, spec, grouped, scale_type)
-            best = descent.improve(target, start, curvature, scale_type, rounds=1)
+            start, rounds = fit_in_groups(target, spec, grouped, scale_type), 1
         else:
             start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
-            start = gptq.round_in_order(target, start, curvature)
-            best = descent.improve(target, start, curvature, scale_type)
+            start, rounds = gptq.round_in_order(target, start, curvature), None
         if spec.bits <= ANNEALED_BITS:
-            best = annealing.anneal(target, best, curvature, scale_type)
-        found.append(best.as_codes())
-    return AffineCodes.joined(found)
+            best = annealing.anneal(target, start, curvature, scale_type)
+        else:
+            best = descent.improve(target, start, curvature, scale_type, rounds)
+        found.put(part, best.as_codes())
+    return found
 
 
 def _in_groups(curvature: Curvature, spec: QuantSpec) -> Curvature | None:

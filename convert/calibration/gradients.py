@@ -30,7 +30,7 @@ from apertus_mlx.errors import ResourceError
 from apertus_mlx.quant.arrays import Float32
 
 # Tokens that go back through a layer at once. MLX holds what it computes for them meanwhile.
-BACKWARD_TOKENS = 1024
+BACKWARD_TOKENS = 512
 # How far the pass back is.
 BACKWARD = "backward.npz"
 
@@ -137,12 +137,16 @@ def trace_layers(
             raise ResourceError(
                 f"{streams[index]}: was damaged or taken away meanwhile; start again"
             )
-        before, pieces = kept["stream"], []
-        for part in batches(len(windows), windows.shape[1], BACKWARD_TOKENS):
+        before, (count, length) = kept["stream"], windows.shape
+        whole: list[Trace] = []
+        for part in batches(count, length, BACKWARD_TOKENS):
             earlier, traces = backward(layer, mx.array(before[part]), mx.array(gradient[part]))
             gradient[part] = np.array(earlier)
-            pieces.append(traces)
-        use([_joined(same) for same in zip(*pieces, strict=True)])
+            whole = whole or [_blank(trace, count * length) for trace in traces]
+            for trace, some in zip(whole, traces, strict=True):
+                _put(trace, slice(part.start * length, part.stop * length), some)
+            del earlier, traces
+        use(whole)
         reached_back.reach({"left": index}, {"gradient": gradient, "log_total": log_total})
         progress(2 * depth - index)
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)
@@ -171,12 +175,16 @@ def _rows(x: mx.array) -> Float32:
     return np.array(x).reshape(-1, x.shape[-1])
 
 
-def _joined(traces: tuple[Trace, ...]) -> Trace:
-    """The same matrices' traces of several batches, one after the other."""
-    return Trace(
-        np.concatenate([trace.inputs for trace in traces]),
-        {
-            path: np.concatenate([trace.gradients[path] for trace in traces])
-            for path in traces[0].gradients
-        },
-    )
+def _blank(trace: Trace, tokens: int) -> Trace:
+    """Room for the traces of the same matrices of so many tokens."""
+
+    def room(rows: Float32) -> Float32:
+        return np.empty((tokens, rows.shape[1]), np.float32)
+
+    return Trace(room(trace.inputs), {path: room(rows) for path, rows in trace.gradients.items()})
+
+
+def _put(trace: Trace, part: slice, some: Trace) -> None:
+    trace.inputs[part] = some.inputs
+    for path, rows in some.gradients.items():
+        trace.gradients[path][part] = rows

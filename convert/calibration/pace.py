@@ -17,7 +17,7 @@ PACE = "pace.npz"
 # Operations of a fit for each weight, and for each weight and column.
 PER_WEIGHT, PER_WEIGHT_AND_COLUMN = 30_000, 9
 # More of both where codes are searched for.
-PER_ANNEALED_WEIGHT, PER_ANNEALED_WEIGHT_AND_COLUMN = 160_000, 17
+PER_ANNEALED_WEIGHT, PER_ANNEALED_WEIGHT_AND_COLUMN = 20_000, 3
 
 
 class Pace:

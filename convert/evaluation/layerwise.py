@@ -25,10 +25,10 @@ from apertus_mlx.model.apertus import DecoderLayer
 from apertus_mlx.quant.affine import round_scales
 from apertus_mlx.quant.arrays import Float32, blocks
 
-# Tokens that go through a layer at once.
-BATCH_TOKENS = 4096
-# Logits that are held at once.
-BLOCK_LOGITS = 1 << 24
+# Tokens that go through a layer at once on a GPU; without one fewer are as quick.
+BATCH_TOKENS, FEWER_TOKENS = 4096, 1024
+# Logits that are held at once, and the fewest tokens whose product with a head is quick.
+BLOCK_LOGITS, BLOCK_TOKENS = 1 << 21, 128
 
 
 class Weights(Protocol):
@@ -173,14 +173,15 @@ class Layer:
         return self.add(3, self.add(1, residual))
 
 
-def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
-    """Windows that go through a layer at once, `tokens` or one window."""
-    return blocks(windows, tokens // length)
+def batches(windows: int, length: int, most: int | None = None) -> Iterator[slice]:
+    """Windows that go through a layer at once: `most` tokens, or one window."""
+    tokens = BATCH_TOKENS if has_gpu() else FEWER_TOKENS
+    return blocks(windows, min(most or tokens, tokens) // length)
 
 
 def logit_blocks(tokens: int, vocabulary: int) -> Iterator[slice]:
     """Tokens whose logits are held at once."""
-    return blocks(tokens, BLOCK_LOGITS // vocabulary)
+    return blocks(tokens, max(BLOCK_LOGITS // vocabulary, BLOCK_TOKENS))
 
 
 def run_layer(layer: Callable[[mx.array], mx.array], residual: Float32) -> None:

@@ -59,7 +59,7 @@ def test_a_fitted_layer_says_how_long_all_take(
     assert "calibration       about 3 minutes here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("bits", "each", "by_column"), [(2, 190_000, 26), (3, 30_000, 9)])
+@pytest.mark.parametrize(("bits", "each", "by_column"), [(2, 50_000, 12), (3, 30_000, 9)])
 def test_operations_of_a_pass(tmp_path: Path, bits: int, each: int, by_column: int) -> None:
     """Counted by hand for 10 tokens: q and o are alike, k and v too, then come up and down."""
     source = make_work("plain", tmp_path).source

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.convert.calibration import fitting
+from apertus_mlx.convert.calibration.calibrate import quantize_model
 from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
 from apertus_mlx.convert.calibration.tuning import Tuning
+from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.plan import plan
 from apertus_mlx.convert.plan.plan import calibration_memory_bytes
+from apertus_mlx.convert.sources import reading
+from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.quant import curvature
 from apertus_mlx.quant.spec import QuantSpec
-from tests.builders import config_4x
+from tests.builders import config_4x, write_checkpoint
 
 COLUMNS, ROWS = 1536, 16
 
@@ -55,6 +61,34 @@ def test_the_second_factor_of_fits_in_groups_is_counted(monkeypatch: pytest.Monk
         held.append(held_at_most())
     assert held[0] - held[1] > 0.9 * 4 * COLUMNS**2
     assert planned[0] - planned[1] == pytest.approx(held[0] - held[1], rel=0.15)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_is_held_once(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the largest matrix: beside it stand its codes, and what fits a block of its rows."""
+    # What is held of it at once while it is read and fitted.
+    monkeypatch.setattr(fitting, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 2**16)
+    config = config_4x(vocab_size=20_000, tie_word_embeddings=tied)
+    folder = write_checkpoint(tmp_path / "model", config)
+    numbers = 20_000 * config["hidden_size"]
+    with Reader(folder) as reader:
+        weights = open_weights(folder, reader)
+        specs = {layout.EMBEDDING: QuantSpec(4, 64)}
+        tracemalloc.start()
+        try:
+            peaks = []
+            for _ in quantize_model(weights, specs, np.arange(8).reshape(2, 4)):
+                peaks.append(tracemalloc.get_traced_memory()[1] / numbers)
+                tracemalloc.reset_peak()
+            peaks.append(tracemalloc.get_traced_memory()[1] / numbers)
+        finally:
+            tracemalloc.stop()
+    # Bytes of a weight in float32 and of its code; afterwards of the code.
+    assert peaks[0] < 4 + 1 + 1
+    assert peaks[1] < 1 + 1
 
 
 def test_text_that_the_original_writes_is_counted() -> None:
