@@ -24,8 +24,8 @@ from tests.builders import config_4x, write_checkpoint
 TEXT = "\n\n".join(f"Line {n} has {n * n} birds, and the sea is calm today." for n in range(20))
 REQUESTS = {
     "plain": Request(QuantSpec(4, 64)),
-    "gptq": Request(QuantSpec(2, 32), method="gptq", smooth=True),
-    "tuned": Request(QuantSpec(3, 32), method="gptq", tune=True),
+    "gptq": Request(QuantSpec(2, 32), method="gptq", smooth=True, rotate=True),
+    "tuned": Request(QuantSpec(2, 32), method="gptq", tune=True),
     "target": Request(target=Target(4.5, group_size=32), method="gptq"),
 }
 KINDS = (*REQUESTS, "distill")

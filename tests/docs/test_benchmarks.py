@@ -18,6 +18,7 @@ from tests.house.test_house import ROOT
 # Arguments with which each is done in a minute or two: {model} is a folder of MLX weights in 4
 # bits, {new} a name in an empty folder.
 SHORT = {
+    "allocation_cost": "--bits 3 --rounds 1 --documents 60 --model apertus_mlx/hub/demo/model",
     "assignment_search": "--bits 2 --iterations 20 --rows 32",
     "batching": "{model} --rows 2 1 --rounds 1 --steps 2 --prompt-tokens 2",
     "convert_memory": "{new} --sizes 0.5B --repeats 1 --no-mlx-lm 0.5B",
