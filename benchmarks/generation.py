@@ -1,10 +1,12 @@
 """Fresh processes beside mlx-lm's: `--version`, load, first token, speed, peak memory.
 
     python -m benchmarks.generation MODEL_DIR [--json] [--rounds 3] [--prompt-tokens 32 256]
+        [--peers ours "mlx-lm float32"]
 
 Each figure is the median over rounds in which all run, in turn, as fresh processes; a ratio is
 the median of the rounds' ratios. `mlx-lm float32` is mlx-lm with the weights cast to float32,
 which is what it would need to be right without a GPU; `mlx-lm` is what it does by itself.
+Without a GPU that last one takes minutes for each process; `--peers` spares it.
 `apertus-mlx bench MODEL_DIR --against mlx-lm` measures speed when both are warm.
 """
 
@@ -64,13 +66,12 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, prompt_tokens: int) -> dict[str, Any]:
     """Medians per peer, and the median ratio of each figure to ours."""
-    rounds = [
-        {
-            peer: start(peer, arguments.model, prompt_tokens, arguments.new_tokens)
-            for peer in arguments.peers
-        }
-        for _ in range(arguments.rounds)
-    ]
+    rounds: list[dict[str, dict[str, float]]] = [{} for _ in range(arguments.rounds)]
+    for number, found in enumerate(rounds, 1):
+        for peer in arguments.peers:
+            at = f"prompt of {prompt_tokens} tokens, round {number} of {len(rounds)}: {peer}"
+            print(at, file=sys.stderr, flush=True)
+            found[peer] = start(peer, arguments.model, prompt_tokens, arguments.new_tokens)
     result: dict[str, Any] = {}
     for peer in arguments.peers:
         result[peer] = {
