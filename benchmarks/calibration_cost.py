@@ -127,6 +127,8 @@ def _measure(side: str, directory: Path, tokens: int, bits: int) -> dict[str, An
 
 def _ours(directory: Path, windows: Any, bits: int, embedding: bool) -> Callable[[], None]:
     """What `convert --method gptq` does before it writes: codes of all matrices, on disk."""
+    import mlx.core as mx
+
     from apertus_mlx.checkpoint import layout
     from apertus_mlx.checkpoint.config import read_config
     from apertus_mlx.checkpoint.tensors import open_checkpoint
@@ -134,7 +136,9 @@ def _ours(directory: Path, windows: Any, bits: int, embedding: bool) -> Callable
     from apertus_mlx.convert.evaluation.texts import Sample, TextSet
     from apertus_mlx.convert.plan.planning import make_plan
     from apertus_mlx.convert.plan.policy import Request, Rule
+    from apertus_mlx.convert.sources.reading import Reader, block_rows
     from apertus_mlx.convert.sources.recognise import recognise
+    from apertus_mlx.quant.arrays import blocks
     from apertus_mlx.quant.spec import QuantSpec
 
     def quantize() -> None:
@@ -146,14 +150,13 @@ def _ours(directory: Path, windows: Any, bits: int, embedding: bool) -> Callable
         with tempfile.TemporaryDirectory() as folder:
             make_codes(plan, directory, calibration, Path(folder), lambda *_: None)
         if not embedding:
-            import mlx.core as mx
-
-            from apertus_mlx.convert.evaluation.layerwise import open_weights
-            from apertus_mlx.convert.sources.reading import Reader
-
+            # As it is written: block by block.
+            matrix = source.matrices[layout.EMBEDDING]
+            width = 2 * config.hidden_size
             with Reader(directory) as reader:
-                weight = open_weights(directory, reader).matrix(layout.EMBEDDING)
-                mx.eval(mx.quantize(mx.array(weight), GROUP_SIZE, bits))
+                for part in blocks(config.vocab_size, block_rows(width)):
+                    rows = matrix.read(reader, part.start, part.stop)
+                    mx.eval(mx.quantize(rows, GROUP_SIZE, bits))
 
     return quantize
 

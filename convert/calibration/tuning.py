@@ -3,9 +3,9 @@
 Calibration fits each matrix to its own inputs. Here all of them learn together to predict what the
 original predicts, on windows of the calibration text. The original writes more of them itself, and
 codes are calibrated on these too (`with_own_text`). Other windows of the text, which nothing learns
-from, say when the result is best and whether it is better than before; else nothing changes. The
-text that the output is judged by is in neither. In large models codes stay
-(`plan.trained_by_tuning`), and no text is written.
+from, say whether the result is better than before; else nothing changes. The text that the output
+is judged by is in neither. In large models codes stay (`plan.trained_by_tuning`), and no text is
+written.
 
 What is learnt lies beside the codes (`calibrated.read_codes`).
 """
@@ -129,7 +129,7 @@ class Tuning:
         least, most = EPOCHS
         trained = trained_by_tuning(self.config)
         epochs = min(max(TOKENS_SEEN[trained] // max(self.tokens, 1), least), most)
-        # While codes change fast, states are worse than before; the rate has to fall to nothing.
+        # While codes change fast, states are worse than before: the rate has to fall to nothing.
         return Options(trained, epochs, LEARNING_RATES[trained], 0.0, TOP_K, patience=None)
 
     @property
@@ -203,7 +203,7 @@ def tune(
     history: Sequence[Validation] = []
     if tuning.is_possible:
         student, history = _train(tuning, plan, source, folder, progress)
-        if best(history).step > 0:
+        if best(history, ends=True).step > 0:
             _save(plan, student, folder)
     (folder / TUNED).mkdir(exist_ok=True)
     record = _record(tuning, history)
@@ -230,7 +230,7 @@ def _record(tuning: Tuning, history: Sequence[Validation]) -> dict[str, Any]:
         found |= {
             "tokens_seen": history[-1].tokens,
             "kl_before": history[0].held_out_divergence,
-            "kl_after": best(history).held_out_divergence,
+            "kl_after": best(history, ends=True).held_out_divergence,
         }
     return found
 

@@ -311,6 +311,37 @@ def codes(folder: Path) -> dict[str, bytes]:
     return {n: np.array(a).tobytes() for n, a in arrays.items() if a.dtype == mx.uint32}
 
 
+@pytest.mark.parametrize(("patience", "kept"), [(8, 2), (None, -1)])
+def test_a_run_to_the_end_keeps_its_last_state(
+    teacher: Path, student: Path, texts: Path, tmp_path: Path,
+    patience: int | None, kept: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where validations say that the third was the closest; a run that can stop early takes it."""
+    small_batches(monkeypatch)
+    states: list[dict[str, bytes]] = []
+
+    class Watched(training.Training):
+        def _validate(self, *given: Any) -> training.Validation:
+            found = super()._validate(*given)
+            states.append(self.state())
+            seeming = {0: 1.0, 2: 0.1}.get(len(states) - 1, 0.5)
+            return replace(found, held_out_divergence=seeming)
+
+        def run(self, progress: Any) -> Any:
+            history = super().run(progress)
+            states.append(self.state())
+            return history
+
+        def state(self) -> dict[str, bytes]:
+            return {name: np.array(a).tobytes() for name, a in tree_flatten(self._parameters())}
+
+    monkeypatch.setattr("apertus_mlx.convert.distill.run.Training", Watched)
+    distill(make_job(teacher, student, texts, patience=patience), tmp_path / "out")
+    *judged, final = states
+    assert len(judged) > 3 and judged[2] != judged[-1]
+    assert final == judged[kept]
+
+
 def test_what_was_trained_is_what_is_stored(
     teacher: Path, student: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

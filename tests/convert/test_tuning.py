@@ -111,7 +111,7 @@ def test_the_codes_are_those_of_the_calibration(
     monkeypatch.setattr(tuning, "EPOCHS", (1, 1))
     # Whether that is any better or not.
     for module in (training, tuning):
-        monkeypatch.setattr(module, "best", lambda history: history[-1])
+        monkeypatch.setattr(module, "best", lambda history, *_, **__: history[-1])
     source = shorter(source, tmp_path)
     found = job(source, replace(REQUEST, tune=True))
     (tmp_path / "codes").mkdir()
@@ -167,7 +167,7 @@ def test_what_has_learnt_is_what_is_written(
     monkeypatch.setattr(training, "CODES_FACTOR", 10)
     monkeypatch.setattr(tuning, "LEARNING_RATES", {"weights": 1e-2})
     for module in (training, tuning):
-        monkeypatch.setattr(module, "best", lambda history: history[-1])
+        monkeypatch.setattr(module, "best", lambda history, *_, **__: history[-1])
     kept = []
     changed = 0
 
