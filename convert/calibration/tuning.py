@@ -66,9 +66,9 @@ TRAINING, RECORD, OWN = "tuning", "record.npz", "own.npz"
 DECIDING_EVERY, MOST_DECIDING = 16, 16
 # How often the text is seen: little text more often, and more of it where codes learn.
 EPOCHS, TOKENS_SEEN = (4, 24), {"weights": 1 << 20, "scales": 1 << 18}
-# Of scales and biases, relative to the typical scale, where codes learn and where they stay. At
-# 2e-3 and 3e-3 codes change on too little evidence, at 5e-4 too few do.
-LEARNING_RATES = {"weights": 1e-3, "scales": 2e-3}
+# Of scales and biases, relative to the typical scale, where codes learn and where they stay; and
+# how much faster codes move: twice that, and they change on too little evidence.
+LEARNING_RATES, CODES_FACTOR = {"weights": 1e-3, "scales": 2e-3}, 10.0
 # Tokens that the original names at each position; all others count as one.
 TOP_K = 128
 
@@ -130,7 +130,10 @@ class Tuning:
         trained = trained_by_tuning(self.config)
         epochs = min(max(TOKENS_SEEN[trained] // max(self.tokens, 1), least), most)
         # While codes change fast, states are worse than before: the rate has to fall to nothing.
-        return Options(trained, epochs, LEARNING_RATES[trained], 0.0, TOP_K, patience=None)
+        return Options(
+            trained, epochs, LEARNING_RATES[trained], 0.0, TOP_K, patience=None,
+            codes_factor=CODES_FACTOR,
+        )  # fmt: skip
 
     @property
     def resources(self) -> Resources:

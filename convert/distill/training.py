@@ -30,9 +30,6 @@ from apertus_mlx.model.apertus import Model
 from apertus_mlx.system.whole_file import whole_file
 
 WARMUP_SHARE = 0.05
-# How much faster codes move. At the default rate half a step, where a code changes, takes some 25
-# batches that agree; changes on less evidence do harm.
-CODES_FACTOR = 20.0
 # How often a run is judged and saved.
 VALIDATIONS = 20
 STATE_FILE = "state.safetensors"
@@ -45,7 +42,7 @@ class Options:
 
     trained: Trained = "weights"
     epochs: int = 1
-    # Of scales, biases and norms; codes move `CODES_FACTOR` times as fast.
+    # Of scales, biases and norms.
     learning_rate: float = 1e-3
     # How much the text itself counts beside the teacher.
     text_share: float = 0.1
@@ -55,6 +52,9 @@ class Options:
     # Validations without a better one after which a run ends; None: it goes on to the end, and the
     # last state is kept, or the first.
     patience: int | None = 8
+    # How much faster codes move. At the default rate half a step, where a code changes, takes some
+    # 25 batches that agree; changes on less evidence do harm.
+    codes_factor: float = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,7 @@ def codes_reach(options: Options, steps: int) -> float:
     Adam moves a number by its rate at most, but for gradients that are mostly nothing. Below half
     a step no code changes.
     """
-    return CODES_FACTOR * options.learning_rate * (steps / 2 + 1)
+    return options.codes_factor * options.learning_rate * (steps / 2 + 1)
 
 
 def _make_optimizer(options: Options, steps: int) -> optimizers.MultiOptimizer:
@@ -240,7 +240,7 @@ def _make_optimizer(options: Options, steps: int) -> optimizers.MultiOptimizer:
         return optimizers.Adam(rate, bias_correction=True)
 
     return optimizers.MultiOptimizer(
-        [adam(CODES_FACTOR * options.learning_rate), adam(options.learning_rate)],
+        [adam(options.codes_factor * options.learning_rate), adam(options.learning_rate)],
         [lambda path, _: path.endswith(CODES)],
     )
 

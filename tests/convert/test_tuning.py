@@ -164,7 +164,6 @@ def test_what_has_learnt_is_what_is_written(
     # The embedded model's tokens are longer, and so fewer.
     monkeypatch.setattr(tuning, "EPOCHS", (8, 8) if "vocab" in changes else (2, 2))
     # Far steps, and the last state is kept, though it is no better.
-    monkeypatch.setattr(training, "CODES_FACTOR", 10)
     monkeypatch.setattr(tuning, "LEARNING_RATES", {"weights": 1e-2})
     for module in (training, tuning):
         monkeypatch.setattr(module, "best", lambda history, *_, **__: history[-1])
