@@ -21,6 +21,7 @@ SHORT = {
     "allocation_cost": "--bits 3 --rounds 1 --documents 60 --model apertus_mlx/hub/demo/model",
     "assignment_search": "--bits 2 --iterations 20 --rows 32",
     "batching": "{model} --rows 2 1 --rounds 1 --steps 2 --prompt-tokens 2",
+    "calibration_cost": "{new} --size tiny --layers 1 --tokens 512",
     "convert_memory": "{new} --sizes 0.5B --repeats 1 --no-mlx-lm 0.5B",
     "cpu_memory": "{model} --prompt-tokens 32 --forms full",
     "decode_estimates": "",
