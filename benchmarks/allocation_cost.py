@@ -5,8 +5,8 @@
 
 `convert --bits N --method gptq` and `convert --target-size`, with the bytes of the former, one
 after the other in each round. Seconds are those of the processor for the whole process, which
-reads the texts, calibrates, writes and judges; the least of all rounds. Without `--model` these are
-the embedded model and the one that `tests.trained_model` trains first (half a minute).
+reads the texts, calibrates, writes and judges; the least of all rounds. Models are those of
+`--model`, else the embedded one and that which `tests.trained_model` trains first (half a minute).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         text = _text(work / "text.jsonl", arguments.documents)
-        models = {model.name: model for model in arguments.model}
-        for name, model in (models or {"embedded": model_dir(), "trained": _trained(work)}).items():
+        models = [(model.name, model.resolve()) for model in arguments.model]
+        for name, model in models or [("embedded", model_dir()), ("trained", _trained(work))]:
             sums = [0.0, 0.0]
             for bits in arguments.bits:
                 seconds = _both(model, bits, text, work, arguments.rounds)

@@ -1,4 +1,4 @@
-"""What searches for codes find beyond the nearest minimum, which descent ends in.
+"""What searches for codes find beyond the minimum near which descent ends.
 
     python -m benchmarks.assignment_search [--bits 2 3] [--iterations 400] [--rows 128]
 
@@ -8,8 +8,9 @@ It is drawn with Gumbel noise at a temperature that falls from 2 to 0.05, and le
 (Lion, "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675) at a rate that falls to
 nothing along a cosine; scales are fitted again on the way. This is the manner of GSQ (arXiv
 2604.18556), on the objective that GPTQ has. The likeliest levels are then lowered by the same
-descent. Beside it stand annealing (`quant.annealing`) and more of the descent alone. Shares are of
-the objective that descent leaves.
+descent. Beside it stand more of the descent alone, and annealing (`quant.annealing`), which takes
+the place of descent in calibration and so begins where that begins. Shares are of the objective
+that descent leaves.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ STEEPNESS = 4
 REFIT_EVERY = 20
 # Of descent alone: it has long come to rest.
 ROUNDS = 20
-# So that annealing takes as long as the relaxed search.
-LONGER = 8
+# So that annealing takes about as long as the relaxed search.
+LONGER = 20
 
 
 def main() -> None:
@@ -72,14 +73,14 @@ def _compared(
     spec, curvature = QuantSpec(bits, GROUP_SIZE), objective.curvature
     target, grouped = objective.target(weight, slice(None)), curvature.in_groups(GROUP_SIZE)
     assert grouped is not None
-    start = fit_in_groups(target, spec, grouped, "BF16")
-    start = descent.improve(target, start, curvature, rounds=1)
+    begun = fit_in_groups(target, spec, grouped, "BF16")
+    start = descent.improve(target, begun, curvature, rounds=1)
     whole = float(gptq.row_errors(target, start, curvature).sum())
     searches: dict[str, Callable[[], Columns]] = {
         "more descent": lambda: descent.improve(target, start, curvature, rounds=ROUNDS),
-        "annealing": lambda: annealing.anneal(target, start, curvature),
+        "annealing": lambda: annealing.anneal(target, begun, curvature),
         f"annealing, {LONGER} times as long": lambda: annealing.anneal(
-            target, start, curvature, rounds=LONGER * annealing.ROUNDS
+            target, begun, curvature, rounds=LONGER * annealing.ROUNDS
         ),
     }
     for count in iterations:

@@ -147,6 +147,7 @@ def trace_layers(
                 _put(trace, slice(part.start * length, part.stop * length), some)
             del earlier, traces
         use(whole)
+        del layer, whole, trace, some
         reached_back.reach({"left": index}, {"gradient": gradient, "log_total": log_total})
         progress(2 * depth - index)
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)

@@ -172,9 +172,9 @@ def calibration_memory_bytes(config: ModelConfig, tune: bool = False) -> int:
     # Moments, factor and what is missing, or a second factor too; and what fits 2,048 rows.
     squares = max(3 * widest**2, 4 * min(widest, GROUPWISE_COLUMNS) ** 2)
     moments = squares + 12 * min(2048, hidden) * widest
-    # A table, a byte for each of its codes, and what fits 2,048 rows.
-    embedding = 5 * config.vocab_size * hidden // 4
-    embedding += 12 * min(2048, config.vocab_size) * hidden
+    # A table, a byte for each of its codes, and what fits 2,048 rows; the heads that are compared.
+    table = config.vocab_size * hidden
+    embedding = max(5 * table // 4 + 12 * min(2048, config.vocab_size) * hidden, 2 * table)
     return 4 * (max(2 * layer + moments, embedding) + streams)
 
 

@@ -155,6 +155,7 @@ def test_progress_goes_on_while_logits_are_compared(
 ) -> None:
     """It is told after each block of them."""
     monkeypatch.setattr(layerwise, "BLOCK_LOGITS", 384 * 50)
+    monkeypatch.setattr(layerwise, "BLOCK_TOKENS", 1)
     told: list[int | None] = []
 
     def watched(*arguments: Any) -> Any:

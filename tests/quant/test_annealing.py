@@ -13,7 +13,8 @@ from apertus_mlx.quant.curvature import Curvature
 from apertus_mlx.quant.spec import QuantSpec
 from tests.quant.test_gptq import correlated, gaussian
 
-ROWS, COLUMNS = 64, 192
+# More columns than are taken up at once.
+ROWS, COLUMNS = 64, 320
 
 
 def at_rest(
