@@ -77,7 +77,7 @@ def _normals(xp: Any, most: int) -> Callable[[tuple[int, ...]], Array]:
         stock = draw.standard_normal(STOCK * most, np.float32)
 
         def somewhere(shape: tuple[int, ...]) -> Array:
-            start = int(draw.integers(len(stock) - most + 1))
+            start = int(draw.integers(len(stock) - most))
             return stock[start : start + math.prod(shape)].reshape(shape)
 
         return somewhere
