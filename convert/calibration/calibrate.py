@@ -127,12 +127,12 @@ def _begin(
     # Head and embedding are the largest matrices, so one of them is held at a time.
     table = weights.matrix(head_path(config))
     uncertainty = _uncertainty(hidden, table)
-    second = _reader_moments(weights, table) if spec is not None else np.zeros(())
+    second = None if spec is None else _reader_moments(weights, table)
     if not config.tie_word_embeddings:
         del table
         table = weights.matrix(layout.EMBEDDING)
     original = table[windows]
-    if spec is None:
+    if spec is None or second is None:
         return original, original.copy(), uncertainty
     if config.tie_word_embeddings:
         inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
