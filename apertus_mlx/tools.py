@@ -684,7 +684,7 @@ def distill(
         )
     target = Path(out) if out is not None else Path(f"{Path(student).resolve().name}-distilled")
     outcome = run(job, target, resume, _observer(progress))
-    first, kept = outcome.history[0], best(outcome.history)
+    first, kept = outcome.history[0], best(outcome.history, options)
     _log.info(
         f"divergence from the teacher on held-out text: {first.held_out_divergence:.4f} -> "
         f"{kept.held_out_divergence:.4f} nats"

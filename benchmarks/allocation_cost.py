@@ -23,7 +23,7 @@ from pathlib import Path
 
 from apertus_mlx.hub.demo import model_dir
 from benchmarks.quantizer_methods import CALIBRATION_SEED, recipe_texts
-from benchmarks.quantizers import ROOT
+from benchmarks.quantizers import ROOT, train
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         work = Path(temporary)
         text = _text(work / "text.jsonl", arguments.documents)
         models = [(model.name, model.resolve()) for model in arguments.model]
-        for name, model in models or [("embedded", model_dir()), ("trained", _trained(work))]:
+        for name, model in models or [("embedded", model_dir()), ("trained", train(work))]:
             sums = [0.0, 0.0]
             for bits in arguments.bits:
                 seconds = _both(model, bits, text, work, arguments.rounds)
@@ -86,14 +86,6 @@ def _text(file: Path, count: int) -> Path:
             key = "text" if isinstance(document.content, str) else "messages"
             lines.write(json.dumps({key: document.content}) + "\n")
     return file
-
-
-def _trained(work: Path) -> Path:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trained_model", str(work)],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return Path(done.stdout.strip().splitlines()[-1])
 
 
 def _row(name: str, bits: str, seconds: Sequence[float]) -> str:

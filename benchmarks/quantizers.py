@@ -114,7 +114,7 @@ def main() -> None:
         work = arguments.work or Path(temporary)
         place = (arguments.environments or work / "environments").resolve()
         for name in [WITNESS] if arguments.model else arguments.models:
-            directory = arguments.model or (model_dir() if name == "embedded" else _train(work))
+            directory = arguments.model or (model_dir() if name == "embedded" else train(work))
             for bits in arguments.bits:
                 for case in _cases(
                     methods, name, directory, bits, arguments.windows, arguments.text, place,
@@ -144,7 +144,8 @@ def _cases(
             yield Case(method, directory, bits, length, count, text, environments, judge_seed)
 
 
-def _train(work: Path) -> Path:
+def train(work: Path) -> Path:
+    """The folder of the model that `tests.trained_model` trains, in `work`."""
     done = _child("tests.trained_model", str(work))
     return Path(done.strip().splitlines()[-1])
 

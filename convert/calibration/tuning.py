@@ -206,7 +206,7 @@ def tune(
     history: Sequence[Validation] = []
     if tuning.is_possible:
         student, history = _train(tuning, plan, source, folder, progress)
-        if best(history, ends=True).step > 0:
+        if best(history, tuning.options).step > 0:
             _save(plan, student, folder)
     (folder / TUNED).mkdir(exist_ok=True)
     record = _record(tuning, history)
@@ -233,7 +233,7 @@ def _record(tuning: Tuning, history: Sequence[Validation]) -> dict[str, Any]:
         found |= {
             "tokens_seen": history[-1].tokens,
             "kl_before": history[0].held_out_divergence,
-            "kl_after": best(history, ends=True).held_out_divergence,
+            "kl_after": best(history, tuning.options).held_out_divergence,
         }
     return found
 

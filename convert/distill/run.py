@@ -313,7 +313,7 @@ def _record(job: Job, history: Sequence[Validation]) -> dict[str, Any]:
         "held_out_windows": len(job.held_out),
         **asdict(job.options),
         "tokens_seen": history[-1].tokens,
-        "best_step": best(history, job.options.patience is None).step,
+        "best_step": best(history, job.options).step,
         "history": [asdict(validation) for validation in history],
     }
 

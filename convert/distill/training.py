@@ -136,7 +136,10 @@ class Training:
 
     def _is_stale(self, history: Sequence[Validation]) -> bool:
         patience = self._options.patience
-        return patience is not None and len(history) - 1 - history.index(best(history)) >= patience
+        return (
+            patience is not None
+            and len(history) - 1 - history.index(best(history, self._options)) >= patience
+        )
 
     def _take_stock(self, state: _State) -> None:
         """Validate the student, keep it if it is the best so far, and save where the run stands."""
@@ -150,10 +153,9 @@ class Training:
 
     def _is_best(self, state: _State) -> bool:
         """Whether the weights as they are now would be kept."""
-        to_the_end = self._options.patience is None
-        if to_the_end and state.step < self.steps:
+        if self._options.patience is None and state.step < self.steps:
             return False
-        return state.history[-1] == best(state.history, to_the_end)
+        return state.history[-1] == best(state.history, self._options)
 
     def _validate(self, step: int, tokens: int, training_loss: float | None) -> Validation:
         losses, divergences, count = 0.0, 0.0, 0
@@ -263,13 +265,13 @@ def _finite(loss: mx.array, step: int) -> float:
     return value
 
 
-def best(history: Sequence[Validation], ends: bool = False) -> Validation:
+def best(history: Sequence[Validation], options: Options) -> Validation:
     """The validation whose weights are kept: the closest to the teacher on held-out windows.
 
-    With `ends` it is the first or the last. On few windows a state on the way, while the rate is
-    still high, can seem the closest by chance.
+    Of a run that goes on to the end it is the first or the last: on few windows a state on the way,
+    while the rate is still high, can seem the closest by chance.
     """
-    among = (history[0], history[-1]) if ends else history
+    among = history if options.patience is not None else (history[0], history[-1])
     return min(among, key=lambda validation: validation.held_out_divergence)
 
 
@@ -279,7 +281,7 @@ def text_note(options: Options, history: Sequence[Validation]) -> str | None:
     That is where the loss on held-out windows fell, but not the divergence in it.
     """
     first, lowest = history[0], min(each.held_out_loss for each in history)
-    if not options.text_share or best(history) != first or lowest >= first.held_out_loss:
+    if not options.text_share or best(history, options) != first or lowest >= first.held_out_loss:
         return None
     return (
         f"--text-share {options.text_share:g}: the student followed the text and came no nearer "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +21,7 @@ from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
 from apertus_mlx.cli.app import app
-from apertus_mlx.convert.calibration import allocation, held_out_comparison
+from apertus_mlx.convert.calibration import allocation, gradients, held_out_comparison
 from apertus_mlx.convert.calibration.allocation import Unit, allocate_bits, choose_formats
 from apertus_mlx.convert.calibration.calibrated import Calibration, prepare_calibration
 from apertus_mlx.convert.calibration.gradients import backward, trace_layers
@@ -465,3 +466,27 @@ def test_streams_of_the_whole_model(tmp_path: Path) -> None:
     assert seen == [1, 2, 3, 4]
     expected = np.array(load_model(folder, "float32")(mx.array(windows))).reshape(18, -1)
     assert np.allclose(ends.log_total, np.log(np.exp(expected).sum(-1)), atol=1e-4)
+
+
+def test_traces_are_let_go_before_the_next_layer_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of all tokens, and a layer is as large."""
+    folder = write_checkpoint(tmp_path / "model", config_4x())
+    windows = np.random.default_rng(0).integers(0, 384, (2, 9))
+    seen: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    class Watched(gradients.Layer):
+        def __init__(self, *given: Any) -> None:
+            alive.append(sum(reference() is not None for reference in seen))
+            super().__init__(*given)
+
+    def use(traces: list[gradients.Trace]) -> None:
+        for trace in traces:
+            seen.extend(map(weakref.ref, (trace.inputs, *trace.gradients.values())))
+
+    monkeypatch.setattr(gradients, "Layer", Watched)
+    with Reader(folder) as reader:
+        trace_layers(open_weights(folder, reader), windows, 0, use, lambda _: None, tmp_path)
+    assert len(seen) > 8 and alive == [0] * 4

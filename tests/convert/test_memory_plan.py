@@ -15,6 +15,7 @@ from apertus_mlx.convert.calibration import fitting
 from apertus_mlx.convert.calibration.calibrate import quantize_model
 from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
 from apertus_mlx.convert.calibration.tuning import Tuning
+from apertus_mlx.convert.evaluation.evaluate import token_errors
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.plan import plan
 from apertus_mlx.convert.plan.plan import calibration_memory_bytes
@@ -89,6 +90,26 @@ def test_an_embedding_is_held_once(
     # Bytes of a weight in float32 and of its code; afterwards of the code.
     assert peaks[0] < 4 + 1 + 1
     assert peaks[1] < 1 + 1
+
+
+def test_the_heads_that_an_evaluation_compares_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both, in float32."""
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 2**16)
+    config = config_4x(vocab_size=60_000, tie_word_embeddings=True)
+    folder = write_checkpoint(tmp_path / "model", config)
+    hidden = [np.ones((1, 1, config["hidden_size"]), np.float32)]
+    with Reader(folder) as reader:
+        weights = open_weights(folder, reader)
+        tracemalloc.start()
+        try:
+            token_errors(weights, hidden, weights, hidden, [np.zeros((1, 1), np.int64)])
+            held = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    monkeypatch.setattr(plan, "CALIBRATION_TOKENS", 0)
+    assert 0.9 * held < calibration_memory_bytes(parse_config(config))
 
 
 def test_text_that_the_original_writes_is_counted() -> None:

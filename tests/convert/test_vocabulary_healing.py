@@ -88,7 +88,7 @@ def require_healed(
     before, after = (divergence(whole, model, job.held_out) for model in (student, out))
     print(f"{before:.4f} -> {after:.4f} nats")
     assert after < least * before
-    assert best(history).held_out_divergence < history[0].held_out_divergence
+    assert best(history, options).held_out_divergence < history[0].held_out_divergence
     manifest = json.loads((out / MANIFEST).read_bytes())
     assert manifest["vocabulary"] == json.loads((student / MANIFEST).read_bytes())["vocabulary"]
 
