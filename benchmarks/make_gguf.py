@@ -1,6 +1,6 @@
 """Makes random GGUF files of Apertus' real sizes, to time llama.cpp on. Needs the gguf package.
 
-    python make_gguf.py 0.5B OUT.gguf [Q4_0]
+    python -m benchmarks.make_gguf 0.5B OUT.gguf [Q4_0]
 
 Shapes are those of `make_checkpoint`; the output matrix is stored even where it is tied, because
 llama.cpp asks for it. The vocabulary is made up: nothing but timing makes sense with these files.
