@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,37 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The same examples in every run; --hypothesis-seed tries others.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+_whole_run = ExitStack()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--simulated-card", action="store_true", help="as on a GPU, see tests/simulated_card.py"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--simulated-card"):
+        from tests.simulated_card import simulated_card
+
+        _whole_run.enter_context(simulated_card())
+
+
+def pytest_unconfigure() -> None:
+    _whole_run.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what is marked `without_gpu` where MLX computes on one."""
+    from apertus_mlx.backend.hardware import has_gpu
+
+    if has_gpu():
+        left_out = pytest.mark.skip(reason="MLX computes on a GPU here")
+        for item in items:
+            if item.get_closest_marker("without_gpu"):
+                item.add_marker(left_out)
 
 
 def pytest_collection_finish() -> None:

@@ -1,8 +1,11 @@
-"""A GPU with memory of its own that takes no slices: MLX here, with what CUDA says and refuses."""
+"""A GPU with memory of its own that takes no slices: MLX here, with what CUDA says and refuses.
+
+`pytest --simulated-card` runs all tests so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +14,29 @@ import pytest
 
 NAME = "NVIDIA H100 80GB HBM3"
 REFUSAL = "[quantized_matmul] No implementation for problem shape: 1x64x300x8, transpose: true."
+GPU = mx.Device(mx.gpu, 0)
+# Of MLX, what makes or takes a device's stream.
+STREAMS = ("default_stream", "new_stream", "new_thread_local_stream", "new_thread_unsafe_stream")
 
 
-def refuse_slices(patch: pytest.MonkeyPatch) -> None:
-    """MLX's quantized product takes whole arrays only, as on CUDA."""
+def refuse_slices(patch: pytest.MonkeyPatch, here: Callable[[], bool] = lambda: True) -> None:
+    """MLX's quantized product takes whole arrays only, as on CUDA; `here`: whether it does now."""
     product = mx.quantized_matmul
 
     def whole_only(x: mx.array, *codes: mx.array, **settings: Any) -> mx.array:
-        mx.eval(codes)
-        if not all(memoryview(array).c_contiguous for array in codes):
+        given = [each for each in (*codes, *settings.values()) if isinstance(each, mx.array)]
+        mx.eval(given)
+        if here() and not all(map(_in_one_piece, given)):
             raise RuntimeError(REFUSAL)
         return product(x, *codes, **settings)
 
     patch.setattr(mx, "quantized_matmul", whole_only)
+
+
+def _in_one_piece(array: mx.array) -> bool:
+    # No buffer has a type of Python's for bfloat16; a view has the same strides.
+    viewed = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return memoryview(viewed).c_contiguous
 
 
 @contextmanager
@@ -35,14 +48,21 @@ def simulated_card(
         "device_name": NAME, "architecture": "sm_90", "uuid": "GPU-0", "total_memory": total_bytes,
         "free_memory": free_bytes, "compute_capability_major": 9,
     }  # fmt: skip
+    in_use: list[Any] = [GPU]
     mx.disable_compile()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mx, "default_device", object)
-            patch.setattr(mx, "gpu", mx.cpu)
+            patch.setattr(mx, "default_device", lambda: in_use[-1])
+            patch.setattr(mx, "set_default_device", in_use.append)
+            for name in STREAMS:
+                patch.setattr(mx, name, _of_the_processor(getattr(mx, name)))
             patch.setattr(mx, "device_info", lambda: dict(said))
             patch.setattr(mx.cuda, "is_available", lambda: True)
-            refuse_slices(patch)
+            refuse_slices(patch, lambda: bool(mx.default_device() != mx.cpu))
             yield patch
     finally:
         mx.enable_compile()
+
+
+def _of_the_processor(stream: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda device: stream(mx.cpu)

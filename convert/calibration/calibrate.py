@@ -16,7 +16,7 @@ import numpy as np
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
+from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit, quickest
 from apertus_mlx.convert.evaluation.layerwise import (
     Layer,
     Weights,
@@ -139,7 +139,7 @@ def _begin(
         second = row_share * second + (1 - row_share) * damped(inputs.T @ inputs)
         del inputs
     # Each term is damped already.
-    objective = Objective(Curvature.of(second.astype(np.float32), damping=0.0))
+    objective = Objective(Curvature.of(quickest(second.astype(np.float32)), damping=0.0))
     codes = fit(table, spec, objective, scale_type)
     del table
     yield layout.EMBEDDING, codes

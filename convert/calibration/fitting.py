@@ -38,10 +38,10 @@ class Moments:
     def __init__(self, *weights: Float32) -> None:
         columns = weights[0].shape[1]
         few_rows = len(weights) == 1 and 2 * len(weights[0]) < columns
-        self.weight = _quickest(weights[0]) if few_rows else None
-        self.second = _quickest(np.zeros((columns, columns), np.float32))
+        self.weight = quickest(weights[0]) if few_rows else None
+        self.second = quickest(np.zeros((columns, columns), np.float32))
         rows = len(weights[0]) if few_rows else columns
-        self.cross = _quickest(np.zeros((rows, columns), np.float32))
+        self.cross = quickest(np.zeros((rows, columns), np.float32))
 
     def add(self, original: mx.array, quantized: mx.array) -> None:
         """Count inputs `[B, L, columns]` of the two streams."""
@@ -57,8 +57,8 @@ class Moments:
         settled(self.second, self.cross)
 
 
-def _quickest(values: Float32) -> Array:
-    """An array of the library whose products are the quickest here."""
+def quickest(values: Float32) -> Array:
+    """`values` as an array of the library whose products are the quickest here; all are of one."""
     return mx.array(values) if has_gpu() else values
 
 
@@ -87,7 +87,7 @@ class Objective:
         That is least squares of the original's outputs on the quantized model's inputs. Scales are
         searched for it too: with those of the weights alone 2 bits lose some 3 % more.
         """
-        rows = _quickest(weight[part])
+        rows = quickest(weight[part])
         target = rows.T if has_gpu() else np.ascontiguousarray(rows.T)
         if self.cross is None:
             return target

@@ -133,7 +133,9 @@ def test_logprobs_are_those_of_a_log_softmax() -> None:
     text = f"{ANSWER} The capital of Italy is Rome. " * 3
     peer = load_model(model_dir())[0]
     peer.set_dtype(mx.float32)
-    for given in ({"compute": "mlx"}, {"compute": "cpu", "precision": "float32"}):
+    for given in (
+        {"compute": "mlx", "dtype": "float32"}, {"compute": "cpu", "precision": "float32"}
+    ):  # fmt: skip
         with load(prefill_step=40, **given) as model:  # type: ignore[arg-type]
             ids = model.encode(text)
             found = model.logprobs(text)

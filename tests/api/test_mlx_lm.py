@@ -18,7 +18,7 @@ ANSWER = "The capital of France is Paris."
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Apertus]:
-    with load(compute="mlx") as loaded:
+    with load(compute="mlx", dtype="float32") as loaded:
         yield loaded
 
 

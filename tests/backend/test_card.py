@@ -65,6 +65,7 @@ def test_memory_is_the_cards() -> None:
     assert (on_gpu, precision) == (True, None)
 
 
+@pytest.mark.without_gpu
 def test_without_a_card_nothing_is_said_of_one() -> None:
     assert hardware.card() is None
     assert not hardware.refuses_slices()
@@ -157,6 +158,7 @@ def test_a_row_of_the_embedding_is_a_product_with_metal_alone(
     assert isinstance(model.model.embed_tokens, ProductEmbedding) is metal
 
 
+@pytest.mark.without_gpu
 def test_wheels_that_overwrite_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"mlx-cpu": "0.32.4", "mlx-cuda-13": "0.32.3"}
     monkeypatch.setattr(facts, "_version", installed.get)

@@ -74,7 +74,7 @@ def write_quantized(folder: Path, config: dict[str, Any], specs: dict[str, Any])
 
 
 def both(folder: Path) -> tuple[Model, CPUModel]:
-    return load_model(folder), CPUModel(take_inventory(folder), "float32")
+    return load_model(folder, "float32"), CPUModel(take_inventory(folder), "float32")
 
 
 @pytest.fixture(scope="module")

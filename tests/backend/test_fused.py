@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from apertus_mlx.backend import hardware
 from apertus_mlx.backend.metal.fused import FusedStep
 from apertus_mlx.backend.metal.needed import kernels_for
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
@@ -83,6 +84,7 @@ def pair(
     nn.quantize(fused, class_predicate=as_arguments)
     fused.update(reference.parameters())
     for model in (reference, fused):
+        model.whole_codes = hardware.refuses_slices()
         change(model)
         mx.eval(model.parameters())
         model.fuse()

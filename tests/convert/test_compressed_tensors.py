@@ -211,7 +211,7 @@ def test_the_runtime_computes_with_kept_codes(name: str, tmp_path: Path) -> None
     plain = prepare(tmp_path / "in", Request(dequantize=True, dtype="F32"), "x")
     convert(plain, tmp_path / "plain")
     ids = mx.array([[1, 70, 200, 320]])
-    kept, expected = (np.array(load_model(tmp_path / f)(ids)) for f in ("out", "plain"))
+    kept, expected = (np.array(load_model(tmp_path / f, "float32")(ids)) for f in ("out", "plain"))
     assert np.abs(kept - expected).max() <= 2e-5 * expected.std()
     assert not [
         finding for finding in verify(tmp_path / "out").findings if finding.level == "error"

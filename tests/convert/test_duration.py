@@ -23,6 +23,7 @@ from apertus_mlx.quant.spec import QuantSpec
 from tests.resumable_work import make_work
 
 
+@pytest.mark.without_gpu
 def test_a_fitted_layer_says_how_long_all_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def test_each_token_is_drawn_from_what_the_runtime_predicts(
             assert drawn.tolist() == part[:, place].tolist()
 
 
+@pytest.mark.without_gpu
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_is_as_planned(tied: bool, tmp_path: Path) -> None:
     """Beside what MLX and NumPy hold while a part is written."""

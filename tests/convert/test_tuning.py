@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.convert.calibration import calibrated, memory, tuning
 from apertus_mlx.convert.calibration.calibrated import Calibration, prepare_calibration
@@ -210,7 +211,9 @@ def test_codes_are_calibrated_on_what_the_original_writes(
     assert texts is not None
     before = found.kept_bytes, found.minutes(tmp_path / "out")
     monkeypatch.setattr(tuning, "CODES_LEARN_FROM", 1600)
-    assert found.kept_bytes > before[0] and (found.minutes(tmp_path / "out") or 0) > 0
+    assert found.kept_bytes > before[0]
+    # How fast a GPU is nothing says before it has run.
+    assert has_gpu() or (found.minutes(tmp_path / "out") or 0) > 0
     seen = []
 
     def stop(_: Plan, __: Path, texts: Calibration, *more: Any) -> None:

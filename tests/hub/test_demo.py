@@ -58,5 +58,5 @@ def test_equals_mlx_lm() -> None:
     reference, _ = utils.load_model(model_dir())
     reference.set_dtype(mx.float32)
     ids = mx.array([[1, 61, 62, 65, 100, 200, 300, 400, 500, 66, 67]])
-    ours, theirs = np.array(load_model(model_dir())(ids)), np.array(reference(ids))
+    ours, theirs = np.array(load_model(model_dir(), "float32")(ids)), np.array(reference(ids))
     assert np.abs(ours - theirs).max() <= 1e-4 * theirs.std()

@@ -285,6 +285,7 @@ def test_force_runs_what_the_plan_refuses(tmp_path: Path) -> None:
     assert result.exit_code == 0
 
 
+@pytest.mark.without_gpu
 def test_a_tight_limit_is_kept_and_told(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", head_dim=64)
     local = take_inventory(folder)

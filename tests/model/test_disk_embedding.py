@@ -164,7 +164,7 @@ def test_memory_is_as_planned(model: Path) -> None:
     on_disk = choose_backend(inventory, False, embedding_on_disk=True)
     sizes = []
     for disk in (False, True):
-        parameters = tree_flatten(load_inventory(inventory, None, None, disk).parameters())
+        parameters = tree_flatten(load_inventory(inventory, "float32", None, disk).parameters())
         sizes.append(sum(array.nbytes for _, array in parameters))
     planned = [
         footprint(inventory, fit(inventory, 10**9, 64, backend).form, 64, 32, each).weights_bytes

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.backend import hardware
 from apertus_mlx.backend.cpu.allocator import map_large_blocks
 from apertus_mlx.backend.cpu.attention import Attention
 from apertus_mlx.backend.cpu.cache import CPUCache
@@ -109,7 +110,9 @@ class CPUModel:
     def make_cache(self, form: CacheConfig = FULL_PRECISION) -> list[Cache]:
         """An empty cache of this form for each layer; see `Model.make_cache`."""
         if form.quantized or form.bound is not None:
-            return [make_layer_cache(form, self.config.head_dim) for _ in self.layers]
+            # MLX attends to these, on the GPU where it has one.
+            width, whole = self.config.head_dim, hardware.refuses_slices()
+            return [make_layer_cache(form, width, whole_codes=whole) for _ in self.layers]
         return [CPUCache() for _ in self.layers]
 
     def _hidden(self, inputs: mx.array, cache: Sequence[Cache | None] | None) -> Floats:
