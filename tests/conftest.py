@@ -29,15 +29,15 @@ _whole_run = ExitStack()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--simulated-card", action="store_true", help="as on a GPU, see tests/simulated_card.py"
+        "--simulated", choices=["card", "mac"], help="as on a GPU, see tests/simulated_gpu.py"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--simulated-card"):
-        from tests.simulated_card import simulated_card
+    if config.getoption("--simulated"):
+        from tests.simulated_gpu import SIMULATED
 
-        _whole_run.enter_context(simulated_card())
+        _whole_run.enter_context(SIMULATED[config.getoption("--simulated")]())
 
 
 def pytest_unconfigure() -> None:

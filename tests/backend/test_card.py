@@ -26,7 +26,7 @@ from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, planned_inventory, random_weights, write_checkpoint
 from tests.metal_cases import released
-from tests.simulated_card import NAME, simulated_card
+from tests.simulated_gpu import NAME, simulated_card
 
 GB = 10**9
 

@@ -9,7 +9,7 @@ import pytest
 from apertus_mlx.cache import CacheConfig, QuantizedCache, fork, make_layer_cache
 from apertus_mlx.cache.protocol import Cache
 from tests.cache.test_cache import Rows
-from tests.simulated_card import REFUSAL, refuse_slices
+from tests.simulated_gpu import REFUSAL, refuse_slices
 
 pytestmark = pytest.mark.gpu
 

@@ -242,6 +242,7 @@ def test_enabled_asks_machine_verdict_and_switch(
     stored = Verdict(verdict.this_machine(), verdict.text_hash(kernels), "tiny", "", True, accepted,
                      {}, True)  # fmt: skip
     verdict.store_verdict(stored)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     assert enabled.enabled(*model) == verdict.NOTHING
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)

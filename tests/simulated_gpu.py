@@ -1,11 +1,12 @@
-"""A GPU with memory of its own that takes no slices: MLX here, with what CUDA says and refuses.
+"""MLX here as if it computed on a GPU: with what it says of one, and what it refuses there.
 
-`pytest --simulated-card` runs all tests so.
+`pytest --simulated card` and `pytest --simulated mac` run all tests so. Nothing is compiled, for
+that takes a C++ compiler here, and no kernel of this package is in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +14,43 @@ import mlx.core as mx
 import pytest
 
 NAME = "NVIDIA H100 80GB HBM3"
+MAC = "Apple M4 Pro"
 REFUSAL = "[quantized_matmul] No implementation for problem shape: 1x64x300x8, transpose: true."
 GPU = mx.Device(mx.gpu, 0)
 # Of MLX, what makes or takes a device's stream.
 STREAMS = ("default_stream", "new_stream", "new_thread_local_stream", "new_thread_unsafe_stream")
+
+
+@contextmanager
+def simulated_card(
+    total_bytes: int = 85 * 10**9, free_bytes: int = 80 * 10**9
+) -> Iterator[pytest.MonkeyPatch]:
+    """A GPU with memory of its own that takes no slices: what CUDA says and refuses."""
+    said = {
+        "device_name": NAME, "architecture": "sm_90", "uuid": "GPU-0", "total_memory": total_bytes,
+        "free_memory": free_bytes, "compute_capability_major": 9,
+    }  # fmt: skip
+    with _gpu(said) as patch:
+        patch.setattr(mx.metal, "is_available", lambda: False)
+        patch.setattr(mx.cuda, "is_available", lambda: True)
+        refuse_slices(patch, lambda: bool(mx.default_device() != mx.cpu))
+        yield patch
+
+
+@contextmanager
+def simulated_mac() -> Iterator[pytest.MonkeyPatch]:
+    """Apple's GPU in a machine of 48 GB."""
+    said = {
+        "device_name": MAC, "architecture": "applegpu_g16s", "memory_size": 48 * 2**30,
+        "max_recommended_working_set_size": 36 * 2**30, "max_buffer_length": 27 * 2**30,
+        "resource_limit": 499_000,
+    }  # fmt: skip
+    with _gpu(said) as patch:
+        patch.setattr(mx.metal, "is_available", lambda: True)
+        yield patch
+
+
+SIMULATED = {"card": simulated_card, "mac": simulated_mac}
 
 
 def refuse_slices(patch: pytest.MonkeyPatch, here: Callable[[], bool] = lambda: True) -> None:
@@ -40,14 +74,7 @@ def _in_one_piece(array: mx.array) -> bool:
 
 
 @contextmanager
-def simulated_card(
-    total_bytes: int = 85 * 10**9, free_bytes: int = 80 * 10**9
-) -> Iterator[pytest.MonkeyPatch]:
-    """MLX as if it computed on a card; nothing is compiled, for that takes a C++ compiler here."""
-    said = {
-        "device_name": NAME, "architecture": "sm_90", "uuid": "GPU-0", "total_memory": total_bytes,
-        "free_memory": free_bytes, "compute_capability_major": 9,
-    }  # fmt: skip
+def _gpu(said: Mapping[str, str | int]) -> Iterator[pytest.MonkeyPatch]:
     in_use: list[Any] = [GPU]
     mx.disable_compile()
     try:
@@ -57,8 +84,6 @@ def simulated_card(
             for name in STREAMS:
                 patch.setattr(mx, name, _of_the_processor(getattr(mx, name)))
             patch.setattr(mx, "device_info", lambda: dict(said))
-            patch.setattr(mx.cuda, "is_available", lambda: True)
-            refuse_slices(patch, lambda: bool(mx.default_device() != mx.cpu))
             yield patch
     finally:
         mx.enable_compile()
