@@ -31,6 +31,8 @@ CASES = (
 # Larger inputs take minutes in float64.
 MOST_BYTES = 90 * 10**6
 REPEATS = 3
+# Of NVRTC, for a thread's functions that do not say that they are for the GPU.
+OPTIONS = ("--device-as-default-execution-space", "--std=c++17", "-lineinfo")
 FAULTS = ("none", "no-barriers", "out-of-bounds")
 STORED = {"bfloat16": "uint16", "float16": "uint16"}
 
@@ -130,7 +132,7 @@ def run(folder: Path, fault: str = "none") -> Iterator[tuple[Trial, bool, str]]:
 
 def _launched(cupy: Any, folder: Path, trial: Trial, text: str) -> tuple[list[Any], bool]:
     """The outputs as they are stored, and whether more launches gave the same bits."""
-    options = ("--device-as-default-execution-space", "--std=c++17", "-lineinfo", f"-I{folder}")
+    options = (*OPTIONS, f"-I{folder}")
     kernel = cupy.RawModule(code=text, backend="nvrtc", options=options).get_function(FUNCTION)
     blocks, rest = zip(*map(divmod, trial.grid, trial.threadgroup), strict=True)
     if any(rest):

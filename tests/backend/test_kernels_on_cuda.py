@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from apertus_mlx.backend.metal.kernel import Kernel
+from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.quant.spec import QuantSpec
 from benchmarks.kernels_on_cuda import in_mlx, trials
+from benchmarks.kernels_on_cuda.__main__ import faults_found
+from benchmarks.kernels_on_cuda.compiled import compile_all
 from benchmarks.kernels_on_cuda.translate import ATTRIBUTES, SHIM, to_cuda, without_barriers
 from tests import metal_cases
+from tests.measure.test_doctor_device import inventory, kernels, plain_forms
 from tests.metal_harness.mlx_text import generate_for
+
+__all__ = ["inventory", "kernels"]
 
 # What CUDA's own headers and compiler know, as far as shim and kernels use it.
 CUDA = """
@@ -44,7 +52,7 @@ struct __half { __half() = default; __device__ __half(float); __device__ operato
 IN_DEVICE = "#pragma clang force_cuda_host_device begin\n"
 
 
-def kernels() -> list[Kernel]:
+def of_all_places() -> list[Kernel]:
     """One for each place, in every type and way to pack."""
     found: dict[str, Kernel] = {}
     for bits, group_size, dtype in ((4, 64, mx.bfloat16), (3, 64, mx.float16), (6, 32, mx.float32)):
@@ -53,7 +61,7 @@ def kernels() -> list[Kernel]:
     return list(found.values())
 
 
-KERNELS = kernels()
+KERNELS = of_all_places()
 
 
 def refused(text: str) -> list[str]:
@@ -84,6 +92,57 @@ def test_no_line_is_lost(kernel: Kernel) -> None:
         assert variable.sub(r"\1__shared__ \2", line) in found
     for parameter in generated.parameters:
         assert parameter.buffer is not None or parameter.name in ATTRIBUTES
+
+
+def test_nvidias_compiler_takes_it(tmp_path: Path) -> None:
+    """For every kind of GPU, where that compiler is installed."""
+    pytest.importorskip("cuda.bindings")
+    trials.write(tmp_path / "folder", (("0.5B", 4, 64, "bfloat16"),), 2 * 10**6)
+    found = list(compile_all(tmp_path / "folder"))
+    assert found and all(right for right, _ in found)
+    assert any("sm_90: 9 of 9 compile" in words for _, words in found)
+    text = tmp_path / "folder" / "0.cu"
+    text.write_text(text.read_text().replace("metal::fma", "metal::no_such_function"))
+    assert any(
+        "no_such_function" in words for right, words in compile_all(text.parent) if not right
+    )
+
+
+@pytest.mark.parametrize(
+    ("printed", "faults"),
+    [
+        ("========= ERROR SUMMARY: 2 errors", 2),
+        ("========= ERROR SUMMARY: 0 errors\n", 0),
+        ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", 1),
+        ("========= LEAK SUMMARY: 1024 bytes leaked in 1 allocations", None),
+        ("========= Error: Target application terminated before first instrumented API call", None),
+    ],
+)
+def test_what_the_sanitizer_found_is_read(printed: str, faults: int | None) -> None:
+    """As its manual shows it; its exit code is that of what it watches, if that fails."""
+    assert faults_found(printed) == faults
+
+
+def test_a_whole_model_is_compared(
+    inventory: Inventory, kernels: Mapping[str, Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernels' plain forms instead of CUDA, one of them wrong the second time."""
+    factory = plain_forms(kernels)
+    monkeypatch.setattr(in_mlx, "cuda_kernel", factory)
+    found = list(in_mlx.compare(inventory.checkpoint.directory, "float32"))
+    assert all(right for right, _ in found)
+    assert len(found) == len(kernels) + 2
+    assert [words.split(":")[0] for _, words in found[-2:]] == [
+        "whole model", "whole model, compiled step"
+    ]  # fmt: skip
+
+    def wrong_norm(name: str, *given: Any) -> Any:
+        launch = factory(name, *given)
+        return lambda **more: [x + (0.1 if "add_rms_norm" in name else 0) for x in launch(**more)]
+
+    monkeypatch.setattr(in_mlx, "cuda_kernel", wrong_norm)
+    again = list(in_mlx.compare(inventory.checkpoint.directory, "float32"))
+    assert [words.startswith("add_rms_norm") for right, words in again if not right] == [True]
 
 
 def test_clang_takes_it_as_cuda() -> None:
