@@ -75,7 +75,7 @@ def main() -> None:
         peaks = [f"{values[key] / 1e6:,.0f} MB" for key in ("peak_bytes", "imports_bytes")]
         print(
             f"{side}: {values['wall_s']:.1f} s ({values['cpu_s']:.1f} s of CPU), peak {peaks[0]}, "
-            f"of which imports {peaks[1]}",
+            f"of which imports {peaks[1]}, MLX's own peak {values['mlx_peak_bytes'] / 1e6:,.0f} MB",
             flush=True,
         )
     if THEIRS in found:
@@ -107,6 +107,7 @@ def _make(size: str, layers: int, directory: Path) -> None:
 
 
 def _measure(side: str, directory: Path, tokens: int, bits: int) -> dict[str, Any]:
+    import mlx.core as mx
     import numpy as np
 
     windows = np.random.default_rng(0).integers(
@@ -122,6 +123,7 @@ def _measure(side: str, directory: Path, tokens: int, bits: int) -> dict[str, An
         "cpu_s": time.process_time() - cpu,
         "peak_bytes": _peak_bytes(),
         "imports_bytes": imports_bytes,
+        "mlx_peak_bytes": mx.get_peak_memory(),
     }
 
 
@@ -166,9 +168,11 @@ def _theirs(directory: Path, windows: Any, bits: int, _: bool) -> Callable[[], N
     from mlx_lm.quant.gptq import gptq_quantize
     from mlx_lm.utils import load_model
 
+    from apertus_mlx.backend.hardware import has_gpu
+
     def quantize() -> None:
         model, _ = load_model(directory, lazy=True)
-        if not mx.metal.is_available():
+        if not has_gpu():
             model.set_dtype(mx.float32)
         model, _ = gptq_quantize(model, mx.array(windows), bits, GROUP_SIZE, bits, GROUP_SIZE)
         mx.eval(model.parameters())

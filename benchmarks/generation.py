@@ -1,12 +1,13 @@
 """Fresh processes beside mlx-lm's: `--version`, load, first token, speed, peak memory.
 
     python -m benchmarks.generation MODEL_DIR [--json] [--rounds 3] [--prompt-tokens 32 256]
-        [--peers ours "mlx-lm float32"]
+        [--peers ours "mlx-lm float32" mlx-lm transformers]
 
 Each figure is the median over rounds in which all run, in turn, as fresh processes; a ratio is
 the median of the rounds' ratios. `mlx-lm float32` is mlx-lm with the weights cast to float32,
 which is what it would need to be right without a GPU; `mlx-lm` is what it does by itself.
-Without a GPU that last one takes minutes for each process; `--peers` spares it.
+Without a GPU that last one takes minutes for each process; `--peers` spares it. transformers
+computes on a GPU of Nvidia's in bfloat16 where PyTorch has one, else in float32.
 `apertus-mlx bench MODEL_DIR --against mlx-lm` measures speed when both are warm.
 """
 
@@ -25,7 +26,8 @@ from typing import Any
 
 from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import take_inventory
-from apertus_mlx.generation.decode import DEFAULT_PREFILL_STEP
+from apertus_mlx.generation.memory_plan import plan_memory
+from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.measure.bench.sides import Settings, Side
 from apertus_mlx.measure.bench.workload import Task
 from apertus_mlx.memory.fit import MAX_BUFFER_CACHE_BYTES
@@ -35,12 +37,15 @@ PEERS = {
     "ours": ("apertus_mlx.measure.bench.ours", None),
     "mlx-lm float32": ("apertus_mlx.measure.bench.peer", "float32"),
     "mlx-lm": ("apertus_mlx.measure.bench.peer", None),
+    "transformers": ("benchmarks.transformers_side", None),
 }
+USUAL = ["ours", "mlx-lm float32", "mlx-lm"]
 FIGURES = {
     "cold_start_s": "cold start to first token",
     "load_s": "load",
     "prefill_tokens_per_s": "prefill",
     "decode_tokens_per_s": "decode without a prompt",
+    "decode_behind_tokens_per_s": "decode behind the prompt",
     "peak_memory_bytes": "peak memory",
 }
 
@@ -52,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=USUAL)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     report = {"model": str(arguments.model), "version_s": time_version(arguments.rounds)}
@@ -87,27 +92,30 @@ def measure(arguments: argparse.Namespace, prompt_tokens: int) -> dict[str, Any]
 def start(peer: str, model: Path, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
     """The figures of one fresh process of `peer`; its cold start counts from starting it."""
     module, dtype = PEERS[peer]
+    inventory = take_inventory(model)
     settings = Settings(
         directory=str(model),
-        vocab_size=take_inventory(model).config.vocab_size,
+        vocab_size=inventory.config.vocab_size,
         new_tokens=new_tokens,
         seed=0,
         dtype=dtype,
         compute="auto",
         precision="auto",
         form=asdict(FULL_PRECISION),
-        prefill_step=DEFAULT_PREFILL_STEP,
+        prefill_step=plan_memory(inventory, RunOptions(), prompt_tokens + new_tokens).prefill_step,
         buffer_cache_bytes=MAX_BUFFER_CACHE_BYTES,
         wired_bytes=0,
     )
     with closing(Side(peer, [sys.executable, "-m", module], settings)) as side:
         prefill_s = side.seconds(Task("prefill", prompt_tokens))
         decode_s = side.seconds(Task("decode", 0))
+        behind_s = side.seconds(Task("decode", prompt_tokens))
         return {
             "cold_start_s": side.start_s + prefill_s,
             "load_s": side.ready.load_s,
             "prefill_tokens_per_s": prompt_tokens / prefill_s,
             "decode_tokens_per_s": new_tokens / decode_s,
+            "decode_behind_tokens_per_s": new_tokens / behind_s,
             "peak_memory_bytes": side.peak_memory_bytes,
         }
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from apertus_mlx.backend import hardware
 from apertus_mlx.checkpoint.config import parse_config
 from apertus_mlx.model.apertus import Model
 from benchmarks.make_checkpoint import config
@@ -15,14 +16,20 @@ from benchmarks.make_checkpoint import config
 
 def settings(size: str, layers: int) -> dict[str, Any]:
     """The config of a released size, with as many layers as wanted."""
-    return {**config(size), "num_hidden_layers": layers, "max_position_embeddings": 65_536}
+    return {**config(size), "num_hidden_layers": layers, "max_position_embeddings": 131_072}
 
 
 def build(values: dict[str, Any], bits: int | None) -> tuple[Model, Any]:
-    """Both classes with the same random weights, quantized in groups of 64 if `bits` says so."""
+    """Both classes with the same random weights, quantized in groups of 64 if `bits` says so.
+
+    In float32, or in bfloat16 where MLX has a GPU.
+    """
     from mlx_lm.models import apertus
 
     model = Model(parse_config(values))
+    model.on_gpu, model.whole_codes = hardware.has_gpu(), hardware.refuses_slices()
+    if model.on_gpu:
+        model.set_dtype(mx.bfloat16)
     if bits is not None:
         nn.quantize(model, group_size=64, bits=bits)
     mx.eval(model.parameters())
@@ -41,7 +48,8 @@ def fill(caches: list[Any], model: Model, positions: int, step: int = 512) -> No
     heads, width = model.config.num_key_value_heads, model.config.head_dim
     for start in range(0, positions, step):
         length = min(step, positions - start)
-        rows = mx.random.normal((1, heads, length, width))
+        dtype = mx.bfloat16 if model.on_gpu else mx.float32
+        rows = mx.random.normal((1, heads, length, width), dtype)
         for cache in caches:
             cache.update_and_fetch(rows, rows)
         mx.eval([arrays(cache) for cache in caches])

@@ -41,6 +41,12 @@ _REFUSAL = re.compile(
     r"supported)|\] (.*\b)?NYI\b|(-bit quantization|group size \d+) is not supported",
     re.IGNORECASE | re.DOTALL,
 )
+# Of MLX's library for CUDA, where driver, card or headers do not suit it.
+_UNSUITED = re.compile(
+    r"locations of CUDA headers|CUDA driver version|no kernel image|CUDA-capable device|"
+    r"PTX was compiled with an unsupported",
+    re.IGNORECASE,
+)
 
 
 def explain(error: BaseException) -> ApertusError | None:
@@ -58,6 +64,11 @@ def explain(error: BaseException) -> ApertusError | None:
         return NotFoundError(
             f"a library cannot be loaded ({' '.join(str(error).split())[:200]}); install what "
             "needs it again; docs/cuda.md says how for MLX on CUDA"
+        )
+    if isinstance(error, RuntimeError) and _UNSUITED.search(str(error)):
+        return NotFoundError(
+            f"MLX's library for CUDA does not work here ({' '.join(str(error).split())[:200]}); "
+            "docs/cuda.md says which one to install, and how to put the processor's back"
         )
     if refused_by_backend(error):
         reason = " ".join(str(error).split())[:200]

@@ -84,6 +84,22 @@ def test_a_library_that_another_one_needs() -> None:
     assert explain(ImportError("cannot import name 'x' from 'y'")) is None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Can not find locations of CUDA headers, please set environment variable CUDA_HOME.",
+        "cudaSetDevice(device_) failed: CUDA driver version is insufficient for CUDA runtime "
+        "version",
+        "cudaGraphLaunch(handle_, stream) failed: no kernel image is available for execution on "
+        "the device",
+    ],
+)
+def test_a_library_for_another_card_or_driver(words: str) -> None:
+    error = explain(RuntimeError(words))
+    assert type(error) is NotFoundError
+    assert "docs/cuda.md" in str(error)
+
+
 def test_names_that_are_no_text() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "caf\udce9".encode()

@@ -60,11 +60,15 @@ class Ready:
 
 
 class Loaded(NamedTuple):
-    """A side with its model, what times a task on it, and what its draft was good for so far."""
+    """A side with its model, what times a task on it, and what its draft was good for so far.
+
+    `peak_bytes`: the most memory that it has held; None: as MLX or the system says.
+    """
 
     ready: Ready
     seconds: Callable[[Task], float]
     speculation: Callable[[], dict[str, object] | None] = lambda: None
+    peak_bytes: Callable[[], int] | None = None
 
 
 class Side:
@@ -123,7 +127,8 @@ def serve(open_side: Callable[[Settings], AbstractContextManager[Loaded]]) -> No
             send(connection, asdict(loaded.ready))
             while True:
                 taken = loaded.seconds(Task(**json.loads(connection.recv_bytes())))
-                peak = peak_bytes(loaded.ready.on_gpu)
+                own = loaded.peak_bytes
+                peak = peak_bytes(loaded.ready.on_gpu) if own is None else own()
                 told = {"peak_memory_bytes": peak, "speculation": loaded.speculation()}
                 send(connection, {"seconds": taken, **told})
     except EOFError:
