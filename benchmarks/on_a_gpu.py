@@ -66,7 +66,9 @@ def main() -> int:
 
 def commands(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """A name for each benchmark, and what follows `python -m`, in the order of their use."""
-    peers = ["ours", "mlx-lm", *(["transformers"] if find_spec("transformers") else [])]
+    peers = ["ours", "mlx-lm"]
+    if find_spec("torch") and find_spec("transformers"):
+        peers.append("transformers")
     lengths, first = list(map(str, given.prompt_tokens)), given.sizes[0]
     yield "doctor", ["apertus_mlx", "doctor"]
     widest = str(max(GEOMETRIES[size][4] for size in given.sizes))

@@ -18,6 +18,7 @@ from tests.house.test_house import ROOT
 # Arguments with which each is done in a minute or two: {model} is a folder of MLX weights in 4
 # bits, {new} a name in an empty folder.
 SHORT = {
+    "activation": "--rows 1 --columns 64",
     "allocation_cost": "--bits 3 --rounds 1 --documents 60 --model apertus_mlx/hub/demo/model",
     "assignment_search": "--bits 2 --iterations 20 --rows 32",
     "batching": "{model} --rows 2 1 --rounds 1 --steps 2 --prompt-tokens 2",
@@ -33,6 +34,8 @@ SHORT = {
     "generation": "{model} --rounds 1 --prompt-tokens 8",
     "kv_quality": "--tokens 2048 --few",
     "make_checkpoint": "0.5B {new}",
+    "on_a_gpu": "{new} --sizes tiny --contexts 512 --tokens 512 --prompt-tokens 16"
+    " --new-tokens 4 --rounds 1",
     "poison_requests": "--count 1000",
     "rank_bytes": "",
     "rank_deaths": "--rounds 1 --tokens 8",
@@ -46,7 +49,9 @@ SHORT = {
     "vocabulary_healing": "--tokens 1024",
 }
 # Run by other tests, two of them by the last ones here.
-ELSEWHERE = {"draw_quantizers", "neighbours", "record_chat", "released_models", "witness"}
+ELSEWHERE = {
+    "draw_quantizers", "kernels_on_cuda", "neighbours", "record_chat", "released_models", "witness",
+}  # fmt: skip
 COMPARED = {"embedded_exam", "quantizers"}
 # Takes many minutes, and llama.cpp: its arguments are read.
 ONLY_READ = {"cpu_speed"}
