@@ -100,20 +100,20 @@ def nearest_grid(
 
 def dequantize(quantized: AffineCodes) -> Float32:
     """The weights `[rows, columns]` that the codes stand for, as MLX computes them in float32."""
-    codes = as_groups(quantized.codes.astype(np.float32), quantized.spec)
-    values = codes * quantized.scales[..., None] + quantized.biases[..., None]
+    codes: Float32 = as_groups(quantized.codes.astype(np.float32), quantized.spec)
+    values: Float32 = codes * quantized.scales[..., None] + quantized.biases[..., None]
     return values.reshape(quantized.codes.shape)
 
 
-def as_groups(values: Float32, spec: QuantSpec) -> Float32:
-    """A view `[rows, groups, group_size]` of a matrix.
+def as_groups(values: Array, spec: QuantSpec) -> Array:
+    """A view `[rows, groups, group_size]` of a matrix of NumPy or MLX.
 
     Raises:
         ValueError: not a matrix of whole groups, or not finite.
     """
     if values.ndim != 2 or not spec.fits(values.shape[1]):
         raise ValueError(f"shape {values.shape}: rows do not divide into {spec}")
-    if not np.isfinite(values).all():
+    if not library(values).isfinite(values).all():
         raise ValueError("weights are not finite")
     return values.reshape(len(values), -1, spec.group_size)
 

@@ -46,3 +46,17 @@ def settled(*arrays: Array) -> None:
     """Have MLX compute these now, so that what they come from is let go; NumPy has long done so."""
     if library(arrays[0]) is not np:
         library(arrays[0]).eval(*arrays)
+
+
+def row_dots(x: Array, y: Array) -> Array:
+    """The product of each row of `x` with that of `y`, `[rows]`."""
+    if library(x) is np:
+        return np.einsum("rc,rc->r", x, y)
+    return (x * y).sum(-1)
+
+
+def exponentials(values: Array) -> Array:
+    """E to the power of each; NumPy's array is used up."""
+    if library(values) is np:
+        return np.exp(values, out=values)
+    return library(values).exp(values)

@@ -46,7 +46,7 @@ ROUGH = Effort(4, 1)
 
 
 def fit(
-    weight: Float32,
+    weight: Array,
     spec: QuantSpec,
     moments: Float32 | None = None,
     scale_type: ScaleType = "BF16",
@@ -66,7 +66,8 @@ def fit(
         ValueError: weights or moments are not usable.
     """
     as_groups(weight, spec)
-    return fit_columns(np.ascontiguousarray(weight.T), spec, moments, scale_type).as_codes()
+    target = np.ascontiguousarray(weight.T) if library(weight) is np else weight.T
+    return fit_columns(target, spec, moments, scale_type).as_codes()
 
 
 def fit_columns(

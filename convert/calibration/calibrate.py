@@ -16,7 +16,7 @@ import numpy as np
 
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig
-from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit, quickest
+from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
 from apertus_mlx.convert.evaluation.layerwise import (
     Layer,
     Weights,
@@ -27,10 +27,11 @@ from apertus_mlx.convert.evaluation.layerwise import (
     logit_blocks,
     run_layer,
 )
+from apertus_mlx.convert.evaluation.products import gram, quickest
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant.affine import AffineCodes, ScaleType, dequantize
-from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.arrays import Float32, Float64, exponentials, row_dots
 from apertus_mlx.quant.curvature import Curvature, damped
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -136,7 +137,7 @@ def _begin(
         return original, original.copy(), uncertainty
     if config.tie_word_embeddings:
         inputs = hidden.reshape(-1, hidden.shape[-1]) * np.sqrt(uncertainty).reshape(-1, 1)
-        second = row_share * second + (1 - row_share) * damped(inputs.T @ inputs)
+        second = row_share * second + (1 - row_share) * damped(np.array(gram(inputs)))
         del inputs
     # Each term is damped already.
     objective = Objective(Curvature.of(quickest(second.astype(np.float32)), damping=0.0))
@@ -153,14 +154,14 @@ def _uncertainty(hidden: Float32, head: Float32) -> Float32:
     The divergence grows with the variance of the error under the prediction, which is small where
     one token has it all; the sum of p (1 - p) stands for it. Shape `[windows, length]`.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, table = hidden.reshape(-1, hidden.shape[-1]), quickest(head)
     spread = np.empty(len(rows), np.float32)
     for part in logit_blocks(len(rows), len(head)):
-        logits = rows[part] @ head.T
+        logits = quickest(rows[part]) @ table.T
         logits -= logits.max(-1, keepdims=True)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(-1, keepdims=True)
-        spread[part] = 1 - np.einsum("tv,tv->t", logits, logits)
+        shares = exponentials(logits)
+        shares /= shares.sum(-1, keepdims=True)
+        spread[part] = 1 - np.array(row_dots(shares, shares))
     spread = np.maximum(spread, 0) + np.float32(1e-3)
     return np.asarray(spread / spread.mean(), np.float32).reshape(hidden.shape[:-1])
 
@@ -182,8 +183,8 @@ def _reader_moments(weights: Weights, head: Float32) -> Float64:
     total = np.zeros((weights.config.hidden_size, weights.config.hidden_size))
     for share, norm, matrices in readers:
         scale = weights.vector(norm)
-        gram = sum(matrix.T @ matrix for matrix in matrices)
-        total += share * damped(gram * np.outer(scale, scale))
+        product = sum(np.array(gram(matrix)) for matrix in matrices)
+        total += share * damped(product * np.outer(scale, scale))
     return total
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from apertus_mlx.backend.hardware import has_gpu
+from apertus_mlx.convert.evaluation.products import quickest
 from apertus_mlx.convert.plan.plan import ANNEALED_BITS, GROUPWISE_COLUMNS
 from apertus_mlx.quant import annealing, descent, gptq, search
 from apertus_mlx.quant.affine import AffineCodes, ScaleType
@@ -55,11 +56,6 @@ class Moments:
         self.second += found.T @ found
         self.cross += missing.T @ found
         settled(self.second, self.cross)
-
-
-def quickest(values: Float32) -> Array:
-    """`values` as an array of the library whose products are the quickest here; all are of one."""
-    return mx.array(values) if has_gpu() else values
 
 
 @dataclass(frozen=True, slots=True)

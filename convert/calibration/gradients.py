@@ -24,10 +24,11 @@ from apertus_mlx.convert.evaluation.layerwise import (
     logit_blocks,
     run_layer,
 )
+from apertus_mlx.convert.evaluation.products import quickest
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.write.keep import Keep, load_arrays, save_arrays
 from apertus_mlx.errors import ResourceError
-from apertus_mlx.quant.arrays import Float32
+from apertus_mlx.quant.arrays import Array, Float32, as_library, exponentials, library
 
 # Tokens that go back through a layer at once. MLX holds what it computes for them meanwhile.
 BACKWARD_TOKENS = 512
@@ -117,7 +118,9 @@ def trace_layers(
     states = _rows(hidden)
     found = reached_back.load()
     if found is None:
-        at_hidden, log_total = _loss_gradient(states, weights.matrix(head_path(config)), seed)
+        head = quickest(weights.matrix(head_path(config)))
+        at_hidden, log_total = _loss_gradient(states, head, seed)
+        del head
         _, (at_last,) = mx.vjp(
             lambda x: mx.fast.rms_norm(x, scale, config.rms_norm_eps),
             [last], [mx.array(at_hidden).reshape(hidden.shape)],
@@ -153,22 +156,24 @@ def trace_layers(
     return Ends(gradient.reshape(-1, config.hidden_size), states, log_total)
 
 
-def _loss_gradient(hidden: Float32, head: Float32, seed: int) -> tuple[Float32, Float32]:
+def _loss_gradient(hidden: Float32, head: Array, seed: int) -> tuple[Float32, Float32]:
     """Gradient at the hidden states for tokens drawn from the prediction; see also `Ends`."""
-    draw = np.random.default_rng(seed)
+    xp, draw = library(head), np.random.default_rng(seed)
     gradient, log_total = np.empty_like(hidden), np.empty(len(hidden), np.float32)
     for part in logit_blocks(len(hidden), len(head)):
-        logits = hidden[part] @ head.T
+        logits = quickest(hidden[part]) @ head.T
         highest = logits.max(-1, keepdims=True)
         logits -= highest
-        np.exp(logits, out=logits)
-        total = logits.sum(-1, keepdims=True)
-        log_total[part] = (highest + np.log(total))[:, 0]
-        logits /= total
-        levels = np.cumsum(logits, -1)
-        drawn = (levels < draw.random((len(levels), 1)) * levels[:, -1:]).sum(-1)
-        logits[np.arange(len(drawn)), drawn] -= 1
-        gradient[part] = logits @ head
+        shares = exponentials(logits)
+        total = shares.sum(-1, keepdims=True)
+        log_total[part] = np.array(highest + xp.log(total))[:, 0]
+        shares /= total
+        levels = xp.cumsum(shares, -1)
+        reached = draw.random((len(levels), 1)) * np.array(levels[:, -1:])
+        drawn = (levels < as_library(reached, head)).sum(-1)
+        rows = as_library(np.arange(len(levels)), head)
+        shares[rows, drawn] = shares[rows, drawn] - 1
+        gradient[part] = np.array(shares @ head)
     return gradient, log_total
 
 

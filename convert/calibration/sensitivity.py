@@ -18,12 +18,13 @@ import numpy.typing as npt
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.calibration.gradients import BACKWARD, Ends, Trace, trace_layers
 from apertus_mlx.convert.evaluation.layerwise import Weights, head_path, logit_blocks
+from apertus_mlx.convert.evaluation.products import GIVEN_ROWS, gram, quickest
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.transforms.smoothing import Rounding
 from apertus_mlx.convert.write.keep import Keep
 from apertus_mlx.quant import gptq, search
 from apertus_mlx.quant.affine import ScaleType
-from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.arrays import Float32, Float64, blocks, exponentials, row_dots
 from apertus_mlx.quant.curvature import Curvature, damped
 from apertus_mlx.quant.spec import QuantSpec
 
@@ -102,7 +103,7 @@ def predict_divergences(
             squares = np.square(inputs).mean(0, dtype=np.float64)
             curvature = None
             if not paths.isdisjoint(gptq_paths):
-                curvature = Curvature.of(inputs.T @ inputs)
+                curvature = Curvature.of(gram(inputs))
             for path in sorted(paths):
                 weight, gradient = weights.matrix(path), trace.gradients[path]
                 found, shares[path] = {}, 1.0
@@ -131,11 +132,11 @@ def predict_divergences(
         uses = (path == layout.EMBEDDING, path == head_path(config))
         shares[path] = 1.0
         if path in gptq_paths:
-            curvature = Curvature.of(_end_moments(ends, *uses).astype(np.float32))
+            curvature = Curvature.of(quickest(_end_moments(ends, *uses).astype(np.float32)))
             trial = _try_gptq(weight, roundings[path], curvature, scale_type)
             shares[path] = _ratio(
                 *(
-                    float(np.vdot(error @ curvature.moments, error))
+                    float(np.vdot(np.array(quickest(error) @ curvature.moments), error))
                     for error in (trial.left, trial.plain)
                 )
             )
@@ -181,7 +182,11 @@ def _sizes(weight: Float32, formats: Roundings, squares: Float64) -> dict[QuantS
 
 def _divergence(error: Float32, inputs: Float32, gradient: Float32) -> float:
     """Of an error `[rows, columns]` of a matrix."""
-    return _half_square(np.einsum("tr,tr->t", inputs @ error.T, gradient))
+    slopes, turned = np.empty(len(inputs), np.float32), quickest(error).T
+    for part in blocks(len(inputs), GIVEN_ROWS):
+        moved = quickest(inputs[part]) @ turned
+        slopes[part] = np.array(row_dots(moved, quickest(gradient[part])))
+    return _half_square(slopes)
 
 
 def _half_square(slopes: npt.NDArray[np.floating]) -> float:
@@ -204,9 +209,9 @@ def _try_gptq(
     rows = _some(weight, TRIAL_ROWS)
     spec = min(formats, key=lambda spec: abs(spec.bits - TRIAL_BITS))
     some = weight[rows]
-    target = np.ascontiguousarray(some.T)
+    target = quickest(np.ascontiguousarray(some.T))
     start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.ROUGH)
-    left = gptq.round_in_order(target, start, curvature).values().T - some
+    left = np.array(gptq.round_in_order(target, start, curvature).values().T) - some
     plain = formats[spec](some, curvature.diagonal.astype(np.float64)) - some
     return _Trial(spec, rows, left, plain)
 
@@ -225,9 +230,9 @@ def _end_moments(ends: Ends, is_embedding: bool, is_head: bool) -> Float64:
     """What the error of a row is multiplied with, where it is looked up and where it is read."""
     moments = np.zeros((ends.hidden.shape[1],) * 2)
     if is_embedding:
-        moments += damped(ends.embedding_gradient.T @ ends.embedding_gradient)
+        moments += damped(np.array(gram(ends.embedding_gradient)))
     if is_head:
-        moments += damped(ends.hidden.T @ ends.hidden)
+        moments += damped(np.array(gram(ends.hidden)))
     return moments
 
 
@@ -248,11 +253,14 @@ def _end_divergences(
     squares = np.ones(weight.shape[1])
     if is_head:
         squares = np.square(ends.hidden).mean(0, dtype=np.float64)
+        hidden, log_total = quickest(ends.hidden), quickest(ends.log_total[:, None])
     for part in logit_blocks(len(weight), len(ids)):
         start, block = part.start, weight[part]
         inside = (ids >= start) & (ids < start + len(block))
         if is_head:
-            share = np.exp(ends.hidden @ block.T - ends.log_total[:, None])
+            logits = hidden @ quickest(block).T
+            logits -= log_total
+            shares = exponentials(logits)
         for spec in measured:
             error = roundings[spec](block, squares) - block
             if is_embedding:
@@ -260,9 +268,10 @@ def _end_divergences(
                 gradient = ends.embedding_gradient[inside]
                 slopes[spec][inside] = np.einsum("tc,tc->t", rows, gradient)
             if is_head:
-                moved = ends.hidden @ error.T
-                mean[spec] += np.einsum("tv,tv->t", share, moved)
-                square[spec] += np.einsum("tv,tv,tv->t", share, moved, moved)
+                moved = hidden @ quickest(error).T
+                mean[spec] += np.array(row_dots(shares, moved))
+                moved *= moved
+                square[spec] += np.array(row_dots(shares, moved))
     # For the head nothing need be drawn: the variance of the logits' error under the prediction.
     found = {
         spec: _half_square(slopes[spec]) + float((square[spec] - np.square(mean[spec])).mean()) / 2

@@ -29,6 +29,7 @@ from apertus_mlx.convert.evaluation.layerwise import (
     open_weights,
     to_bfloat16,
 )
+from apertus_mlx.convert.evaluation.products import quickest
 from apertus_mlx.convert.evaluation.texts import (
     TextSet,
     Tokens,
@@ -376,13 +377,16 @@ def _errors(
     bring: Sequence[Callable[[Float32], Float32] | None] = (None, None),
 ) -> list[TokenErrors]:
     """Compare the logits of rows `[tokens, hidden]` of both, each brought to the same tokens."""
-    heads = [weights.matrix(head_path(weights.config)) for weights in models]
+    heads = [quickest(weights.matrix(head_path(weights.config))) for weights in models]
     most, done, total = max(map(len, heads)), 0, sum(map(len, following))
     result = []
     for wanted, got, after in zip(*rows, following, strict=True):
         parts = []
         for part in logit_blocks(len(after), most):
-            logits = [row[part] @ head.T for row, head in zip((wanted, got), heads, strict=True)]
+            logits = [
+                np.asarray(quickest(row[part]) @ head.T)
+                for row, head in zip((wanted, got), heads, strict=True)
+            ]
             for weights, values in zip(models, logits, strict=True):
                 if not np.isfinite(values).all():
                     name = f"{weights.source.name}: " if isinstance(weights, SourceWeights) else ""

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 import numpy as np
 
+from apertus_mlx.backend.hardware import has_gpu
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.convert.evaluation.layerwise import Layer, Weights, batches
+from apertus_mlx.convert.evaluation.products import quickest
 from apertus_mlx.convert.evaluation.texts import Tokens
 from apertus_mlx.convert.plan.plan import Step
 from apertus_mlx.convert.sources.reading import MLX_TYPES
@@ -26,7 +28,7 @@ from apertus_mlx.convert.transforms.names import (
 from apertus_mlx.convert.write.keep import NOTHING, Keep
 from apertus_mlx.quant import search
 from apertus_mlx.quant.affine import ScaleType, dequantize, round_scales
-from apertus_mlx.quant.arrays import Float32, Float64
+from apertus_mlx.quant.arrays import Array, Float32, Float64, settled
 from apertus_mlx.quant.transforms import choose_scales
 
 _STREAM = "stream"
@@ -97,8 +99,8 @@ def rounding_of(step: Step, effort: search.Effort = search.QUICK) -> Rounding:
 
     def rounded(weight: Float32, squares: Float64) -> Float32:
         if step.method != "gptq":
-            return dequantize(search.fit(weight, spec, None, step.dtype))
-        target, moments = np.ascontiguousarray(weight.T), squares.astype(np.float32)
+            return dequantize(search.fit(quickest(weight), spec, None, step.dtype))
+        target, moments = quickest(np.ascontiguousarray(weight.T)), squares.astype(np.float32)
         found = search.fit_columns(target, spec, moments, step.dtype, effort)
         return np.asarray(found.values().T)
 
@@ -120,12 +122,15 @@ def rounding_of(step: Step, effort: search.Effort = search.QUICK) -> Rounding:
 
 def _run(layer: Layer, residual: Float32) -> dict[str, Float32]:
     """Second moments of the outputs of norms and v; moves `residual` through the layer."""
-    moments: dict[str, Float32] = {}
+    moments: dict[str, Array] = {}
 
     def count(name: str, values: mx.array) -> None:
-        rows = np.array(values, copy=False).reshape(-1, values.shape[-1])
+        rows: Array = values.reshape(-1, values.shape[-1])
+        if not has_gpu():
+            rows = np.array(rows, copy=False)
         seen = rows.T @ rows
         moments[name] = moments[name] + seen if name in moments else seen
+        settled(moments[name])
 
     for part in batches(*residual.shape[:2]):
         stream = mx.array(residual[part])
@@ -134,7 +139,7 @@ def _run(layer: Layer, residual: Float32) -> dict[str, Float32]:
         stream = layer.add(1, stream)
         count(FEED_FORWARD_NORM, layer.stage_input(2, stream))
         residual[part] = np.array(layer.add(3, stream))
-    return moments
+    return {name: np.asarray(found) for name, found in moments.items()}
 
 
 def _storable(norm: Float32, scales: Float32, scale_type: ScaleType) -> Float32:

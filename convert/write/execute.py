@@ -28,7 +28,7 @@ from apertus_mlx.convert.transforms.weights import transformed_weights
 from apertus_mlx.convert.write.workspace import Workspace
 from apertus_mlx.errors import RejectedError
 from apertus_mlx.quant import search
-from apertus_mlx.quant.arrays import Float32
+from apertus_mlx.quant.arrays import Array, Float32
 
 CHECK_BLOCK_BYTES = 4 * 2**20
 # Blocks that are computed at once, and the one that is written.
@@ -159,7 +159,10 @@ def _matrix_block(
             raise RejectedError(f"{step.path}: changed since its grid was found; start again")
         return found.weight, found.scales, found.biases
     if step.method == "search":
-        best = search.fit(np.array(values.astype(mx.float32)), spec, scale_type=step.dtype)
+        wide: Array = values.astype(mx.float32)
+        if not has_gpu():
+            wide = np.array(wide)
+        best = search.fit(wide, spec, scale_type=step.dtype)
         scales, biases = (mx.array(array).astype(dtype) for array in (best.scales, best.biases))
         return mx.array(best.packed), scales, biases
     return tuple(mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))

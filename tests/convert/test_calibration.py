@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from apertus_mlx.quant.spec import QuantSpec
 from apertus_mlx.text.template import ChatTemplate
 from apertus_mlx.text.tokenizer import Tokenizer
 from tests.builders import config_4x, write_checkpoint
+from tests.simulated_gpu import simulated_mac
 
 
 @pytest.fixture
@@ -240,18 +242,19 @@ def test_codes_match_outputs_of_the_original_on_other_inputs(rows: int) -> None:
     assert errors[0] < 0.05 * errors[1]
 
 
-def test_on_mlx_as_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.without_gpu
+def test_on_mlx_as_on_numpy() -> None:
     """The way of a GPU, computed on the CPU: the objective differs by at most 0.5 %."""
     rng = np.random.default_rng(6)
     weight = rng.standard_normal((24, 64)).astype(np.float32)
     inputs = (rng.standard_normal((400, 64)) @ rng.standard_normal((64, 64))).astype(np.float32)
     errors = []
-    for on_gpu in (False, True):
-        monkeypatch.setattr(fitting, "has_gpu", lambda on_gpu=on_gpu: on_gpu)
-        moments = Moments(weight)
-        moments.add(mx.array(inputs[None] * 1.02), mx.array(inputs[None]))
-        assert isinstance(moments.second, mx.array) is on_gpu
-        codes = fit(weight, QuantSpec(4, 32), Objective.of(moments, 1.0), "BF16")
+    for on_gpu, place in ((False, nullcontext()), (True, simulated_mac())):
+        with place:
+            moments = Moments(weight)
+            moments.add(mx.array(inputs[None] * 1.02), mx.array(inputs[None]))
+            assert isinstance(moments.second, mx.array) is on_gpu
+            codes = fit(weight, QuantSpec(4, 32), Objective.of(moments, 1.0), "BF16")
         difference = (dequantize(codes) - 1.02 * weight).astype(np.float64)
         errors.append(np.square(inputs @ difference.T).sum())
     assert errors[1] == pytest.approx(errors[0], rel=5e-3)

@@ -48,6 +48,7 @@ def held_at_most() -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.without_gpu
 def test_the_second_factor_of_fits_in_groups_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that are found group by group take a square more than others, as the plan says."""
     monkeypatch.setattr(fitting, "has_gpu", lambda: False)
