@@ -71,7 +71,7 @@ def _compared(
 ) -> Iterator[tuple[str, float, float]]:
     """Each search, its share of the objective, and its seconds."""
     spec, curvature = QuantSpec(bits, GROUP_SIZE), objective.curvature
-    target, grouped = objective.target(weight, slice(None)), curvature.in_groups(GROUP_SIZE)
+    target, grouped = np.ascontiguousarray(weight.T), curvature.in_groups(GROUP_SIZE)
     assert grouped is not None
     begun = fit_in_groups(target, spec, grouped, "BF16")
     start = descent.improve(target, begun, curvature, rounds=1)
@@ -151,6 +151,10 @@ def _matrices(rows: int) -> Iterator[tuple[str, np.ndarray, Objective]]:
             matrices = [np.array(layer.projections[name].weight) for name in names]
             moments = Moments(*matrices)
             moments.add(inputs, inputs)
+            # The search beside is NumPy's.
+            moments.second, moments.cross = (
+                np.array(array) for array in (moments.second, moments.cross)
+            )
             weight = np.ascontiguousarray(np.concatenate(matrices)[:rows])
             yield ", ".join(names), weight, Objective.of(moments, 0.0)
             if stage in (1, 3):

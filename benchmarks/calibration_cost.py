@@ -110,10 +110,13 @@ def _measure(side: str, directory: Path, tokens: int, bits: int) -> dict[str, An
     import mlx.core as mx
     import numpy as np
 
+    from apertus_mlx.backend import tf32
+
     windows = np.random.default_rng(0).integers(
         make_checkpoint.SPECIAL_TOKENS, make_checkpoint.VOCAB_SIZE, (tokens // LENGTH, LENGTH)
     )
     run = _theirs if side == THEIRS else _ours
+    tf32.switch_off()  # as the commands do; mlx-lm is measured alike
     quantize = run(directory, windows, bits, side == OURS)
     imports_bytes = _peak_bytes()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from apertus_mlx.backend import tf32
 from apertus_mlx.backend.hardware import peak_bytes
 from apertus_mlx.checkpoint import layout
 from apertus_mlx.checkpoint.config import ModelConfig, parse_config
@@ -81,6 +82,7 @@ def make_student(config: ModelConfig, trained: Trained) -> Model:
 
 def measure(size: str, trained: Trained, steps: int) -> dict[str, Any]:
     """Train for some steps; planned and measured bytes."""
+    tf32.switch_off()
     parsed = parse_config(config(size))
     resources = Resources(parsed, trained, WINDOW)
     before = peak_bytes(gpu=False)

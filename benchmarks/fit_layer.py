@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from apertus_mlx.backend import tf32
 from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
 from apertus_mlx.quant.affine import dequantize
 from apertus_mlx.quant.spec import QuantSpec
@@ -39,13 +40,14 @@ def main() -> None:
     parser.add_argument("--matrices", nargs="+", default=[n for names in STAGES for n in names])
     parser.add_argument("--no-mlx-lm", action="store_true")
     arguments = parser.parse_args()
+    tf32.switch_off()
     spec = QuantSpec(arguments.bits, GROUP_SIZE)
     print(f"float32 products of 2,048 x 2,048 run at {_gflops():.0f} GFLOP per second of CPU\n")
     print("| matrices | shape | apertus-mlx, s | objective | mlx-lm, s | objective |")
     print("|---|---|---|---|---|---|")
     total = np.zeros(2)
     for weights, moments in _stages(arguments.size, arguments.tokens, arguments.matrices):
-        second = moments.second.copy()
+        second = np.array(moments.second)
         before = _cpu_s()
         weight = np.concatenate(list(weights.values()))
         codes = fit(weight, spec, Objective.of(moments, 0.5), "BF16")

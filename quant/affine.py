@@ -1,4 +1,6 @@
-"""MLX's affine format on arrays: codes with a scale and a bias per group. NumPy only.
+"""MLX's affine format on arrays: codes with a scale and a bias per group.
+
+NumPy's, and MLX's where it says `Array`.
 
 A weight is `scale * code + bias`. Scales and biases are held in float32 and are exactly
 representable in the type that they will be stored in, so every error here is the stored one.

@@ -1,7 +1,8 @@
 """MLX here as if it computed on a GPU: with what it says of one, and what it refuses there.
 
-`pytest --simulated card` and `pytest --simulated mac` run all tests so. Nothing is compiled, for
-that takes a C++ compiler here, and no kernel of this package is in use.
+`pytest --simulated card` and `pytest --simulated mac` run all tests so; processes that they start
+compute as ever. Nothing is compiled, for that takes a C++ compiler here, and no kernel of this
+package is in use.
 """
 
 from __future__ import annotations

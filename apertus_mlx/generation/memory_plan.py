@@ -6,17 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 from apertus_mlx.backend.choose import uses_cpu
-from apertus_mlx.backend.hardware import available_bytes, card, has_gpu
+from apertus_mlx.backend.hardware import (
+    available_bytes,
+    card,
+    device_name,
+    has_gpu,
+    physical_bytes,
+)
 from apertus_mlx.backend.ranks import joined
 from apertus_mlx.cache import FULL_PRECISION
 from apertus_mlx.checkpoint.inventory import Inventory
 from apertus_mlx.errors import ResourceError, UsageError
 from apertus_mlx.generation.options import RunOptions
 from apertus_mlx.memory import Device, Fit, fit, footprint, parse_device
+from apertus_mlx.memory.devices import published_bandwidth
 from apertus_mlx.memory.fit import draft_bytes, prefill_steps
 from apertus_mlx.memory.footprint import choose_backend
 from apertus_mlx.model.disk_embedding import require_untied
-from apertus_mlx.system.sizes import format_bytes
+from apertus_mlx.system.sizes import format_binary, format_bytes
 
 
 def find_device(name: str | None) -> tuple[Device, bool, str | None]:
@@ -29,8 +36,14 @@ def find_device(name: str | None) -> tuple[Device, bool, str | None]:
         return parse_device(name), True, None
     precision = "auto" if uses_cpu("auto", None) else None
     own = card() if precision is None else None
+    if own is None and has_gpu():
+        # Its name and memory say which of Apple's table it is.
+        chip, ram_bytes = device_name(), physical_bytes()
+        name = f"this machine ({chip}, {format_binary(ram_bytes)})"
+        speed = published_bandwidth(chip, ram_bytes)
+        return Device(name, available_bytes(), speed, ram_bytes=ram_bytes), True, None
     if own is None:
-        return Device("this machine", available_bytes()), has_gpu(), precision
+        return Device("this machine", available_bytes()), False, precision
     name = f"this machine ({own.name}, {format_bytes(own.memory_bytes)})"
     device = Device(name, available_bytes(), ram_bytes=own.memory_bytes, is_card=True)
     return device, True, None

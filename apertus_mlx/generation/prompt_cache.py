@@ -360,7 +360,8 @@ def _require_arrays(
             raise RejectedError(f"{path}: {name} is missing; {DAMAGED}")
         if tensor.dtype != dtype:
             raise RejectedError(
-                f"{path}: {name}: type {tensor.dtype}, expected {dtype}; made with another --dtype?"
+                f"{path}: {name}: type {tensor.dtype}, expected {dtype}; probably it was made with "
+                "another --dtype; delete it and let it be made anew"
             )
         if tensor.shape != shape:
             raise RejectedError(

@@ -98,14 +98,16 @@ def fit(
     curvature = objective.curvature
     found = AffineCodes.blank(weight.shape, spec)
     grouped = _in_groups(curvature, spec)
-    for part in blocks(len(weight), BLOCK_ROWS):
+    annealed = spec.bits <= ANNEALED_BITS
+    # Where codes are searched for MLX holds twice as many copies of the rows as NumPy.
+    for part in blocks(len(weight), BLOCK_ROWS // 2 if annealed and has_gpu() else BLOCK_ROWS):
         target = objective.target(weight, part)
         if grouped is not None:
             start, rounds = fit_in_groups(target, spec, grouped, scale_type), 1
         else:
             start = search.fit_columns(target, spec, curvature.diagonal, scale_type, search.QUICK)
             start, rounds = gptq.round_in_order(target, start, curvature), None
-        if spec.bits <= ANNEALED_BITS:
+        if annealed:
             best = annealing.anneal(target, start, curvature, scale_type)
         else:
             best = descent.improve(target, start, curvature, scale_type, rounds)

@@ -110,7 +110,7 @@ def predict_divergences(
                 if path in gptq_paths and curvature is not None:
                     trial = _try_gptq(weight, roundings[path], curvature, scale_type)
                     left, plain = (
-                        _divergence(error, inputs, gradient[:, trial.rows])
+                        _divergence(error, inputs, np.ascontiguousarray(gradient[:, trial.rows]))
                         for error in (trial.left, trial.plain)
                     )
                     shares[path] = _ratio(left, plain)

@@ -172,7 +172,7 @@ def calibration_memory_bytes(config: ModelConfig, tune: bool = False) -> int:
     widest = max(hidden, inner, queries)
     # Moments, factor and what is missing, or a second factor too; and what fits 2,048 rows.
     squares = max(3 * widest**2, 4 * min(widest, GROUPWISE_COLUMNS) ** 2)
-    moments = squares + 12 * min(2048, hidden) * widest
+    moments = squares + (16 if has_gpu() else 12) * min(2048, hidden) * widest
     # A table, a byte for each of its codes, and what fits 2,048 rows; the heads that are compared.
     table = config.vocab_size * hidden
     # MLX's copy of the second is there before NumPy's is let go.

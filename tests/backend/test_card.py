@@ -16,6 +16,7 @@ from apertus_mlx.backend import hardware
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
 from apertus_mlx.cli.app import app
+from apertus_mlx.generation import memory_plan
 from apertus_mlx.generation.decode import prefill
 from apertus_mlx.generation.memory_plan import describe_plan, find_device, memory_limit, plan_memory
 from apertus_mlx.generation.options import RunOptions
@@ -26,7 +27,7 @@ from apertus_mlx.model.embedding import ProductEmbedding
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, planned_inventory, random_weights, write_checkpoint
 from tests.metal_cases import released
-from tests.simulated_gpu import NAME, simulated_card
+from tests.simulated_gpu import MAC, NAME, simulated_card, simulated_mac
 
 GB = 10**9
 
@@ -63,6 +64,21 @@ def test_memory_is_the_cards() -> None:
     device, on_gpu, precision = find_device(None)
     assert (device.memory_bytes, device.ram_bytes, device.is_card) == (72 * GB, 85 * GB, True)
     assert (on_gpu, precision) == (True, None)
+
+
+def test_a_mac_is_told_by_its_name_and_how_fast_it_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with simulated_mac():
+        monkeypatch.setattr(hardware, "physical_bytes", lambda: 48 * 2**30)
+        monkeypatch.setattr(memory_plan, "physical_bytes", lambda: 48 * 2**30)
+        device, on_gpu, _ = find_device(None)
+        plan = json.loads(run("plan", "--json"))
+    assert (device.name, on_gpu, device.is_card) == (f"this machine ({MAC}, 48 GiB)", True, False)
+    # As Apple says.
+    assert device.bandwidth == 273e9
+    assert plan["device"] == device.name
+    assert all(row["decode_tokens_per_s"] > 0 for row in plan["forms"])
 
 
 @pytest.mark.without_gpu

@@ -12,13 +12,15 @@ import pytest
 
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.checkpoint import layout
-from apertus_mlx.convert.calibration import sensitivity
+from apertus_mlx.convert.calibration import fitting, sensitivity
+from apertus_mlx.convert.calibration.fitting import Moments, Objective, fit
 from apertus_mlx.convert.calibration.sensitivity import predict_divergences
 from apertus_mlx.convert.evaluation.layerwise import open_weights
 from apertus_mlx.convert.plan.planning import make_plan
 from apertus_mlx.convert.plan.policy import Request
 from apertus_mlx.convert.sources.reading import Reader
 from apertus_mlx.convert.transforms.smoothing import rounding_of
+from apertus_mlx.quant import search
 from apertus_mlx.quant.spec import QuantSpec
 from tests.builders import config_4x, write_checkpoint
 from tests.resumable_work import make_work
@@ -79,3 +81,40 @@ def test_what_formats_cost_is_the_same(tied: bool, tmp_path: Path) -> None:
     wanted, seen = (np.array([each[path] for path in sorted(each)]) for each in found)
     np.testing.assert_allclose(seen, wanted, rtol=0.02)
     assert np.median(np.abs(seen / wanted - 1)) < 0.005
+
+
+def test_a_search_holds_few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all ranges of all rows MLX would hold some twenty; the scales found are the same."""
+    weight = mx.array(np.random.default_rng(2).standard_normal((1024, 512)).astype(np.float32))
+    spec, found = QuantSpec(3, 64), []
+    for settled in (1 << 30, 1 << 16):
+        monkeypatch.setattr(search, "SETTLED_WEIGHTS", settled)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        codes = search.fit_columns(weight, spec, None, "BF16", search.QUICK)
+        mx.eval(codes.codes, codes.scales, codes.biases)
+        found.append((codes, (mx.get_peak_memory() - before) / weight.nbytes))
+    assert found[0][1] > 10
+    assert found[1][1] < 6
+    for name in ("codes", "scales", "biases"):
+        assert mx.array_equal(*(getattr(codes, name) for codes, _ in found))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_fitting_holds_what_is_planned(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments and two factors, and 16 copies of the rows that are fitted at once."""
+    rng = np.random.default_rng(3)
+    columns, rows = 256, 1024
+    weight = rng.standard_normal((2 * rows, columns)).astype(np.float32)
+    inputs = rng.standard_normal((1, 600, columns)).astype(np.float32)
+    monkeypatch.setattr(fitting, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(search, "SETTLED_WEIGHTS", 1 << 14)
+    with simulated_mac():
+        moments = Moments(weight)
+        moments.add(mx.array(inputs), mx.array(inputs))
+        objective = Objective.of(moments, 0.0)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        fit(weight, QuantSpec(bits, 64), objective, "BF16")
+        held = mx.get_peak_memory() - before
+    assert held < 4 * (3 * columns**2 + 16 * rows * columns)

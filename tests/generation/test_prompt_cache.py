@@ -251,7 +251,7 @@ def test_a_form_of_other_types_is_refused(
         (lambda held: held.update({"layers.0.recent": held["layers.0.recent"][:, :, 1:]}),
          "layers.0.recent: shape"),
         (lambda held: held.update({"layers.0.recent": held["layers.0.recent"].astype(mx.float16)}),
-         "type F16, expected F32; made with another --dtype"),
+         "type F16, expected F32; probably it was made with another --dtype"),
         (lambda held: held.update({"layers.0.recent": held["layers.0.recent"] * math.nan}),
          "not finite"),
         (lambda held: held.update(tokens=held["tokens"][::-1]), "tokens do not match"),
