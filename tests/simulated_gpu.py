@@ -20,6 +20,8 @@ REFUSAL = "[quantized_matmul] No implementation for problem shape: 1x64x300x8, t
 GPU = mx.Device(mx.gpu, 0)
 # Of MLX, what makes or takes a device's stream.
 STREAMS = ("default_stream", "new_stream", "new_thread_local_stream", "new_thread_unsafe_stream")
+# One may be simulated within another: all tests on a Mac, and one of them on a card.
+_within: list[object] = []
 
 
 @contextmanager
@@ -77,6 +79,7 @@ def _in_one_piece(array: mx.array) -> bool:
 @contextmanager
 def _gpu(said: Mapping[str, str | int]) -> Iterator[pytest.MonkeyPatch]:
     in_use: list[Any] = [GPU]
+    _within.append(said)
     mx.disable_compile()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +90,9 @@ def _gpu(said: Mapping[str, str | int]) -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(mx, "device_info", lambda: dict(said))
             yield patch
     finally:
-        mx.enable_compile()
+        _within.pop()
+        if not _within:
+            mx.enable_compile()
 
 
 def _of_the_processor(stream: Callable[[Any], Any]) -> Callable[[Any], Any]:
