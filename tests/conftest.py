@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -86,3 +87,14 @@ def no_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(memory_limits, "_runs", [])
     monkeypatch.setattr(memory_limits, "_before", [])
+
+
+@pytest.fixture
+def compiling(request: pytest.FixtureRequest) -> Iterator[None]:
+    """MLX compiles, as it does where no GPU is simulated."""
+    import mlx.core as mx
+
+    mx.enable_compile()
+    yield
+    if request.config.getoption("--simulated"):
+        mx.disable_compile()

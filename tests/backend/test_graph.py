@@ -28,6 +28,8 @@ from tests.builders import config_4x, random_weights, write_checkpoint
 from tests.decode_step import JoinedPlain, mlx_lm_dispatches, our_dispatches
 from tests.dispatch_count import count_dispatches
 
+pytestmark = pytest.mark.usefixtures("compiling")
+
 PROMPT = [1, 65, 74, 150, 233, 80, 201, 99]
 # Layers of the released models.
 LAYERS = {"0.5B": 20, "1.5B": 16}

@@ -5,7 +5,7 @@ Kernels are stood in for by their plain forms, which `mx.compile` can trace on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,14 +20,7 @@ from apertus_mlx.measure.doctor.mlx_device import GREEDY_TOKENS, TIMED_TOKENS, M
 from apertus_mlx.model.apertus import Model
 from tests.builders import config_4x, random_weights, write_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def compiling(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Steps are compiled, though nothing else is where a GPU is simulated."""
-    mx.enable_compile()
-    yield
-    if request.config.getoption("--simulated"):
-        mx.disable_compile()
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
 @pytest.fixture(scope="module")
