@@ -13,8 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from apertus_mlx.backend import hardware
+from apertus_mlx.backend.cpu.model import CPUModel
 from apertus_mlx.backend.mlx import load_model
 from apertus_mlx.cache import FULL_PRECISION, CacheConfig
+from apertus_mlx.checkpoint.inventory import take_inventory
 from apertus_mlx.cli.app import app
 from apertus_mlx.generation import memory_plan
 from apertus_mlx.generation.decode import prefill
@@ -155,6 +157,21 @@ def test_a_quantized_cache_computes_there_as_elsewhere(tmp_path: Path) -> None:
             cache = model.make_cache(CacheConfig(4, 4))
             prefill(model, ids[:200], cache, 96)
             found.append(model.next_token_logits(mx.array([ids[200:]]), cache).values)
+            mx.eval(found)
+    assert mx.allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_the_processors_path_beside_it_keeps_codes_whole(tmp_path: Path) -> None:
+    """MLX attends to its quantized caches, on the card, which takes no slices."""
+    config = config_4x(head_dim=64, hidden_size=128, vocab_size=300)
+    folder = write_checkpoint(tmp_path, config, random_weights(config), tokenizer=False)
+    ids, found = mx.array([[(7 * i * i + 3 * i) % 300 for i in range(201)]]), []
+    for place in (simulated_card(), nullcontext()):
+        with place:
+            model = CPUModel(take_inventory(folder), "float32")
+            cache = model.make_cache(CacheConfig(4, 4))
+            model(ids[:, :200], cache)
+            found.append(model.next_token_logits(ids[:, 200:], cache).values)
             mx.eval(found)
     assert mx.allclose(*found, rtol=1e-5, atol=1e-5)
 
